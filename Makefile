@@ -1,0 +1,37 @@
+# Everything runs in .venv, which the first target that needs it makes from nothing.
+PYTHON ?= python3
+BASE ?=
+BIN := .venv/bin
+
+.PHONY: help demo test check matrix wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+.venv/.done: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/.done  ## from a GPT-2 checkpoint to a loaded package and a picture; BASE=openai-community/gpt2 or a folder
+	$(BIN)/python examples/demo.py $(if $(BASE),--base "$(BASE)")
+
+test: .venv/.done  ## the test suite
+	$(BIN)/python -m pytest -q
+
+check: .venv/.done  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+matrix: .venv/.done  ## packages saved and loaded across transformers 4.57.6, 5.0.0 and the newest (slow)
+	$(BIN)/python tests/matrix/run.py
+
+wheel: .venv/.done  ## build dist/*.whl
+	$(BIN)/python -m build --wheel --quiet
+
+clean:  ## remove what the targets above made
+	rm -rf .venv .matrix build dist demo *.egg-info

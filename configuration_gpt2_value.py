@@ -1,0 +1,121 @@
+"""Configuration of a GPT-2 with a value head: GPT-2's own fields plus those of the head, checked when built.
+
+Remote code: this file is copied into every package, so it imports only the standard library and transformers.
+"""
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+from transformers import GPT2Config
+
+# What transformers reads in `config.json` to find the classes of a package.
+AUTO_MAP = {
+    "AutoConfig": "configuration_gpt2_value.GPT2ValueConfig",
+    "AutoModel": "modeling_gpt2_value.GPT2ValueModel",
+    "AutoModelForCausalLM": "modeling_gpt2_value.GPT2ValueModel",
+}
+
+
+class GPT2ValueConfig(GPT2Config):
+    """Everything that `GPT2Config` takes, and the value head.
+
+    Args:
+        num_labels (`int`, defaults to 1): outputs of the head's projection. A value is a scalar: only 1 is accepted.
+        summary_type (`str`, defaults to `"cls_index"`): GPT-2's field. The head gives a value for *every* token, so
+            the choice of a token has no effect; `"attn"` is refused, as it is in transformers.
+        summary_use_proj (`bool`, defaults to `True`): project the hidden state. If `False` the head has no weights and
+            `value` is the hidden state itself, `[batch, tokens, n_embd]`.
+        summary_proj_to_labels (`bool`, defaults to `True`): project to `num_labels`; if `False`, to `n_embd`, and
+            `value` is `[batch, tokens, n_embd]`.
+        summary_activation (`str`, *optional*): `"tanh"`, or `None` for no activation.
+        summary_first_dropout (`float`, defaults to 0.1): dropout before the projection, in training mode.
+        summary_last_dropout (`float`, defaults to 0.0): dropout after the activation, in training mode.
+        detach_value_head (`bool`, defaults to `False`): stop the value loss's gradient at the head.
+        value_head_initializer_range (`float`, defaults to 0.0): standard deviation of the projection's initial
+            weights. 0 starts every value at exactly 0 (source: "The N Implementation Details of RLHF with PPO",
+            Huang et al. 2023, and its code, vwxyzjn/lm-human-preference-details).
+
+    Raises:
+        ValueError: a field has the wrong type or is out of range; the message names it, and what was expected.
+    """
+
+    model_type = "gpt2_value"
+
+    def __init__(
+        self,
+        num_labels=1,
+        summary_last_dropout=0.0,
+        detach_value_head=False,
+        value_head_initializer_range=0.0,
+        **kwargs,
+    ):
+        super().__init__(num_labels=num_labels, **kwargs)
+        self.summary_last_dropout = summary_last_dropout
+        self.detach_value_head = detach_value_head
+        self.value_head_initializer_range = value_head_initializer_range
+        self._check()
+
+    def _check(self):
+        def expect(name, holds, expected):
+            value = getattr(self, name)
+            if not holds(value):
+                raise ValueError(f"GPT2ValueConfig: {name}={value!r}; expected {expected}.")
+
+        def is_number(value):
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            expect(name, lambda v: type(v) is int and v > 0, "a positive int")
+        expect("n_embd", lambda v: v % self.n_head == 0, f"a multiple of n_head={self.n_head}")
+        expect("n_inner", lambda v: v is None or (type(v) is int and v > 0), "a positive int, or None for 4 * n_embd")
+        dropouts = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout")
+        for name in dropouts:
+            expect(name, lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+        expect("layer_norm_epsilon", lambda v: is_number(v) and v > 0, "a positive number")
+        for name in ("initializer_range", "value_head_initializer_range"):
+            expect(name, lambda v: is_number(v) and v >= 0, "a standard deviation: a finite number >= 0")
+        for name in ("summary_use_proj", "summary_proj_to_labels", "detach_value_head", "tie_word_embeddings"):
+            expect(name, lambda v: isinstance(v, bool), "True or False")
+        expect("num_labels", lambda v: v == 1, "1: the head gives one value for each token")
+        expect("summary_activation", lambda v: v in (None, "tanh"), 'None or "tanh"')
+        known_types = ("last", "first", "mean", "cls_index")
+        reason = f'one of {known_types}: "attn" would need an attention layer of its own, which GPT-2 never had'
+        expect("summary_type", lambda v: v in known_types, reason)
+
+    @classmethod
+    def from_gpt2(cls, config):
+        """A `GPT2ValueConfig` for the body that a plain `GPT2Config` describes (no field of it is lost)."""
+        return cls(**_as_value_fields(config.to_dict()))
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """The fields in `config.json`, of a package or of a plain GPT-2 checkpoint, and the unused `kwargs`."""
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = fields.get("model_type", GPT2Config.model_type)
+        if model_type not in (cls.model_type, GPT2Config.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a checkpoint of type {model_type!r}; expected "
+                f"{GPT2Config.model_type!r} or {cls.model_type!r}. Pass a GPT-2 checkpoint or a package of this model."
+            )
+        return (fields if model_type == cls.model_type else _as_value_fields(fields)), unused
+
+    def to_dict(self):
+        """The fields, for `config.json`. The classes are always the ones beside it, never another repository's."""
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write `config.json` and the code that it names, so that the folder is complete by itself."""
+        os.makedirs(save_directory, exist_ok=True)
+        here = Path(__file__).parent
+        for file in sorted(here.glob("*_gpt2_value.py")):
+            if here.resolve() != Path(save_directory).resolve():
+                shutil.copyfile(file, Path(save_directory) / file.name)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def _as_value_fields(gpt2_fields):
+    """Plain GPT-2 fields without those that say which class they are for, or that describe a classifier's labels."""
+    dropped = ("model_type", "auto_map", "num_labels", "id2label", "label2id", "transformers_version")
+    return {name: value for name, value in gpt2_fields.items() if name not in dropped}

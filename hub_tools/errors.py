@@ -1,0 +1,154 @@
+"""One exception type per thing a user can fix; every message says what was found, what was expected and what to do next.
+
+Imports only the standard library. Everything that hub_tools refuses, it refuses with one of these types; catch
+`GPT2ValueHubError` for all of them.
+"""
+
+from __future__ import annotations
+
+
+class GPT2ValueHubError(Exception):
+    """Base of everything that hub_tools refuses.
+
+    Args:
+        found: what was found, naming the file, tensor or argument.
+        expected: what would have been accepted ("" where `found` says it already).
+        next_step: what the user does or types next.
+    """
+
+    def __init__(self, found: str, *, expected: str = "", next_step: str) -> None:
+        self.found = found
+        self.expected = expected
+        self.next_step = next_step
+        lines = [found]
+        if expected:
+            lines.append(f"  expected: {expected}")
+        lines.append(f"  next: {next_step}")
+        super().__init__("\n".join(lines))
+
+
+# Saving
+
+
+class WrongModelError(GPT2ValueHubError, TypeError):
+    """The object to save is not a GPT2ValueModel: a wrapper around one (DDP, PEFT, torch.compile) or another class."""
+
+
+class MissingHeadError(GPT2ValueHubError, ValueError):
+    """A model or a package without its value head."""
+
+
+class UnsavableWeightsError(GPT2ValueHubError, ValueError):
+    """Weights that a package cannot hold: on no device, sharded, quantised, untied, or not the model's own set."""
+
+
+class NonFiniteWeightsError(GPT2ValueHubError, ValueError):
+    """A weight is NaN or infinite."""
+
+
+class TokenizerMismatchError(GPT2ValueHubError, ValueError):
+    """A tokenizer that does not fit the model, or that a package cannot hold."""
+
+
+class CardMetadataError(GPT2ValueHubError, ValueError):
+    """Metadata for the model card that the Hub would reject or that would be untrue (a local path as base model)."""
+
+
+class FolderRefusedError(GPT2ValueHubError):
+    """The folder to save into holds something that is not a package, or cannot be replaced in one step."""
+
+
+class SaveFailedError(GPT2ValueHubError, OSError):
+    """The system refused a write (disk full, no permission). The previous package, if any, is untouched."""
+
+
+# Reading
+
+
+class NotAPackageError(GPT2ValueHubError, ValueError):
+    """There is no value-head package at this place."""
+
+
+class MissingFileError(GPT2ValueHubError, ValueError):
+    """A file that a package needs is not there."""
+
+
+class CorruptFileError(GPT2ValueHubError, ValueError):
+    """A file is truncated, too large, not what its name says, or holds a value that cannot be right."""
+
+
+class UnsafeFileError(GPT2ValueHubError, ValueError):
+    """A file that leads out of the package (a symbolic link, a path in an index) or is not a regular file."""
+
+
+class PickleError(GPT2ValueHubError, ValueError):
+    """A pickle, which can run code when it is opened. Pickles are named and never opened."""
+
+
+class WeightsMismatchError(GPT2ValueHubError, ValueError):
+    """The tensors in the files are not those that config.json calls for."""
+
+
+class CodeReferenceError(GPT2ValueHubError, ValueError):
+    """`auto_map` is missing, or names code that is not the package's own (another repository, another file)."""
+
+
+# Verifying
+
+
+class ForeignFileError(GPT2ValueHubError, ValueError):
+    """A file that does not belong to a package."""
+
+
+class UntrustedCodeError(GPT2ValueHubError, ValueError):
+    """The package's code is not the code of this installed version, and nobody said to run it."""
+
+
+class ChangedFileError(GPT2ValueHubError, ValueError):
+    """A file is not the one that was saved."""
+
+
+class LoadError(GPT2ValueHubError, RuntimeError):
+    """The package does not load, strictly, in a fresh interpreter. `details` holds what that interpreter printed."""
+
+    def __init__(self, found: str, *, expected: str = "", next_step: str, details: str = "") -> None:
+        super().__init__(found, expected=expected, next_step=next_step)
+        self.details = details
+
+
+class VerificationError(GPT2ValueHubError, ValueError):
+    """The package loads but computes other numbers than were recorded when it was saved."""
+
+
+class VerificationTimeoutError(GPT2ValueHubError, TimeoutError):
+    """The fresh interpreter did not finish in time and was stopped."""
+
+
+# Converting
+
+
+class UnsafePickleError(PickleError):
+    """A pickle that asks for more than tensors. It was refused before anything of it ran."""
+
+
+class UnsupportedModelError(GPT2ValueHubError, ValueError):
+    """A checkpoint whose body is not a GPT-2 language model, or is in a form that has no conversion."""
+
+
+class UnconvertibleHeadError(GPT2ValueHubError, ValueError):
+    """A head that one linear layer to one value per token cannot express."""
+
+
+class AmbiguousSourceError(GPT2ValueHubError, ValueError):
+    """A checkpoint that can be read in two ways that give different models."""
+
+
+class MissingDependencyError(GPT2ValueHubError, ImportError):
+    """An optional library that this request needs is not installed."""
+
+
+# The command line
+
+
+class SourceError(GPT2ValueHubError, ValueError):
+    """A model, revision or tokenizer that was asked for by name could not be found or read."""

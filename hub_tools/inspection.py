@@ -1,0 +1,395 @@
+"""Read a package without running any of it: JSON and safetensors headers only; pickles are named, never opened.
+
+Imports only the standard library, `errors`, `layout` and `reading`, so it needs neither torch nor transformers.
+The idea, look before you load, is skops': https://skops.readthedocs.io/en/stable/persistence.html.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import layout
+from .errors import (
+    ChangedFileError,
+    CodeReferenceError,
+    CorruptFileError,
+    MissingFileError,
+    NotAPackageError,
+    PickleError,
+    WeightsMismatchError,
+)
+from .reading import AGAIN, MIB, Tensor, file_in, read_json, read_safetensors_header
+
+TOKENIZER_LIMIT = 256 * MIB  # a vocabulary of a million tokens, with its merges, is about 100 MB
+CODE_LIMIT = 4 * MIB
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class CodeFile:
+    """A file that loading the package with `trust_remote_code=True` may run."""
+
+    name: str
+    sha256: str
+    installed: bool  # byte-identical to this installed version's file of the same name
+
+
+@dataclass(frozen=True)
+class Head:
+    """The value head's projection: `[1, n_embd]` gives one value per token."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class PackageReport:
+    """What is inside a package. Nothing of it was run."""
+
+    source: str
+    folder: Path
+    parameters: int  # tied embeddings count once
+    dtypes: dict[str, int]  # torch's name for the type -> parameters of that type
+    weight_files: dict[str, int]  # name -> bytes
+    head: Head | None
+    tied_embeddings: bool
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    tokenizer: str | None  # its class
+    has_generation_config: bool
+    code: tuple[CodeFile, ...]
+    auto_map: dict[str, str]
+    versions: dict[str, str]  # what wrote the package, as far as it says
+    record: bool  # whether `verify_package` has numbers to compare with
+    missing: tuple[str, ...]  # files that a complete package has and this one has not
+    changed: tuple[str, ...]  # files that are not the ones that were saved
+    pickles: tuple[str, ...]
+    foreign: tuple[str, ...]  # other files that do not belong to a package
+
+    @property
+    def code_is_installed(self) -> bool:
+        """Whether all the code is byte-identical to this installed version's."""
+        return {file.name for file in self.code} >= set(layout.REMOTE_CODE) and all(
+            file.installed for file in self.code
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {**asdict(self), "folder": str(self.folder), "code_is_installed": self.code_is_installed}
+
+
+def inspect_package(source: str | os.PathLike[str], *, hash_weights: bool = False) -> PackageReport:
+    """What is inside a package, without running any of it.
+
+    Every tensor's name, shape and dtype is compared with what `config.json` calls for, so that a report means that
+    the weights are complete; a package that cannot be read, or that contradicts itself, is refused. What is unusual
+    but harmless to *read* (another version's code, pickles, foreign files, no head) is reported: `verify_package`
+    refuses those.
+
+    Args:
+        source: a package's folder.
+        hash_weights: also hash the weights (about a second per GB) and compare with what was recorded at save time.
+
+    Raises:
+        NotAPackageError: no such folder, or `config.json` describes another kind of model.
+        MissingFileError: a file without which there is no model.
+        CorruptFileError: truncated, oversized, invalid JSON, or values that cannot be right.
+        UnsafeFileError: links out of the package, devices, pipes.
+        PickleError: the only weights are a pickle.
+        WeightsMismatchError: tensors that are missing, unknown, or of the wrong shape or dtype.
+        CodeReferenceError: `auto_map` does not name the package's own classes.
+    """
+    folder = _local_folder(source)
+    names = sorted(os.listdir(folder))
+    pickles = tuple(name for name in names if layout.kind_of(name) == "pickle")
+
+    config = read_json(folder, layout.CONFIG)
+    _check_config(config)
+    generation_config = layout.GENERATION_CONFIG in names
+    if generation_config:
+        read_json(folder, layout.GENERATION_CONFIG)
+    tokenizer = _read_tokenizer(folder, names)
+
+    shards = _read_weights(folder, names, pickles)
+    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    head = _check_tensors(tensors, config)
+    dtypes: dict[str, int] = {}
+    for tensor in tensors.values():
+        dtypes[FLOATS[tensor.dtype]] = dtypes.get(FLOATS[tensor.dtype], 0) + tensor.elements
+
+    code = _read_code(folder, names)
+    record = read_json(folder, layout.RECORD, limit=16 * MIB) if layout.RECORD in names else None
+    used = {layout.WEIGHTS_INDEX, *shards}
+    return PackageReport(
+        source=str(source),
+        folder=folder,
+        parameters=sum(dtypes.values()),
+        dtypes=dtypes,
+        weight_files={name: (folder / name).stat().st_size for name in shards},
+        head=head,
+        tied_embeddings=_tied(config),
+        vocab_size=config["vocab_size"],
+        n_positions=config["n_positions"],
+        n_embd=config["n_embd"],
+        n_layer=config["n_layer"],
+        n_head=config["n_head"],
+        tokenizer=tokenizer,
+        has_generation_config=generation_config,
+        code=code,
+        auto_map=config["auto_map"],
+        versions=_versions(config, record),
+        record=record is not None,
+        missing=tuple(
+            name
+            for name in (*layout.REMOTE_CODE, layout.CARD, layout.RECORD, layout.GENERATION_CONFIG)
+            if name not in names
+        ),
+        changed=_changed(folder, names, record, hash_weights=hash_weights),
+        pickles=pickles,
+        foreign=tuple(
+            name
+            for name in names
+            if layout.kind_of(name) == "foreign" or (layout.kind_of(name) == "weights" and name not in used)
+        ),
+    )
+
+
+def _local_folder(source: str | os.PathLike[str]) -> Path:
+    """The folder that `source` names. Ids of repositories on the Hub would be resolved here."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.parent.is_dir():
+        pattern = layout.staging_name(folder.resolve())
+        for beside in sorted(folder.resolve().parent.iterdir()):
+            if pattern.fullmatch(beside.name) and (beside / "previous").is_dir():
+                raise NotAPackageError(
+                    f"{folder} is missing: a save of it was interrupted, and the previous package is in {beside}",
+                    next_step=f"save again, which cleans up, or put it back: mv {beside / 'previous'} {folder}",
+                )
+    raise NotAPackageError(
+        f"{os.fspath(source)!r} is not a folder",
+        expected="the folder of a value-head package",
+        next_step="write one: gpt2-value create --base openai-community/gpt2 FOLDER",
+    )
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Refuse a `config.json` that is not a value-head GPT-2's, or whose sizes cannot be right."""
+    if config.get("model_type") != layout.MODEL_TYPE:
+        raise NotAPackageError(
+            f"config.json says model_type {str(config.get('model_type'))[:80]!r}",
+            expected=repr(layout.MODEL_TYPE),
+            next_step="make a package of a GPT-2 checkpoint: gpt2-value create --base FOLDER OUT",
+        )
+    auto_map = config.get("auto_map")
+    if auto_map != layout.AUTO_MAP:
+        raise CodeReferenceError(
+            f"config.json has auto_map {str(auto_map)[:300]}",
+            expected=f"{layout.AUTO_MAP}: the classes in the package itself",
+            next_step="load it with GPT2ValueModel.from_pretrained, which runs none of its code, and save_package it",
+        )
+
+    def expect(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise CorruptFileError(
+                f"config.json: {name!r} is {str(config.get(name))[:80]}", expected=expected, next_step=AGAIN
+            )
+
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        value = config.get(name)
+        expect(name, type(value) is int and 0 < value < 1 << 31, "a positive whole number")
+    expect("n_embd", config["n_embd"] % config["n_head"] == 0, f"a multiple of n_head = {config['n_head']}")
+    inner = config.get("n_inner")
+    expect("n_inner", inner is None or (type(inner) is int and 0 < inner < 1 << 31), "a positive whole number, or null")
+    for name in ("tie_word_embeddings", "add_cross_attention", "summary_use_proj", "summary_proj_to_labels"):
+        expect(name, type(config.get(name, True)) is bool, "true or false")
+    # names under which transformers would read the same fields a second time, behind our back
+    for alias in ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"):
+        expect(alias, alias not in config, "GPT-2's own names: n_embd, n_positions, n_head, n_layer")
+    for name in ("quantization_config", "custom_pipelines"):
+        expect(name, name not in config, "no such field in a value-head package")
+
+
+def _tied(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", True))
+
+
+def _read_tokenizer(folder: Path, names: list[str]) -> str | None:
+    """The tokenizer's class, if the package has one. Refuses tokenizers that bring code."""
+    files = [name for name in names if layout.kind_of(name) == "tokenizer"]
+    for name in files:
+        if name.endswith(".json"):
+            read_json(folder, name, limit=TOKENIZER_LIMIT)
+        else:
+            file_in(folder, name)
+    if layout.TOKENIZER_CONFIG not in files:
+        return None
+    settings = read_json(folder, layout.TOKENIZER_CONFIG, limit=TOKENIZER_LIMIT)
+    if "auto_map" in settings:
+        raise CodeReferenceError(
+            f"{layout.TOKENIZER_CONFIG} has auto_map {str(settings['auto_map'])[:300]}",
+            expected="a tokenizer of transformers' own, which brings no code",
+            next_step="save the package again with such a tokenizer",
+        )
+    return str(settings.get("tokenizer_class"))[:80]
+
+
+def _read_weights(folder: Path, names: list[str], pickles: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """The weight files that a loader reads, and what each holds."""
+    if layout.WEIGHTS in names and layout.WEIGHTS_INDEX in names:
+        raise CorruptFileError(
+            f"both {layout.WEIGHTS} and {layout.WEIGHTS_INDEX} are there, which may be two different models",
+            expected="one of them",
+            next_step="remove the stale one, or write the package again with hub_tools.save_package",
+        )
+    if layout.WEIGHTS in names:
+        return {layout.WEIGHTS: read_safetensors_header(folder, layout.WEIGHTS)}
+    if layout.WEIGHTS_INDEX not in names:
+        if pickles:
+            raise PickleError(
+                f"the only weights are pickles, which were not opened: {', '.join(map(repr, pickles))}",
+                expected=f"{layout.WEIGHTS}",
+                next_step="if you trust them: gpt2-value create --base FOLDER OUT (reads with weights_only=True)",
+            )
+        raise MissingFileError(
+            f"{layout.WEIGHTS} is not in {folder}",
+            expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
+            next_step=AGAIN,
+        )
+    weight_map = read_json(folder, layout.WEIGHTS_INDEX, limit=16 * MIB).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(
+            f"{layout.WEIGHTS_INDEX} has no weight_map", expected="tensor names and their files", next_step=AGAIN
+        )
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not layout.SHARD.fullmatch(shard):
+            raise CorruptFileError(
+                f"{layout.WEIGHTS_INDEX} names the file {str(shard)[:200]!r}",
+                expected="files of the package, like model-00001-of-00002.safetensors",
+                next_step=AGAIN,
+            )
+    shards = {name: read_safetensors_header(folder, name) for name in sorted(set(weight_map.values()))}
+    held = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
+    if held != weight_map or sum(map(len, shards.values())) != len(held):
+        wrong = sorted(set(held.items()) ^ set(weight_map.items())) or [("a tensor", "two shards")]
+        raise WeightsMismatchError(
+            f"{layout.WEIGHTS_INDEX} and the shards disagree about {wrong[0][0]!r} ({wrong[0][1]})",
+            expected="every tensor in the shard that the index names, and nowhere else",
+            next_step=AGAIN,
+        )
+    return shards
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Head | None:
+    """Compare the tensors with what `config.json` calls for; return the head's, or None where it has none."""
+    # a bound for the loop below: one layer has more tensors than this
+    if config["n_layer"] > len(tensors):
+        raise WeightsMismatchError(
+            f"config.json says {config['n_layer']:,} layers; the weights are {len(tensors):,} tensors",
+            expected="12 tensors or more for each layer",
+            next_step=AGAIN,
+        )
+    expected = expected_shapes(config)
+    head_names = {name for name in expected if name.startswith(layout.HEAD_PREFIX)}
+    unknown = sorted(set(tensors) - set(expected))
+    missing = sorted(set(expected) - set(tensors))
+    if head_names and not any(name.startswith(layout.HEAD_PREFIX) for name in tensors):
+        missing = [name for name in missing if name not in head_names]  # no head at all is reported, not refused
+    if unknown or missing:
+        what = f"unknown tensors: {unknown[:5]}" if unknown else f"missing tensors: {missing[:5]}"
+        raise WeightsMismatchError(
+            f"{what} ({len(unknown)} unknown, {len(missing)} missing)",
+            expected="exactly the tensors that config.json calls for",
+            next_step=AGAIN,
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name] or tensor.dtype not in FLOATS:
+            raise WeightsMismatchError(
+                f"tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}",
+                expected=f"shape {list(expected[name])}, in one of {sorted(FLOATS)}",
+                next_step=AGAIN,
+            )
+    head = tensors.get(layout.HEAD_PREFIX + "summary.weight")
+    return Head(head.shape, FLOATS[head.dtype]) if head is not None else None
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a package and its shape, from the fields of `config.json`. GPT-2 keeps its matrices as
+    `[in, out]` (transformers' Conv1D); the head is `[out, in]` (torch's Linear)."""
+    vocab, positions, n = config["vocab_size"], config["n_positions"], config["n_embd"]
+    inner = config.get("n_inner") or 4 * n
+
+    def conv(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (n,), f"{name}.bias": (n,)}
+
+    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocab, n), "transformer.wpe.weight": (positions, n)}
+    for i in range(config["n_layer"]):
+        layer = f"transformer.h.{i}"
+        shapes |= norm(f"{layer}.ln_1") | norm(f"{layer}.ln_2")
+        shapes |= conv(f"{layer}.attn.c_attn", n, 3 * n) | conv(f"{layer}.attn.c_proj", n, n)
+        shapes |= conv(f"{layer}.mlp.c_fc", n, inner) | conv(f"{layer}.mlp.c_proj", inner, n)
+        if config.get("add_cross_attention", False):
+            shapes |= norm(f"{layer}.ln_cross_attn") | conv(f"{layer}.crossattention.c_attn", n, 2 * n)
+            shapes |= conv(f"{layer}.crossattention.q_attn", n, n) | conv(f"{layer}.crossattention.c_proj", n, n)
+    shapes |= norm("transformer.ln_f")
+    if not _tied(config):
+        shapes["lm_head.weight"] = (vocab, n)
+    if config.get("summary_use_proj", True):
+        outputs = 1 if config.get("summary_proj_to_labels", True) else n
+        shapes |= {"v_head.summary.weight": (outputs, n), "v_head.summary.bias": (outputs,)}
+    return shapes
+
+
+def _read_code(folder: Path, names: list[str]) -> tuple[CodeFile, ...]:
+    """Every Python file of the package, hashed."""
+    installed = layout.installed_hashes()
+    files = []
+    for name in names:
+        if name.endswith((".py", ".pyc", ".so", ".pyd")):
+            size = file_in(folder, name).stat().st_size
+            if size > CODE_LIMIT:
+                raise CorruptFileError(f"{name!r} has {size:,} bytes", expected=f"at most {CODE_LIMIT:,}", next_step=AGAIN)
+            digest = layout.sha256_of(folder / name)
+            files.append(CodeFile(name, digest, installed.get(name) == digest))
+    return tuple(files)
+
+
+def _versions(config: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, str]:
+    """The versions of what wrote the package."""
+    versions = {"transformers": config.get("transformers_version")} | ((record or {}).get("versions") or {})
+    return {str(name)[:40]: str(version)[:40] for name, version in versions.items() if version is not None}
+
+
+def _changed(
+    folder: Path, names: list[str], record: Mapping[str, Any] | None, *, hash_weights: bool
+) -> tuple[str, ...]:
+    """The recorded files that are not as they were saved; weights only if they are to be hashed."""
+    if record is None:
+        return ()
+    files = record.get("sha256")
+    if not isinstance(files, dict) or not all(
+        isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in files.values()
+    ):
+        raise CorruptFileError(
+            f"{layout.RECORD}: 'sha256' is not a table of file names and hashes", next_step=AGAIN
+        )
+    changed = []
+    for name, digest in files.items():
+        if not layout.written_by_save(name) or name not in names:
+            changed.append(name)
+        elif hash_weights or layout.kind_of(name) != "weights":
+            if layout.sha256_of(file_in(folder, name)) != digest:
+                changed.append(name)
+    return tuple(sorted(changed))

@@ -1,0 +1,207 @@
+"""Reading files that may be hostile: bounded sizes, strict JSON, safetensors headers, no link out of the folder.
+
+Imports only the standard library and `errors`. Runs nothing and opens no pickle. The weights' format:
+https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CorruptFileError, MissingFileError, UnsafeFileError
+
+MIB = 1 << 20
+# The largest GPT-2 has 580 tensors, in a header of 60 kB; safetensors itself allows 100 MB.
+HEADER_LIMIT = 16 * MIB
+ITEM_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+AGAIN = "download the package again, or write it again with hub_tools.save_package"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of a safetensors header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """The path of a package's file, after making sure that it is a regular file that lies in the package.
+
+    Links are followed only to where the Hub's own cache puts them: `snapshots/<commit>/x -> blobs/<hash>`.
+
+    Raises:
+        MissingFileError: there is no such file (or a link to nothing).
+        UnsafeFileError: a link out of the package, a device, a pipe, a folder.
+    """
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise MissingFileError(
+            f"{name!r} is not in {folder}" if not path.is_symlink() else f"{name!r} is a link to nothing",
+            expected=f"a file {name}",
+            next_step=AGAIN,
+        ) from error
+    homes = [folder.resolve()]
+    if homes[0].parent.name == "snapshots":
+        homes.append(homes[0].parent.parent / "blobs")
+    if real.parent not in homes:
+        raise UnsafeFileError(
+            f"{name!r} leads out of the package, to {str(real)!r}",
+            expected="a file in the package itself",
+            next_step=f"replace the link by the file, if you trust it: cp --remove-destination {real} {path}",
+        )
+    if not stat.S_ISREG(mode):
+        raise UnsafeFileError(f"{name!r} is not a regular file", expected="a file", next_step=AGAIN)
+    return path
+
+
+def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes.
+
+    Raises:
+        MissingFileError, UnsafeFileError: see `file_in`.
+        CorruptFileError: too large, not UTF-8, not JSON, nested too deep, a key twice, a NaN, or not an object.
+    """
+    return parse_json(_read(file_in(folder, name), 0, limit, name), name)
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """A JSON object, read strictly; see `read_json`. `name` is for the message."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice[:80]!r} twice")
+        return found
+
+    def refuse(word: str) -> Any:
+        raise ValueError(f"the value {word}")
+
+    def finite(word: str) -> float:
+        number = float(word)
+        if not math.isfinite(number):
+            raise ValueError(f"the number {word[:80]}, which is out of range")
+        return number
+
+    try:
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite
+        )
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        what = "JSON nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
+        raise CorruptFileError(f"{name} holds {what}", expected="valid JSON", next_step=AGAIN) from error
+    if not isinstance(value, dict):
+        raise CorruptFileError(
+            f"{name} holds a {type(value).__name__}", expected="a JSON object", next_step=AGAIN
+        )
+    return value
+
+
+def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors that a safetensors file holds, from its header; the data is not read, but must be there to the byte.
+
+    Raises:
+        MissingFileError, UnsafeFileError: see `file_in`.
+        CorruptFileError: the header is truncated, oversized or not valid, or does not describe the file's bytes.
+    """
+
+    def corrupt(found: str, expected: str) -> CorruptFileError:
+        return CorruptFileError(f"{name}: {found}", expected=expected, next_step=AGAIN)
+
+    path = file_in(folder, name)
+    size = path.stat().st_size
+    if size < 8:
+        raise corrupt(f"a file of {size} bytes", "a safetensors file, which begins with the 8-byte length of its header")
+    (length,) = struct.unpack("<Q", _read(path, 0, 8, name, exactly=True))
+    if length > min(size - 8, HEADER_LIMIT):
+        raise corrupt(
+            f"its header claims {length:,} bytes; the file has {size:,}",
+            f"a header of at most {HEADER_LIMIT:,} bytes that lies in the file",
+        )
+    raw = _read(path, 8, length, name, exactly=True)
+    if not raw.startswith(b"{"):
+        raise corrupt(f"its header begins with {raw[:8]!r}", "a JSON object")
+    header = parse_json(raw, f"{name} (header)")
+
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or metadata.get("format") != "pt":
+        raise corrupt("its metadata does not say which framework wrote it", "{'format': 'pt'}")
+    if not header:
+        raise corrupt("it holds no tensors", "a model's weights")
+
+    tensors, spans = {}, []
+    for tensor_name, entry in header.items():
+        tensors[tensor_name], span = _tensor(entry, lambda found, t=tensor_name: corrupt(f"tensor {t!r}: {found}", "dtype, shape and data_offsets that agree"))
+        spans.append(span)
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise corrupt(f"its tensors overlap or leave a hole at byte {position:,}", "tensors one after the other")
+        position = end
+    if position != size - 8 - length:
+        raise corrupt(f"{size - 8 - length:,} bytes of data", f"the {position:,} bytes that its header describes")
+    return tensors
+
+
+def _tensor(entry: Any, corrupt: Any) -> tuple[Tensor, tuple[int, int]]:
+    """One header entry as a `Tensor`, and the bytes that it occupies."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise corrupt("its entry is not complete")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise corrupt(f"dtype {str(dtype)[:40]!r}")
+    # more than 8 dimensions or 2**48 elements is nobody's GPT-2, and Python's integers would follow any nonsense
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+        raise corrupt(f"shape {str(shape)[:80]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise corrupt(f"data_offsets {str(offsets)[:80]}")
+    begin, end = offsets
+    tensor = Tensor(dtype, tuple(shape))
+    if end - begin != tensor.elements * ITEM_SIZES[dtype]:
+        raise corrupt(f"{end - begin:,} bytes for {dtype} of shape {shape}")
+    return tensor, (begin, end)
+
+
+def _read(path: Path, offset: int, limit: int, name: str, *, exactly: bool = False) -> bytes:
+    """Bytes from `offset` to the file's end, refusing more than `limit`; or `exactly` that many."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not exactly and size > limit:
+                raise CorruptFileError(
+                    f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN
+                )
+            file.seek(offset)
+            return file.read(limit)
+    except OSError as error:
+        raise UnsafeFileError(
+            f"{name} cannot be read: {error.strerror}", expected="a readable file", next_step=f"check its permissions: ls -l {path}"
+        ) from error

@@ -1,0 +1,281 @@
+"""GPT-2 with a value head: next-token logits and one value per token, in one forward pass.
+
+Remote code: this file is copied into every package, so it imports only torch, transformers and its siblings.
+The model descends from the one that TRL began with: a linear layer on GPT-2's last hidden state, as in
+"Fine-Tuning Language Models from Human Preferences" (Ziegler et al., 2019, arXiv:1909.08593).
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import nn
+from transformers import Cache, GPT2LMHeadModel, GPT2Model
+from transformers.utils import ModelOutput
+
+try:
+    from .configuration_gpt2_value import GPT2ValueConfig
+    from .generation_gpt2_value import rescore, rollout
+except ImportError:  # a checkout or a wheel, where these files are top-level modules
+    from configuration_gpt2_value import GPT2ValueConfig
+    from generation_gpt2_value import rescore, rollout
+
+# transformers 4 can mask attention heads, transformers 5 cannot.
+TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters
+
+# What transformers' own generation, Trainer and attention kernels send through a model's **kwargs.
+PASSED_ON = (
+    "cache_position",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "output_attentions",
+    "output_hidden_states",
+)
+
+
+@dataclass
+class GPT2ValueOutput(ModelOutput):
+    """What one forward pass gives.
+
+    Args:
+        loss: `[]`, the language-model loss, when `labels` were given.
+        logits: `[batch, tokens, vocab_size]` (or the positions that `logits_to_keep` asked for), before the softmax.
+        past_key_values: the cache, when `use_cache`.
+        hidden_states: on request, `n_layer + 1` tensors `[batch, tokens, n_embd]`.
+        attentions: on request, `n_layer` tensors `[batch, n_head, tokens, past + tokens]`.
+        cross_attentions: on request, from a body with cross-attention.
+        value: `[batch, tokens]` float32, the value of the state after each token (all of them, whatever
+            `logits_to_keep` says).
+    """
+
+    loss: Optional[torch.Tensor] = None
+    logits: Optional[torch.Tensor] = None
+    past_key_values: Optional[Cache] = None
+    hidden_states: Optional[tuple[torch.Tensor, ...]] = None
+    attentions: Optional[tuple[torch.Tensor, ...]] = None
+    cross_attentions: Optional[tuple[torch.Tensor, ...]] = None
+    value: Optional[torch.Tensor] = None
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, also when its weights were cast to another dtype with the body's."""
+
+    def forward(self, hidden_states):
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(hidden_states.float(), self.weight.float(), bias)
+
+
+class ValueHead(nn.Module):
+    """Dropout, projection, activation, dropout: hidden states `[..., n_embd]` of any dtype to float32 `[..., 1]`.
+
+    The last dimension is `n_embd` instead of 1 when `summary_use_proj` or `summary_proj_to_labels` is off.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config  # read at each call, so that detaching is stored in one place, the one that is saved
+        self.summary = nn.Identity()
+        if config.summary_use_proj:
+            width = config.num_labels if config.summary_proj_to_labels else config.hidden_size
+            self.summary = Float32Linear(config.hidden_size, width)
+        self.activation = nn.Tanh() if config.summary_activation == "tanh" else nn.Identity()
+        self.first_dropout = nn.Dropout(config.summary_first_dropout)
+        self.last_dropout = nn.Dropout(config.summary_last_dropout)
+
+    def forward(self, hidden_states):
+        if self.config.detach_value_head:
+            hidden_states = hidden_states.detach()
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            output = self.first_dropout(hidden_states.float())
+            output = self.activation(self.summary(output))
+            return self.last_dropout(output)
+
+
+class GPT2ValueModel(GPT2LMHeadModel):
+    """GPT-2 with a language-model head and a value head, `GPT2ValueOutput` in one forward pass.
+
+    `v_head.summary.{weight,bias}` is the only addition to GPT-2's state dict; with the same weights the logits are
+    those of `GPT2LMHeadModel`, bit for bit.
+    """
+
+    config_class = GPT2ValueConfig
+    is_parallelizable = False  # transformers 4 offers a deprecated `parallelize()` that knows nothing of the head
+    returns_dict = None  # what `forward` does when neither the caller nor, if None, the config says
+
+    _keep_in_fp32_modules_strict = ["v_head"]
+    # Buffers that GPT-2 checkpoints had until 2023: causal masks, which nothing reads any more.
+    _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$", r"crossattention\.(masked_)?bias$"]
+
+    rollout = rollout
+    rescore = rescore
+
+    def __init__(self, config, init_value_head=False):
+        if config.model_type != GPT2ValueConfig.model_type:
+            config = GPT2ValueConfig.from_gpt2(config)
+        # GPT2LMHeadModel's own __init__ would run post_init() before the head exists.
+        super(GPT2LMHeadModel, self).__init__(config)
+        self.transformer = GPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.v_head = ValueHead(config)
+        if init_value_head:  # the head is meant to be missing: transformers need not warn
+            self._keys_to_ignore_on_load_missing = [r"^v_head\."]
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Float32Linear):
+            nn.init.normal_(module.weight, std=self._value_head_std())
+            nn.init.zeros_(module.bias)
+
+    def _value_head_std(self):
+        return self.config.value_head_initializer_range
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, init_value_head=False, **kwargs):
+        """As in transformers, from a package of this model or from a plain GPT-2 checkpoint.
+
+        A plain checkpoint gets a new head. A package must bring its own, unless `init_value_head=True`.
+
+        Raises:
+            ValueError: a package's head is missing or has other shapes, or the checkpoint is not a GPT-2.
+        """
+        if pretrained_model_name_or_path is not None and not init_value_head:
+            where = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+            where = {name: kwargs[name] for name in where if name in kwargs}
+            fields, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **where)
+            init_value_head = fields.get("model_type") != GPT2ValueConfig.model_type
+        wants_info = kwargs.pop("output_loading_info", False)
+        if init_value_head:
+            model_args = (*model_args, True)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        lost = [key for key in info["missing_keys"] if key.startswith("v_head.")]
+        lost += [key for key, *_ in info["mismatched_keys"] if key.startswith("v_head.")]
+        if lost and not init_value_head:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a value-head package without its head: {sorted(lost)} not found "
+                "in its weights, or of another shape. Ask for a complete package, or pass init_value_head=True to "
+                "start with a new head."
+            )
+        return (model, info) if wants_info else model
+
+    def detach_value_head(self):
+        """Stop the value loss's gradient at the head: the body no longer learns from it. Saved with the model."""
+        self.config.detach_value_head = True
+
+    detach_head = detach_value_head  # the seed notebook's prose calls it so
+
+    def attach_value_head(self):
+        """Let the value loss's gradient reach the body again. Saved with the model."""
+        self.config.detach_value_head = False
+
+    def forward(
+        self,
+        input_ids=None,
+        past_key_values=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        return_dict=None,
+        **kwargs,
+    ):
+        """`GPT2LMHeadModel.forward`, plus the value of every token. Arguments are those of `GPT2LMHeadModel`.
+
+        Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask` admits, so that padding
+        on either side changes nothing. The mask covers the cached tokens too.
+
+        Returns:
+            `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False.
+
+        Raises:
+            TypeError: an argument that this model cannot honour, by name.
+            ValueError: the attention mask does not cover the cache and the input.
+        """
+        if "lm_labels" in kwargs:  # the seed's word
+            if labels is not None:
+                raise TypeError("Got both labels and lm_labels, two names of one argument: pass labels alone.")
+            labels = kwargs.pop("lm_labels")
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        for name in kwargs:
+            if name not in PASSED_ON and not (name == "head_mask" and TAKES_HEAD_MASK):
+                raise TypeError(f"{type(self).__name__}.forward() {_why_not(name)}")
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
+            position_ids = _positions(attention_mask, tokens, past_key_values)
+
+        body = self.transformer(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = body.last_hidden_state  # [batch, tokens, n_embd]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept, :])
+        value = self.v_head(hidden_states).squeeze(-1)  # [batch, tokens]
+        loss = None
+        if labels is not None:
+            counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **counted)
+        output = GPT2ValueOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=body.past_key_values,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+            cross_attentions=body.cross_attentions,
+            value=value,
+        )
+        if return_dict is None:
+            return_dict = self.config.return_dict if self.returns_dict is None else self.returns_dict
+        return output if return_dict else output.to_tuple()
+
+
+class GPT2HeadWithValueModel(GPT2ValueModel):
+    """The seed notebook's model: a tuple `(logits, past_key_values, ..., value)`, and a head that starts as GPT-2 does.
+
+    Pass `return_dict=True` for a `GPT2ValueOutput`.
+    """
+
+    returns_dict = False
+
+    def _value_head_std(self):
+        return self.config.initializer_range
+
+
+def _positions(attention_mask, tokens, past_key_values):
+    """Position ids `[batch, tokens]` of the last `tokens` columns of a mask `[batch, past + tokens]`."""
+    past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else None
+    if isinstance(past, int) and attention_mask.shape[1] != past + tokens:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns; expected {past + tokens}, one for each of the "
+            f"{past} cached tokens and the {tokens} of the input. Pass the mask of the whole sequence."
+        )
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+
+def _why_not(name):
+    if name == "head_mask":
+        return "cannot honour head_mask: transformers 5 removed it from GPT-2. Leave it out, or use transformers 4."
+    if name in ("mc_token_ids", "mc_labels"):
+        return f"cannot honour {name}: there is no multiple-choice head here. Leave it out."
+    return f"got an unexpected keyword argument {name!r}. Leave it out, or correct its name."
