@@ -39,6 +39,7 @@ class GPT2ValueConfig(GPT2Config):
 
     Raises:
         ValueError: a field has the wrong type or is out of range; the message names it, and what was expected.
+            (transformers 5 checks the types of GPT-2's own fields first, with an error of its own that names them.)
     """
 
     model_type = "gpt2_value"

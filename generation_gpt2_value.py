@@ -148,17 +148,18 @@ def sampling_logprobs(logits, *, temperature=1.0, top_k=0, top_p=1.0, suppress=N
     return torch.full(logits.shape, -math.inf, device=logits.device).scatter(-1, distribution.tokens, logprobs)
 
 
-def draw(logits, uniform, block=256):
+def draw(logits, uniform):
     """One index for each row of `logits [B, K]`, by inversion of `uniform [B]` in [0, 1).
 
-    Blocks are summed first and the index is found inside one block: cumulative sums over a whole vocabulary cost more
-    than the rest of the step. Sums are float64, so that no tail is lost to rounding; an index of probability zero is
-    never returned.
+    Blocks of sqrt(K) are summed first and the index is found inside one block: cumulative sums over a whole vocabulary
+    cost more than the rest of the step. Sums are float64, so that no tail is lost to rounding; an index of probability
+    zero is never returned.
 
     Returns:
         indices `[B]` and the rows' log-normalisers `[B]` float32 (not finite where a logit is NaN or +inf).
     """
     rows, width = logits.shape
+    block = math.isqrt(width - 1) + 1
     highest = logits.max(-1, keepdim=True).values
     weights = nn.functional.pad((logits - highest).exp(), (0, -width % block)).view(rows, -1, block)
     blocks = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, K / block]

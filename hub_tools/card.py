@@ -6,6 +6,7 @@ https://huggingface.co/docs/hub/model-cards#model-card-metadata.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -55,11 +56,11 @@ def load_lines(where: str, *, tokenizer: bool) -> str:
     """The lines that load a package: `where` is a folder, or a repository's id."""
     lines = [
         f"from transformers import AutoModel{', AutoTokenizer' if tokenizer else ''}",
-        f"model = AutoModel.from_pretrained({where!r}, trust_remote_code=True)",
+        f"model = AutoModel.from_pretrained({json.dumps(where)}, trust_remote_code=True)",
     ]
     if tokenizer:
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({where!r})")
-    return "\n".join(lines).replace("'", '"')
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(where)})")
+    return "\n".join(lines)
 
 
 def render_card(
@@ -91,7 +92,9 @@ def render_card(
         )
     if repo_id is not None and not _HUB_ID.fullmatch(repo_id):
         raise CardMetadataError(
-            f"repo_id {repo_id!r} is not a Hub id", expected="user/name", next_step="pass such an id, or leave it out"
+            f"repo_id {repo_id!r} is not a Hub id",
+            expected="user/name",
+            next_step="pass such an id, or leave it out",
         )
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license):
         raise CardMetadataError(
@@ -101,7 +104,9 @@ def render_card(
         )
     for tag in tags:
         if not isinstance(tag, str) or not tag.strip() or "\n" in tag:
-            raise CardMetadataError(f"the tag {tag!r}", expected="a word", next_step="correct it, or leave it out")
+            raise CardMetadataError(
+                f"the tag {tag!r}", expected="a word", next_step="correct it, or leave it out"
+            )
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

@@ -1,59 +1,29 @@
-"""Other people's value-head checkpoints in, as packages of this model; plain GPT-2 out.
+"""Other people's value-head checkpoints, as packages of this model.
 
-Imports torch, transformers, the remote code and the rooms of hub_tools that it needs; peft only for an adapter. What each
-library writes was read in its source, and for TRL in what it writes: trl 0.0.3 to 1.12.0 (the last with the head;
-`trl/experimental/ppo/modeling_value_head.py`), trlx (`trlx/models/modeling_ppo.py`), transformers (`modeling_gpt2.py`).
+Imports torch, transformers, the remote code and the rooms of hub_tools below it: `state_files` reads files without
+running them, `adapters` merges what PEFT wrote, `foreign` knows what each library's tensors mean.
 """
 
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, GenerationConfig, GPT2Config, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from configuration_gpt2_value import GPT2ValueConfig
 from modeling_gpt2_value import GPT2ValueModel
 
-from .errors import (
-    AmbiguousSourceError,
-    FolderRefusedError,
-    MissingFileError,
-    MissingHeadError,
-    NonFiniteWeightsError,
-    TokenizerMismatchError,
-    UnconvertibleHeadError,
-    UnsupportedModelError,
-    WeightsMismatchError,
-)
-from .layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX
+from .adapters import merge_adapter
+from .errors import CorruptFileError, FolderRefusedError, MissingFileError, TokenizerMismatchError
+from .foreign import SourceFormat, translate
+from .layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, TOKENIZER
 from .reading import read_json
 from .save import save_package
 from .state_files import ADAPTER_CONFIG, HEAD_WEIGHTS, MODEL_WEIGHTS, listed, only_one, read_state_dict
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-SourceFormat = Literal["seed", "trl", "trlx", "sequence-classification", "token-classification", "gpt2"]
-
-HEAD_WEIGHT, HEAD_BIAS = "v_head.summary.weight", "v_head.summary.bias"
-
-# A wrapper's own attribute for the model in it: TRL's and trlx's. The head is the wrapper's and stands without.
-PREFIXES = {"pretrained_model.": "trl", "base_model.": "trlx"}
-# trlx's frozen upper layers: a copy of the reference model's, for the KL term.
-REFERENCE_PREFIX = "frozen_head."
-# Causal masks, which GPT-2 checkpoints carried as buffers until 2023.
-OLD_MASK = re.compile(r"transformer\.h\.\d+\.(attn|crossattention)\.(bias|masked_bias)")
-
-TRL_DROPOUT = 0.1  # `summary_dropout_prob` where nobody set it; TRL does not save what somebody set
-CLASSIFIER_DROPOUT = 0.1  # GPT2ForTokenClassification's, where its config has none
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -64,26 +34,13 @@ class Conversion:
     folder: Path  # the package
     source_format: SourceFormat
     prefix: str  # what stood before the body's names: "", "pretrained_model." or "base_model."
-    files: tuple[str, ...]  # the weight files that were read
-    adapter: bool  # a PEFT adapter was merged into its base
+    files: tuple[Path, ...]  # the weight files that were read
+    adapter: bool  # a LoRA was merged into its base
     mapped: dict[str, str]  # the source's tensor -> the package's
     dropped: dict[str, str]  # the source's tensor -> why it is not in the package
-    notes: tuple[str, ...]  # choices that the source left open, and how they were made
-    dtype: torch.dtype  # the body's; the head is always float32
-    tokenizer: str | None  # the class of the tokenizer in the package
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A checkpoint as it lies on the disk, read and not yet understood."""
-
-    state: dict[str, torch.Tensor]
-    config: dict[str, Any]
-    files: tuple[Path, ...]
-    homes: tuple[Path, ...]  # where to look for a tokenizer and a generation config, in this order
-    adapter: bool
-    dropped: dict[str, str]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what the source left open and how it was decided
+    dtype: torch.dtype  # the body's; the head is float32
+    tokenizer: str | None  # the class of the package's tokenizer
 
 
 def convert_checkpoint(
@@ -100,25 +57,25 @@ def convert_checkpoint(
 ) -> Conversion:
     """Write another library's GPT-2 checkpoint as a package of this model, with the same logits and values.
 
-    Understood are: the seed's `GPT2HeadWithValueModel` (also TRL's until 0.1.0); TRL's
+    Understood are: the seed's `GPT2HeadWithValueModel` (which was TRL's until 0.1.0); TRL's
     `AutoModelForCausalLMWithValueHead`, with plain names or below `pretrained_model.`; a PEFT LoRA folder with TRL's
-    head beside the adapter, which is merged; trlx's `AutoModelForCausalLMWithValueHead`, whose two-layer head has no
-    place here (see `init_value_head`); `GPT2ForSequenceClassification` and `GPT2ForTokenClassification` with one label,
-    whose classifier becomes the value head; and plain GPT-2, with `init_value_head`.
+    head beside the adapter, which is merged; trlx's `AutoModelForCausalLMWithValueHead`, whose head of two layers
+    cannot be kept (see `init_value_head`); `GPT2ForSequenceClassification` and `GPT2ForTokenClassification` with one
+    label, whose classifier becomes the value head; and plain GPT-2, with `init_value_head`.
 
-    The body keeps its dtype, the head is float32. Pickles are read with `torch.load(weights_only=True)` and in no other
-    way. No tensor is left out unless the record says so.
+    The body keeps its dtype, the head is float32. Pickles are read with `torch.load(weights_only=True)` and in no
+    other way. No tensor is left out unless the record says so.
 
     Args:
-        source: a folder, or a weight file in it: `*.safetensors`, a `*.index.json` of shards, anything else a pickle.
+        source: a folder, or a weight file: `*.safetensors`, the `*.index.json` of shards, anything else a pickle.
         folder: where the package goes, as for `save_package`.
-        config: GPT-2's `config.json`, or the folder that holds it, where there is none beside the weights.
-        source_format: the library that wrote the checkpoint, where names alone do not tell.
-        base: for an adapter, the folder of the model that it belongs to, instead of the one that `adapter_config.json`
-            names (a path, or a repository on the Hub).
-        tokenizer: a tokenizer or the folder of one, instead of the source's own.
-        summary_first_dropout: probability of the dropout before the head, in training mode, instead of the source's
-            own; TRL's checkpoints do not record it, and 0.1, its default, is assumed.
+        config: GPT-2's `config.json`, or the folder that holds it; by default the one beside the weights.
+        source_format: the library that wrote the checkpoint, where its files do not tell.
+        base: the folder of an adapter's base model; by default the path, or the repository on the Hub, that
+            `adapter_config.json` names.
+        tokenizer: a tokenizer, or the folder of one; by default the source's, where it has one.
+        summary_first_dropout: probability of the dropout before the head in training mode; by default the source's.
+            TRL does not record it: there the default is TRL's, 0.1.
         init_value_head: start with a new head, every value 0, where the source has none or one that cannot be kept.
         overwrite: as for `save_package`.
 
@@ -126,87 +83,165 @@ def convert_checkpoint(
         The record of what was found, mapped and dropped.
 
     Raises:
-        MissingFileError: no weights, or no `config.json`.
-        UnsafePickleError: the pickle would run code. Nothing of it ran.
+        MissingFileError: no weights or no `config.json`, or no base model for an adapter.
+        UnsafePickleError: the pickle asks for more than tensors. Nothing of it ran.
         CorruptFileError, UnsafeFileError: a damaged file, or an index that points elsewhere.
         AmbiguousSourceError: two readings that give different models; the message says how to choose.
-        UnsupportedModelError: the body is not a GPT-2, or is quantised, or an adapter other than LoRA.
-        UnconvertibleHeadError: a head of several layers or labels, without `init_value_head`.
+        UnsupportedModelError: the body is not a GPT-2, or is quantised, or the adapter is not a LoRA.
+        UnconvertibleHeadError: a head of several layers or outputs, without `init_value_head`.
         MissingHeadError: no head, without `init_value_head`.
         WeightsMismatchError: unknown or missing tensors, or other shapes than the configuration calls for.
         NonFiniteWeightsError: NaN or infinity among the weights.
+        TokenizerMismatchError: the source's tokenizer cannot be loaded.
         MissingDependencyError: an adapter, and peft is not installed.
         ValueError: an argument that this source has no use for.
+        And what `save_package` raises.
     """
     source, folder = Path(source), Path(folder)
-    if source_format is not None and source_format not in get_args(SourceFormat):
-        raise ValueError(f"source_format={source_format!r}; expected one of {', '.join(get_args(SourceFormat))}")
-    if folder.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
+    weights = _weights_of(source)
+    home = weights.parent
+    if folder.resolve() == home.resolve():
         raise FolderRefusedError(
-            f"{folder} is the checkpoint to convert", expected="another folder", next_step="name a new folder"
+            f"{folder} holds the checkpoint that is to be converted",
+            expected="another folder for the package",
+            next_step="name a folder that does not exist yet",
         )
-    found = _read_source(source, config=config, base=base)
-    _refuse_other_bodies(found)
-    prefix, understood = _recognise(found, source_format)
-    dropped = dict(found.dropped)
-    notes = list(found.notes)
-
-    value_config, config_notes = _value_config(found, understood, summary_first_dropout)
-    notes += config_notes
-    model = GPT2ValueModel(value_config)
-    wanted = model.state_dict()
-
-    state: dict[str, torch.Tensor] = {}
-    mapped: dict[str, str] = {}
-    head, head_dropped = _head(found.state, understood, value_config, init_value_head=init_value_head)
-    dropped |= head_dropped
-    for key, tensor in found.state.items():
-        if key in head_dropped:
-            continue
-        name = head.get(key) or _body_name(key, prefix)
-        if key.startswith(REFERENCE_PREFIX) and understood == "trlx":
-            dropped[key] = "the frozen layers of trlx's reference model"
-        elif OLD_MASK.fullmatch(name):
-            dropped[key] = "a causal mask, which no GPT-2 stores any more"
-        elif name == "lm_head.weight" and understood.endswith("classification"):
-            raise AmbiguousSourceError(
-                f"{source} is a classifier, and holds {key} as well",
-                next_step="save the model again in one class, and convert that",
+    adapter = weights.name == ADAPTER_CONFIG
+    if adapter:
+        if config is not None:
+            raise ValueError(
+                "config= is for a checkpoint of a whole model; an adapter's base has its own config.json."
             )
-        else:
-            mapped[key] = name
-            state[name] = tensor
-    if len(state) != len(mapped):
-        twice = sorted(key for key, name in mapped.items() if list(mapped.values()).count(name) > 1)
-        raise AmbiguousSourceError(
-            f"{source} holds the same weight under two names: {listed(twice)}",
-            expected="each weight once",
-            next_step="delete one of the two from the state dict, and convert again",
+        merged = merge_adapter(home, None if base is None else Path(base))
+        state, fields, files, dropped = (
+            dict(merged.state),
+            merged.fields,
+            list(merged.files),
+            dict(merged.dropped),
         )
-    _complete(state, wanted, found, value_config, understood, notes)
-    if init_value_head:
-        for name in (HEAD_WEIGHT, HEAD_BIAS):
-            state[name] = torch.zeros_like(wanted[name])
-    _check_shapes(source, state, wanted, {name: key for key, name in mapped.items()})
-    dtype = _body_dtype(source, state, notes)
+        homes = [home, merged.base]
+    else:
+        if base is not None:
+            raise ValueError(f"base= is for an adapter; {source} is a whole model. Leave base out.")
+        state, fields, files, dropped = read_state_dict(weights), _fields(home, config), [weights], {}
+        homes = [home]
+    head_file = _head_file(home, weights, state)
+    if head_file is not None:
+        state |= read_state_dict(head_file)
+        files.append(head_file)
 
-    model.to(dtype)
+    found = translate(
+        str(source),
+        state,
+        fields,
+        source_format=source_format,
+        summary_first_dropout=summary_first_dropout,
+        init_value_head=init_value_head,
+    )
+    model = GPT2ValueModel(found.config)
+    model.to(found.dtype)
     model.v_head.float()
-    model.load_state_dict(state, strict=True)
+    # strict: every tensor of the model is replaced, and nothing is left over
+    model.load_state_dict({"lm_head.weight": found.state["transformer.wte.weight"], **found.state})
     model.eval()
-    _carry_generation_config(model, found.homes)
-    with_tokenizer = _tokenizer(tokenizer, found.homes)
-    save_package(model, folder, with_tokenizer, overwrite=overwrite)
+    _carry_generation_config(model, homes)
+    its_tokenizer = carried_tokenizer(tokenizer, homes)
+    save_package(model, folder, its_tokenizer, overwrite=overwrite)
     return Conversion(
         source=source,
         folder=folder,
-        source_format=understood,
-        prefix=prefix,
-        files=tuple(str(file) for file in found.files),
-        adapter=found.adapter,
-        mapped=mapped,
-        dropped=dropped,
-        notes=tuple(notes),
-        dtype=dtype,
-        tokenizer=type(with_tokenizer).__name__ if with_tokenizer is not None else None,
+        source_format=found.source_format,
+        prefix=found.prefix,
+        files=tuple(files),
+        adapter=adapter,
+        mapped=found.mapped,
+        dropped={**dropped, **found.dropped},
+        notes=found.notes,
+        dtype=found.dtype,
+        tokenizer=None if its_tokenizer is None else type(its_tokenizer).__name__,
     )
+
+
+def _weights_of(source: Path) -> Path:
+    """The file that `source` means: itself, an adapter's `adapter_config.json`, or the model's weights."""
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise MissingFileError(
+            f"there is no file or folder {source}",
+            expected="a checkpoint on this machine",
+            next_step="fetch it first: huggingface_hub.snapshot_download(REPO), which returns its folder",
+        )
+    if (source / ADAPTER_CONFIG).is_file():
+        return source / ADAPTER_CONFIG
+    weights = only_one(source, MODEL_WEIGHTS)
+    if weights is None:
+        names = sorted(path.name for path in source.iterdir())
+        raise MissingFileError(
+            f"{source} holds no weights under a name that transformers gives them: {listed(names) or 'it is empty'}",
+            expected=" or ".join(MODEL_WEIGHTS),
+            next_step="where they are under another name, pass that file itself",
+        )
+    return weights
+
+
+def _fields(home: Path, config: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The configuration of a whole model."""
+    file = home / CONFIG if config is None else Path(config)
+    file = file / CONFIG if file.is_dir() else file
+    if not file.is_file():
+        raise MissingFileError(
+            f"there is no {file}: weights alone do not say how many attention heads they are for",
+            expected="the config.json of the GPT-2 that was trained",
+            next_step="pass it: config=FILE, or the folder of the model that the training began with",
+        )
+    return read_json(file.parent, file.name)
+
+
+def _head_file(home: Path, weights: Path, state: Mapping[str, torch.Tensor]) -> Path | None:
+    """The separate file of the value head, beside an adapter or beside a model without one."""
+    if any(key.startswith(HEAD_PREFIX) for key in state):
+        return None
+    names = HEAD_WEIGHTS if weights.name == ADAPTER_CONFIG else HEAD_WEIGHTS[1:]
+    return only_one(home, names)
+
+
+def _carry_generation_config(model: GPT2ValueModel, homes: Sequence[Path]) -> None:
+    home = next((home for home in homes if (home / GENERATION_CONFIG).is_file()), None)
+    if home is None:
+        return
+    fields = read_json(home, GENERATION_CONFIG)
+    try:
+        model.generation_config = GenerationConfig.from_dict(fields)
+        model.generation_config.validate(strict=True)
+    except (ValueError, TypeError) as err:
+        raise CorruptFileError(
+            f"{home / GENERATION_CONFIG} is not valid: {err}",
+            next_step="correct the field, or remove the file: the model works without it",
+        ) from err
+
+
+def carried_tokenizer(
+    given: PreTrainedTokenizerBase | str | os.PathLike[str] | None, homes: Sequence[Path]
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was given, or the first that lies in one of `homes`; None where there is none.
+
+    Raises:
+        TokenizerMismatchError: its files cannot be loaded without running code of theirs.
+    """
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    folders = [Path(given)] if given is not None else homes
+    home = next((home for home in folders if any((home / name).is_file() for name in TOKENIZER)), None)
+    if home is None and given is None:
+        return None
+    home = home or folders[0]
+    try:
+        return AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as err:
+        # transformers raises any of these on tokenizer files that are not complete
+        raise TokenizerMismatchError(
+            f"the tokenizer in {home} cannot be loaded: {str(err).splitlines()[0] if str(err) else type(err).__name__}",
+            expected="the files of a tokenizer of transformers' own",
+            next_step="pass a tokenizer: tokenizer=, or move its files out of the folder",
+        ) from err

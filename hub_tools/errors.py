@@ -46,6 +46,10 @@ class NonFiniteWeightsError(GPT2ValueHubError, ValueError):
     """A weight is NaN or infinite."""
 
 
+class UnsavableConfigError(GPT2ValueHubError, ValueError):
+    """A config or a generation_config with values that could not be loaded again."""
+
+
 class TokenizerMismatchError(GPT2ValueHubError, ValueError):
     """A tokenizer that does not fit the model, or that a package cannot hold."""
 

@@ -7,7 +7,6 @@ The idea, look before you load, is skops': https://skops.readthedocs.io/en/stabl
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 from . import layout
 from .errors import (
-    ChangedFileError,
     CodeReferenceError,
     CorruptFileError,
     MissingFileError,
@@ -24,6 +22,7 @@ from .errors import (
     WeightsMismatchError,
 )
 from .reading import AGAIN, MIB, Tensor, file_in, read_json, read_safetensors_header
+from .record import Record, read_record
 
 TOKENIZER_LIMIT = 256 * MIB  # a vocabulary of a million tokens, with its merges, is about 100 MB
 CODE_LIMIT = 4 * MIB
@@ -41,10 +40,18 @@ class CodeFile:
 
 @dataclass(frozen=True)
 class Head:
-    """The value head's projection: `[1, n_embd]` gives one value per token."""
+    """The value head's projection: `[1, n_embd]` gives one value per token. `()` if its config says no projection:
+    then the value is the hidden state, and the head has no weights."""
 
     shape: tuple[int, ...]
     dtype: str
+
+    def describe(self) -> str:
+        return (
+            f"{list(self.shape)} {self.dtype}"
+            if self.shape
+            else "no projection: the value is the hidden state"
+        )
 
 
 @dataclass(frozen=True)
@@ -74,16 +81,9 @@ class PackageReport:
     pickles: tuple[str, ...]
     foreign: tuple[str, ...]  # other files that do not belong to a package
 
-    @property
-    def code_is_installed(self) -> bool:
-        """Whether all the code is byte-identical to this installed version's."""
-        return {file.name for file in self.code} >= set(layout.REMOTE_CODE) and all(
-            file.installed for file in self.code
-        )
-
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return {**asdict(self), "folder": str(self.folder), "code_is_installed": self.code_is_installed}
+        return {**asdict(self), "folder": str(self.folder)}
 
 
 def inspect_package(source: str | os.PathLike[str], *, hash_weights: bool = False) -> PackageReport:
@@ -126,7 +126,7 @@ def inspect_package(source: str | os.PathLike[str], *, hash_weights: bool = Fals
         dtypes[FLOATS[tensor.dtype]] = dtypes.get(FLOATS[tensor.dtype], 0) + tensor.elements
 
     code = _read_code(folder, names)
-    record = read_json(folder, layout.RECORD, limit=16 * MIB) if layout.RECORD in names else None
+    record = read_record(folder) if layout.RECORD in names else None
     used = {layout.WEIGHTS_INDEX, *shards}
     return PackageReport(
         source=str(source),
@@ -209,7 +209,11 @@ def _check_config(config: dict[str, Any]) -> None:
         expect(name, type(value) is int and 0 < value < 1 << 31, "a positive whole number")
     expect("n_embd", config["n_embd"] % config["n_head"] == 0, f"a multiple of n_head = {config['n_head']}")
     inner = config.get("n_inner")
-    expect("n_inner", inner is None or (type(inner) is int and 0 < inner < 1 << 31), "a positive whole number, or null")
+    expect(
+        "n_inner",
+        inner is None or (type(inner) is int and 0 < inner < 1 << 31),
+        "a positive whole number, or null",
+    )
     for name in ("tie_word_embeddings", "add_cross_attention", "summary_use_proj", "summary_proj_to_labels"):
         expect(name, type(config.get(name, True)) is bool, "true or false")
     # names under which transformers would read the same fields a second time, behind our back
@@ -268,7 +272,9 @@ def _read_weights(folder: Path, names: list[str], pickles: tuple[str, ...]) -> d
     weight_map = read_json(folder, layout.WEIGHTS_INDEX, limit=16 * MIB).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(
-            f"{layout.WEIGHTS_INDEX} has no weight_map", expected="tensor names and their files", next_step=AGAIN
+            f"{layout.WEIGHTS_INDEX} has no weight_map",
+            expected="tensor names and their files",
+            next_step=AGAIN,
         )
     for shard in weight_map.values():
         if not isinstance(shard, str) or not layout.SHARD.fullmatch(shard):
@@ -303,7 +309,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     unknown = sorted(set(tensors) - set(expected))
     missing = sorted(set(expected) - set(tensors))
     if head_names and not any(name.startswith(layout.HEAD_PREFIX) for name in tensors):
-        missing = [name for name in missing if name not in head_names]  # no head at all is reported, not refused
+        missing = [
+            name for name in missing if name not in head_names
+        ]  # no head at all is reported, not refused
     if unknown or missing:
         what = f"unknown tensors: {unknown[:5]}" if unknown else f"missing tensors: {missing[:5]}"
         raise WeightsMismatchError(
@@ -318,6 +326,8 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
                 expected=f"shape {list(expected[name])}, in one of {sorted(FLOATS)}",
                 next_step=AGAIN,
             )
+    if not head_names:
+        return Head((), "")
     head = tensors.get(layout.HEAD_PREFIX + "summary.weight")
     return Head(head.shape, FLOATS[head.dtype]) if head is not None else None
 
@@ -334,7 +344,10 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     def norm(name: str) -> dict[str, tuple[int, ...]]:
         return {f"{name}.weight": (n,), f"{name}.bias": (n,)}
 
-    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocab, n), "transformer.wpe.weight": (positions, n)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (vocab, n),
+        "transformer.wpe.weight": (positions, n),
+    }
     for i in range(config["n_layer"]):
         layer = f"transformer.h.{i}"
         shapes |= norm(f"{layer}.ln_1") | norm(f"{layer}.ln_2")
@@ -342,7 +355,9 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= conv(f"{layer}.mlp.c_fc", n, inner) | conv(f"{layer}.mlp.c_proj", inner, n)
         if config.get("add_cross_attention", False):
             shapes |= norm(f"{layer}.ln_cross_attn") | conv(f"{layer}.crossattention.c_attn", n, 2 * n)
-            shapes |= conv(f"{layer}.crossattention.q_attn", n, n) | conv(f"{layer}.crossattention.c_proj", n, n)
+            shapes |= conv(f"{layer}.crossattention.q_attn", n, n) | conv(
+                f"{layer}.crossattention.c_proj", n, n
+            )
     shapes |= norm("transformer.ln_f")
     if not _tied(config):
         shapes["lm_head.weight"] = (vocab, n)
@@ -360,36 +375,31 @@ def _read_code(folder: Path, names: list[str]) -> tuple[CodeFile, ...]:
         if name.endswith((".py", ".pyc", ".so", ".pyd")):
             size = file_in(folder, name).stat().st_size
             if size > CODE_LIMIT:
-                raise CorruptFileError(f"{name!r} has {size:,} bytes", expected=f"at most {CODE_LIMIT:,}", next_step=AGAIN)
+                raise CorruptFileError(
+                    f"{name!r} has {size:,} bytes", expected=f"at most {CODE_LIMIT:,}", next_step=AGAIN
+                )
             digest = layout.sha256_of(folder / name)
             files.append(CodeFile(name, digest, installed.get(name) == digest))
     return tuple(files)
 
 
-def _versions(config: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, str]:
+def _versions(config: Mapping[str, Any], record: Record | None) -> dict[str, str]:
     """The versions of what wrote the package."""
-    versions = {"transformers": config.get("transformers_version")} | ((record or {}).get("versions") or {})
-    return {str(name)[:40]: str(version)[:40] for name, version in versions.items() if version is not None}
+    if record is not None:
+        return record.versions
+    version = config.get("transformers_version")
+    return {} if version is None else {"transformers": str(version)[:40]}
 
 
-def _changed(
-    folder: Path, names: list[str], record: Mapping[str, Any] | None, *, hash_weights: bool
-) -> tuple[str, ...]:
-    """The recorded files that are not as they were saved; weights only if they are to be hashed."""
+def _changed(folder: Path, names: list[str], record: Record | None, *, hash_weights: bool) -> tuple[str, ...]:
+    """Files that are recorded and not as they were saved, or that should be recorded and are not."""
     if record is None:
         return ()
-    files = record.get("sha256")
-    if not isinstance(files, dict) or not all(
-        isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in files.values()
-    ):
-        raise CorruptFileError(
-            f"{layout.RECORD}: 'sha256' is not a table of file names and hashes", next_step=AGAIN
-        )
-    changed = []
-    for name, digest in files.items():
-        if not layout.written_by_save(name) or name not in names:
-            changed.append(name)
-        elif hash_weights or layout.kind_of(name) != "weights":
-            if layout.sha256_of(file_in(folder, name)) != digest:
-                changed.append(name)
+    here = {name for name in names if layout.written_by_save(name)} - {layout.CARD, layout.RECORD}
+    changed = set(record.sha256) ^ here
+    for name in here & set(record.sha256):
+        if (hash_weights or layout.kind_of(name) != "weights") and (
+            layout.sha256_of(file_in(folder, name)) != record.sha256[name]
+        ):
+            changed.add(name)
     return tuple(sorted(changed))

@@ -139,7 +139,9 @@ def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
     path = file_in(folder, name)
     size = path.stat().st_size
     if size < 8:
-        raise corrupt(f"a file of {size} bytes", "a safetensors file, which begins with the 8-byte length of its header")
+        raise corrupt(
+            f"a file of {size} bytes", "a safetensors file, which begins with the 8-byte length of its header"
+        )
     (length,) = struct.unpack("<Q", _read(path, 0, 8, name, exactly=True))
     if length > min(size - 8, HEADER_LIMIT):
         raise corrupt(
@@ -159,15 +161,24 @@ def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
 
     tensors, spans = {}, []
     for tensor_name, entry in header.items():
-        tensors[tensor_name], span = _tensor(entry, lambda found, t=tensor_name: corrupt(f"tensor {t!r}: {found}", "dtype, shape and data_offsets that agree"))
+        tensors[tensor_name], span = _tensor(
+            entry,
+            lambda found, t=tensor_name: corrupt(
+                f"tensor {t!r}: {found}", "dtype, shape and data_offsets that agree"
+            ),
+        )
         spans.append(span)
     position = 0
     for begin, end in sorted(spans):
         if begin != position:
-            raise corrupt(f"its tensors overlap or leave a hole at byte {position:,}", "tensors one after the other")
+            raise corrupt(
+                f"its tensors overlap or leave a hole at byte {position:,}", "tensors one after the other"
+            )
         position = end
     if position != size - 8 - length:
-        raise corrupt(f"{size - 8 - length:,} bytes of data", f"the {position:,} bytes that its header describes")
+        raise corrupt(
+            f"{size - 8 - length:,} bytes of data", f"the {position:,} bytes that its header describes"
+        )
     return tensors
 
 
@@ -179,9 +190,17 @@ def _tensor(entry: Any, corrupt: Any) -> tuple[Tensor, tuple[int, int]]:
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise corrupt(f"dtype {str(dtype)[:40]!r}")
     # more than 8 dimensions or 2**48 elements is nobody's GPT-2, and Python's integers would follow any nonsense
-    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) > 8
+        or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
+    ):
         raise corrupt(f"shape {str(shape)[:80]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int and n >= 0 for n in offsets)
+    ):
         raise corrupt(f"data_offsets {str(offsets)[:80]}")
     begin, end = offsets
     tensor = Tensor(dtype, tuple(shape))
@@ -203,5 +222,7 @@ def _read(path: Path, offset: int, limit: int, name: str, *, exactly: bool = Fal
             return file.read(limit)
     except OSError as error:
         raise UnsafeFileError(
-            f"{name} cannot be read: {error.strerror}", expected="a readable file", next_step=f"check its permissions: ls -l {path}"
+            f"{name} cannot be read: {error.strerror}",
+            expected="a readable file",
+            next_step=f"check its permissions: ls -l {path}",
         ) from error

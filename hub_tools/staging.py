@@ -1,0 +1,171 @@
+"""Replace a folder by another in one step, so that a process killed at any moment leaves the old one or the new one.
+
+Imports the standard library, filelock, `errors` and `layout`. The new folder is prepared beside the old one, in
+`.<name>.saving-xxxxxxxx/package`, synced to the disk, and then exchanged with it: renameat2(2) with RENAME_EXCHANGE
+on Linux, renamex_np(2) with RENAME_SWAP on macOS. Where the file system knows no exchange, the old folder is renamed
+to `previous` in the staging folder, and the new one to its place; between these two renames the place is empty, and
+a process killed just there leaves `previous`, which the next save puts back before it does anything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from . import layout
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # linux/fs.h; macOS's RENAME_SWAP, in sys/stdio.h, is 2 as well
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+class Staging:
+    """A folder beside `target`, and the way to put what was prepared in it in the target's place."""
+
+    def __init__(self, home: Path, target: Path) -> None:
+        self.home = home
+        self.target = target
+        self.package = home / "package"
+        self.package.mkdir()
+
+    def commit(self) -> bool:
+        """Put the package in the target's place; return whether it replaced something.
+
+        Raises:
+            OSError: the system refused; the target is as it was.
+        """
+        _sync_tree(self.package)
+        replaced = False
+        while True:
+            try:
+                os.rename(
+                    self.package, self.target
+                )  # succeeds where the target is absent, or an empty folder
+                break
+            except OSError as error:
+                if error.errno not in _OCCUPIED:
+                    raise
+            try:
+                shutil.copymode(self.target, self.package)
+                if exchange(self.package, self.target):
+                    replaced = True
+                    break
+                self._make_room()
+                replaced = True
+            except FileNotFoundError:  # another save was faster, and is between its two renames
+                continue
+        _sync(self.target.parent)
+        return replaced
+
+    def _make_room(self) -> None:
+        previous = self.home / "previous"
+        if (
+            previous.exists()
+        ):  # another save took the place between our two renames: that one is the previous now
+            shutil.rmtree(previous)
+        os.rename(self.target, previous)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Staging]:
+    """A `Staging` for `target`; its folder is gone afterwards, whatever happens, unless the process is killed.
+
+    Cleans up after saves of the same target that were killed. Saves of the same target that run at the same time do
+    not disturb each other, and the last to finish wins: each holds a lock in its own staging folder, and what is
+    locked is not cleaned. Where the file system has no locks, nothing is cleaned.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clean(target)
+    home, lock = _locked_home(target)
+    try:
+        yield Staging(home, target)
+    finally:
+        previous = home / "previous"
+        if previous.is_dir() and not target.exists():
+            os.rename(previous, target)
+        shutil.rmtree(home, ignore_errors=True)  # what cannot be removed now, the next save removes
+        lock.release()
+        shutil.rmtree(home, ignore_errors=True)  # Windows removes no file that is locked
+
+
+def clean(target: Path) -> None:
+    """Remove what killed saves of `target` left beside it, after putting back a package that one had in its hands."""
+    pattern = layout.staging_name(target)
+    for home in sorted(target.parent.iterdir()):
+        if not pattern.fullmatch(home.name) or home.is_symlink() or not home.is_dir():
+            continue
+        lock = FileLock(home / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except (Timeout, NotImplementedError, OSError):  # at work, or no locks here, or just gone
+            continue
+        try:
+            previous = home / "previous"
+            if previous.is_dir() and not target.exists():
+                os.rename(previous, target)
+            shutil.rmtree(home, ignore_errors=True)
+        finally:
+            lock.release()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _locked_home(target: Path) -> tuple[Path, FileLock]:
+    while True:
+        home = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
+        lock = FileLock(home / "lock")
+        try:
+            lock.acquire()
+        except NotImplementedError:
+            return home, lock
+        # somebody's clean() may have seen the folder before it was locked, and removed it
+        if (home / "lock").exists():
+            return home, lock
+        lock.release()
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step. False where the system or the file system knows no such step.
+
+    Raises:
+        OSError: the system knows it, and refused.
+    """
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    first, second = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "darwin":
+        result = libc.renamex_np(first, second, _RENAME_EXCHANGE)
+    elif hasattr(libc, "renameat2"):  # glibc 2.28, musl 1.2.6
+        result = libc.renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE)
+    else:
+        return False
+    if result == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush files and folder to the disk, so that a power cut after the rename finds the data behind the names."""
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,137 @@
+"""Small real models and checkpoints that the tests share. Nothing here needs a network."""
+
+import json
+import logging
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from configuration_gpt2_value import GPT2ValueConfig
+from modeling_gpt2_value import GPT2ValueModel
+
+torch.set_num_threads(1)  # small models run faster so, and results repeat
+
+TINY = {
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 4,
+    "vocab_size": 96,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_code_cache(tmp_path_factory, monkeypatch):
+    """Remote code of each test is imported from a cache of its own, so that no test sees another's modules."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+
+
+@pytest.fixture
+def tiny_config():
+    return GPT2ValueConfig(**TINY)
+
+
+def make_tiny_model(seed=0, **fields):
+    """A `GPT2ValueModel` with weights large enough that its logits and values differ visibly from token to token."""
+    torch.manual_seed(seed)
+    model = GPT2ValueModel(GPT2ValueConfig(**{**TINY, "value_head_initializer_range": 0.5, **fields}))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith("transformer.") and weight.dim() == 2:
+                weight.mul_(5)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_model():
+    return make_tiny_model()
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:95]
+    vocabulary = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def plain_twin(model):
+    """A `GPT2LMHeadModel` with the same body and the same weights."""
+    fields = {**model.config.to_dict(), "model_type": "gpt2"}
+    for name in ("auto_map", "architectures", "id2label", "label2id"):
+        fields.pop(name)
+    config = GPT2Config(**fields)
+    config._attn_implementation = model.config._attn_implementation
+    twin = GPT2LMHeadModel(config)
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("v_head.")}
+    twin.load_state_dict(weights)
+    return twin.train(model.training)
+
+
+def write_published_checkpoint(folder, *, safetensors=True, **fields):
+    """A plain GPT-2 laid out like the one that OpenAI's weights were published as; returns its `GPT2LMHeadModel`."""
+    model = plain_twin(make_tiny_model(**fields))
+    weights = {name.removeprefix("transformer."): w for name, w in model.state_dict().items()}
+    del weights["lm_head.weight"]  # tied: the published files hold it once
+    positions = model.config.n_positions
+    for layer in range(model.config.n_layer):
+        causal = torch.tril(torch.ones(positions, positions)).view(1, 1, positions, positions)
+        weights[f"h.{layer}.attn.bias"] = causal
+        weights[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    folder.mkdir(parents=True, exist_ok=True)
+    if safetensors:
+        contiguous = {name: w.contiguous() for name, w in weights.items()}
+        save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        torch.save(weights, folder / "pytorch_model.bin")
+    config = {
+        "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.1,
+        "bos_token_id": 0,
+        "embd_pdrop": 0.1,
+        "eos_token_id": 0,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2",
+        "n_ctx": positions,
+        "n_embd": model.config.n_embd,
+        "n_head": model.config.n_head,
+        "n_layer": model.config.n_layer,
+        "n_positions": positions,
+        "resid_pdrop": 0.1,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "vocab_size": model.config.vocab_size,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return model.eval()
+
+
+@pytest.fixture
+def transformers_log(caplog, monkeypatch):
+    """`caplog` that hears what transformers warns about."""
+    from transformers.utils import logging as transformers_logging
+
+    root = logging.getLogger("transformers")
+    monkeypatch.setattr(root, "propagate", True)
+    transformers_logging.set_verbosity_warning()
+    return caplog

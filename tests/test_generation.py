@@ -1,0 +1,552 @@
+"""What is sampled is what is scored: one distribution, two readers, and nothing else can change it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import make_tiny_model, plain_twin
+from scipy import stats
+from torch.nn.functional import log_softmax
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from generation_gpt2_value import (
+    Rollout,
+    draw,
+    rescore,
+    respond_to_batch,
+    rollout,
+    sampling_distribution,
+    sampling_logprobs,
+)
+
+RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
+EOS = [1, 2, 3, 4, 5, 6, 7, 8]  # several, so that rows of a random model end early
+
+
+def assert_rescoring_gives_the_rollout_back(model, drawn, atol=1e-5):
+    scored = rescore(model, drawn)
+    torch.testing.assert_close(scored.logprobs, drawn.logprobs, atol=atol, rtol=0)
+    if drawn.values is None:
+        assert scored.values is None
+    else:
+        torch.testing.assert_close(scored.values, drawn.values, atol=atol, rtol=0)
+
+
+# rollout = rescore
+
+
+@pytest.mark.parametrize("min_new_tokens", [0, 5])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("top_k", [0, 1, 10, 500])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.0])
+def test_rescoring_gives_the_rollout_back(temperature, top_k, top_p, min_new_tokens):
+    for training, dropout, eos in itertools.product([True, False], [0.0, 0.5], [None, EOS]):
+        pdrops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"), dropout)
+        model = make_tiny_model(**pdrops, summary_last_dropout=dropout).train(training)
+        drawn = model.rollout(
+            RAGGED,
+            max_new_tokens=12,
+            min_new_tokens=min_new_tokens if eos else 0,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos,
+            num_return_sequences=3,
+        )
+        assert_rescoring_gives_the_rollout_back(model, drawn)
+        assert model.training == training
+        assert_rescoring_gives_the_rollout_back(model.train(not training), drawn)
+
+
+def test_nothing_of_the_checkpoints_generation_config_reaches_a_rollout(tmp_path):
+    model = make_tiny_model()
+    torch.manual_seed(0)
+    expected = model.rollout(RAGGED, max_new_tokens=10)
+    model.generation_config.update(
+        do_sample=True,
+        temperature=0.01,
+        top_k=1,
+        top_p=0.1,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=9,
+        max_new_tokens=2,
+        eos_token_id=list(range(90)),
+        pad_token_id=3,
+        suppress_tokens=list(range(50)),
+        forced_eos_token_id=77,
+    )
+    torch.manual_seed(0)
+    hostile = model.rollout(RAGGED, max_new_tokens=10)
+    assert torch.equal(hostile.sequences, expected.sequences)
+    assert_rescoring_gives_the_rollout_back(model, hostile)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8, "temperature": 1.5}, {"top_k": 5}])
+def test_left_and_right_padding_and_lists_give_the_same_rollout(settings):
+    model = make_tiny_model()
+    longest = 8  # more than the longest prompt: columns that are padding in every row
+    outputs = []
+    for place in ("list", "left", "right"):
+        if place == "list":
+            queries, mask = RAGGED, None
+        else:
+            queries = torch.full((len(RAGGED), longest), 95)
+            mask = torch.zeros((len(RAGGED), longest), dtype=torch.long)
+            for row, prompt in enumerate(RAGGED):
+                where = slice(longest - len(prompt), None) if place == "left" else slice(0, len(prompt))
+                queries[row, where], mask[row, where] = prompt, 1
+        torch.manual_seed(0)
+        outputs.append(model.rollout(queries, attention_mask=mask, max_new_tokens=10, **settings))
+    for other in outputs[1:]:
+        assert torch.equal(other.responses, outputs[0].responses)
+        torch.testing.assert_close(other.logprobs, outputs[0].logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(other.values, outputs[0].values, atol=1e-5, rtol=0)
+        assert_rescoring_gives_the_rollout_back(model, other)
+
+
+def test_a_row_is_scored_alike_alone_and_in_a_batch():
+    model = make_tiny_model()
+    drawn = model.rollout(RAGGED, max_new_tokens=10, eos_token_id=EOS, top_p=0.9)
+    for row in range(len(RAGGED)):
+        alone = rescore(model, drawn[[row]])
+        torch.testing.assert_close(alone.logprobs[0], drawn.logprobs[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.values[0], drawn.values[row], atol=1e-5, rtol=0)
+
+
+def test_log_probabilities_are_those_of_a_plain_forward_pass():
+    """A road that shares no code with the sampler: GPT-2 itself, one row at a time, without padding or cache."""
+    model = make_tiny_model()
+    twin = plain_twin(model)
+    drawn = model.rollout(RAGGED, max_new_tokens=10, temperature=0.7)
+    for row, prompt in enumerate(RAGGED):
+        tokens = torch.cat([prompt, drawn.responses[row]])[None]
+        logprobs = log_softmax(twin(tokens).logits[0, len(prompt) - 1 : -1] / 0.7, -1)
+        expected = logprobs.gather(-1, drawn.responses[row][:, None]).squeeze(-1)
+        torch.testing.assert_close(drawn.logprobs[row], expected, atol=1e-5, rtol=0)
+        values = model(tokens).value[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(drawn.values[row], values, atol=1e-5, rtol=0)
+
+
+# Sampling is exact
+
+
+def enumerate_sequences(model, prompt, length, **settings):
+    """Every sequence and its probability, by walking through the whole tree."""
+    vocabulary = model.config.vocab_size
+    sequences = torch.tensor(list(itertools.product(range(vocabulary), repeat=length)))
+    tokens = torch.cat([prompt.expand(len(sequences), -1), sequences], 1)
+    with torch.no_grad():
+        logits = plain_twin(model)(tokens).logits[:, prompt.shape[0] - 1 : -1].double()
+    return sequences, logits
+
+
+def chi_square_p(counts, expected):
+    """The p-value; cells that expect fewer than 5 are pooled, and impossible ones must be empty."""
+    assert counts[expected == 0].sum() == 0
+    small = expected < 5
+    observed = torch.cat([counts[~small], counts[small].sum()[None]])
+    wanted = torch.cat([expected[~small], expected[small].sum()[None]])
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    return stats.chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"temperature": 2.0, "top_k": 4, "top_p": 0.8},
+        {"eos_token_id": 2, "min_new_tokens": 2},
+        {"eos_token_id": [2, 4]},
+    ],
+    ids=str,
+)
+def test_sampled_sequences_follow_the_enumerated_distribution(settings):
+    """Chi-square over 200,000 sequences; probabilities by enumeration, in float64, with code of this test only."""
+    V, T, N = 6, 3, 200_000
+    model = make_tiny_model(vocab_size=V, n_embd=16, n_layer=1)
+    prompt = torch.tensor([1, 3])
+    sequences, logits = enumerate_sequences(model, prompt, T)
+    eos = settings.get("eos_token_id", [])
+    eos = eos if isinstance(eos, list) else [eos]
+    logprob = torch.zeros(len(sequences), dtype=torch.float64)
+    ended = torch.zeros(len(sequences), dtype=torch.bool)
+    impossible = torch.zeros(len(sequences), dtype=torch.bool)
+    for t in range(T):
+        step = logits[:, t].clone()
+        if t < settings.get("min_new_tokens", 0):
+            step[:, eos] = -math.inf
+        step /= settings.get("temperature", 1.0)
+        if k := settings.get("top_k"):
+            step[step < step.sort(descending=True).values[:, k - 1 : k]] = -math.inf
+        if p := settings.get("top_p"):
+            ordered, where = step.softmax(-1).sort(descending=True)
+            drop = ordered.cumsum(-1) - ordered >= p
+            step[drop.scatter(-1, where, drop)] = -math.inf
+        token = sequences[:, t]
+        logprob += torch.where(ended, 0.0, step.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1))
+        impossible |= ended & (token != (eos[0] if eos else 0))  # after the end there is only padding
+        ended |= torch.isin(token, torch.tensor(eos))
+    expected = logprob.exp().masked_fill(impossible, 0.0)
+    assert expected.sum() == pytest.approx(1.0)
+
+    torch.manual_seed(0)
+    drawn = model.rollout(prompt[None], max_new_tokens=T, num_return_sequences=N, **settings).responses
+    index = (drawn * V ** torch.arange(T - 1, -1, -1)).sum(-1)
+    counts = torch.bincount(index, minlength=V**T)
+    assert chi_square_p(counts, expected * N) > 1e-3
+
+
+@pytest.mark.parametrize("width", [1, 2, 255, 256, 257, 1000, 50257])
+def test_drawing_is_the_exact_inverse_of_the_distribution_function(width):
+    """Uniforms in the middle of each index's interval give that index; intervals of zero length are never hit."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, width) * 3
+    logits[0, torch.randperm(width)[: width // 3]] = -math.inf
+    weights = (logits[0] - logits.max()).exp().double()
+    edges = weights.cumsum(-1) / weights.sum()
+    possible = (logits[0] > -math.inf).nonzero().squeeze(-1)
+    possible = possible[:: max(1, len(possible) // 500)]
+    middle = (edges[possible] + torch.cat([torch.zeros(1).double(), edges])[possible]) / 2
+    indices, normaliser = draw(logits.expand(len(possible), -1), middle)
+    assert torch.equal(indices, possible)
+    torch.testing.assert_close(normaliser, logits.logsumexp(-1).expand(len(possible)), atol=1e-5, rtol=0)
+
+
+def test_an_impossible_index_is_never_drawn_whatever_the_uniform():
+    for possible in ([0], [255], [256], [700], [999], [3, 512, 998]):
+        logits = torch.full((1, 1000), -math.inf)
+        logits[0, possible] = 0.0
+        uniforms = torch.tensor([0.0, 1e-300, 0.5, 1 - 2**-53, 1.0], dtype=torch.float64)
+        indices, _ = draw(logits.expand(5, -1), uniforms)
+        assert set(indices.tolist()) <= set(possible)
+
+
+def test_a_rare_token_is_drawn_as_often_as_it_should():
+    """Float32 sums over a vocabulary lose a tail of 1e-8; 50,000 such tokens together have the probability 5e-4."""
+    logits = torch.full((1, 50257), math.log(1e-8))
+    logits[0, 0] = 0.0
+    uniforms = (torch.arange(2_000_000, dtype=torch.float64) + 0.5) / 2_000_000
+    tail = sum(int((draw(logits.expand(2000, -1), chunk)[0] > 0).sum()) for chunk in uniforms[-4000:].split(2000))
+    assert tail == pytest.approx(2_000_000 * 50256e-8 / (1 + 50256e-8), abs=1)
+
+
+# The one distribution
+
+
+def test_truncation_keeps_exactly_the_tokens_it_should():
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    for settings, kept in (
+        ({"top_k": 2}, 2),
+        ({"top_p": 0.35}, 1),
+        ({"top_p": 0.4001}, 2),
+        ({"top_p": 0.71}, 3),
+        ({"top_k": 3, "top_p": 0.5}, 2),
+        ({"top_k": 99}, 4),
+        ({}, 4),
+    ):
+        probs = sampling_logprobs(logits, **settings).exp()
+        assert (probs > 0).sum() == kept
+        assert probs.sum() == pytest.approx(1.0)
+        torch.testing.assert_close(probs[:kept] / probs[0], logits[:kept].exp() / 0.4)
+
+
+def test_ties_are_cut_to_exactly_top_k():
+    probs = sampling_logprobs(torch.zeros(5, 100), top_k=7).exp()
+    assert ((probs > 0).sum(-1) == 7).all()
+
+
+def test_rescoring_decides_on_the_edge_of_top_p_as_sampling_did():
+    """Rounding moves logits by 1e-6 and so a token over the edge of top_p; the rollout's count settles it."""
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    sampled = sampling_distribution(probs.log(), top_p=0.8 - 1e-7)
+    nudged = (probs + torch.tensor([[-4e-7, 2e-7, 1e-7, 1e-7]])).log()
+    alone = sampling_distribution(nudged, top_p=0.8 - 1e-7)
+    assert (sampled.support.item(), alone.support.item()) == (2, 3)
+    settled = sampling_distribution(nudged, top_p=0.8 - 1e-7, support=sampled.support)
+    assert settled.support.item() == 2
+    other_model = torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log()
+    assert sampling_distribution(other_model, top_p=0.6, support=torch.tensor([1])).support.item() == 3
+
+
+def test_a_token_that_another_model_excludes_has_no_probability_there():
+    model, other = make_tiny_model(seed=0), make_tiny_model(seed=1)
+    drawn = model.rollout(RAGGED, max_new_tokens=10, top_k=3)
+    scored = rescore(other, drawn).logprobs
+    assert scored.isneginf().any()
+    assert not rescore(model, drawn).logprobs.isneginf().any()
+
+
+# What a rollout says of itself
+
+
+def test_the_masks_say_what_was_drawn():
+    model = make_tiny_model()
+    drawn = model.rollout(RAGGED * 20, max_new_tokens=12, eos_token_id=EOS, pad_token_id=90)
+    P = drawn.sequences.shape[1] - 12
+    assert drawn.sequences.dtype == drawn.attention_mask.dtype == torch.long
+    assert drawn.response_mask.dtype == drawn.truncated.dtype == torch.bool
+    assert drawn.logprobs.dtype == drawn.values.dtype == torch.float32
+    assert torch.equal(drawn.responses, drawn.sequences[:, P:])
+    assert torch.equal(drawn.attention_mask[:, P:].bool(), drawn.response_mask)
+    assert 0 < drawn.truncated.sum() < len(drawn)
+    for row in range(len(drawn)):
+        prompt = RAGGED[row % len(RAGGED)]
+        assert torch.equal(drawn.sequences[row, P - len(prompt) : P], prompt)
+        assert drawn.attention_mask[row, :P].sum() == len(prompt)
+        length = int(drawn.response_mask[row].sum())
+        assert drawn.response_mask[row, :length].all()
+        is_eos = torch.isin(drawn.responses[row, :length], torch.tensor(EOS))
+        assert not is_eos[:-1].any()
+        assert bool(is_eos[-1]) != bool(drawn.truncated[row])
+        assert (drawn.responses[row, length:] == 90).all()
+        assert not drawn.logprobs[row, length:].any()
+        assert not drawn.values[row, length:].any()
+        assert (drawn.logprobs[row, :length] < 0).all()
+
+
+def test_without_an_end_of_text_every_row_is_full_and_truncated():
+    drawn = make_tiny_model().rollout(RAGGED, max_new_tokens=7)
+    assert drawn.response_mask.all()
+    assert drawn.truncated.all()
+
+
+def test_no_end_of_text_before_min_new_tokens():
+    drawn = make_tiny_model().rollout(RAGGED * 50, max_new_tokens=8, min_new_tokens=5, eos_token_id=EOS)
+    early = drawn.responses[:, :5]
+    assert not torch.isin(early, torch.tensor(EOS)).any()
+    assert torch.isin(drawn.responses[:, 5:], torch.tensor(EOS)).any()
+
+
+def test_a_seeded_generator_repeats_the_rollout():
+    model = make_tiny_model()
+    first, second, third = (
+        model.rollout(RAGGED, max_new_tokens=10, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.sequences, second.sequences)
+    assert not torch.equal(first.sequences, third.sequences)
+
+
+def test_several_responses_of_one_prompt_stand_together():
+    drawn = make_tiny_model().rollout(RAGGED, max_new_tokens=4, num_return_sequences=3)
+    assert len(drawn) == 12
+    for row, prompt in enumerate(p for p in RAGGED for _ in range(3)):
+        assert torch.equal(drawn.sequences[row, 5 - len(prompt) : 5], prompt)
+
+
+def test_rows_can_be_selected():
+    model = make_tiny_model()
+    drawn = model.rollout(RAGGED, max_new_tokens=6, top_p=0.9)
+    whole = rescore(model, drawn).logprobs
+    for rows in (slice(1, 3), [3, 0], torch.tensor([2]), torch.tensor([True, False, False, True])):
+        part = drawn[rows]
+        assert isinstance(part, Rollout)
+        torch.testing.assert_close(rescore(model, part).logprobs, whole[rows], atol=1e-5, rtol=0)
+    with pytest.raises(TypeError, match="slice"):
+        drawn[0]
+
+
+def test_entropy_is_the_mean_surprise():
+    """E[-log p] = H: two roads to one number, for the distribution that was sampled, truncated or not."""
+    model = make_tiny_model()
+    for settings in ({}, {"top_p": 0.6, "temperature": 1.3}, {"top_k": 4}):
+        torch.manual_seed(0)
+        drawn = model.rollout([RAGGED[0]], max_new_tokens=1, num_return_sequences=20_000, **settings)
+        entropy = rescore(model, drawn[:1], with_entropy=True).entropy[0, 0]
+        surprise = -drawn.logprobs[:, 0]
+        assert abs(surprise.mean() - entropy) < 4 * surprise.std() / math.sqrt(20_000)
+    assert rescore(model, drawn).entropy is None
+
+
+# Gradients
+
+
+def test_rescoring_is_differentiable_and_a_plain_gpt2_serves_as_reference():
+    model = make_tiny_model()
+    drawn = model.rollout(RAGGED, max_new_tokens=6)
+    assert not drawn.logprobs.requires_grad
+    scored = model.rescore(drawn)
+    (scored.logprobs.sum() + scored.values.sum()).backward()
+    assert model.transformer.wte.weight.grad.abs().sum() > 0
+    assert model.v_head.summary.weight.grad.abs().sum() > 0
+    reference = plain_twin(model)
+    assert isinstance(reference, GPT2LMHeadModel)
+    scored = rescore(reference, drawn)
+    assert scored.values is None
+    torch.testing.assert_close(scored.logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+
+
+def test_gradients_match_a_plain_policy_gradient():
+    model = make_tiny_model()
+    prompt = RAGGED[0]
+    drawn = model.rollout([prompt], max_new_tokens=5)
+    model.rescore(drawn).logprobs.sum().backward()
+    ours = model.transformer.h[0].mlp.c_fc.weight.grad.clone()
+    model.zero_grad()
+    logprobs = model(drawn.sequences).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
+    logprobs.gather(-1, drawn.responses[..., None]).sum().backward()
+    torch.testing.assert_close(ours, model.transformer.h[0].mlp.c_fc.weight.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_are_run_again_without_dropout(reentrant):
+    """The backward pass recomputes the layers after rescore() has put dropout back."""
+
+    def gradient(checkpointing):
+        model = make_tiny_model(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        drawn = model.rollout(RAGGED, max_new_tokens=6, generator=torch.Generator().manual_seed(0))
+        scored = model.rescore(drawn)
+        torch.testing.assert_close(scored.logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+        (scored.logprobs.sum() + scored.values.sum()).backward()
+        assert model.is_gradient_checkpointing == checkpointing
+        return model.transformer.h[0].mlp.c_fc.weight.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_dropout_is_found_again_as_it_was():
+    model = make_tiny_model(resid_pdrop=0.3, attn_pdrop=0.2).train()
+    probabilities = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    model.rescore(model.rollout(RAGGED, max_new_tokens=2))
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == probabilities
+    with torch.no_grad():
+        model.transformer.wte.weight[5, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        model.rollout(RAGGED, max_new_tokens=2)
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == probabilities
+    assert model.training
+
+
+# Other models
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_any_causal_language_model_can_be_sampled_and_scored(family):
+    torch.manual_seed(0)
+    if family == "llama":
+        config = LlamaConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        )
+        model = LlamaForCausalLM(config)
+        model.config.attention_dropout = 0.5
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+    else:
+        config = OPTConfig(
+            vocab_size=96,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            dropout=0.5,
+            word_embed_proj_dim=32,
+            layerdrop=0.5,
+        )
+        model = OPTForCausalLM(config)
+    model.train()
+    drawn = rollout(model, RAGGED, max_new_tokens=8, eos_token_id=EOS, top_p=0.9)
+    assert drawn.values is None
+    assert_rescoring_gives_the_rollout_back(model, drawn)
+    assert respond_to_batch(model, torch.stack([RAGGED[0]] * 2), txt_len=4).shape == (2, 4)
+
+
+def test_a_peft_model_can_be_sampled_and_scored():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(make_tiny_model(), lora).train()
+    drawn = rollout(model, RAGGED, max_new_tokens=8)
+    assert drawn.values is not None
+    assert_rescoring_gives_the_rollout_back(model, drawn)
+    rescore(model, drawn).logprobs.sum().backward()
+    assert model.base_model.model.transformer.h[0].attn.c_attn.lora_A["default"].weight.grad.abs().sum() > 0
+
+
+# Bad input, refused before any compute
+
+
+@pytest.fixture
+def unused_model():
+    model = make_tiny_model()
+
+    def forward(*args, **kwargs):
+        raise AssertionError("the model was run on bad input")
+
+    model.transformer.forward = forward
+    return model
+
+
+TWO = torch.tensor([[1, 2], [3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("queries", "arguments", "error", "message"),
+    [
+        ([], {}, ValueError, "at least one prompt"),
+        ([torch.tensor([1]), torch.tensor([])], {}, ValueError, "prompt 1 is empty"),
+        (TWO, {"attention_mask": torch.tensor([[0, 0], [1, 1]])}, ValueError, "prompt 0 is empty"),
+        (torch.zeros((2, 0), dtype=torch.long), {}, ValueError, "prompt 0 is empty"),
+        (TWO.float(), {}, TypeError, "float32; expected token ids"),
+        ([torch.tensor([1.0])], {}, TypeError, "float32; expected token ids"),
+        (TWO + 95, {}, ValueError, "prompt 0 holds the id 96, outside the vocabulary of 96"),
+        (TWO - 4, {}, ValueError, "prompt 0 holds the id -3"),
+        (torch.tensor([1, 2]), {}, ValueError, r"shape \[2\]; expected \[batch, tokens\]"),
+        (TWO, {"attention_mask": torch.ones(2, 3)}, ValueError, "expected the same"),
+        (TWO, {"attention_mask": torch.full((2, 2), 0.5)}, ValueError, "other numbers than 0 and 1"),
+        ([TWO[0]], {"attention_mask": TWO}, ValueError, "a list needs none"),
+        (TWO, {"max_new_tokens": 63}, ValueError, "65 tokens, this model's positions end at 64"),
+        (TWO, {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
+        (TWO, {"temperature": 0.0}, ValueError, "temperature=0.0"),
+        (TWO, {"temperature": -1.0}, ValueError, "temperature=-1.0"),
+        (TWO, {"temperature": math.nan}, ValueError, "temperature=nan"),
+        (TWO, {"temperature": math.inf}, ValueError, "temperature=inf"),
+        (TWO, {"top_p": 0.0}, ValueError, "top_p=0.0"),
+        (TWO, {"top_p": 1.1}, ValueError, "top_p=1.1"),
+        (TWO, {"top_p": math.nan}, ValueError, "top_p=nan"),
+        (TWO, {"top_k": -1}, ValueError, "top_k=-1"),
+        (TWO, {"top_k": 2.5}, ValueError, "top_k=2.5"),
+        (TWO, {"min_new_tokens": 30, "eos_token_id": 1}, ValueError, "min_new_tokens=30; expected 0 to"),
+        (TWO, {"min_new_tokens": 3}, ValueError, "no effect without eos_token_id"),
+        (TWO, {"eos_token_id": 96}, ValueError, "eos_token_id=96 is not in the vocabulary"),
+        (TWO, {"pad_token_id": -1}, ValueError, "pad_token_id=-1 is not in the vocabulary"),
+        (TWO, {"num_return_sequences": 0}, ValueError, "num_return_sequences=0"),
+    ],
+)
+def test_bad_input_is_refused_before_any_compute(unused_model, queries, arguments, error, message):
+    with pytest.raises(error, match=message):
+        unused_model.rollout(queries, **arguments)
+
+
+def test_a_setting_that_does_not_exist_is_refused(unused_model):
+    with pytest.raises(TypeError, match="repetition_penalty"):
+        unused_model.rollout(TWO, repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused_with_row_and_step(number):
+    model = make_tiny_model()
+    drawn = model.rollout(RAGGED, max_new_tokens=5)
+    with torch.no_grad():
+        model.transformer.wpe.weight[4, 0] = number  # reached by the prompt of 5 tokens, in row 2
+    with pytest.raises(ValueError, match="row 2 at step 0 are NaN or infinite"):
+        model.rollout(RAGGED, max_new_tokens=5)
+    with pytest.raises(ValueError, match="are NaN or infinite"):
+        model.rescore(drawn)
+
+
+def test_rescoring_refuses_what_is_not_a_rollout_of_this_vocabulary():
+    model = make_tiny_model()
+    with pytest.raises(TypeError, match="expected the Rollout"):
+        rescore(model, RAGGED)
+    drawn = model.rollout(RAGGED, max_new_tokens=5)
+    drawn.sequences[0, -1] = 95
+    with pytest.raises(ValueError, match="outside the vocabulary of 50"):
+        rescore(make_tiny_model(vocab_size=50), drawn)
