@@ -224,7 +224,13 @@ def rollout(
         raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least 1.")
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences={num_return_sequences}; expected at least 1.")
-    eos = () if eos_token_id is None else tuple(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else (int(eos_token_id),)
+    eos = (
+        ()
+        if eos_token_id is None
+        else tuple(eos_token_id)
+        if isinstance(eos_token_id, (list, tuple))
+        else (int(eos_token_id),)
+    )
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     _check_settings(**settings, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens, eos=eos)
     vocabulary = model.get_input_embeddings().weight.shape[0]

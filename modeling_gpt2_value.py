@@ -77,10 +77,8 @@ class ValueHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config  # read at each call, so that detaching is stored in one place, the one that is saved
-        self.summary = nn.Identity()
-        if config.summary_use_proj:
-            width = config.num_labels if config.summary_proj_to_labels else config.hidden_size
-            self.summary = Float32Linear(config.hidden_size, width)
+        width = config.num_labels if config.summary_proj_to_labels else config.hidden_size
+        self.summary = Float32Linear(config.hidden_size, width) if config.summary_use_proj else nn.Identity()
         self.activation = nn.Tanh() if config.summary_activation == "tanh" else nn.Identity()
         self.first_dropout = nn.Dropout(config.summary_first_dropout)
         self.last_dropout = nn.Dropout(config.summary_last_dropout)
@@ -103,9 +101,9 @@ class GPT2ValueModel(GPT2LMHeadModel):
 
     config_class = GPT2ValueConfig
     is_parallelizable = False  # transformers 4 offers a deprecated `parallelize()` that knows nothing of the head
-    returns_dict = None  # what `forward` does when neither the caller nor, if None, the config says
+    returns_dict: Optional[bool] = None  # what `forward` does when neither the caller nor, if None, the config says
 
-    _keep_in_fp32_modules_strict = ["v_head"]
+    _keep_in_fp32_modules_strict: Optional[list] = ["v_head"]
     # Buffers that GPT-2 checkpoints had until 2023: causal masks, which nothing reads any more.
     _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$", r"crossattention\.(masked_)?bias$"]
 
@@ -120,6 +118,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
         self.transformer = GPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.v_head = ValueHead(config)
+        if not config.summary_use_proj:  # no weights there: transformers 4 refuses to keep what does not exist
+            self._keep_in_fp32_modules_strict = None
         if init_value_head:  # the head is meant to be missing: transformers need not warn
             self._keys_to_ignore_on_load_missing = [r"^v_head\."]
         self.post_init()
@@ -144,8 +144,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
             ValueError: a package's head is missing or has other shapes, or the checkpoint is not a GPT-2.
         """
         if pretrained_model_name_or_path is not None and not init_value_head:
-            where = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-            where = {name: kwargs[name] for name in where if name in kwargs}
+            names = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+            where = {name: kwargs[name] for name in names if name in kwargs}
             fields, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **where)
             init_value_head = fields.get("model_type") != GPT2ValueConfig.model_type
         wants_info = kwargs.pop("output_loading_info", False)
@@ -154,8 +154,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        lost = [key for key in info["missing_keys"] if key.startswith("v_head.")]
-        lost += [key for key, *_ in info["mismatched_keys"] if key.startswith("v_head.")]
+        mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+        lost = [key for key in [*info["missing_keys"], *mismatched] if key.startswith("v_head.")]
         if lost and not init_value_head:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a value-head package without its head: {sorted(lost)} not found "

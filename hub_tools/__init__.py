@@ -1,6 +1,7 @@
 """What happens between a model in memory and a repository on the Hub: save, inspect, verify.
 
-Names are imported when they are first used, so that looking into a package needs neither torch nor transformers.
+Names are imported when they are first used, so that looking into a package needs neither torch nor
+transformers.
 """
 
 from __future__ import annotations

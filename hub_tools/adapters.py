@@ -1,7 +1,8 @@
 """Merge a PEFT LoRA adapter into its base model, reading every file with our own readers.
 
-Imports torch, transformers, huggingface_hub and the rooms that read files; peft when it is needed, because merging is peft's
-business (https://huggingface.co/docs/peft/developer_guides/lora#merge-lora-weights-into-the-base-model).
+Imports torch, transformers, huggingface_hub, `foreign` and the rooms that read files; and peft, when it is
+needed: merging is its business (https://huggingface.co/docs/peft/developer_guides/lora, "Merge LoRA
+weights").
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
     body = {key: tensor for key, tensor in base_state.items() if not key.startswith(HEAD_PREFIX)}
     understood = translate(str(base_file), body, fields, source_format="gpt2", init_value_head=True)
     model = GPT2LMHeadModel(GPT2Config.from_dict(fields))
-    model.to(understood.dtype)
+    model.to(understood.dtype)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
     weights = {name: tensor for name, tensor in understood.state.items() if not name.startswith(HEAD_PREFIX)}
     model.load_state_dict({"lm_head.weight": weights["transformer.wte.weight"], **weights})
 
@@ -124,7 +125,7 @@ def _peft() -> Any:
 
 
 def _fill(peft: Any, wrapped: Any, adapter: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Put the adapter's numbers into the wrapped model: all of them, and nothing left at its initial value."""
+    """Put the adapter's numbers into the wrapped model, so that nothing in it keeps its initial value."""
     # False: "auto" would ask the Hub whether the vocabulary grew
     held = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     odd = sorted(held ^ set(adapter))
@@ -144,7 +145,7 @@ def _fill(peft: Any, wrapped: Any, adapter: Mapping[str, torch.Tensor], file: Pa
 
 
 def _base_of(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """The folder of the model that the adapter names: a path, or a repository on the Hub (or in its cache)."""
+    """The folder of the model that the adapter names: a path, or a repository on the Hub or in its cache."""
     name = settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise MissingFileError(
@@ -165,8 +166,8 @@ def _base_of(folder: Path, settings: Mapping[str, Any]) -> Path:
             )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
         raise MissingFileError(
-            f"{folder / ADAPTER_CONFIG} names the base model {name!r}, which is no folder here and was not found on the "
-            f"Hub: {str(err).splitlines()[0]}",
+            f"{folder / ADAPTER_CONFIG} names the base model {name!r}, which is no folder here, and was "
+            f"not found on the Hub: {str(err).splitlines()[0]}",
             next_step="name the base model's folder: base=",
         ) from err
     return home

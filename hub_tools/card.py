@@ -41,7 +41,8 @@ class CardFacts:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` has the form of a repository's id on the Hub (`gpt2`, `openai-community/gpt2`) and names no
+    """Whether `text` has the form of a repository's id on the Hub (`gpt2`, `openai-community/gpt2`) and names
+    no
     file or folder here: of the two, transformers prefers the folder."""
     return (
         _HUB_ID.fullmatch(text) is not None
@@ -59,7 +60,10 @@ def load_lines(where: str, *, tokenizer: bool) -> str:
         f"model = AutoModel.from_pretrained({json.dumps(where)}, trust_remote_code=True)",
     ]
     if tokenizer:
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(where)})")
+        # transformers 5 reads the config first, whose class is in the package, and stops to ask without this
+        lines.append(
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(where)}, trust_remote_code=True)"
+        )
     return "\n".join(lines)
 
 
@@ -78,15 +82,15 @@ def render_card(
         base_model: the Hub id of the model that this one was made from. A local path is refused.
         license: a license's identifier on the Hub, as `apache-2.0`. Left out of the card if not given.
         tags: added to the package's own.
-        repo_id: where the package will live; the lines that load it then name it. Without it they load the folder
-            that they are run in.
+        repo_id: where the package will live; the lines that load it then name it. Without it they load the
+            folder that they are run in.
 
     Raises:
         CardMetadataError: a value that the Hub would reject, or a local path as `base_model`.
     """
     if base_model is not None and not is_hub_id(base_model):
         raise CardMetadataError(
-            f"base_model {base_model!r} is {'on this machine' if os.path.exists(base_model) else 'not a Hub id'}",
+            f"base_model {base_model!r} is {'a local path' if os.path.exists(base_model) else 'no Hub id'}",
             expected="the id of a repository on the Hub, as openai-community/gpt2",
             next_step="pass that id, or leave base_model out",
         )

@@ -1,9 +1,10 @@
 """The `gpt2-value` command: thin, one function a subcommand. What it shows is in `console`.
 
-Imports typer and, inside the functions that need them, the rooms of hub_tools; so `--help` and `inspect` start at once.
+Imports typer and, inside the functions that need them, the rooms of hub_tools; so `--help` and `inspect`
+start at once.
 
-Exit status, for scripts: 0 done; 1 refused or failed, with the reason and the next step on stderr; 2 wrong usage;
-3 (`inspect` only) the package can be read, but `verify` would refuse it.
+Exit status, for scripts: 0 done; 1 refused or failed, with the reason and the next step on stderr; 2 wrong
+usage; 3 (`inspect` only) the package can be read, but `verify` would refuse it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 done; 1 refused or failed, the reason is on stderr; 2 wrong usage; 3 (inspect) readable, "
-    "but verify would refuse it.",
+    epilog="Exit status: 0 done; 1 refused or failed, the reason is on stderr; 2 wrong usage; "
+    "3 (inspect) readable, but verify would refuse it.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
@@ -187,8 +188,8 @@ def inspect(
 ) -> None:
     """Show what is inside a package, without running any of it.
 
-    Reads JSON and the headers of the weights. Pickles are named and never opened. Exits with 3 if the package can be
-    read, but verify would refuse it.
+    Reads JSON and the headers of the weights. Pickles are named and never opened. Exits with 3 if the package
+    can be read, but verify would refuse it.
     """
     from .inspection import inspect_package
 
@@ -216,8 +217,8 @@ def verify(
 ) -> None:
     """Prove that a package loads, and computes what it did when it was saved.
 
-    Loads it strictly in a fresh interpreter that has torch and transformers and cannot see this installation, and
-    compares logits and values on a probe with those recorded at save time.
+    Loads it strictly in a fresh interpreter that has torch and transformers and cannot see this installation,
+    and compares logits and values on a probe with those recorded at save time.
     """
     from .verify import verify_package
 
@@ -274,7 +275,7 @@ def _load_tokenizer(source: str, *, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     with _translated(source, revision, what="a tokenizer", hint="if it has none: --no-tokenizer (create)"):
-        return AutoTokenizer.from_pretrained(source, **_at(revision))
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **_at(revision))
 
 
 def _at(revision: str | None) -> dict[str, str]:
@@ -285,7 +286,7 @@ def _at(revision: str | None) -> dict[str, str]:
 def _translated(
     source: str, revision: str | None, what: str = "a GPT-2 model", hint: str = ""
 ) -> Iterator[None]:
-    """What transformers says when it cannot load something, as an error of ours: one message, no traceback."""
+    """What transformers says when it cannot load something, as an error of ours, without a traceback."""
     import pickle
 
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,6 +1,7 @@
 """What the `gpt2-value` command shows: tables, numbers coloured by size, errors. No decisions are made here.
 
-Imports rich, and of hub_tools only the records that it shows. Results go to stdout, everything else to stderr.
+Imports rich, and of hub_tools only the records that it shows. Results go to stdout, everything else to
+stderr.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def show_verification(report: VerificationReport) -> None:
 
 
 def show_responses(responses: Sequence[dict[str, Any]]) -> None:
-    """For each response, its text and a row per token: natural log-probability, and value of the state before it.
+    """For each response, its text and a row per token: log-probability, and value of the state before it.
 
     Colours run from red (lowest) to green (highest) over all the responses, so that they can be compared."""
     tokens = [token for response in responses for token in response["tokens"]]
@@ -118,7 +119,7 @@ def show_responses(responses: Sequence[dict[str, Any]]) -> None:
         out.print()
 
 
-def visible(text: str) -> Text | str:
+def visible(text: str) -> str:
     """`text` with every character that a terminal would obey instead of show written as its escape."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 

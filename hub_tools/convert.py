@@ -1,7 +1,8 @@
 """Other people's value-head checkpoints, as packages of this model.
 
-Imports torch, transformers, the remote code and the rooms of hub_tools below it: `state_files` reads files without
-running them, `adapters` merges what PEFT wrote, `foreign` knows what each library's tensors mean.
+Imports torch, transformers, the remote code and the rooms of hub_tools below it: `state_files` reads files
+and runs nothing of them, `adapters` merges what PEFT wrote, `foreign` knows what each library's tensors
+mean.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .state_files import ADAPTER_CONFIG, HEAD_WEIGHTS, MODEL_WEIGHTS, listed, on
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_checkpoint` found and what became of it. Every tensor of the source is in `mapped` or `dropped`."""
+    """What `convert_checkpoint` found, and what became of it: every tensor is in `mapped` or in `dropped`."""
 
     source: Path
     folder: Path  # the package
@@ -58,25 +59,27 @@ def convert_checkpoint(
     """Write another library's GPT-2 checkpoint as a package of this model, with the same logits and values.
 
     Understood are: the seed's `GPT2HeadWithValueModel` (which was TRL's until 0.1.0); TRL's
-    `AutoModelForCausalLMWithValueHead`, with plain names or below `pretrained_model.`; a PEFT LoRA folder with TRL's
-    head beside the adapter, which is merged; trlx's `AutoModelForCausalLMWithValueHead`, whose head of two layers
-    cannot be kept (see `init_value_head`); `GPT2ForSequenceClassification` and `GPT2ForTokenClassification` with one
-    label, whose classifier becomes the value head; and plain GPT-2, with `init_value_head`.
+    `AutoModelForCausalLMWithValueHead`, with plain names or below `pretrained_model.`; a PEFT LoRA folder
+    with TRL's head beside the adapter, which is merged; trlx's `AutoModelForCausalLMWithValueHead`, whose
+    head of two layers cannot be kept (see `init_value_head`); `GPT2ForSequenceClassification` and
+    `GPT2ForTokenClassification` with one label, whose classifier becomes the value head; and plain GPT-2,
+    with `init_value_head`.
 
-    The body keeps its dtype, the head is float32. Pickles are read with `torch.load(weights_only=True)` and in no
-    other way. No tensor is left out unless the record says so.
+    The body keeps its dtype, the head is float32. Pickles are read with `torch.load(weights_only=True)` and
+    in no other way. No tensor is left out unless the record says so.
 
     Args:
-        source: a folder, or a weight file: `*.safetensors`, the `*.index.json` of shards, anything else a pickle.
+        source: a folder, or a weight file: `*.safetensors`, the `*.index.json` of shards, or else a pickle.
         folder: where the package goes, as for `save_package`.
         config: GPT-2's `config.json`, or the folder that holds it; by default the one beside the weights.
         source_format: the library that wrote the checkpoint, where its files do not tell.
         base: the folder of an adapter's base model; by default the path, or the repository on the Hub, that
             `adapter_config.json` names.
         tokenizer: a tokenizer, or the folder of one; by default the source's, where it has one.
-        summary_first_dropout: probability of the dropout before the head in training mode; by default the source's.
-            TRL does not record it: there the default is TRL's, 0.1.
-        init_value_head: start with a new head, every value 0, where the source has none or one that cannot be kept.
+        summary_first_dropout: probability of the dropout before the head, in training mode; by default the
+            source's. TRL does not record it: there the default is TRL's own, 0.1.
+        init_value_head: start with a new head, every value 0, where the source has none, or one that cannot
+            be kept.
         overwrite: as for `save_package`.
 
     Returns:
@@ -139,7 +142,7 @@ def convert_checkpoint(
         init_value_head=init_value_head,
     )
     model = GPT2ValueModel(found.config)
-    model.to(found.dtype)
+    model.to(found.dtype)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
     model.v_head.float()
     # strict: every tensor of the model is replaced, and nothing is left over
     model.load_state_dict({"lm_head.weight": found.state["transformer.wte.weight"], **found.state})
@@ -178,7 +181,7 @@ def _weights_of(source: Path) -> Path:
     if weights is None:
         names = sorted(path.name for path in source.iterdir())
         raise MissingFileError(
-            f"{source} holds no weights under a name that transformers gives them: {listed(names) or 'it is empty'}",
+            f"{source} holds no weights under a name of transformers': {listed(names) or 'it is empty'}",
             expected=" or ".join(MODEL_WEIGHTS),
             next_step="where they are under another name, pass that file itself",
         )
@@ -240,8 +243,9 @@ def carried_tokenizer(
         return AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as err:
         # transformers raises any of these on tokenizer files that are not complete
+        gist = (str(err) or type(err).__name__).splitlines()[0]
         raise TokenizerMismatchError(
-            f"the tokenizer in {home} cannot be loaded: {str(err).splitlines()[0] if str(err) else type(err).__name__}",
+            f"the tokenizer in {home} cannot be loaded: {gist}",
             expected="the files of a tokenizer of transformers' own",
             next_step="pass a tokenizer: tokenizer=, or move its files out of the folder",
         ) from err

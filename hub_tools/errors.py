@@ -1,7 +1,7 @@
-"""One exception type per thing a user can fix; every message says what was found, what was expected and what to do next.
+"""One exception type per thing a user can fix: what was found, what was expected, what to do next.
 
-Imports only the standard library. Everything that hub_tools refuses, it refuses with one of these types; catch
-`GPT2ValueHubError` for all of them.
+Imports only the standard library. Everything that hub_tools refuses, it refuses with one of these types;
+catch `GPT2ValueHubError` for all of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class GPT2ValueHubError(Exception):
 
 
 class WrongModelError(GPT2ValueHubError, TypeError):
-    """The object to save is not a GPT2ValueModel: a wrapper around one (DDP, PEFT, torch.compile) or another class."""
+    """The object to save is no GPT2ValueModel: a wrapper (DDP, PEFT, torch.compile) or another class."""
 
 
 class MissingHeadError(GPT2ValueHubError, ValueError):
@@ -39,7 +39,7 @@ class MissingHeadError(GPT2ValueHubError, ValueError):
 
 
 class UnsavableWeightsError(GPT2ValueHubError, ValueError):
-    """Weights that a package cannot hold: on no device, sharded, quantised, untied, or not the model's own set."""
+    """Weights that a package cannot hold: without data, sharded, quantised, untied, or foreign."""
 
 
 class NonFiniteWeightsError(GPT2ValueHubError, ValueError):
@@ -55,7 +55,7 @@ class TokenizerMismatchError(GPT2ValueHubError, ValueError):
 
 
 class CardMetadataError(GPT2ValueHubError, ValueError):
-    """Metadata for the model card that the Hub would reject or that would be untrue (a local path as base model)."""
+    """Metadata that the Hub would reject, or that would be untrue (a local path as base model)."""
 
 
 class FolderRefusedError(GPT2ValueHubError):
@@ -94,7 +94,7 @@ class WeightsMismatchError(GPT2ValueHubError, ValueError):
 
 
 class CodeReferenceError(GPT2ValueHubError, ValueError):
-    """`auto_map` is missing, or names code that is not the package's own (another repository, another file)."""
+    """`auto_map` is missing, or names code that is not the package's own (another repository's, say)."""
 
 
 # Verifying
@@ -113,7 +113,7 @@ class ChangedFileError(GPT2ValueHubError, ValueError):
 
 
 class LoadError(GPT2ValueHubError, RuntimeError):
-    """The package does not load, strictly, in a fresh interpreter. `details` holds what that interpreter printed."""
+    """The package does not load, strictly, in a fresh interpreter; `details` is what that one printed."""
 
     def __init__(self, found: str, *, expected: str = "", next_step: str, details: str = "") -> None:
         super().__init__(found, expected=expected, next_step=next_step)
@@ -126,6 +126,49 @@ class VerificationError(GPT2ValueHubError, ValueError):
 
 class VerificationTimeoutError(GPT2ValueHubError, TimeoutError):
     """The fresh interpreter did not finish in time and was stopped."""
+
+
+# Pushing
+
+
+class AuthenticationError(GPT2ValueHubError, PermissionError):
+    """No token, or one that the Hub does not accept (401)."""
+
+
+class NoAccessError(GPT2ValueHubError, PermissionError):
+    """The token is valid and may not do this (403)."""
+
+
+class RemoteNotFoundError(GPT2ValueHubError, LookupError):
+    """There is no such repository or branch on the Hub (404), or not for this token."""
+
+
+class HubRefusedError(GPT2ValueHubError):
+    """The Hub refused a request for a reason that waiting does not mend."""
+
+
+class HubUnavailableError(GPT2ValueHubError, ConnectionError):
+    """The Hub could not be reached, or kept failing in ways that pass (409, 429, 5xx, broken connections)."""
+
+
+class ConcurrentPushError(GPT2ValueHubError):
+    """Somebody else pushed to the branch since it was read. Theirs stands; ours was not committed."""
+
+
+class PackageChangedError(GPT2ValueHubError):
+    """The package was written to while it was being pushed. Nothing was committed."""
+
+
+class SecretFoundError(GPT2ValueHubError, ValueError):
+    """A file or message that would have published a token. The message does not repeat it."""
+
+
+class PushOptionsError(GPT2ValueHubError, ValueError):
+    """Arguments of a push that contradict each other, or the repository as it is."""
+
+
+class TagExistsError(GPT2ValueHubError, ValueError):
+    """Another commit carries this tag already."""
 
 
 # Converting

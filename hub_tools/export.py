@@ -57,10 +57,10 @@ def export_policy(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> ExportedPolicy:
-    """Write the policy alone, as a `GPT2LMHeadModel` that any GPT-2 runtime loads: no head, no code, no `auto_map`.
+    """Write the policy alone, as a `GPT2LMHeadModel` that any GPT-2 runtime loads: no head, and no code.
 
-    The weights are the model's own, so the logits are too, bit for bit. All or nothing, as `save_package`: a process
-    that is killed leaves what was there, or the whole new folder. The model is left as it is.
+    The weights are the model's own, so the logits are too, bit for bit. All or nothing, as `save_package`: a
+    process that is killed leaves what was there, or the whole new folder. The model is left as it is.
 
     Args:
         model: a `GPT2ValueModel`, or the folder of a package (none of whose code is run).
@@ -115,8 +115,8 @@ def export_policy(
 
 
 def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
-    """A `GPT2LMHeadModel` around the same weights, not copied where they are on the CPU. Only good for saving: built
-    without memory of its own, it lacks the buffers that are in no state dict."""
+    """A `GPT2LMHeadModel` around the same weights, which are not copied where they are on the CPU. Good for
+    saving alone: it has no memory of its own, and lacks the buffers that are in no state dict."""
     fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_GPT2}
     with torch.device("meta"):
         plain = GPT2LMHeadModel(GPT2Config.from_dict(fields))

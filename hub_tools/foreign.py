@@ -1,8 +1,10 @@
-"""What other libraries' GPT-2 checkpoints mean: their tensors and `config.json` as those of a package of this model.
+"""What other libraries' GPT-2 checkpoints mean: their tensors and `config.json` as those of a package.
 
-Imports torch, transformers, the remote code's configuration and `errors`, `inspection`, `layout`; reads no file. What each
-library writes was read in its source: trl 0.0.3 to 1.12.0 (the last with the head;
-`trl/experimental/ppo/modeling_value_head.py`), trlx (`trlx/models/modeling_ppo.py`), transformers (`modeling_gpt2.py`).
+Imports torch, transformers, the remote code's configuration and `errors`, `inspection`, `layout`; reads no
+file.
+What each library writes was read in its source: trl 0.0.3 to 1.12.0, the last with the head
+(`trl/experimental/ppo/modeling_value_head.py`), trlx (`trlx/models/modeling_ppo.py`), transformers'
+`modeling_gpt2.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ HEAD_NAMES: Mapping[SourceFormat, Mapping[str, str]] = {
     "trlx": {},
     "gpt2": {},
 }
-# make_head(n_embd, 1): Linear, ReLU, Linear. Or, with num_value_layers_unfrozen, whole GPT-2 blocks and then that.
+# make_head(n_embd, 1): Linear, ReLU, Linear; with num_value_layers_unfrozen, whole GPT-2 blocks before them.
 TRLX_HEAD = re.compile(r"v_head\.([02]\.(weight|bias)|(decoder_blocks|final_norm|lm_head)\..+)")
 # The upper layers of trlx's reference model, for the KL term.
 TRLX_REFERENCE = "frozen_head."
@@ -84,7 +86,7 @@ def translate(
     summary_first_dropout: float | None = None,
     init_value_head: bool = False,
 ) -> Translation:
-    """The tensors and the configuration of a package that computes what this checkpoint's own library computed.
+    """The tensors and the configuration of a package that computes what its own library computed.
 
     Args:
         where: the checkpoint's path, for messages.
@@ -93,8 +95,8 @@ def translate(
         source_format, summary_first_dropout, init_value_head: see `convert_checkpoint`.
 
     Raises:
-        UnsupportedModelError, AmbiguousSourceError, CorruptFileError, UnconvertibleHeadError, MissingHeadError,
-        WeightsMismatchError, NonFiniteWeightsError, ValueError: see `convert_checkpoint`.
+        UnsupportedModelError, AmbiguousSourceError, CorruptFileError, UnconvertibleHeadError,
+        MissingHeadError, WeightsMismatchError, NonFiniteWeightsError, ValueError: see `convert_checkpoint`.
     """
     _refuse_other_bodies(where, fields)
     format_, prefix = _recognise(where, state, fields, source_format)
@@ -188,8 +190,8 @@ def _recognise(
             format_ == "seed" and "GPT2HeadWithValueModel" not in classes and _readings_differ(where, fields)
         ):
             raise AmbiguousSourceError(
-                f"{where} may be the seed's or TRL's: its config.json names no class, and sets summary_* fields, "
-                "which the seed's head obeys and TRL's ignores",
+                f"{where} may be the seed's or TRL's: its config.json names no class, and sets summary_* "
+                "fields, which the seed's head obeys and TRL's ignores",
                 next_step='say which: source_format="seed" or source_format="trl"',
             )
     elif any(TRLX_HEAD.fullmatch(key) for key in state):
@@ -238,7 +240,7 @@ def _value_config(
         head["summary_first_dropout"] = fields.get("summary_dropout_prob", TRL_DROPOUT)
         if "summary_dropout_prob" not in fields and summary_first_dropout is None:
             notes.append(
-                f"summary_first_dropout is {TRL_DROPOUT}, TRL's default: its checkpoints do not record another"
+                f"summary_first_dropout is {TRL_DROPOUT}, TRL's default: a checkpoint of TRL's records none"
             )
     elif format_ == "token-classification":
         given = (fields.get("classifier_dropout"), fields.get("hidden_dropout"), CLASSIFIER_DROPOUT)
@@ -265,7 +267,7 @@ def _decide_head(
     *,
     init_value_head: bool,
 ) -> None:
-    """Whether the head is kept; with `init_value_head`, one that cannot be kept moves from `mapped` to `dropped`."""
+    """Refuse a head that is missing or cannot be kept; with `init_value_head`, drop the latter."""
     head = [key for key, name in mapped.items() if name.startswith(HEAD_PREFIX)]
     lost = sorted(key for key in dropped if key.startswith(HEAD_PREFIX))
     outputs = {state[key].shape[0] for key in head if state[key].dim() > 0}
@@ -289,13 +291,13 @@ def _decide_head(
         raise MissingHeadError(
             f"{where} has no value head ({format_} checkpoint, {len(state)} tensors)",
             expected=f"{HEAD_WEIGHT} and {HEAD_BIAS}",
-            next_step="where the head is in another file, put it beside the weights as value_head.safetensors; to "
-            "start with a new one: init_value_head=True",
+            next_step="where the head is in another file, put it beside the weights as "
+            "value_head.safetensors; to start with a new one: init_value_head=True",
         )
     elif init_value_head and (head or HEAD_WEIGHT not in shapes):
         raise ValueError(
-            f"init_value_head=True, but {where} has a value head that can be kept ({listed(head) or 'without weights'}). "
-            "Leave init_value_head out."
+            f"init_value_head=True, but {where} has a value head that can be kept: "
+            f"{listed(head) or 'one without weights'}. Leave init_value_head out."
         )
 
 
@@ -318,8 +320,8 @@ def _refuse_mismatch(
         raise WeightsMismatchError(
             f"{where} has {'; '.join(what)}",
             expected="the tensors of a GPT-2 and of a value head that this package knows, and no others",
-            next_step="remove what does not belong to the model from the state dict, or save the model again in its own "
-            "library; if the layers do not fit, pass the config.json that belongs to them: config=",
+            next_step="remove what does not belong to the model from the state dict, or save the model again "
+            "in its own library; if the layers do not fit, pass the config.json that belongs to them: config=",
         )
     for key, name in mapped.items():
         if tuple(state[key].shape) != shapes[name]:
@@ -340,8 +342,8 @@ def _refuse_other_tie(
         raise AmbiguousSourceError(
             f"{where}: {head} and {embeddings} differ, and config.json ties them",
             expected="the same numbers in both",
-            next_step='to keep both, set "tie_word_embeddings": false in config.json; to keep the embeddings alone, '
-            f"delete {head} from the state dict",
+            next_step='to keep both, set "tie_word_embeddings": false in config.json; to keep the '
+            f"embeddings, delete {head} from the state dict",
         )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -29,6 +30,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from huggingface_hub.hf_api import GitRefs
 
 from . import layout
 from .errors import (
@@ -84,6 +87,7 @@ class Branch:
     commit: str  # "" where the repository does not exist
     files: dict[str, RemoteFile]
     exists: bool
+    tags: dict[str, str]  # the repository's: name -> commit
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,13 @@ class Hub:
 
     def create(self, *, private: bool | None) -> None:
         """Create the repository. One that appeared in the meantime is as good."""
-        self._ask("create the repository", self.api.create_repo, self.repo_id, private=private, exist_ok=True)
+        self._ask(
+            "create the repository",
+            self.api.create_repo,
+            self.repo_id,
+            private=private,
+            look=lambda: None if self.is_private() is None else True,
+        )
 
     def read_branch(self, name: str) -> Branch:
         """The branch's head, and what is in it.
@@ -154,12 +164,13 @@ class Hub:
         Raises:
             PushOptionsError: there is a tag of this name, or it is a commit.
         """
-        refs = self._ask("list the branches", self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
+        refs = self._refs()
         heads = {ref.name: ref.target_commit for ref in refs.branches}
         heads |= {ref.ref: ref.target_commit for ref in refs.pull_requests or []}
-        if name not in heads and (name in {ref.name for ref in refs.tags} or re.fullmatch("[0-9a-f]{40}", name)):
+        tags = {ref.name: ref.target_commit for ref in refs.tags}
+        if name not in heads and (name in tags or re.fullmatch("[0-9a-f]{40}", name)):
             raise PushOptionsError(
-                f"revision {name!r} is a {'commit' if len(name) == 40 else 'tag'}",
+                f"revision {name!r} is a {'tag' if name in tags else 'commit'}",
                 expected="a branch, or a new name for one",
                 next_step="pass a branch; to name the new commit pass tag=... (--tag)",
             )
@@ -177,7 +188,7 @@ class Hub:
             for entry in entries
             if hasattr(entry, "blob_id")
         }
-        return Branch(name, commit, files, exists=name in heads)
+        return Branch(name, commit, files, exists=name in heads, tags=tags)
 
     def create_branch(self, branch: Branch) -> None:
         """Create the branch where it was said to start. One that appeared in the meantime is looked at later."""
@@ -187,13 +198,8 @@ class Hub:
             self.repo_id,
             branch=branch.name,
             revision=branch.commit,
-            exist_ok=True,
+            look=lambda: next((True for ref in self._refs().branches if ref.name == branch.name), None),
         )
-
-    def check_tag(self, tag: str) -> str | None:
-        """The commit that carries this tag; None where it is free."""
-        refs = self._ask("list the tags", self.api.list_repo_refs, self.repo_id)
-        return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
 
     def read(self, path: str, *, commit: str, folder: Path) -> bytes:
         """A file's content, fetched by way of `folder`, which is left to the caller."""
@@ -278,17 +284,18 @@ class Hub:
         Raises:
             TagExistsError: another commit has it.
         """
-        try:
-            self._ask(
-                f"tag {tag}", self.api.create_tag, self.repo_id, tag=tag, revision=commit, exist_ok=True
-            )
-        finally:
-            pass
-        found = self.check_tag(tag)
-        if found != commit:
-            raise TagExistsError(
-                f"the tag {tag!r} is at {found}", expected=f"at {commit}", next_step="choose another tag"
-            )
+
+        def look() -> str | None:
+            found = next((ref.target_commit for ref in self._refs().tags if ref.name == tag), None)
+            if found not in (None, commit):
+                raise TagExistsError(
+                    f"the tag {tag!r} is on {found} already",
+                    expected="a free tag",
+                    next_step="choose another, or delete that one first: hf repos tag delete",
+                )
+            return found
+
+        self._ask(f"tag {tag}", self.api.create_tag, self.repo_id, tag=tag, revision=commit, look=look)
 
     def _landed(self, push_id: str, onto: Branch) -> Landed | None:
         """Our commit, if it is on the branch; None if the branch is where it was."""
@@ -307,9 +314,11 @@ class Hub:
             next_step=f"look at {self.url}/commits/{onto.name}; to push on top of it, run the same again",
         )
 
+    def _refs(self) -> GitRefs:
+        return self._ask("list the branches", self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
+
     def _pull_requests(self) -> set[str]:
-        refs = self._ask("list the PRs", self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
-        return {ref.ref for ref in refs.pull_requests or []}
+        return {ref.ref for ref in self._refs().pull_requests or []}
 
     def _landed_as_pr(self, push_id: str, old: set[str]) -> Landed | None:
         for ref in self._pull_requests() - old:
@@ -358,6 +367,8 @@ class Hub:
             if wait is None:
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
             if now + wait > started + self._patience:
+                if look and (landed := look()) is not None:
+                    return landed
                 raise HubUnavailableError(
                     f"could not {what}: the Hub kept failing for {now - started:.0f} s; last: {self._text(error)}",
                     next_step="see https://status.huggingface.co and run the same again; what is already uploaded is "

@@ -1,7 +1,8 @@
-"""Read a package without running any of it: JSON and safetensors headers only; pickles are named, never opened.
+"""Read a package without running any of it: JSON and safetensors headers; pickles are never opened.
 
-Imports only the standard library, `errors`, `layout` and `reading`, so it needs neither torch nor transformers.
-The idea, look before you load, is skops': https://skops.readthedocs.io/en/stable/persistence.html.
+Imports only the standard library, `errors`, `layout` and `reading`, so it needs neither torch nor
+transformers. The idea, look before you load, is skops':
+https://skops.readthedocs.io/en/stable/persistence.html.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class CodeFile:
 
 @dataclass(frozen=True)
 class Head:
-    """The value head's projection: `[1, n_embd]` gives one value per token. `()` if its config says no projection:
-    then the value is the hidden state, and the head has no weights."""
+    """The value head's projection: `[1, n_embd]` gives one value per token. `()` if its config says no
+    projection: then the value is the hidden state, and the head has no weights."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -89,14 +90,15 @@ class PackageReport:
 def inspect_package(source: str | os.PathLike[str], *, hash_weights: bool = False) -> PackageReport:
     """What is inside a package, without running any of it.
 
-    Every tensor's name, shape and dtype is compared with what `config.json` calls for, so that a report means that
-    the weights are complete; a package that cannot be read, or that contradicts itself, is refused. What is unusual
-    but harmless to *read* (another version's code, pickles, foreign files, no head) is reported: `verify_package`
-    refuses those.
+    Every tensor's name, shape and dtype is compared with what `config.json` calls for, so that a report means
+    that the weights are complete; a package that cannot be read, or that contradicts itself, is refused. What
+    is unusual but harmless to *read* (another version's code, pickles, foreign files, no head) is reported:
+    `verify_package` refuses those.
 
     Args:
         source: a package's folder.
-        hash_weights: also hash the weights (about a second per GB) and compare with what was recorded at save time.
+        hash_weights: also hash the weights (about a second per GB) and compare with what was recorded at save
+            time.
 
     Raises:
         NotAPackageError: no such folder, or `config.json` describes another kind of model.
@@ -172,8 +174,8 @@ def _local_folder(source: str | os.PathLike[str]) -> Path:
         for beside in sorted(folder.resolve().parent.iterdir()):
             if pattern.fullmatch(beside.name) and (beside / "previous").is_dir():
                 raise NotAPackageError(
-                    f"{folder} is missing: a save of it was interrupted, and the previous package is in {beside}",
-                    next_step=f"save again, which cleans up, or put it back: mv {beside / 'previous'} {folder}",
+                    f"{folder} is missing: a save was interrupted; the package that was there is in {beside}",
+                    next_step=f"save again, which puts it back first, or: mv {beside / 'previous'} {folder}",
                 )
     raise NotAPackageError(
         f"{os.fspath(source)!r} is not a folder",
@@ -195,7 +197,7 @@ def _check_config(config: dict[str, Any]) -> None:
         raise CodeReferenceError(
             f"config.json has auto_map {str(auto_map)[:300]}",
             expected=f"{layout.AUTO_MAP}: the classes in the package itself",
-            next_step="load it with GPT2ValueModel.from_pretrained, which runs none of its code, and save_package it",
+            next_step="GPT2ValueModel.from_pretrained(FOLDER) loads it and runs none of its code; save that",
         )
 
     def expect(name: str, holds: bool, expected: str) -> None:
@@ -262,7 +264,7 @@ def _read_weights(folder: Path, names: list[str], pickles: tuple[str, ...]) -> d
             raise PickleError(
                 f"the only weights are pickles, which were not opened: {', '.join(map(repr, pickles))}",
                 expected=f"{layout.WEIGHTS}",
-                next_step="if you trust them: gpt2-value create --base FOLDER OUT (reads with weights_only=True)",
+                next_step="gpt2-value create --base FOLDER OUT reads them with weights_only=True",
             )
         raise MissingFileError(
             f"{layout.WEIGHTS} is not in {folder}",

@@ -1,7 +1,7 @@
 """The files of a package: which must be there, which may be, and what each of the others is.
 
-Imports only the standard library. Background: https://huggingface.co/docs/transformers/custom_models (code in a
-repository) and https://huggingface.co/docs/safetensors (the weights' file format).
+Imports only the standard library. Background: https://huggingface.co/docs/transformers/custom_models (code in
+a repository) and https://huggingface.co/docs/safetensors (the weights' file format).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib",
 
 # What people and the Hub put beside a package: nothing here is read by a loader.
 _COMPANION = re.compile(
-    r"(?i)(license|licence|notice|citation|changelog)(\.\w+)?|.+\.(md|png|jpe?g|gif|svg|webp|pdf)|\.gitattributes|\.gitignore"
+    r"(?i)(license|licence|notice|citation|changelog)(\.\w+)?|.+\.(md|png|jpe?g|gif|svg|webp|pdf)|\.gitignore"
 )
 # Left by tools; may vanish when the package is replaced.
 LITTER = frozenset({".cache", "__pycache__", ".DS_Store", ".gitattributes"})
@@ -99,7 +99,7 @@ def staging_name(folder: Path) -> re.Pattern[str]:
 
 
 def installed_code() -> dict[str, Path]:
-    """This installed version's remote code, by file name. In a checkout and in a wheel it lies beside `hub_tools`.
+    """This installed version's remote code, by file name. Everywhere it lies beside `hub_tools`.
 
     Raises:
         MissingFileError: the installation is incomplete.

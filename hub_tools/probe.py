@@ -1,7 +1,7 @@
-"""What a model computes on the probe; and, run as a script in a fresh interpreter, what a *package* computes on it.
+"""What a model computes on the probe; run as a script in a fresh interpreter, what a *package* does.
 
-Imports only the standard library, torch and transformers, inside the functions: `verify.py` runs this file by its
-path, isolated, where neither a checkout nor an installed copy of this project can be seen.
+Imports only the standard library, torch and transformers, inside the functions: `verify.py` runs this file by
+its path, isolated, where neither a checkout nor an installed copy of this project can be seen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def measure(model: Any, token_ids: list[int], logit_ids: list[int]) -> dict[str, Any]:
-    """One forward pass of a float32 model in eval mode, on the CPU: `logits`, `logsumexp`, `values` of a `Record`."""
+    """`logits`, `logsumexp`, `values` of a `Record`: one forward pass of a float32 model, eval mode, CPU."""
     import torch
 
     with torch.no_grad():
@@ -52,7 +52,9 @@ def load_and_measure(job: dict[str, Any]) -> dict[str, Any]:
     result["module"] = type(model).__module__
     result["tokenizer_ids"] = None
     if job["text"] is not None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(job["folder"], local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            job["folder"], trust_remote_code=True, local_files_only=True
+        )
         result["tokenizer_ids"] = tokenizer(job["text"])["input_ids"]
     result["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     result["peak_memory_bytes"] = peak_memory_bytes()

@@ -1,4 +1,4 @@
-"""Reading files that may be hostile: bounded sizes, strict JSON, safetensors headers, no link out of the folder.
+"""Reading files that may be hostile: bounded sizes, strict JSON, safetensors headers, no links outwards.
 
 Imports only the standard library and `errors`. Runs nothing and opens no pickle. The weights' format:
 https://github.com/huggingface/safetensors#format.
@@ -86,7 +86,8 @@ def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
 
     Raises:
         MissingFileError, UnsafeFileError: see `file_in`.
-        CorruptFileError: too large, not UTF-8, not JSON, nested too deep, a key twice, a NaN, or not an object.
+        CorruptFileError: too large, not UTF-8, not JSON, nested too deep, a key twice, a NaN, or not an
+            object.
     """
     return parse_json(_read(file_in(folder, name), 0, limit, name), name)
 
@@ -126,11 +127,12 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
 
 
 def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors that a safetensors file holds, from its header; the data is not read, but must be there to the byte.
+    """The tensors in a safetensors file, from its header. Its data must be there to the byte, but is not read.
 
     Raises:
         MissingFileError, UnsafeFileError: see `file_in`.
-        CorruptFileError: the header is truncated, oversized or not valid, or does not describe the file's bytes.
+        CorruptFileError: the header is truncated, oversized or not valid, or does not describe the file's
+            bytes.
     """
 
     def corrupt(found: str, expected: str) -> CorruptFileError:
@@ -189,7 +191,7 @@ def _tensor(entry: Any, corrupt: Any) -> tuple[Tensor, tuple[int, int]]:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise corrupt(f"dtype {str(dtype)[:40]!r}")
-    # more than 8 dimensions or 2**48 elements is nobody's GPT-2, and Python's integers would follow any nonsense
+    # bounds far beyond any GPT-2: Python's integers would follow any nonsense
     if (
         not isinstance(shape, list)
         or len(shape) > 8

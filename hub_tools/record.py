@@ -1,7 +1,8 @@
-"""The record of a save: a probe, the numbers that the model computed on it, and the hashes of what was written.
+"""The record of a save: a probe, what the model computed on it, and the hashes of what was written.
 
-Imports only the standard library, `errors`, `layout` and `reading`. The numbers are float32, computed on the CPU
-whatever the model's dtype and device, so that the same weights give the same numbers (to rounding) on every machine.
+Imports only the standard library, `errors`, `layout` and `reading`. The numbers are float32, computed on the
+CPU whatever the model's dtype and device, so that the same weights give the same numbers (to rounding) on
+every machine.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ PROBE_TEXT = "My most favourite movie is"
 class Record:
     """What `verify_package` compares with.
 
-    `logits [tokens, len(logit_ids)]`, `logsumexp [tokens]` over the whole vocabulary, and `values [tokens, width]`
-    (width 1 unless the head does not project to one value; then its first 64 numbers).
+    `logits [tokens, len(logit_ids)]`, `logsumexp [tokens]` over the whole vocabulary, and `values [tokens,
+    width]` (width 1 unless the head does not project to one value; then its first 64 numbers).
     """
 
     token_ids: list[int]
@@ -47,8 +48,8 @@ class Record:
 def probe(*, vocab_size: int, n_positions: int) -> tuple[list[int], list[int]]:
     """The probe for a model of this size: the ids to feed, and the ids whose logits are recorded.
 
-    Up to 16 tokens, and 32 logits spread over the vocabulary; both include its first and last id, since those are
-    what a wrong resize loses.
+    Up to 16 tokens, and 32 logits spread over the vocabulary; both include its first and last id, since those
+    are what a wrong resize loses.
     """
     length, spread = min(16, n_positions), min(32, vocab_size)
     # multiplying by an odd constant scatters neighbours (Knuth's multiplicative hashing)

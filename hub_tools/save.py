@@ -1,12 +1,13 @@
 """Write a complete package, all or nothing.
 
-Imports the standard library, torch, transformers, the remote code, and of hub_tools `card`, `record`, `probe`,
-`staging` and what these import.
+Imports the standard library, torch, transformers, the remote code, and of hub_tools `card`, `record`,
+`probe`, `staging` and what these import.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -72,19 +73,21 @@ def save_package(
     repo_id: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> SavedPackage:
-    """Write a complete, self-contained package: weights, config, code, tokenizer, card, and a record to verify it by.
+    """Write a complete package: weights, config, code, tokenizer, card, and a record to verify it by.
 
-    All or nothing: the package is prepared beside `folder` and then put in its place in one step (see `staging`). A
-    process killed at any moment leaves the package that was there, or this one; what it leaves beside `folder`, the
-    next save removes. A package that is replaced is replaced whole: nothing of it stays, a card edited by hand
-    included. A reader that opens files one after the other while a save replaces them can see files of both.
+    All or nothing: the package is prepared beside `folder` and then put in its place in one step (see
+    `staging`). A process killed at any moment leaves the package that was there, or this one; what it leaves
+    beside `folder`, the next save removes. A package that is replaced is replaced whole: nothing of it stays,
+    a card edited by hand included. A reader that opens files one after the other while a save replaces them
+    can see files of both.
 
-    The model is left as it is: mode, config, device, hooks, gradients, random state. Its weights are read where they
-    are (a model on a GPU is copied to main memory), and written with this installed version's code, also when the
-    model itself came from a package's code.
+    The model is left as it is: mode, config, device, hooks, gradients, random state. Its weights are read
+    where they are (a model on a GPU is copied to main memory), and written with this installed version's
+    code, also when the model itself came from a package's code.
 
     Args:
-        model: a `GPT2ValueModel` (or a subclass without weights of its own), unwrapped, in float32, float16 or bfloat16.
+        model: a `GPT2ValueModel` (or a subclass without weights of its own), unwrapped, in float32, float16
+            or bfloat16.
         folder: where to. It may be absent, empty, or a package; a link to such a folder stays a link.
         tokenizer: a transformers tokenizer, to travel with the model.
         overwrite: replace a package that is there; if False, refuse any folder that is not empty.
@@ -92,11 +95,13 @@ def save_package(
         license: license identifier for the card, as `apache-2.0`. Left out if not given.
         tags: more tags for the card.
         repo_id: where the package will live on the Hub, for the lines in the card that load it.
-        max_shard_size: the weights are split into files of at most this size (bytes, or a string like `"5GB"`).
+        max_shard_size: the weights are split into files of at most this size (bytes, or a string like
+            `"5GB"`).
 
     Raises:
         WrongModelError, MissingHeadError: not a value-head model, or wrapped in something.
-        UnsavableWeightsError, NonFiniteWeightsError, UnsavableConfigError: a model that could not be loaded again.
+        UnsavableWeightsError, NonFiniteWeightsError, UnsavableConfigError: a model that could not be loaded
+            again.
         TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code.
         CardMetadataError: see `render_card`.
         FolderRefusedError: `folder` holds something else, or cannot be replaced in one step.
@@ -181,11 +186,12 @@ def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
 
 def _installed_copy(model: nn.Module) -> GPT2ValueModel:
-    """This installed version's model, in eval mode on the CPU, around the same weights (shared, not copied, where
-    they are on the CPU), after checking that they are a whole model's."""
+    """This installed version's model, in eval mode on the CPU, around the same weights (shared, not copied,
+    where they are on the CPU), after checking that they are a whole model's."""
     _check_class(model)
+    config: Any = model.config
     try:
-        config = GPT2ValueConfig.from_dict(model.config.to_dict())
+        config = GPT2ValueConfig.from_dict(config.to_dict())
         generation_config = copy.deepcopy(getattr(model, "generation_config", None))
         if generation_config is not None:
             generation_config.validate(strict=True)
@@ -207,7 +213,7 @@ def _installed_copy(model: nn.Module) -> GPT2ValueModel:
             raise NonFiniteWeightsError(
                 f"{name} has {count:,} NaN or infinite values of {tensor.numel():,}",
                 expected="finite weights",
-                next_step="go back to a checkpoint from before the run diverged; what is in the folder is untouched",
+                next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
             )
     installed.load_state_dict(body, assign=True)
     if tied:
@@ -234,14 +240,14 @@ def _check_class(model: nn.Module) -> None:
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise refuse(
             f"a {name} with PEFT adapters, which are not part of GPT-2's weights",
-            "merge them into a model of their own: save_package(copy.deepcopy(peft_model).merge_and_unload(), ...)",
+            "merge them into a copy: save_package(copy.deepcopy(peft_model).merge_and_unload(), ...)",
         )
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise refuse(f"a compiled model ({name})", f"{WRAPPED}: save_package(model._orig_mod, ...)")
     if isinstance(getattr(model, "module", None), nn.Module):
         raise refuse(
             f"a wrapper ({name})",
-            f"{WRAPPED}: save_package(model.module, ...), or accelerator.unwrap_model(model), on one process only",
+            f"{WRAPPED}, in one process: save_package(model.module, ...) or accelerator.unwrap_model(model)",
         )
     if hasattr(model, "pretrained_model") and hasattr(model, "v_head"):
         raise refuse(
@@ -252,7 +258,7 @@ def _check_class(model: nn.Module) -> None:
         raise MissingHeadError(
             f"a {name}, which has no value head",
             expected="a GPT2ValueModel",
-            next_step="save it with its own save_pretrained, then GPT2ValueModel.from_pretrained(FOLDER) gives it a head",
+            next_step="model.save_pretrained(FOLDER); GPT2ValueModel.from_pretrained(FOLDER) gives it a head",
         )
     if model_type != layout.MODEL_TYPE:
         raise refuse(f"a {name} of model type {model_type!r}", "pass a GPT2ValueModel")
@@ -316,7 +322,7 @@ def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         raise TokenizerMismatchError(
             f"the tokenizer is a {type(tokenizer).__name__}",
             expected="a transformers tokenizer",
-            next_step="load one: AutoTokenizer.from_pretrained(...); PreTrainedTokenizerFast wraps one of tokenizers",
+            next_step="AutoTokenizer.from_pretrained(...); PreTrainedTokenizerFast wraps one of tokenizers",
         )
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
@@ -356,20 +362,19 @@ def _versions() -> dict[str, str]:
 
 def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_shard_size: int | str) -> None:
     """Write every file of the package."""
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    for name, path in layout.installed_code().items():
-        shutil.copyfile(path, folder / name)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)  # config, weights, this installation's code
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        _make_portable(folder)
     (folder / layout.CARD).write_text(f"{card}\n", encoding="utf-8")
     for path in folder.iterdir():  # safetensors writes files that nobody else may read
         shutil.copymode(folder / layout.CARD, path)
     foreign = sorted(path.name for path in folder.iterdir() if not layout.written_by_save(path.name))
     if foreign:
         raise TokenizerMismatchError(
-            f"the tokenizer brings {foreign}, which have no place in a package",
+            f"the tokenizer wrote {foreign}, which have no place in a package",
             expected=f"some of {sorted(layout.TOKENIZER)}",
-            next_step="use a tokenizer of transformers' own, without code of its own; a fast one: use_fast=True",
+            next_step="use a tokenizer of transformers' own, without code; a fast one: use_fast=True",
         )
     token_ids, logit_ids = probe(vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
     in_float32 = (
@@ -385,3 +390,22 @@ def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_s
             path.name: layout.sha256_of(path) for path in sorted(folder.iterdir()) if path.name != layout.CARD
         },
     ).write(folder)
+
+
+def _make_portable(folder: Path) -> None:
+    """Write `tokenizer_config.json` so that transformers 4 and 5 both read it.
+
+    Version 5 has new names for two things, and understands the old ones; and it records how the tokenizer was
+    loaded here, which no reader needs.
+    """
+    path = folder / layout.TOKENIZER_CONFIG
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for name in ("backend", "is_local", "local_files_only", "name_or_path"):
+        settings.pop(name, None)
+    path.write_text(
+        json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+    )

@@ -1,10 +1,11 @@
-"""Replace a folder by another in one step, so that a process killed at any moment leaves the old one or the new one.
+"""Replace a folder by another in one step: a process killed at any moment leaves the old or the new one.
 
-Imports the standard library, filelock, `errors` and `layout`. The new folder is prepared beside the old one, in
-`.<name>.saving-xxxxxxxx/package`, synced to the disk, and then exchanged with it: renameat2(2) with RENAME_EXCHANGE
-on Linux, renamex_np(2) with RENAME_SWAP on macOS. Where the file system knows no exchange, the old folder is renamed
-to `previous` in the staging folder, and the new one to its place; between these two renames the place is empty, and
-a process killed just there leaves `previous`, which the next save puts back before it does anything else.
+Imports the standard library, filelock, `errors` and `layout`. The new folder is prepared beside the old one,
+in `.<name>.saving-xxxxxxxx/package`, synced to the disk, and then exchanged with it: renameat2(2) with
+RENAME_EXCHANGE on Linux, renamex_np(2) with RENAME_SWAP on macOS. Where the file system knows no exchange,
+the old folder is renamed to `previous` in the staging folder, and the new one to its place; between these two
+renames the place is empty, and a process killed just there leaves `previous`, which the next save puts back
+before it does anything else.
 """
 
 from __future__ import annotations
@@ -77,11 +78,12 @@ class Staging:
 
 @contextmanager
 def staged(target: Path) -> Iterator[Staging]:
-    """A `Staging` for `target`; its folder is gone afterwards, whatever happens, unless the process is killed.
+    """A `Staging` for `target`; its folder is gone afterwards, unless the process is killed.
 
-    Cleans up after saves of the same target that were killed. Saves of the same target that run at the same time do
-    not disturb each other, and the last to finish wins: each holds a lock in its own staging folder, and what is
-    locked is not cleaned. Where the file system has no locks, nothing is cleaned.
+    Cleans up after saves of the same target that were killed. Saves of the same target that run at the same
+    time do
+    not disturb each other, and the last to finish wins: each holds a lock in its own staging folder, and what
+    is locked is not cleaned. Where the file system has no locks, nothing is cleaned.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     clean(target)
@@ -98,7 +100,7 @@ def staged(target: Path) -> Iterator[Staging]:
 
 
 def clean(target: Path) -> None:
-    """Remove what killed saves of `target` left beside it, after putting back a package that one had in its hands."""
+    """Put back a package that a killed save of `target` had moved, and remove what such saves left."""
     pattern = layout.staging_name(target)
     for home in sorted(target.parent.iterdir()):
         if not pattern.fullmatch(home.name) or home.is_symlink() or not home.is_dir():
@@ -138,7 +140,9 @@ def exchange(one: Path, other: Path) -> bool:
     Raises:
         OSError: the system knows it, and refused.
     """
-    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    if os.name != "posix":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin":
         result = libc.renamex_np(first, second, _RENAME_EXCHANGE)
@@ -155,7 +159,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Flush files and folder to the disk, so that a power cut after the rename finds the data behind the names."""
+    """Flush files and folder to the disk: after a power cut the names then have their data."""
     for path in sorted(folder.iterdir()):
         _sync(path)
     _sync(folder)

@@ -1,8 +1,8 @@
 """Read other people's weight files without running anything that is in them.
 
-Imports the standard library, torch, safetensors, `reading`, `layout` and `errors`. safetensors files hold numbers only; pickles are
-read by `torch.load(weights_only=True)`, which knows tensors and plain containers and refuses every other name
-(https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only).
+Imports the standard library, torch, safetensors, `reading`, `layout` and `errors`. safetensors files hold
+numbers; pickles are read by `torch.load(weights_only=True)`, which knows tensors and plain containers and
+refuses all else (https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only).
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def only_one(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors, on the CPU, in a `.safetensors` file, in a pickle, or in the shards that an `.index.json` names.
+    """The tensors, on the CPU, in a `.safetensors` file, in a pickle, or in the shards of an `.index.json`.
 
     Args:
-        file: an existing file. Every name but `*.safetensors` and `*.json` is read as a pickle. The tensors may be
-            views of the file: read them before it is written to.
+        file: an existing file. Every name but `*.safetensors` and `*.json` is read as a pickle. The tensors
+            may be views of the file: read them before it is written to.
 
     Raises:
         UnsafePickleError: the pickle asks for more than tensors and plain containers. Nothing of it ran.
@@ -108,8 +108,8 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
         raise UnsafePickleError(
             f"{file} is a pickle that asks for more than tensors: {_gist(err)}. Nothing of it was run",
             expected="a state dict of plain tensors",
-            next_step="if you know its maker, load it in the library that wrote it, save model.state_dict() as "
-            "safetensors, and convert that",
+            next_step="if you know its maker, load it in the library that wrote it, save model.state_dict() "
+            "as safetensors, and convert that",
         ) from err
     except (
         # torch's reader raises all of these on damaged files, depending on where the damage lies.
@@ -135,7 +135,7 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _refuse_compressed(file: Path) -> None:
-    """torch.save never compresses: an archive that is smaller than its content was made to fill the memory."""
+    """torch.save never compresses: an archive smaller than its content was made to fill the memory."""
     with zipfile.ZipFile(file) as archive:
         packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
@@ -152,8 +152,8 @@ def _check_entry(file: Path, key: object, tensor: object) -> None:
         raise CorruptFileError(
             f"{file} holds {key!r}: {type(tensor).__name__}",
             expected="names with plain tensors",
-            next_step="where the state dict lies inside (under 'state_dict', 'model', ...), save that part alone and "
-            "convert it",
+            next_step="where the state dict lies inside (under 'state_dict', 'model', ...), save that part "
+            "alone and convert it",
         )
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise CorruptFileError(

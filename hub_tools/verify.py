@@ -1,13 +1,15 @@
-"""Load a package in a fresh interpreter, strictly, and compare what it computes with what was recorded at save time.
+"""Load a package in a fresh interpreter, strictly, and compare what it computes with its record.
 
-Imports the standard library and of hub_tools `inspection`, `record` and what these import; `probe.py` is run, not
-imported. The fresh interpreter is isolated (`python -I`): no checkout, no PYTHONPATH, no caches, no token, no network.
+Imports the standard library and of hub_tools `inspection`, `record` and what these import; `probe.py` is run,
+not imported. The fresh interpreter is isolated (`python -I`): no checkout, no PYTHONPATH, no caches, no
+token, no network.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -70,16 +72,18 @@ class VerificationReport:
 def verify_package(
     source: str | os.PathLike[str], *, trust_remote_code: bool = False, timeout: float = 600.0
 ) -> VerificationReport:
-    """Prove that a package loads in a fresh interpreter, strictly, and computes what it did when it was saved.
+    """Prove that a package loads, strictly, and computes what it did when it was saved.
 
-    First `inspect_package`, with every file's hash; then, in an isolated interpreter that has torch and transformers
-    and cannot see this project, `AutoModel.from_pretrained(folder, trust_remote_code=True)`: no key may be missing,
-    unknown or of another shape, every weight must be finite, and logits and values on the recorded probe must agree
-    to 1e-5 of the largest recorded number (or of 1, if that is larger). One tolerance holds for all dtypes, since
-    both sides compute in float32: a bfloat16 or float16 weight converts to float32 exactly.
+    First `inspect_package`, with every file's hash; then, in an isolated interpreter that has torch and
+    transformers and cannot see this project, `AutoModel.from_pretrained(folder, trust_remote_code=True)`: no
+    key may be missing, unknown or of another shape, every weight must be finite, and logits and values on the
+    recorded probe must agree to 1e-5 of the largest recorded number (or of 1, if that is larger). One
+    tolerance holds for all dtypes, since both sides compute in float32: a bfloat16 or float16 weight converts
+    to float32 exactly.
 
-    This *runs the package's code*. Code that is byte-identical to this installed version's is run without asking; any
-    other is refused unless you pass `trust_remote_code=True`, transformers' own word for it. The fresh interpreter
+    This *runs the package's code*. Code that is byte-identical to this installed version's is run without
+    asking; any other is refused unless you pass `trust_remote_code=True`, transformers' own word for it. The
+    fresh interpreter
     protects from mistakes, not from malice: it is no sandbox.
 
     Args:
@@ -90,7 +94,8 @@ def verify_package(
     Raises:
         Everything that `inspect_package` raises, and
         UntrustedCodeError: other code than this version's, and `trust_remote_code` is off.
-        MissingFileError, MissingHeadError, ForeignFileError, PickleError: not complete, or not only a package.
+        MissingFileError, MissingHeadError, ForeignFileError, PickleError: not complete, or not only a
+            package.
         ChangedFileError: a file is not the one that was saved.
         LoadError: it does not load, or not strictly.
         NonFiniteWeightsError: it loads with NaN or infinite weights.
@@ -118,9 +123,9 @@ def verify_package(
         if not difference <= tolerance:  # NaN is not
             raise VerificationError(
                 f"the {what} differ from the recorded ones by {difference:.3g}",
-                expected=f"at most {tolerance:.3g}; saved with {record.versions}, loaded with {found['versions']}",
-                next_step="save the package again; if versions differ, install those that it was saved with and "
-                "verify there, to see which of the two changed the numbers",
+                expected=f"at most {tolerance:.3g} (saved: {record.versions}, loaded: {found['versions']})",
+                next_step="save the package again; if the versions differ, verify with those that it was "
+                "saved with, to see which of the two changed the numbers",
             )
     if record.tokenizer_ids != found["tokenizer_ids"]:
         raise VerificationError(
@@ -145,13 +150,14 @@ def verify_package(
 
 
 def problems(package: PackageReport) -> list[GPT2ValueHubError]:
-    """What `inspect_package` only reports and `verify_package` refuses: a package that is not complete, is not only a
-    package, is not as it was saved, or brings other code. The first is the one that `verify_package` raises."""
+    """What `inspect_package` only reports and `verify_package` refuses: a package that is not complete, is
+    not only a package, is not as it was saved, or brings other code. The first is the one that
+    `verify_package` raises."""
     found: list[GPT2ValueHubError] = []
     if package.head is None:
         found.append(
             MissingHeadError(
-                f"the weights in {package.folder} have no value head (v_head.summary.weight, v_head.summary.bias)",
+                f"the weights in {package.folder} have no value head (v_head.summary.weight and .bias)",
                 expected="a head of shape [1, n_embd]",
                 next_step="ask its author for a complete one, or give it a new head: "
                 "GPT2ValueModel.from_pretrained(FOLDER, init_value_head=True), then save_package",
@@ -162,7 +168,7 @@ def problems(package: PackageReport) -> list[GPT2ValueHubError]:
             MissingFileError(
                 f"{package.folder} has no {', '.join(package.missing)}",
                 expected="a complete package, as save_package writes it",
-                next_step="load it with GPT2ValueModel.from_pretrained and write it again with hub_tools.save_package",
+                next_step="GPT2ValueModel.from_pretrained(FOLDER), then hub_tools.save_package writes it all",
             )
         )
     if package.pickles:
@@ -187,8 +193,8 @@ def problems(package: PackageReport) -> list[GPT2ValueHubError]:
             UntrustedCodeError(
                 f"the package's code is not this version's: {_names(other)}; it was not run",
                 expected="code that is byte-identical to the installed version's",
-                next_step=f"read it (diff {package.folder / other[0]} {layout.installed_code().get(other[0], '')}), "
-                "then pass trust_remote_code=True (--trust-remote-code)",
+                next_step=f"read it: {_diff(package.folder, other[0])}; then pass trust_remote_code=True "
+                "(--trust-remote-code)",
             )
         )
     if package.changed:
@@ -200,6 +206,12 @@ def problems(package: PackageReport) -> list[GPT2ValueHubError]:
             )
         )
     return found
+
+
+def _diff(folder: Path, name: str) -> str:
+    """What to type to read a file of code, against the installed one where there is one."""
+    installed = layout.installed_code().get(name)
+    return f"diff {installed} {folder / name}" if installed else f"less {folder / name}"
 
 
 def _names(names: Iterable[str]) -> str:
@@ -268,7 +280,7 @@ def _run(package: PackageReport, record: Record, timeout: float) -> dict[str, An
 
 
 def _search_path() -> list[str]:
-    """Where this interpreter finds torch and transformers, for one that is isolated from PYTHONPATH and user site."""
+    """Where this interpreter finds torch and transformers, for one without PYTHONPATH and user site."""
     folders = []
     for name in ("torch", "transformers"):
         spec = importlib.util.find_spec(name)
@@ -305,6 +317,7 @@ def _largest(rows: list[list[float]]) -> float:
 def _difference(recorded: list[list[float]], found: list[list[float]]) -> float:
     """The largest absolute difference; infinite where the shapes differ."""
     if [len(row) for row in recorded] != [len(row) for row in found]:
-        return float("inf")
-    pairs = [(a, b) for ours, theirs in zip(recorded, found) for a, b in zip(ours, theirs)]
-    return max((abs(a - b) if b == b else float("inf") for a, b in pairs), default=0.0)
+        return math.inf
+    rows = zip(recorded, found, strict=True)
+    pairs = [pair for ours, theirs in rows for pair in zip(ours, theirs, strict=True)]
+    return max((abs(a - b) if math.isfinite(b) else math.inf for a, b in pairs), default=0.0)

@@ -1,10 +1,11 @@
 """Do converted checkpoints give the numbers that TRL itself gave? Two steps, in two environments.
 
-    TRL-PYTHON tests/compare_with_trl.py write FOLDER     TRL 1.12.0 (the last with the head), peft: checkpoints, numbers
-    python tests/compare_with_trl.py compare FOLDER       this package, peft: convert each one, compare, print a table
+    TRL-PYTHON tests/compare_with_trl.py write FOLDER     with TRL 1.12.0 (the last with the head) and peft
+    python tests/compare_with_trl.py compare FOLDER       with this package and peft
 
-The checkpoints are TRL's own files, in every layout that it leaves behind. Not a test that pytest collects: it needs an
-environment that this project does not ask for.
+The first writes checkpoints with TRL itself, in every layout that it leaves behind, and what TRL computes
+with them; the second converts each one, compares, and prints a table. pytest does not collect this file: it
+needs an environment that this project does not ask for. `make compare-trl` makes it and runs both.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ SIZES = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
-# Largest differences allowed, as shares of the largest number. The same operations on the same numbers differ by
-# nothing; in bfloat16 (8 bits) TRL rounds once more after the head's dropout; merging a LoRA adds its product at
-# another place, and in bfloat16 rounds the sum into the weights.
-EXACT, ROUNDED, MERGED, MERGED_BFLOAT16 = 1e-6, 5e-3, 1e-5, 5e-2
+# Largest differences allowed, as shares of the largest number. The same operations on the same numbers
+# differ by nothing; in bfloat16 (8 bits) TRL rounds once more, after the head's dropout; a merged LoRA's
+# product is added at another place, which three layers of large weights amplify, and in bfloat16 the weights
+# round the sum.
+EXACT, ROUNDED, MERGED, MERGED_BFLOAT16 = 1e-6, 5e-3, 1e-4, 1e-1
 
 
 def write(folder: Path) -> None:
@@ -128,7 +130,7 @@ def write(folder: Path) -> None:
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens `[4, 24]` and their mask. Padding is on the right: TRL gives no positions for padding on the left."""
+    """Tokens `[4, 24]` and their mask, padded on the right: on the left TRL counts padding as positions."""
     generator = torch.Generator().manual_seed(SEED)
     input_ids = torch.randint(SIZES["vocab_size"], (4, 24), generator=generator)
     attention_mask = torch.ones_like(input_ids)
@@ -138,7 +140,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def measure(model: nn.Module) -> dict[str, torch.Tensor]:
-    """float32 `logits`, `value`, and `training_value` (dropout drawn from a fixed seed) of the tokens, in one row each."""
+    """float32 `logits`, `value` and `training_value` (dropout from a fixed seed), a row per token."""
     input_ids, attention_mask = batch()
     real = attention_mask.bool()
 
@@ -158,7 +160,7 @@ def measure(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def compare(folder: Path) -> int:
-    """Convert every checkpoint and print how far its numbers are from TRL's: the largest difference, as a share of
+    """Convert every checkpoint and print how far it is from TRL: the largest difference, as a share of
     TRL's largest number. Returns how many checkpoints are too far."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import transformers
@@ -169,10 +171,14 @@ def compare(folder: Path) -> int:
     told = json.loads((folder / CASES).read_text())
     print("written by:", ", ".join(f"{name} {version}" for name, version in told["versions"].items()))
     print(f"converted by: transformers {transformers.__version__}, torch {torch.__version__}\n")
-    print("| checkpoint | read as | logits | value | value, training mode | bound |\n|---|---|---|---|---|---|")
+    print(
+        "| checkpoint | read as | logits | value | value, training mode | bound |\n|---|---|---|---|---|---|"
+    )
     failed = 0
     for case in told["cases"]:
-        record = convert_checkpoint(folder / case["folder"], folder / f"{case['folder']}-package", **case["options"])
+        record = convert_checkpoint(
+            folder / case["folder"], folder / f"{case['folder']}-package", **case["options"]
+        )
         model = GPT2ValueModel.from_pretrained(record.folder, dtype="auto")
         theirs, ours = load_file(folder / f"{case['folder']}-{NUMBERS}"), measure(model)
         gaps = [

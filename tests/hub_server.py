@@ -116,8 +116,8 @@ class Request:
 class Fault:
     """Fail requests: all that match, or the `nth` (from 1), or every `every`-th of them, counted from now.
 
-    `status` answers with an error and does not act; `cut` closes the connection before or after acting; `delay`
-    waits this many seconds first, and alone only delays.
+    `status` answers with an error, without acting unless `acts` (as a gateway does that lost patience); `cut` closes
+    the connection before or after acting; `delay` waits this many seconds first, and alone only delays.
     """
 
     route: str = "*"
@@ -125,6 +125,7 @@ class Fault:
     nth: int | None = None
     every: int | None = None
     status: int | None = None
+    acts: bool = False
     retry_after: str | None = None
     delay: float = 0.0
     cut: Literal["before", "after"] | None = None
@@ -545,7 +546,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(fault.delay)
         if fault and fault.cut == "before":
             return self._cut()
-        if fault and fault.status:
+        if fault and fault.status and not fault.acts:
             return self._send(_failure(fault))
         answer = Answer(404, {"error": f"no route {method} {url.path}"})
         if found:
@@ -561,7 +562,7 @@ class _Handler(BaseHTTPRequestHandler):
                 answer = refused.answer
         if fault and fault.cut == "after":
             return self._cut()
-        self._send(answer)
+        self._send(_failure(fault) if fault and fault.status else answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 

@@ -18,7 +18,13 @@ from transformers import (
     pipeline,
 )
 
-from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel, GPT2ValueOutput, ValueHead
+from modeling_gpt2_value import (
+    TAKES_HEAD_MASK,
+    GPT2HeadWithValueModel,
+    GPT2ValueModel,
+    GPT2ValueOutput,
+    ValueHead,
+)
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9], [7, 7, 2, 64, 33, 12]])
 
@@ -138,11 +144,24 @@ def test_a_mask_of_the_new_tokens_only_is_refused(tiny_model):
 # What cannot be honoured
 
 
-@pytest.mark.parametrize("name", ["mc_token_ids", "mc_labels", "head_mask", "attention_masks"])
+@pytest.mark.parametrize("name", ["mc_token_ids", "mc_labels", "attention_masks"])
 def test_an_argument_that_cannot_be_honoured_is_refused_by_name(tiny_model, name):
     with pytest.raises(TypeError, match=name):
         tiny_model(IDS, **{name: torch.ones(2)})
     assert tiny_model(IDS, **{name: None}).value.shape == IDS.shape
+
+
+def test_a_head_mask_is_honoured_or_refused_by_name():
+    """transformers 4 can switch attention heads off, transformers 5 cannot: never silence."""
+    model = make_tiny_model(attn_implementation="eager")
+    mask = torch.zeros(2, 4)
+    if TAKES_HEAD_MASK:
+        expected = plain_twin(model)(IDS, head_mask=mask).logits
+        assert torch.equal(model(IDS, head_mask=mask).logits, expected)
+        assert not torch.equal(model(IDS).logits, expected)
+    else:
+        with pytest.raises(TypeError, match="head_mask: transformers 5 removed it"):
+            model(IDS, head_mask=mask)
 
 
 def test_labels_under_two_names_are_refused(tiny_model):

@@ -1,0 +1,34 @@
+"""In one environment, with this checkout on the path: make a package, verify it, and print its numbers."""
+
+import sys
+from pathlib import Path
+
+import torch
+from measure import numbers, report
+from transformers import __version__
+
+from configuration_gpt2_value import GPT2ValueConfig
+from hub_tools import save_package, verify_package
+from modeling_gpt2_value import GPT2ValueModel
+
+folder = Path(sys.argv[1])
+torch.manual_seed(sum(map(ord, __version__)))
+config = GPT2ValueConfig(
+    n_layer=2,
+    n_embd=64,
+    n_head=4,
+    vocab_size=300,
+    n_positions=64,
+    bos_token_id=0,
+    eos_token_id=0,
+    value_head_initializer_range=0.2,
+    summary_activation="tanh",
+    detach_value_head=True,
+)
+model = GPT2ValueModel(config).eval()
+with torch.no_grad():
+    for weight in model.transformer.parameters():
+        weight.mul_(3)  # logits that differ from token to token
+save_package(model, folder)
+verify_package(folder)
+report(numbers(model))
