@@ -99,9 +99,7 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
     _fill(peft, wrapped, adapter, file)
     merged = wrapped.merge_and_unload(safe_merge=True)
     state = {key: tensor.detach() for key, tensor in merged.state_dict().items()}
-    return Merged(
-        state, {**fields, "architectures": [type(model).__name__]}, base, (base_file, file), dropped
-    )
+    return Merged(state, {**fields, "architectures": [type(model).__name__]}, base, (base_file, file), dropped)
 
 
 def _refuse_other_adapters(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -156,14 +154,10 @@ def _base_of(folder: Path, settings: Mapping[str, Any]) -> Path:
     beside = [CONFIG, GENERATION_CONFIG, *sorted(TOKENIZER)]
     safe = [WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors"]
     try:
-        home = Path(
-            snapshot_download(name, revision=settings.get("revision"), allow_patterns=[*beside, *safe])
-        )
+        home = Path(snapshot_download(name, revision=settings.get("revision"), allow_patterns=[*beside, *safe]))
         if not any((home / file).is_file() for file in (WEIGHTS, WEIGHTS_INDEX)):
             pickles = [PICKLED_WEIGHTS, f"{PICKLED_WEIGHTS}.index.json", "pytorch_model-*-of-*.bin"]
-            home = Path(
-                snapshot_download(name, revision=settings.get("revision"), allow_patterns=[*beside, *pickles])
-            )
+            home = Path(snapshot_download(name, revision=settings.get("revision"), allow_patterns=[*beside, *pickles]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
         raise MissingFileError(
             f"{folder / ADAPTER_CONFIG} names the base model {name!r}, which is no folder here, and was "

@@ -42,8 +42,7 @@ class CardFacts:
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` has the form of a repository's id on the Hub (`gpt2`, `openai-community/gpt2`) and names
-    no
-    file or folder here: of the two, transformers prefers the folder."""
+    no file or folder here: of the two, transformers prefers the folder."""
     return (
         _HUB_ID.fullmatch(text) is not None
         and len(text) <= 96
@@ -61,9 +60,7 @@ def load_lines(where: str, *, tokenizer: bool) -> str:
     ]
     if tokenizer:
         # transformers 5 reads the config first, whose class is in the package, and stops to ask without this
-        lines.append(
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(where)}, trust_remote_code=True)"
-        )
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(where)}, trust_remote_code=True)")
     return "\n".join(lines)
 
 
@@ -108,9 +105,7 @@ def render_card(
         )
     for tag in tags:
         if not isinstance(tag, str) or not tag.strip() or "\n" in tag:
-            raise CardMetadataError(
-                f"the tag {tag!r}", expected="a word", next_step="correct it, or leave it out"
-            )
+            raise CardMetadataError(f"the tag {tag!r}", expected="a word", next_step="correct it, or leave it out")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

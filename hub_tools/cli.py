@@ -77,12 +77,8 @@ def about(
 @app.command()
 def create(
     out: Annotated[Path, typer.Argument(help="Folder to write the package to: new, empty, or a package.")],
-    base: Annotated[
-        str, typer.Option(help="A GPT-2 checkpoint or a package: a folder, or an id on the Hub.")
-    ],
-    revision: Annotated[
-        Optional[str], typer.Option(help="Branch, tag or commit of the base on the Hub.")
-    ] = None,
+    base: Annotated[str, typer.Option(help="A GPT-2 checkpoint or a package: a folder, or an id on the Hub.")],
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights in the package.")] = Dtype.auto,
     license: Annotated[
         Optional[str], typer.Option(help="License identifier for the card, as apache-2.0; none is assumed.")
@@ -120,18 +116,12 @@ def create(
 @app.command()
 def respond(
     package: Annotated[str, typer.Argument(help="A package: a folder, or an id on the Hub.")],
-    prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="What to respond to, one text each.")
-    ],
-    revision: Annotated[
-        Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")
-    ] = None,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to respond to, one text each.")],
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a response, at most.")] = 20,
     temperature: Annotated[float, typer.Option(help="Below 1 sharper, above 1 flatter; more than 0.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from the k most probable tokens; 0 is off.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the most probable tokens of this mass; 1 is off.")
-    ] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens of this mass; 1 is off.")] = 1.0,
     seed: Annotated[Optional[int], typer.Option(help="Makes the draw repeatable.")] = None,
     json: Json = False,
 ) -> None:
@@ -208,9 +198,7 @@ def verify(
     package: Annotated[str, typer.Argument(help="A package's folder.")],
     trust_remote_code: Annotated[
         bool,
-        typer.Option(
-            "--trust-remote-code", help="Run the package's code though it is not this installation's."
-        ),
+        typer.Option("--trust-remote-code", help="Run the package's code though it is not this installation's."),
     ] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that the fresh interpreter may take.")] = 600,
     json: Json = False,
@@ -283,9 +271,7 @@ def _at(revision: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def _translated(
-    source: str, revision: str | None, what: str = "a GPT-2 model", hint: str = ""
-) -> Iterator[None]:
+def _translated(source: str, revision: str | None, what: str = "a GPT-2 model", hint: str = "") -> Iterator[None]:
     """What transformers says when it cannot load something, as an error of ours, without a traceback."""
     import pickle
 
@@ -310,8 +296,7 @@ def _translated(
         raise SourceError(
             f"{source}{at} does not load: {str(error).strip() or type(error).__name__}",
             expected=f"{what}, in a folder or on the Hub",
-            next_step=hint
-            or "check the name, the revision, and for a private repository the login: hf auth login",
+            next_step=hint or "check the name, the revision, and for a private repository the login: hf auth login",
         ) from error
 
 

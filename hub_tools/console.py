@@ -59,9 +59,7 @@ def show_inspection(package: PackageReport, findings: Sequence[str]) -> None:
     )
     table.add_row("embeddings", "tied" if package.tied_embeddings else "not tied")
     table.add_row("value head", package.head.describe() if package.head else Text("missing", "red"))
-    table.add_row(
-        "weights", "\n".join(f"{name}  {size(bytes)}" for name, bytes in package.weight_files.items())
-    )
+    table.add_row("weights", "\n".join(f"{name}  {size(bytes)}" for name, bytes in package.weight_files.items()))
     table.add_row("tokenizer", visible(package.tokenizer) if package.tokenizer else "none")
     table.add_row("generation config", "yes" if package.has_generation_config else "none")
     for file in package.code:
@@ -83,9 +81,7 @@ def show_verification(report: VerificationReport) -> None:
     ):
         table.add_row(what, f"differ by at most {difference:.2g} (allowed: {tolerance:.2g})")
     for what, versions in (("saved with", report.saved_with), ("loaded with", report.loaded_with)):
-        table.add_row(
-            what, ", ".join(f"{visible(name)} {visible(version)}" for name, version in versions.items())
-        )
+        table.add_row(what, ", ".join(f"{visible(name)} {visible(version)}" for name, version in versions.items()))
     table.add_row("time", f"{report.seconds:.1f} s, of which loading {report.load_seconds:.1f} s")
     if report.peak_memory_bytes is not None:
         table.add_row("peak memory", size(report.peak_memory_bytes))

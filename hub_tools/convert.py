@@ -112,9 +112,7 @@ def convert_checkpoint(
     adapter = weights.name == ADAPTER_CONFIG
     if adapter:
         if config is not None:
-            raise ValueError(
-                "config= is for a checkpoint of a whole model; an adapter's base has its own config.json."
-            )
+            raise ValueError("config= is for a checkpoint of a whole model; an adapter's base has its own config.json.")
         merged = merge_adapter(home, None if base is None else Path(base))
         state, fields, files, dropped = (
             dict(merged.state),

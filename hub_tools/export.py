@@ -78,9 +78,7 @@ def export_policy(
     if isinstance(model, (str, os.PathLike)):
         report = inspect_package(model)
         # a package without its head still has its policy
-        model = GPT2ValueModel.from_pretrained(
-            report.folder, init_value_head=report.head is None, dtype="auto"
-        )
+        model = GPT2ValueModel.from_pretrained(report.folder, init_value_head=report.head is None, dtype="auto")
         tokenizer = tokenizer or carried_tokenizer(None, [report.folder])
     if not isinstance(model, GPT2ValueModel):
         raise WrongModelError(
@@ -121,9 +119,7 @@ def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
     with torch.device("meta"):
         plain = GPT2LMHeadModel(GPT2Config.from_dict(fields))
     state = {
-        name: tensor.detach().cpu()
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(HEAD_PREFIX)
+        name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if not name.startswith(HEAD_PREFIX)
     }
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
@@ -137,9 +133,7 @@ def _export_target(folder: Path, *, overwrite: bool) -> Path:
     target = folder.resolve()
 
     def refuse(found: str, next_step: str) -> FolderRefusedError:
-        return FolderRefusedError(
-            f"{target} {found}", expected="a new folder, or an empty one", next_step=next_step
-        )
+        return FolderRefusedError(f"{target} {found}", expected="a new folder, or an empty one", next_step=next_step)
 
     if not target.exists():
         return target

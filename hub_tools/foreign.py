@@ -181,14 +181,10 @@ def _recognise(
     format_: SourceFormat = "gpt2"
     if HEAD_WEIGHT in state or HEAD_BIAS in state:
         wrapped = any(key.startswith(PREFIXES["trl"]) for key in state)
-        format_ = (
-            "trl" if wrapped or "GPT2LMHeadModel" in classes or "summary_dropout_prob" in fields else "seed"
-        )
+        format_ = "trl" if wrapped or "GPT2LMHeadModel" in classes or "summary_dropout_prob" in fields else "seed"
         if told in ("seed", "trl") and not wrapped:
             format_ = told
-        elif (
-            format_ == "seed" and "GPT2HeadWithValueModel" not in classes and _readings_differ(where, fields)
-        ):
+        elif format_ == "seed" and "GPT2HeadWithValueModel" not in classes and _readings_differ(where, fields):
             raise AmbiguousSourceError(
                 f"{where} may be the seed's or TRL's: its config.json names no class, and sets summary_* "
                 "fields, which the seed's head obeys and TRL's ignores",
@@ -239,9 +235,7 @@ def _value_config(
     if format_ == "trl":
         head["summary_first_dropout"] = fields.get("summary_dropout_prob", TRL_DROPOUT)
         if "summary_dropout_prob" not in fields and summary_first_dropout is None:
-            notes.append(
-                f"summary_first_dropout is {TRL_DROPOUT}, TRL's default: a checkpoint of TRL's records none"
-            )
+            notes.append(f"summary_first_dropout is {TRL_DROPOUT}, TRL's default: a checkpoint of TRL's records none")
     elif format_ == "token-classification":
         given = (fields.get("classifier_dropout"), fields.get("hidden_dropout"), CLASSIFIER_DROPOUT)
         head["summary_first_dropout"] = next(rate for rate in given if rate is not None)
@@ -321,7 +315,7 @@ def _refuse_mismatch(
             f"{where} has {'; '.join(what)}",
             expected="the tensors of a GPT-2 and of a value head that this package knows, and no others",
             next_step="remove what does not belong to the model from the state dict, or save the model again "
-            "in its own library; if the layers do not fit, pass the config.json that belongs to them: config=",
+            "in its own library; if layers do not fit, pass the config.json that belongs to them: config=",
         )
     for key, name in mapped.items():
         if tuple(state[key].shape) != shapes[name]:
@@ -332,9 +326,7 @@ def _refuse_mismatch(
             )
 
 
-def _refuse_other_tie(
-    where: str, state: Mapping[str, torch.Tensor], names: Mapping[str, str], prefix: str
-) -> None:
+def _refuse_other_tie(where: str, state: Mapping[str, torch.Tensor], names: Mapping[str, str], prefix: str) -> None:
     """Where the configuration ties lm_head to the embeddings, they must be the same numbers."""
     head, embeddings = f"{prefix}lm_head.weight", f"{prefix}transformer.wte.weight"
     tied = head in state and names[head] != "lm_head.weight"
@@ -379,17 +371,11 @@ def _body_dtype(where: str, state: Mapping[str, torch.Tensor]) -> tuple[torch.dt
                 expected="finite weights",
                 next_step="convert the last checkpoint before the training run diverged",
             )
-    dtypes = sorted(
-        {tensor.dtype for name, tensor in state.items() if not name.startswith(HEAD_PREFIX)}, key=str
-    )
+    dtypes = sorted({tensor.dtype for name, tensor in state.items() if not name.startswith(HEAD_PREFIX)}, key=str)
     widest = dtypes[0]
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
-    notes = (
-        []
-        if len(dtypes) == 1
-        else [f"the body mixes {', '.join(map(str, dtypes))}; all of it is {widest} now"]
-    )
+    notes = [] if len(dtypes) == 1 else [f"the body mixes {', '.join(map(str, dtypes))}; all of it is {widest} now"]
     heads = {tensor.dtype for name, tensor in state.items() if name.startswith(HEAD_PREFIX)} - {torch.float32}
     notes += [f"the head was {dtype}, is float32 and computes in it" for dtype in sorted(heads, key=str)]
     return widest, notes

@@ -48,11 +48,7 @@ class Head:
     dtype: str
 
     def describe(self) -> str:
-        return (
-            f"{list(self.shape)} {self.dtype}"
-            if self.shape
-            else "no projection: the value is the hidden state"
-        )
+        return f"{list(self.shape)} {self.dtype}" if self.shape else "no projection: the value is the hidden state"
 
 
 @dataclass(frozen=True)
@@ -311,9 +307,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     unknown = sorted(set(tensors) - set(expected))
     missing = sorted(set(expected) - set(tensors))
     if head_names and not any(name.startswith(layout.HEAD_PREFIX) for name in tensors):
-        missing = [
-            name for name in missing if name not in head_names
-        ]  # no head at all is reported, not refused
+        missing = [name for name in missing if name not in head_names]  # no head at all is reported, not refused
     if unknown or missing:
         what = f"unknown tensors: {unknown[:5]}" if unknown else f"missing tensors: {missing[:5]}"
         raise WeightsMismatchError(
@@ -357,9 +351,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= conv(f"{layer}.mlp.c_fc", n, inner) | conv(f"{layer}.mlp.c_proj", inner, n)
         if config.get("add_cross_attention", False):
             shapes |= norm(f"{layer}.ln_cross_attn") | conv(f"{layer}.crossattention.c_attn", n, 2 * n)
-            shapes |= conv(f"{layer}.crossattention.q_attn", n, n) | conv(
-                f"{layer}.crossattention.c_proj", n, n
-            )
+            shapes |= conv(f"{layer}.crossattention.q_attn", n, n) | conv(f"{layer}.crossattention.c_proj", n, n)
     shapes |= norm("transformer.ln_f")
     if not _tied(config):
         shapes["lm_head.weight"] = (vocab, n)

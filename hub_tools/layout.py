@@ -60,9 +60,7 @@ _COMPANION = re.compile(
 # Left by tools; may vanish when the package is replaced.
 LITTER = frozenset({".cache", "__pycache__", ".DS_Store", ".gitattributes"})
 
-Kind = Literal[
-    "config", "weights", "code", "tokenizer", "card", "record", "companion", "pickle", "litter", "foreign"
-]
+Kind = Literal["config", "weights", "code", "tokenizer", "card", "record", "companion", "pickle", "litter", "foreign"]
 
 
 def kind_of(name: str) -> Kind:

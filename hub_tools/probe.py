@@ -45,9 +45,7 @@ def load_and_measure(job: dict[str, Any]) -> dict[str, Any]:
     result["load_seconds"], result["forward_seconds"] = loaded - started, time.perf_counter() - loaded
     # 4.57 gives lists, 5 gives sets; an entry is a key, or a key and two shapes
     result["loading_info"] = {name: sorted(map(str, found)) for name, found in info.items() if found}
-    result["not_finite"] = [
-        name for name, weight in model.state_dict().items() if not weight.isfinite().all()
-    ]
+    result["not_finite"] = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
     result["class"] = type(model).__name__
     result["module"] = type(model).__module__
     result["tokenizer_ids"] = None
@@ -73,9 +71,7 @@ def peak_memory_bytes() -> int | None:
 
 def main() -> None:
     job = json.load(sys.stdin)
-    for name in job[
-        "hidden_modules"
-    ]:  # an installed copy of this project must not stand in for the package's code
+    for name in job["hidden_modules"]:  # an installed copy of this project must not stand in for the package's code
         sys.modules[name] = None  # type: ignore[assignment]
     # an isolated interpreter leaves out PYTHONPATH and the user's own site-packages, where torch may live
     sys.path.extend(path for path in job["search_path"] if path not in sys.path)

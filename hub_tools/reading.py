@@ -113,16 +113,12 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
         return number
 
     try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite
-        )
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         what = "JSON nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
         raise CorruptFileError(f"{name} holds {what}", expected="valid JSON", next_step=AGAIN) from error
     if not isinstance(value, dict):
-        raise CorruptFileError(
-            f"{name} holds a {type(value).__name__}", expected="a JSON object", next_step=AGAIN
-        )
+        raise CorruptFileError(f"{name} holds a {type(value).__name__}", expected="a JSON object", next_step=AGAIN)
     return value
 
 
@@ -165,22 +161,16 @@ def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
     for tensor_name, entry in header.items():
         tensors[tensor_name], span = _tensor(
             entry,
-            lambda found, t=tensor_name: corrupt(
-                f"tensor {t!r}: {found}", "dtype, shape and data_offsets that agree"
-            ),
+            lambda found, t=tensor_name: corrupt(f"tensor {t!r}: {found}", "dtype, shape and data_offsets that agree"),
         )
         spans.append(span)
     position = 0
     for begin, end in sorted(spans):
         if begin != position:
-            raise corrupt(
-                f"its tensors overlap or leave a hole at byte {position:,}", "tensors one after the other"
-            )
+            raise corrupt(f"its tensors overlap or leave a hole at byte {position:,}", "tensors one after the other")
         position = end
     if position != size - 8 - length:
-        raise corrupt(
-            f"{size - 8 - length:,} bytes of data", f"the {position:,} bytes that its header describes"
-        )
+        raise corrupt(f"{size - 8 - length:,} bytes of data", f"the {position:,} bytes that its header describes")
     return tensors
 
 
@@ -192,17 +182,9 @@ def _tensor(entry: Any, corrupt: Any) -> tuple[Tensor, tuple[int, int]]:
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise corrupt(f"dtype {str(dtype)[:40]!r}")
     # bounds far beyond any GPT-2: Python's integers would follow any nonsense
-    if (
-        not isinstance(shape, list)
-        or len(shape) > 8
-        or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-    ):
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
         raise corrupt(f"shape {str(shape)[:80]}")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(type(n) is int and n >= 0 for n in offsets)
-    ):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         raise corrupt(f"data_offsets {str(offsets)[:80]}")
     begin, end = offsets
     tensor = Tensor(dtype, tuple(shape))
@@ -217,9 +199,7 @@ def _read(path: Path, offset: int, limit: int, name: str, *, exactly: bool = Fal
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if not exactly and size > limit:
-                raise CorruptFileError(
-                    f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN
-                )
+                raise CorruptFileError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
             file.seek(offset)
             return file.read(limit)
     except OSError as error:

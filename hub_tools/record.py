@@ -67,11 +67,7 @@ def read_record(folder: Path) -> Record:
     fields = read_json(folder, layout.RECORD, limit=16 * MIB)
 
     def ids(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and bool(value)
-            and all(type(i) is int and 0 <= i < 1 << 31 for i in value)
-        )
+        return isinstance(value, list) and bool(value) and all(type(i) is int and 0 <= i < 1 << 31 for i in value)
 
     def row(value: Any) -> bool:
         return isinstance(value, list) and all(type(x) in (int, float) and math.isfinite(x) for x in value)

@@ -111,9 +111,7 @@ def save_package(
     installed = _installed_copy(model)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, installed.config.vocab_size)
-    card = render_card(
-        _facts(installed, tokenizer), base_model=base_model, license=license, tags=tags, repo_id=repo_id
-    )
+    card = render_card(_facts(installed, tokenizer), base_model=base_model, license=license, tags=tags, repo_id=repo_id)
     try:
         with staged(target) as staging:
             _write(staging.package, installed, tokenizer, card, max_shard_size)
@@ -156,9 +154,7 @@ def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
             f"save to a folder in it: {target}/model",
         )
     if target in (Path.cwd(), *Path.cwd().parents):
-        raise refuse(
-            "is the current directory, or holds it: it would vanish under your feet", "cd elsewhere first"
-        )
+        raise refuse("is the current directory, or holds it: it would vanish under your feet", "cd elsewhere first")
     names = os.listdir(target)
     if ".git" in names:
         raise refuse(
@@ -171,15 +167,11 @@ def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
         raise refuse("is not empty, and overwrite is off", "choose another folder, or pass overwrite=True")
     foreign = sorted(name for name in names if not layout.written_by_save(name) and name not in layout.LITTER)
     if foreign:
-        raise refuse(
-            f"holds {foreign[:5]}, which would be lost", "move them elsewhere, or choose another folder"
-        )
+        raise refuse(f"holds {foreign[:5]}, which would be lost", "move them elsewhere, or choose another folder")
     try:
         model_type = read_json(target, layout.CONFIG).get("model_type")
     except GPT2ValueHubError as error:
-        raise refuse(
-            f"is not a package: {error.found}", "choose another folder, or remove this one"
-        ) from error
+        raise refuse(f"is not a package: {error.found}", "choose another folder, or remove this one") from error
     if model_type != layout.MODEL_TYPE:
         raise refuse(f"holds a model of type {model_type!r}, which would be lost", "choose another folder")
     return target
@@ -250,9 +242,7 @@ def _check_class(model: nn.Module) -> None:
             f"{WRAPPED}, in one process: save_package(model.module, ...) or accelerator.unwrap_model(model)",
         )
     if hasattr(model, "pretrained_model") and hasattr(model, "v_head"):
-        raise refuse(
-            f"TRL's {name}", "save it with its own save_pretrained, then: gpt2-value convert FOLDER OUT"
-        )
+        raise refuse(f"TRL's {name}", "save it with its own save_pretrained, then: gpt2-value convert FOLDER OUT")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type == "gpt2":
         raise MissingHeadError(
@@ -305,11 +295,7 @@ def _check_state(state: dict[str, torch.Tensor], installed: GPT2ValueModel) -> N
                 "convert it: model.float(); a quantised model must be dequantised first",
             )
     head, embeddings = state["lm_head.weight"], state["transformer.wte.weight"]
-    if (
-        installed.config.tie_word_embeddings
-        and head.data_ptr() != embeddings.data_ptr()
-        and not head.equal(embeddings)
-    ):
+    if installed.config.tie_word_embeddings and head.data_ptr() != embeddings.data_ptr() and not head.equal(embeddings):
         raise refuse(
             "lm_head.weight and transformer.wte.weight differ, and config.tie_word_embeddings is True",
             "equal weights, since loading would tie them",
@@ -377,18 +363,14 @@ def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_s
             next_step="use a tokenizer of transformers' own, without code; a fast one: use_fast=True",
         )
     token_ids, logit_ids = probe(vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
-    in_float32 = (
-        model if all(w.dtype == torch.float32 for w in model.parameters()) else copy.deepcopy(model).float()
-    )
+    in_float32 = model if all(w.dtype == torch.float32 for w in model.parameters()) else copy.deepcopy(model).float()
     Record(
         token_ids=token_ids,
         logit_ids=logit_ids,
         **measure(in_float32, token_ids, logit_ids),
         tokenizer_ids=None if tokenizer is None else tokenizer(PROBE_TEXT)["input_ids"],
         versions=_versions(),
-        sha256={
-            path.name: layout.sha256_of(path) for path in sorted(folder.iterdir()) if path.name != layout.CARD
-        },
+        sha256={path.name: layout.sha256_of(path) for path in sorted(folder.iterdir()) if path.name != layout.CARD},
     ).write(folder)
 
 
@@ -406,6 +388,4 @@ def _make_portable(folder: Path) -> None:
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     for name in ("backend", "is_local", "local_files_only", "name_or_path"):
         settings.pop(name, None)
-    path.write_text(
-        json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -48,9 +48,7 @@ class Staging:
         replaced = False
         while True:
             try:
-                os.rename(
-                    self.package, self.target
-                )  # succeeds where the target is absent, or an empty folder
+                os.rename(self.package, self.target)  # succeeds where the target is absent, or an empty folder
                 break
             except OSError as error:
                 if error.errno not in _OCCUPIED:
@@ -69,9 +67,7 @@ class Staging:
 
     def _make_room(self) -> None:
         previous = self.home / "previous"
-        if (
-            previous.exists()
-        ):  # another save took the place between our two renames: that one is the previous now
+        if previous.exists():  # another save took the place between our two renames: that one is the previous now
             shutil.rmtree(previous)
         os.rename(self.target, previous)
 
@@ -81,9 +77,8 @@ def staged(target: Path) -> Iterator[Staging]:
     """A `Staging` for `target`; its folder is gone afterwards, unless the process is killed.
 
     Cleans up after saves of the same target that were killed. Saves of the same target that run at the same
-    time do
-    not disturb each other, and the last to finish wins: each holds a lock in its own staging folder, and what
-    is locked is not cleaned. Where the file system has no locks, nothing is cleaned.
+    time do not disturb each other, and the last to finish wins: each holds a lock in its own staging folder,
+    and what is locked is not cleaned. Where the file system has no locks, nothing is cleaned.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     clean(target)
@@ -94,9 +89,7 @@ def staged(target: Path) -> Iterator[Staging]:
         previous = home / "previous"
         if previous.is_dir() and not target.exists():
             os.rename(previous, target)
-        shutil.rmtree(home, ignore_errors=True)  # what cannot be removed now, the next save removes
-        lock.release()
-        shutil.rmtree(home, ignore_errors=True)  # Windows removes no file that is locked
+        _discard(home, lock)
 
 
 def clean(target: Path) -> None:
@@ -114,21 +107,27 @@ def clean(target: Path) -> None:
             previous = home / "previous"
             if previous.is_dir() and not target.exists():
                 os.rename(previous, target)
-            shutil.rmtree(home, ignore_errors=True)
         finally:
-            lock.release()
+            _discard(home, lock)
+
+
+def _discard(home: Path, lock: FileLock) -> None:
+    shutil.rmtree(home, ignore_errors=True)  # what cannot be removed now, the next save removes
+    lock.release()
+    if os.name == "nt":  # Windows removes no file that is open
         shutil.rmtree(home, ignore_errors=True)
 
 
 def _locked_home(target: Path) -> tuple[Path, FileLock]:
-    while True:
+    while True:  # once; again if somebody's clean() saw the folder before it was locked, and removed it
         home = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
         lock = FileLock(home / "lock")
         try:
             lock.acquire()
         except NotImplementedError:
             return home, lock
-        # somebody's clean() may have seen the folder before it was locked, and removed it
+        except FileNotFoundError:
+            continue
         if (home / "lock").exists():
             return home, lock
         lock.release()

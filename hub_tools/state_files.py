@@ -122,9 +122,7 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
         AttributeError,
         zipfile.BadZipFile,
     ) as err:
-        raise CorruptFileError(
-            f"{file} cannot be read as a checkpoint: {_gist(err)}", next_step=FETCH_AGAIN
-        ) from err
+        raise CorruptFileError(f"{file} cannot be read as a checkpoint: {_gist(err)}", next_step=FETCH_AGAIN) from err
     if not isinstance(state, dict):
         raise CorruptFileError(
             f"{file} holds a {type(state).__name__}",

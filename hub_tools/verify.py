@@ -59,9 +59,7 @@ class VerificationReport:
     load_seconds: float
     forward_seconds: float
     seconds: float  # all of it, the interpreter's start included
-    peak_memory_bytes: (
-        int | None
-    )  # of the fresh interpreter, torch included; None where the system does not say
+    peak_memory_bytes: int | None  # of the fresh interpreter, torch included; None where the system does not say
     package: PackageReport
 
     def to_json(self) -> dict[str, Any]:
@@ -83,8 +81,7 @@ def verify_package(
 
     This *runs the package's code*. Code that is byte-identical to this installed version's is run without
     asking; any other is refused unless you pass `trust_remote_code=True`, transformers' own word for it. The
-    fresh interpreter
-    protects from mistakes, not from malice: it is no sandbox.
+    fresh interpreter protects from mistakes, not from malice: it is no sandbox.
 
     Args:
         source: a package's folder.
@@ -92,15 +89,14 @@ def verify_package(
         timeout: seconds that the fresh interpreter may take.
 
     Raises:
-        Everything that `inspect_package` raises, and
         UntrustedCodeError: other code than this version's, and `trust_remote_code` is off.
-        MissingFileError, MissingHeadError, ForeignFileError, PickleError: not complete, or not only a
-            package.
+        MissingFileError, MissingHeadError, ForeignFileError, PickleError: not complete, or not only a package.
         ChangedFileError: a file is not the one that was saved.
         LoadError: it does not load, or not strictly.
         NonFiniteWeightsError: it loads with NaN or infinite weights.
         VerificationError: it computes other numbers, or its tokenizer gives other ids.
         VerificationTimeoutError: it took longer than `timeout`.
+        And everything that `inspect_package` raises.
     """
     started = time.perf_counter()
     package = inspect_package(source, hash_weights=True)
@@ -270,9 +266,7 @@ def _run(package: PackageReport, record: Record, timeout: float) -> dict[str, An
             raise LoadError(
                 f"{package.folder} does not load in a fresh interpreter ({ended}): {last[:500]}",
                 expected="AutoModel.from_pretrained(FOLDER, trust_remote_code=True) to succeed",
-                next_step=AGAIN
-                if done.returncode >= 0
-                else "make sure that there is enough memory, and try again",
+                next_step=AGAIN if done.returncode >= 0 else "make sure that there is enough memory, and try again",
                 details=done.stderr,
             )
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))

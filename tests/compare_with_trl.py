@@ -171,14 +171,10 @@ def compare(folder: Path) -> int:
     told = json.loads((folder / CASES).read_text())
     print("written by:", ", ".join(f"{name} {version}" for name, version in told["versions"].items()))
     print(f"converted by: transformers {transformers.__version__}, torch {torch.__version__}\n")
-    print(
-        "| checkpoint | read as | logits | value | value, training mode | bound |\n|---|---|---|---|---|---|"
-    )
+    print("| checkpoint | read as | logits | value | value, training mode | bound |\n|---|---|---|---|---|---|")
     failed = 0
     for case in told["cases"]:
-        record = convert_checkpoint(
-            folder / case["folder"], folder / f"{case['folder']}-package", **case["options"]
-        )
+        record = convert_checkpoint(folder / case["folder"], folder / f"{case['folder']}-package", **case["options"])
         model = GPT2ValueModel.from_pretrained(record.folder, dtype="auto")
         theirs, ours = load_file(folder / f"{case['folder']}-{NUMBERS}"), measure(model)
         gaps = [

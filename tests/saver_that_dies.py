@@ -11,16 +11,17 @@ import shutil
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import torch
-
-torch.set_num_threads(1)
 
 import hub_tools.save
 from configuration_gpt2_value import GPT2ValueConfig
 from hub_tools import staging
 from modeling_gpt2_value import GPT2ValueModel
+
+torch.set_num_threads(1)
 
 # Every audited step that touches files, and the look-up of the system call that exchanges two folders. Where
 # folders are renamed instead, what comes before the renames is the same.
@@ -99,10 +100,10 @@ def main():
         return ended
 
     step = 1
-    while attempt(lambda: save_and_die(folder, how, step), step):
+    while attempt(partial(save_and_die, folder, how, step), step):
         step += 1
     for tick in range(10):
-        attempt(lambda: save_and_be_killed(folder, 0.01 * tick), "timer")
+        attempt(partial(save_and_be_killed, folder, 0.01 * tick), "timer")
 
 
 main()

