@@ -1,23 +1,26 @@
 """Sampling that is honest, and scoring: a rollout's tokens are draws from exactly the distribution it reports.
 
-Remote code: this file is copied into every package, so it imports only torch. It works with any causal language model
-of transformers. One function, `sampling_distribution`, turns logits into the distribution that tokens are drawn from;
-sampling and scoring both call it. Sampling is by inversion (Devroye, "Non-Uniform Random Variate Generation", 1986,
-chapter III): one uniform number for each drawn token.
+Remote code: this file is copied into every package, so it imports only torch and its siblings. It works with any
+causal language model of transformers.
 """
 
-import contextlib
 import dataclasses
-import inspect
+import functools
 import math
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
-from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-# Logits of the same token, computed with a cache and without, differ by float32 rounding: 1e-6 to 1e-5. Within this
-# distance (in nats, and in probability mass for top_p) scoring takes the side that sampling took.
-ROUNDING = 1e-3
+try:
+    from .decoding_gpt2_value import Decoder, as_scored, last_states, without_dropout
+    from .sampling_gpt2_value import draw, sampling_distribution, sampling_logprobs, token_logprob
+except ImportError:  # a checkout or a wheel, where these files are top-level modules
+    from decoding_gpt2_value import Decoder, as_scored, last_states, without_dropout
+    from sampling_gpt2_value import draw, sampling_distribution, sampling_logprobs, token_logprob
+
+# Scoring holds the logits of so many (token, vocabulary) pairs at a time: 32 MiB in float32.
+CHUNK = 2**23
 
 
 @dataclasses.dataclass
@@ -81,103 +84,14 @@ class Rescored:
         logprobs: of the tokens; -inf for one that this model's truncation (top-k, top-p) excludes.
         values: of the state before each token; None for a model without a value head.
         entropy: of the sampling distribution, in nats; None unless asked for.
+        kl: KL(model || reference) of the two sampling distributions, in nats, summed over the vocabulary; None without
+            a reference. Infinite where truncation leaves the reference no room for what the model draws.
     """
 
     logprobs: torch.Tensor
     values: Optional[torch.Tensor]
     entropy: Optional[torch.Tensor]
-
-
-class Distribution(NamedTuple):
-    """What a token is drawn from: `logits [..., K]` float32, -inf for what cannot be drawn, sorted if truncated.
-
-    `tokens [..., K]` says which token each logit is of, or is None where they stand in the order of the vocabulary
-    (K = V). `support [...]` counts the tokens that can be drawn, or is None without truncation.
-    """
-
-    logits: torch.Tensor
-    tokens: Optional[torch.Tensor]
-    support: Optional[torch.Tensor]
-
-
-def sampling_distribution(logits, *, temperature=1.0, top_k=0, top_p=1.0, suppress=None, support=None):
-    """The one function that turns a model's logits into the distribution that is sampled and scored.
-
-    The order is that of transformers' `generate()`: suppressed tokens, temperature, top-k (Fan et al., 2018,
-    arXiv:1805.04833), then top-p among what is left (Holtzman et al., 2020, arXiv:1904.09751). Exactly `top_k` tokens
-    are kept, also where several are tied.
-
-    Args:
-        logits: `[..., V]`, any float dtype.
-        suppress: bool, broadcastable to `logits`, True for a token that cannot be drawn here.
-        support: `[...]` int64, how many tokens an earlier call kept for `top_p`; kept again wherever `top_p` allows
-            it within `ROUNDING`.
-    """
-    logits = logits.float()
-    if suppress is not None:
-        logits = logits.masked_fill(suppress, -math.inf)
-    if temperature != 1.0:
-        logits = logits / temperature
-    vocabulary = logits.shape[-1]
-    if top_p < 1.0:
-        logits, tokens = logits.topk(top_k, sorted=True) if 0 < top_k < vocabulary else logits.sort(descending=True)
-        probs = logits.softmax(-1)
-        mass = probs.cumsum(-1, dtype=torch.float64)
-        before = mass - probs  # of the more probable tokens: a token is kept while this is below top_p
-        kept = (before < top_p).sum(-1)
-        if support is not None:
-            last = (support - 1).clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
-            on_edge = (before.gather(-1, last) < top_p + ROUNDING) & (mass.gather(-1, last) > top_p - ROUNDING)
-            kept = torch.where(on_edge.squeeze(-1), support, kept)
-        rank = torch.arange(logits.shape[-1], device=logits.device)
-        logits = logits.masked_fill(rank >= kept.unsqueeze(-1), -math.inf)
-        return Distribution(logits, tokens, kept)
-    if 0 < top_k < vocabulary:
-        logits, tokens = logits.topk(top_k, sorted=True)
-        return Distribution(logits, tokens, torch.full(logits.shape[:-1], top_k, device=logits.device))
-    return Distribution(logits, None, None)
-
-
-def sampling_logprobs(logits, *, temperature=1.0, top_k=0, top_p=1.0, suppress=None):
-    """Log-probabilities `[..., V]` float32 of every token of the vocabulary under `sampling_distribution`."""
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "suppress": suppress}
-    distribution = sampling_distribution(logits, **settings)
-    logprobs = distribution.logits.log_softmax(-1)
-    if distribution.tokens is None:
-        return logprobs
-    return torch.full(logits.shape, -math.inf, device=logits.device).scatter(-1, distribution.tokens, logprobs)
-
-
-def draw(logits, uniform):
-    """One index for each row of `logits [B, K]`, by inversion of `uniform [B]` in [0, 1).
-
-    Blocks of sqrt(K) are summed first and the index is found inside one block: cumulative sums over a whole vocabulary
-    cost more than the rest of the step. Sums are float64, so that no tail is lost to rounding; an index of probability
-    zero is never returned.
-
-    Returns:
-        indices `[B]` and the rows' log-normalisers `[B]` float32 (not finite where a logit is NaN or +inf).
-    """
-    rows, width = logits.shape
-    block = math.isqrt(width - 1) + 1
-    highest = logits.max(-1, keepdim=True).values
-    weights = nn.functional.pad((logits - highest).exp(), (0, -width % block)).view(rows, -1, block)
-    blocks = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, K / block]
-    total = blocks[:, -1:]
-    target = uniform.to(torch.float64).unsqueeze(-1) * total
-    # The first block whose cumulative weight exceeds the target has weight; `last` guards against rounding up.
-    chosen = torch.minimum((blocks <= target).sum(-1, keepdim=True), _last_positive(weights.amax(-1)))
-    below = torch.where(chosen > 0, blocks.gather(-1, (chosen - 1).clamp(min=0)), 0.0)
-    inside = weights.gather(1, chosen.unsqueeze(-1).expand(-1, -1, block)).squeeze(1)  # [B, block]
-    running = inside.cumsum(-1, dtype=torch.float64)
-    index = torch.minimum((running <= target - below).sum(-1, keepdim=True), _last_positive(inside))
-    return (chosen * block + index).squeeze(-1), (highest + total.log()).float().squeeze(-1)
-
-
-def _last_positive(weights):
-    """The last index `[B, 1]` with a positive weight, 0 where there is none (a row of NaN)."""
-    places = torch.arange(weights.shape[-1], device=weights.device)
-    return (places * (weights > 0)).amax(-1, keepdim=True)
+    kl: Optional[torch.Tensor]
 
 
 @torch.no_grad()
@@ -220,61 +134,48 @@ def rollout(
     Raises:
         TypeError, ValueError: bad input (before any compute), or NaN or infinite logits (naming row and step).
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least 1.")
-    if num_return_sequences < 1:
-        raise ValueError(f"num_return_sequences={num_return_sequences}; expected at least 1.")
-    eos = (
-        ()
-        if eos_token_id is None
-        else tuple(eos_token_id)
-        if isinstance(eos_token_id, (list, tuple))
-        else (int(eos_token_id),)
-    )
+    eos = _as_tuple(eos_token_id)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     _check_settings(**settings, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens, eos=eos)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if num_return_sequences < 1:
+        raise ValueError(f"num_return_sequences={num_return_sequences}; expected at least 1.")
+    vocabulary = _vocabulary(model)
     pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
     for name, token in [("eos_token_id", token) for token in eos] + [("pad_token_id", pad)]:
         if not 0 <= token < vocabulary:
             raise ValueError(f"{name}={token} is not in the vocabulary of {vocabulary} tokens; pass an id below that.")
-    prompts, mask = _left_pad(queries, attention_mask, pad)
-    _check_prompts(model, prompts, mask, vocabulary, max_new_tokens)
+    prompts, prompt_mask = _left_pad(queries, attention_mask, pad)
+    _check_prompts(model, prompts, prompt_mask, max_new_tokens)
 
     prompts = prompts.to(model.device).repeat_interleave(num_return_sequences, 0)
-    mask = mask.to(model.device).repeat_interleave(num_return_sequences, 0)
     (B, P), T, device = prompts.shape, max_new_tokens, prompts.device
     tokens = torch.cat([prompts, torch.full((B, T), pad, device=device)], 1)
-    mask = torch.cat([mask, torch.zeros((B, T), dtype=torch.long, device=device)], 1)
-    where = device if generator is None else generator.device
-    uniforms = torch.rand((T, B), generator=generator, device=where, dtype=_wide(where)).to(device)
-    is_eos = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-    is_eos[list(eos)] = True
+    mask = torch.zeros((B, P + T), dtype=torch.long, device=device)
+    mask[:, :P] = prompt_mask.to(device).repeat_interleave(num_return_sequences, 0)
+    uniforms = _uniforms(T, B, generator, device)
+    is_eos = _is_one_of(eos, vocabulary, device)
     logprobs = torch.zeros((B, T), device=device)
     values = torch.zeros((B, T), device=device)
     support = torch.zeros((B, T), dtype=torch.long, device=device) if top_p < 1.0 else None
     running = torch.ones(B, dtype=torch.bool, device=device)
-    has_head, cache = True, None
+    value = None
 
-    with _as_scored(model, caching=True):
+    with as_scored(model, caching=True):
+        decoder = Decoder(model, tokens, mask)
         for t in range(T):
-            now = slice(0, P + t) if cache is None else slice(P + t - 1, P + t)
-            output = _forward(model, tokens[:, now], mask[:, : P + t], now, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits = output.logits[:, -1]  # [B, V]
-            _refuse_non_finite(logits, running, t)
-            suppress = is_eos if t < min_new_tokens else None
-            step = sampling_distribution(logits, suppress=suppress, **settings)
-            drawn, normaliser = draw(step.logits, uniforms[t])
-            logprob = step.logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1) - normaliser
-            if step.tokens is not None:
-                drawn = step.tokens.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+            logits, value = decoder.logits_and_values(P + t)  # [B, V], [B]
+            bad = running & ~_finite(logits)
+            if bad.any():
+                raise _not_finite(int(bad.nonzero()[0]), t)
+            step = sampling_distribution(logits, suppress=is_eos if t < min_new_tokens else None, **settings)
+            index, normaliser = draw(step.logits, uniforms[t])
+            logprob = step.logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) - normaliser
+            drawn = index if step.tokens is None else step.tokens.gather(-1, index.unsqueeze(-1)).squeeze(-1)
             tokens[:, P + t] = torch.where(running, drawn, pad)
             mask[:, P + t] = running
             logprobs[:, t] = torch.where(running, logprob, 0.0)
-            has_head = getattr(output, "value", None) is not None
-            if has_head:
-                values[:, t] = torch.where(running, output.value[:, -1], 0.0)
+            if value is not None:
+                values[:, t] = torch.where(running, value, 0.0)
             if support is not None:
                 support[:, t] = step.support
             running = running & ~is_eos[drawn]
@@ -287,7 +188,7 @@ def rollout(
         responses=tokens[:, P:],
         response_mask=mask[:, P:].bool(),
         logprobs=logprobs,
-        values=values if has_head else None,
+        values=None if value is None else values,
         truncated=running,
         support=support,
         min_new_tokens=min_new_tokens,
@@ -297,16 +198,19 @@ def rollout(
     )
 
 
-def rescore(model, rollout, *, with_entropy=False):
+def rescore(model, rollout, *, with_entropy=False, reference=None):
     """The rollout's tokens under this model, by the rollout's own sampling settings; differentiable.
 
     With the model that made the rollout, the log-probabilities and values are those in it (float32: within 1e-5).
-    Dropout is off, whatever mode the model is in; gradient checkpointing stays as it is.
+    Dropout is off, whatever mode the model is in; gradient checkpointing stays as it is. With a GPT-2 no tensor of
+    `[B, T, vocabulary]` is ever held: the hidden states of drawn tokens go through the output layer in chunks, and
+    the backward pass computes each chunk again (Chen et al., 2016, arXiv:1604.06174).
 
     Args:
         model: any causal language model of transformers with the rollout's vocabulary.
         rollout: a `Rollout` of B rows and T response columns.
         with_entropy: also give the entropy of the sampling distribution at each token.
+        reference: a second model; also give the KL divergence to it at each token. It receives no gradient.
 
     Returns:
         `Rescored`.
@@ -314,33 +218,42 @@ def rescore(model, rollout, *, with_entropy=False):
     Raises:
         TypeError, ValueError: the rollout does not fit the model, or its logits are NaN or infinite.
     """
-    if not isinstance(rollout, Rollout) and type(rollout).__name__ != "Rollout":
+    if type(rollout).__name__ != "Rollout":  # by name: a package's own class is another one than the checkout's
         raise TypeError(f"rescore() got a {type(rollout).__name__}; expected the Rollout that rollout() returned.")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for scorer in [model] if reference is None else [model, reference]:
+        _check_prompts(scorer, rollout.sequences, rollout.attention_mask, 0)
     rollout = rollout.to(model.device)
-    T, drawn = rollout.responses.shape[1], rollout.response_mask
-    P = rollout.sequences.shape[1] - T
-    _check_prompts(model, rollout.sequences, rollout.attention_mask, vocabulary, 0)
-    with _as_scored(model, caching=False):
-        now = slice(0, P + T - 1)
-        output = _forward(model, rollout.sequences[:, now], rollout.attention_mask[:, now], now, use_cache=False)
-    logits = output.logits[:, P - 1 :]  # [B, T, V]
-    _refuse_non_finite(logits, drawn, None)
-    is_eos = torch.zeros(vocabulary, dtype=torch.bool, device=logits.device)
-    is_eos[list(rollout.eos_token_id)] = True
-    early = torch.arange(T, device=logits.device) < rollout.min_new_tokens  # [T]
-    suppress = (early[:, None] & is_eos) if rollout.min_new_tokens else None  # [T, V]
-    settings = {"temperature": rollout.temperature, "top_k": rollout.top_k, "top_p": rollout.top_p}
-    distribution = sampling_distribution(logits, suppress=suppress, support=rollout.support, **settings)
-    logprobs = _logprob(distribution, logits, suppress, rollout)
-    entropy = None
-    if with_entropy:
-        plogp = distribution.logits.log_softmax(-1)
-        plogp = torch.where(plogp.isinf(), 0.0, plogp.exp() * plogp)
-        entropy = torch.where(drawn, -plogp.sum(-1), 0.0)
-    values = getattr(output, "value", None)
-    values = None if values is None else torch.where(drawn, values[:, P - 1 :], 0.0)
-    return Rescored(logprobs=torch.where(drawn, logprobs, 0.0), values=values, entropy=entropy)
+    drawn, T = rollout.response_mask, rollout.response_mask.shape[1]
+    states = last_states(model, rollout.sequences, rollout.attention_mask, T)
+    inputs = {"inputs": states.inputs, "tokens": rollout.responses, "support": rollout.support}
+    if rollout.min_new_tokens:
+        inputs["early"] = (torch.arange(T, device=drawn.device) < rollout.min_new_tokens).expand_as(drawn)
+    score = functools.partial(_score, rollout=rollout, head=states.head, with_entropy=with_entropy)
+    if reference is not None:
+        with torch.no_grad():
+            elsewhere = rollout.to(reference.device)
+            other = last_states(reference, elsewhere.sequences, elsewhere.attention_mask, T)
+        inputs["reference_inputs"] = other.inputs.to(drawn.device)
+        score = functools.partial(score, reference_head=other.head)
+    if torch.is_grad_enabled():
+        score = functools.partial(without_dropout(states.head, checkpoint), score, use_reentrant=False)
+
+    rows = max(1, CHUNK // _vocabulary(model))
+    chunks = {name: tensor[drawn].split(rows) for name, tensor in inputs.items() if tensor is not None}
+    scores = [score(dict(zip(chunks, chunk, strict=True))) for chunk in zip(*chunks.values(), strict=True)]
+    logprobs, entropy, kl, finite = (torch.cat(column) for column in zip(*scores, strict=True))  # [N] each
+    if not finite.all():
+        raise _not_finite(*drawn.nonzero()[~finite][0].tolist())
+
+    def spread(column):
+        return torch.zeros(drawn.shape, dtype=column.dtype, device=drawn.device).masked_scatter(drawn, column)
+
+    return Rescored(
+        logprobs=spread(logprobs),
+        values=None if states.values is None else torch.where(drawn, states.values, 0.0),
+        entropy=spread(entropy) if with_entropy else None,
+        kl=spread(kl) if reference is not None else None,
+    )
 
 
 def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
@@ -348,85 +261,69 @@ def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
     return rollout(model, queries, max_new_tokens=txt_len, top_k=top_k, top_p=top_p).responses
 
 
-def _logprob(distribution, logits, suppress, rollout):
-    """Log-probabilities `[B, T]` of the rollout's responses."""
-    normaliser = distribution.logits.logsumexp(-1)
-    tokens = rollout.responses.unsqueeze(-1)
-    own = logits.float() if suppress is None else logits.float().masked_fill(suppress, -math.inf)
-    own = own.gather(-1, tokens).squeeze(-1) / rollout.temperature
-    if distribution.tokens is None:
-        return own - normaliser
-    # A token is in if it is as probable as the last one kept. Where two are tied up to rounding, sampling may have
-    # kept the one and this call the other; their probabilities are the same, and so is the normaliser.
-    last = distribution.logits.gather(-1, (distribution.support - 1).unsqueeze(-1)).squeeze(-1)
-    return torch.where(own >= last - ROUNDING, own - normaliser, -math.inf)
+def _score(chunk, *, rollout, head, with_entropy, reference_head=None):
+    """Log-probability, entropy, KL and finiteness `[n]` of n drawn tokens; what was not asked for is 0."""
+    logits = head(chunk["inputs"])  # [n, V]
+    tokens, suppress = chunk["tokens"], None
+    if "early" in chunk:
+        suppress = chunk["early"].unsqueeze(-1) & _is_one_of(rollout.eos_token_id, logits.shape[-1], logits.device)
+    settings = {"temperature": rollout.temperature, "suppress": suppress}
+    cut = {"top_k": rollout.top_k, "top_p": rollout.top_p, "support": chunk.get("support")}
+    distribution = sampling_distribution(logits, **settings, **cut)
+    logprob = token_logprob(distribution, logits, tokens, **settings)
+    entropy = kl = torch.zeros_like(logprob)
+    if with_entropy:
+        possible = distribution.logits.masked_fill(distribution.logits == -math.inf, 0.0)
+        entropy = distribution.logits.logsumexp(-1) - (distribution.logits.softmax(-1) * possible).sum(-1)
+    if reference_head is not None:
+        own = sampling_logprobs(logits, **settings, **cut)
+        with torch.no_grad():
+            other = sampling_logprobs(reference_head(chunk["reference_inputs"]).to(logits.device), **settings, **cut)
+        never = own == -math.inf
+        ratio = own.masked_fill(never, 0.0) - other.masked_fill(never, 0.0)
+        kl = (own.exp() * ratio).sum(-1)
+    return logprob, entropy, kl, _finite(logits)
 
 
-def _forward(model, input_ids, attention_mask, now, **kwargs):
-    """The model's output for the columns `now` of sequences with this mask; positions count the admitted tokens."""
-    forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward  # peft
-    accepted = inspect.signature(forward).parameters
-    if "position_ids" in accepted:
-        kwargs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, now]
-    if "logits_to_keep" in accepted and kwargs["use_cache"]:
-        kwargs["logits_to_keep"] = 1
-    return model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+def _finite(logits):
+    """Whether all of `logits [..., V]` are finite: their sum is so exactly when each of them is."""
+    return logits.detach().sum(-1, dtype=torch.float32).isfinite()
 
 
-@contextlib.contextmanager
-def _as_scored(model, *, caching):
-    """Dropout off by p=0, restored as it was; `eval()` would switch gradient checkpointing off.
-
-    With checkpointing, the backward pass runs the layers again, after this context: there too dropout must be off.
-    With a cache, checkpointing itself is off: transformers' checkpointed layers silently ignore the cache.
-    """
-    changed = []
-    for module in model.modules():
-        if caching and getattr(module, "gradient_checkpointing", False):
-            changed.append((module, "gradient_checkpointing", True))
-        elif "_gradient_checkpointing_func" in vars(module):
-            changed.append((module, "_gradient_checkpointing_func", module._gradient_checkpointing_func))
-        changed += [(module, name, p) for name, p in _dropouts(module)]
-    try:
-        for module, name, value in changed:
-            is_checkpoint = name == "_gradient_checkpointing_func"
-            setattr(module, name, _without_dropout(module, value) if is_checkpoint else type(value)(0))
-        yield
-    finally:
-        for module, name, value in changed:
-            setattr(module, name, value)
+def _not_finite(row, step):
+    return ValueError(
+        f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them. Check "
+        "the weights (a diverged training step?), or use bfloat16 instead of float16."
+    )
 
 
-def _dropouts(module):
-    """Names and values of a module's own dropout probabilities: `nn.Dropout.p`, and numbers kept for `F.dropout`."""
-    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    for name, value in vars(module).items():
-        if type(value) in (int, float) and value > 0 and ("drop" in name or (is_dropout and name == "p")):
-            yield name, value
+def _uniforms(T, B, generator, device):
+    """Numbers in [0, 1) `[T, B]`, float64 so that rare tokens are drawn as often as they should (MPS has none)."""
+    where = device if generator is None else generator.device
+    dtype = torch.float32 if where.type == "mps" else torch.float64
+    return torch.rand((T, B), generator=generator, device=where, dtype=dtype).to(device)
 
 
-def _without_dropout(layer, checkpoint):
-    """A checkpoint function that runs the layer without dropout, now and when the backward pass runs it again."""
-
-    def run(function, *args):
-        def quietly(*args):
-            found = [(module, name, p) for module in layer.modules() for name, p in _dropouts(module)]
-            for module, name, _ in found:
-                setattr(module, name, 0.0)
-            try:
-                return function(*args)
-            finally:
-                for module, name, p in found:
-                    setattr(module, name, p)
-
-        return checkpoint(quietly, *args)
-
-    return run
+def _is_one_of(tokens, vocabulary, device):
+    """`[V]` bool, True for these tokens."""
+    found = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    found[list(tokens)] = True
+    return found
 
 
-def _wide(device):
-    """The dtype of uniform numbers: float64, so that rare tokens are drawn as often as they should; MPS has none."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+def _as_tuple(eos_token_id):
+    if eos_token_id is None:
+        return ()
+    return tuple(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else (int(eos_token_id),)
+
+
+def _vocabulary(model):
+    if not hasattr(model, "get_input_embeddings"):
+        raise TypeError(
+            f"got a {type(model).__name__}; expected a causal language model of transformers. If this is a wrapper, "
+            "pass the model inside it: model.module"
+        )
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def _left_pad(queries, attention_mask, pad):
@@ -465,6 +362,8 @@ def _left_pad(queries, attention_mask, pad):
 
 
 def _check_settings(*, temperature, top_k, top_p, min_new_tokens, max_new_tokens, eos):
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least 1.")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature={temperature}; expected a finite number > 0 (generate() decodes greedily).")
     if not 0 < top_p <= 1:
@@ -477,7 +376,8 @@ def _check_settings(*, temperature, top_k, top_p, min_new_tokens, max_new_tokens
         raise ValueError(f"min_new_tokens={min_new_tokens} has no effect without eos_token_id; pass both or neither.")
 
 
-def _check_prompts(model, prompts, mask, vocabulary, new_tokens):
+def _check_prompts(model, prompts, mask, new_tokens):
+    vocabulary = _vocabulary(model)
     if prompts.dtype.is_floating_point or prompts.dtype == torch.bool:
         raise TypeError(f"queries are {prompts.dtype}; expected token ids, an integer dtype: try queries.long().")
     lengths = mask.sum(1)
@@ -497,16 +397,4 @@ def _check_prompts(model, prompts, mask, vocabulary, new_tokens):
         raise ValueError(
             f"the longest prompt with its new tokens has {longest} tokens, this model's positions end at {positions}; "
             "shorten the prompts, or lower max_new_tokens."
-        )
-
-
-def _refuse_non_finite(logits, drawn, step):
-    """Refuse NaN or infinite logits where a token is drawn; the sum is finite exactly when all of them are."""
-    bad = drawn & ~logits.detach().sum(-1, dtype=torch.float32).isfinite()
-    if bad.any():
-        place = bad.nonzero()[0].tolist()
-        row, step = (place[0], step) if step is not None else place
-        raise ValueError(
-            f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them. "
-            "Check the weights (a diverged training step?), or use bfloat16 instead of float16."
         )

@@ -1,8 +1,7 @@
 """Merge a PEFT LoRA adapter into its base model, reading every file with our own readers.
 
 Imports torch, transformers, huggingface_hub, `foreign` and the rooms that read files; and peft, when it is
-needed: merging is its business (https://huggingface.co/docs/peft/developer_guides/lora, "Merge LoRA
-weights").
+needed: merging is its business (https://huggingface.co/docs/peft/developer_guides/lora, "Merge LoRA weights").
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Merged:
     fields: dict[str, Any]  # the base's config.json
     base: Path
     files: tuple[Path, ...]  # the weight files that were read
-    dropped: dict[str, str]
+    dropped: dict[str, str]  # the base's tensor, its folder's name before it -> why it is not there
 
 
 def merge_adapter(folder: Path, base: Path | None) -> Merged:
@@ -88,8 +87,9 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
     }
     body = {key: tensor for key, tensor in base_state.items() if not key.startswith(HEAD_PREFIX)}
     understood = translate(str(base_file), body, fields, source_format="gpt2", init_value_head=True)
+    dropped |= {f"{base.name}/{key}": why for key, why in understood.dropped.items()}
     model = GPT2LMHeadModel(GPT2Config.from_dict(fields))
-    model.to(understood.dtype)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
+    model.to(understood.dtype)
     weights = {name: tensor for name, tensor in understood.state.items() if not name.startswith(HEAD_PREFIX)}
     model.load_state_dict({"lm_head.weight": weights["transformer.wte.weight"], **weights})
 
@@ -109,6 +109,12 @@ def _refuse_other_adapters(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder} holds an adapter of type {str(kind)[:40]!r} for {str(task)[:40]!r}",
             expected="'LORA' for 'CAUSAL_LM'",
             next_step="merge it with peft (merge_and_unload), save the result, and convert that",
+        )
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise UnsupportedModelError(
+            f"{folder} holds a LoRA that began with {str(settings['init_lora_weights'])[:40]!r}, which alters its base",
+            expected="one that leaves its base model as it is",
+            next_step="convert it with peft's path_initial_model_for_weight_conversion, and convert the result",
         )
 
 

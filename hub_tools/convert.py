@@ -8,7 +8,7 @@ mean.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,21 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from modeling_gpt2_value import GPT2ValueModel
 
 from .adapters import merge_adapter
-from .errors import CorruptFileError, FolderRefusedError, MissingFileError, TokenizerMismatchError
+from .errors import (
+    AmbiguousSourceError,
+    CorruptFileError,
+    FolderRefusedError,
+    MissingFileError,
+    TokenizerMismatchError,
+    UnusedOptionError,
+)
 from .foreign import SourceFormat, translate
 from .layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, TOKENIZER
 from .reading import read_json
 from .save import save_package
 from .state_files import ADAPTER_CONFIG, HEAD_WEIGHTS, MODEL_WEIGHTS, listed, only_one, read_state_dict
+
+_Path = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -37,21 +46,33 @@ class Conversion:
     prefix: str  # what stood before the body's names: "", "pretrained_model." or "base_model."
     files: tuple[Path, ...]  # the weight files that were read
     adapter: bool  # a LoRA was merged into its base
-    mapped: dict[str, str]  # the source's tensor -> the package's
+    mapped: dict[str, str]  # the source's tensor, of an adapter the merged model's -> the package's
     dropped: dict[str, str]  # the source's tensor -> why it is not in the package
     notes: tuple[str, ...]  # what the source left open and how it was decided
     dtype: torch.dtype  # the body's; the head is float32
     tokenizer: str | None  # the class of the package's tokenizer
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A checkpoint in memory, not understood yet."""
+
+    state: dict[str, torch.Tensor]
+    fields: dict[str, Any]  # config.json
+    files: list[Path]
+    homes: list[Path]  # where a tokenizer or a generation config may lie, the first that has one counts
+    adapter: bool
+    dropped: dict[str, str]
+
+
 def convert_checkpoint(
-    source: str | os.PathLike[str],
-    folder: str | os.PathLike[str],
+    source: _Path,
+    folder: _Path,
     *,
-    config: str | os.PathLike[str] | None = None,
+    config: _Path | None = None,
     source_format: SourceFormat | None = None,
-    base: str | os.PathLike[str] | None = None,
-    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+    base: _Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | _Path | None = None,
     summary_first_dropout: float | None = None,
     init_value_head: bool = False,
     overwrite: bool = True,
@@ -97,7 +118,7 @@ def convert_checkpoint(
         NonFiniteWeightsError: NaN or infinity among the weights.
         TokenizerMismatchError: the source's tokenizer cannot be loaded.
         MissingDependencyError: an adapter, and peft is not installed.
-        ValueError: an argument that this source has no use for.
+        UnusedOptionError: an argument that this source has no use for.
         And what `save_package` raises.
     """
     source, folder = Path(source), Path(folder)
@@ -109,55 +130,39 @@ def convert_checkpoint(
             expected="another folder for the package",
             next_step="name a folder that does not exist yet",
         )
-    adapter = weights.name == ADAPTER_CONFIG
-    if adapter:
-        if config is not None:
-            raise ValueError("config= is for a checkpoint of a whole model; an adapter's base has its own config.json.")
-        merged = merge_adapter(home, None if base is None else Path(base))
-        state, fields, files, dropped = (
-            dict(merged.state),
-            merged.fields,
-            list(merged.files),
-            dict(merged.dropped),
-        )
-        homes = [home, merged.base]
+    if weights.name == ADAPTER_CONFIG:
+        read = _read_adapter(home, config=config, base=base)
     else:
-        if base is not None:
-            raise ValueError(f"base= is for an adapter; {source} is a whole model. Leave base out.")
-        state, fields, files, dropped = read_state_dict(weights), _fields(home, config), [weights], {}
-        homes = [home]
-    head_file = _head_file(home, weights, state)
-    if head_file is not None:
-        state |= read_state_dict(head_file)
-        files.append(head_file)
+        read = _read_model(weights, config=config, base=base)
+    _add_head_file(read, home)
 
     found = translate(
         str(source),
-        state,
-        fields,
+        read.state,
+        read.fields,
         source_format=source_format,
         summary_first_dropout=summary_first_dropout,
         init_value_head=init_value_head,
     )
     model = GPT2ValueModel(found.config)
-    model.to(found.dtype)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
+    model.to(found.dtype)
     model.v_head.float()
     # strict: every tensor of the model is replaced, and nothing is left over
     model.load_state_dict({"lm_head.weight": found.state["transformer.wte.weight"], **found.state})
     model.eval()
-    _carry_generation_config(model, homes)
-    its_tokenizer = carried_tokenizer(tokenizer, homes)
+    _carry_generation_config(model, read.homes)
+    its_tokenizer = carried_tokenizer(tokenizer, read.homes)
     save_package(model, folder, its_tokenizer, overwrite=overwrite)
     return Conversion(
         source=source,
         folder=folder,
         source_format=found.source_format,
         prefix=found.prefix,
-        files=tuple(files),
-        adapter=adapter,
+        files=tuple(read.files),
+        adapter=read.adapter,
         mapped=found.mapped,
-        dropped={**dropped, **found.dropped},
-        notes=found.notes,
+        dropped={**read.dropped, **found.dropped},
+        notes=found.notes + _merge_notes(read.adapter, found.dtype),
         dtype=found.dtype,
         tokenizer=None if its_tokenizer is None else type(its_tokenizer).__name__,
     )
@@ -186,7 +191,7 @@ def _weights_of(source: Path) -> Path:
     return weights
 
 
-def _fields(home: Path, config: str | os.PathLike[str] | None) -> dict[str, Any]:
+def _fields(home: Path, config: _Path | None) -> dict[str, Any]:
     """The configuration of a whole model."""
     file = home / CONFIG if config is None else Path(config)
     file = file / CONFIG if file.is_dir() else file
@@ -199,12 +204,52 @@ def _fields(home: Path, config: str | os.PathLike[str] | None) -> dict[str, Any]
     return read_json(file.parent, file.name)
 
 
-def _head_file(home: Path, weights: Path, state: Mapping[str, torch.Tensor]) -> Path | None:
-    """The separate file of the value head, beside an adapter or beside a model without one."""
-    if any(key.startswith(HEAD_PREFIX) for key in state):
-        return None
-    names = HEAD_WEIGHTS if weights.name == ADAPTER_CONFIG else HEAD_WEIGHTS[1:]
-    return only_one(home, names)
+def _read_model(weights: Path, *, config: _Path | None, base: _Path | None) -> _Read:
+    """A whole model, from its weight file."""
+    if base is not None:
+        raise UnusedOptionError(
+            f"base= is for an adapter; {weights} is a whole model",
+            next_step="leave base out, or pass an adapter's folder",
+        )
+    fields = _fields(weights.parent, config)
+    return _Read(read_state_dict(weights), fields, [weights], [weights.parent], adapter=False, dropped={})
+
+
+def _read_adapter(home: Path, *, config: _Path | None, base: _Path | None) -> _Read:
+    """An adapter's folder, merged into its base."""
+    if config is not None:
+        raise UnusedOptionError(
+            f"config= is for a whole model; {home} is an adapter, and its base has a config.json",
+            next_step="leave config out; to name another base: base=",
+        )
+    merged = merge_adapter(home, None if base is None else Path(base))
+    files, homes = list(merged.files), [home, merged.base]
+    return _Read(dict(merged.state), merged.fields, files, homes, adapter=True, dropped=merged.dropped)
+
+
+def _add_head_file(read: _Read, home: Path) -> None:
+    """Add the value head that lies in a file of its own, beside an adapter or beside a model without one."""
+    if any(key.startswith(HEAD_PREFIX) for key in read.state):
+        return
+    file = only_one(home, HEAD_WEIGHTS if read.adapter else HEAD_WEIGHTS[1:])
+    if file is None or file in read.files:
+        return
+    head = read_state_dict(file)
+    twice = sorted(set(head) & set(read.state))
+    if twice:
+        raise AmbiguousSourceError(
+            f"{file} and {read.files[0]} both hold {listed(twice)}",
+            expected="the value head alone in the separate file",
+            next_step="remove one of the two files, or pass the file of the whole model itself",
+        )
+    read.state.update(head)
+    read.files.append(file)
+
+
+def _merge_notes(adapter: bool, dtype: torch.dtype) -> tuple[str, ...]:
+    if not adapter or dtype == torch.float32:
+        return ()
+    return (f"the adapter is merged in {dtype}, which rounds: a float32 base keeps more of it",)
 
 
 def _carry_generation_config(model: GPT2ValueModel, homes: Sequence[Path]) -> None:
@@ -223,7 +268,7 @@ def _carry_generation_config(model: GPT2ValueModel, homes: Sequence[Path]) -> No
 
 
 def carried_tokenizer(
-    given: PreTrainedTokenizerBase | str | os.PathLike[str] | None, homes: Sequence[Path]
+    given: PreTrainedTokenizerBase | _Path | None, homes: Sequence[Path]
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was given, or the first that lies in one of `homes`; None where there is none.
 

@@ -190,6 +190,10 @@ class AmbiguousSourceError(GPT2ValueHubError, ValueError):
     """A checkpoint that can be read in two ways that give different models."""
 
 
+class UnusedOptionError(GPT2ValueHubError, ValueError):
+    """An option that this source has no use for, or a word that the option does not know."""
+
+
 class MissingDependencyError(GPT2ValueHubError, ImportError):
     """An optional library that this request needs is not installed."""
 

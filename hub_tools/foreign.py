@@ -1,10 +1,8 @@
 """What other libraries' GPT-2 checkpoints mean: their tensors and `config.json` as those of a package.
 
-Imports torch, transformers, the remote code's configuration and `errors`, `inspection`, `layout`; reads no
-file.
-What each library writes was read in its source: trl 0.0.3 to 1.12.0, the last with the head
-(`trl/experimental/ppo/modeling_value_head.py`), trlx (`trlx/models/modeling_ppo.py`), transformers'
-`modeling_gpt2.py`.
+Imports torch, transformers, the remote code's configuration and rooms of hub_tools that only look; reads no file.
+Sources: trl 0.0.3 to 1.12.0, the last with the head (`trl/experimental/ppo/modeling_value_head.py`), trlx
+(`trlx/models/modeling_ppo.py`), transformers (`modeling_gpt2.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from .errors import (
     NonFiniteWeightsError,
     UnconvertibleHeadError,
     UnsupportedModelError,
+    UnusedOptionError,
     WeightsMismatchError,
 )
 from .inspection import expected_shapes
@@ -96,7 +95,7 @@ def translate(
 
     Raises:
         UnsupportedModelError, AmbiguousSourceError, CorruptFileError, UnconvertibleHeadError,
-        MissingHeadError, WeightsMismatchError, NonFiniteWeightsError, ValueError: see `convert_checkpoint`.
+        MissingHeadError, WeightsMismatchError, NonFiniteWeightsError, UnusedOptionError: see `convert_checkpoint`.
     """
     _refuse_other_bodies(where, fields)
     format_, prefix = _recognise(where, state, fields, source_format)
@@ -176,7 +175,11 @@ def _recognise(
 ) -> tuple[SourceFormat, str]:
     """The library that wrote the checkpoint, and the prefix of the body's names."""
     if told is not None and told not in get_args(SourceFormat):
-        raise ValueError(f"source_format={told!r}; expected one of {', '.join(get_args(SourceFormat))}")
+        raise UnusedOptionError(
+            f"source_format={told!r}",
+            expected=f"one of {', '.join(get_args(SourceFormat))}",
+            next_step="leave it out: mostly the files tell",
+        )
     classes = fields.get("architectures") or ()
     format_: SourceFormat = "gpt2"
     if HEAD_WEIGHT in state or HEAD_BIAS in state:
@@ -289,9 +292,10 @@ def _decide_head(
             "value_head.safetensors; to start with a new one: init_value_head=True",
         )
     elif init_value_head and (head or HEAD_WEIGHT not in shapes):
-        raise ValueError(
-            f"init_value_head=True, but {where} has a value head that can be kept: "
-            f"{listed(head) or 'one without weights'}. Leave init_value_head out."
+        raise UnusedOptionError(
+            f"init_value_head=True, and {where} has a value head that can be kept: "
+            f"{listed(head) or 'one without weights'}",
+            next_step="leave init_value_head out",
         )
 
 
@@ -342,7 +346,7 @@ def _refuse_other_tie(where: str, state: Mapping[str, torch.Tensor], names: Mapp
 def _refuse_other_masks(where: str, state: Mapping[str, torch.Tensor], dropped: Mapping[str, str]) -> None:
     """A mask is dropped because GPT-2 computes the same one; any other would have meant another model."""
     for key in dropped:
-        if not key.endswith("attn.bias"):
+        if not key.endswith((".attn.bias", ".crossattention.bias")):
             continue
         mask = state[key]
         side = mask.shape[-1] if mask.dim() == 4 else 0

@@ -26,7 +26,13 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
-REMOTE_CODE = ("configuration_gpt2_value.py", "generation_gpt2_value.py", "modeling_gpt2_value.py")
+REMOTE_CODE = (
+    "configuration_gpt2_value.py",
+    "decoding_gpt2_value.py",
+    "generation_gpt2_value.py",
+    "modeling_gpt2_value.py",
+    "sampling_gpt2_value.py",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2_value.GPT2ValueConfig",
     "AutoModel": "modeling_gpt2_value.GPT2ValueModel",
@@ -107,7 +113,7 @@ def installed_code() -> dict[str, Path]:
         if not (home / name).is_file():
             raise MissingFileError(
                 f"{name} is not installed beside hub_tools, in {home}",
-                expected="the three *_gpt2_value.py files that come with hub_tools",
+                expected="the *_gpt2_value.py files that come with hub_tools",
                 next_step="install the project again: pip install --force-reinstall --no-deps gpt2-value",
             )
     return {name: home / name for name in REMOTE_CODE}

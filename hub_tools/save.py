@@ -350,18 +350,10 @@ def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_s
     """Write every file of the package."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)  # config, weights, this installation's code
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        _make_portable(folder)
+        _write_tokenizer(folder, tokenizer)
     (folder / layout.CARD).write_text(f"{card}\n", encoding="utf-8")
     for path in folder.iterdir():  # safetensors writes files that nobody else may read
         shutil.copymode(folder / layout.CARD, path)
-    foreign = sorted(path.name for path in folder.iterdir() if not layout.written_by_save(path.name))
-    if foreign:
-        raise TokenizerMismatchError(
-            f"the tokenizer wrote {foreign}, which have no place in a package",
-            expected=f"some of {sorted(layout.TOKENIZER)}",
-            next_step="use a tokenizer of transformers' own, without code; a fast one: use_fast=True",
-        )
     token_ids, logit_ids = probe(vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
     in_float32 = model if all(w.dtype == torch.float32 for w in model.parameters()) else copy.deepcopy(model).float()
     Record(
@@ -374,12 +366,20 @@ def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_s
     ).write(folder)
 
 
-def _make_portable(folder: Path) -> None:
-    """Write `tokenizer_config.json` so that transformers 4 and 5 both read it.
+def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write the tokenizer's files, so that transformers 4 and 5 both read them.
 
-    Version 5 has new names for two things, and understands the old ones; and it records how the tokenizer was
-    loaded here, which no reader needs.
+    Version 5 has new names for two things in `tokenizer_config.json`, and understands the old ones; and it records
+    how the tokenizer was loaded here, which no reader needs.
     """
+    tokenizer.save_pretrained(folder)
+    foreign = sorted(path.name for path in folder.iterdir() if not layout.written_by_save(path.name))
+    if foreign:
+        raise TokenizerMismatchError(
+            f"the tokenizer wrote {foreign}, which have no place in a package",
+            expected=f"some of {sorted(layout.TOKENIZER)}",
+            next_step="use a tokenizer of transformers' own, without code; a fast one: use_fast=True",
+        )
     path = folder / layout.TOKENIZER_CONFIG
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":

@@ -10,15 +10,8 @@ from scipy import stats
 from torch.nn.functional import log_softmax
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from generation_gpt2_value import (
-    Rollout,
-    draw,
-    rescore,
-    respond_to_batch,
-    rollout,
-    sampling_distribution,
-    sampling_logprobs,
-)
+from generation_gpt2_value import Rollout, rescore, respond_to_batch, rollout
+from sampling_gpt2_value import draw, sampling_distribution, sampling_logprobs
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 EOS = [1, 2, 3, 4, 5, 6, 7, 8]  # several, so that rows of a random model end early
