@@ -3,11 +3,11 @@ PYTHON ?= python3
 BASE ?=
 BIN := .venv/bin
 
-.PHONY: help demo test check matrix wheel clean
+.PHONY: help demo test check matrix compare-trl wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 .venv/.done: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11 ...")'
@@ -30,8 +30,18 @@ check: .venv/.done  ## lint, format and types
 matrix: .venv/.done  ## packages saved and loaded across transformers 4.57.6, 5.0.0 and the newest (slow)
 	$(BIN)/python tests/matrix/run.py
 
+.trl/.done:
+	$(PYTHON) -m venv .trl
+	.trl/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch trl==1.12.0 peft transformers
+	@touch $@
+
+compare-trl: .venv/.done .trl/.done  ## converted checkpoints against the numbers of TRL 1.12.0 itself (slow)
+	rm -rf .trl/checkpoints
+	.trl/bin/python tests/compare_with_trl.py write .trl/checkpoints
+	$(BIN)/python tests/compare_with_trl.py compare .trl/checkpoints
+
 wheel: .venv/.done  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --quiet
 
 clean:  ## remove what the targets above made
-	rm -rf .venv .matrix build dist demo *.egg-info
+	rm -rf .venv .matrix .trl build dist demo *.egg-info

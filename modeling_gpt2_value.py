@@ -14,12 +14,18 @@ from torch import nn
 from transformers import Cache, GPT2LMHeadModel, GPT2Model
 from transformers.utils import ModelOutput
 
+# From a local folder, transformers 4.57.6 to 5.0.0 copy into their module cache only the siblings that are named here:
+# what generation needs must be named too.
 try:
     from .configuration_gpt2_value import GPT2ValueConfig
+    from .decoding_gpt2_value import Decoder
     from .generation_gpt2_value import rescore, rollout
+    from .sampling_gpt2_value import sampling_distribution
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from configuration_gpt2_value import GPT2ValueConfig
+    from decoding_gpt2_value import Decoder  # noqa: F401
     from generation_gpt2_value import rescore, rollout
+    from sampling_gpt2_value import sampling_distribution  # noqa: F401
 
 # transformers 4 can mask attention heads, transformers 5 cannot.
 TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters

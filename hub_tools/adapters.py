@@ -95,6 +95,7 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
 
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
+    model.name_or_path = config.base_model_name_or_path  # or peft warns that it is another model
     wrapped = peft.get_peft_model(model, config)
     _fill(peft, wrapped, adapter, file)
     merged = wrapped.merge_and_unload(safe_merge=True)

@@ -94,10 +94,10 @@ def create(
     from .card import is_hub_id
     from .save import save_package
 
-    with console.err.status(f"loading {base}"):
+    with console.working(f"loading {base}"):
         model = _load_model(base, revision=revision, dtype=dtype.value)
         loaded = _load_tokenizer(base, revision=revision) if tokenizer else None
-    with console.err.status(f"writing {out}"):
+    with console.working(f"writing {out}"):
         package = save_package(
             model,
             out,
@@ -131,7 +131,7 @@ def respond(
     """
     import torch
 
-    with console.err.status(f"loading {package}"):
+    with console.working(f"loading {package}"):
         if Path(package).is_dir():
             from .inspection import inspect_package
 
@@ -210,12 +210,83 @@ def verify(
     """
     from .verify import verify_package
 
-    with console.err.status(f"verifying {package}"):
+    with console.working(f"verifying {package}"):
         report = verify_package(package, trust_remote_code=trust_remote_code, timeout=timeout)
     if json:
         console.show_json(report.to_json())
     else:
         console.show_verification(report)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="Another library's checkpoint: a folder, or a weight file with its config.json.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write the package to: new, empty, or a package.")],
+    config: Annotated[
+        Optional[Path], typer.Option(help="GPT-2's config.json, or its folder, where none is beside the weights.")
+    ] = None,
+    source_format: Annotated[
+        Optional[str], typer.Option(help="The library that wrote it, where its files do not tell: seed, trl, ...")
+    ] = None,
+    base: Annotated[
+        Optional[Path], typer.Option(help="For an adapter: the folder of its base model, instead of the one it names.")
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path], typer.Option(help="Folder of a tokenizer, instead of the checkpoint's own.")
+    ] = None,
+    summary_first_dropout: Annotated[
+        Optional[float], typer.Option(help="Dropout before the head in training, which TRL does not record.")
+    ] = None,
+    init_value_head: Annotated[
+        bool, typer.Option("--init-value-head", help="Start a new head, at zero, where none can be kept.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a package that is there already.")] = True,
+    json: Json = False,
+) -> None:
+    """Make a package of TRL's, trlx's, the seed's or a reward model's checkpoint, with the numbers that it gave there.
+
+    No code that comes with the checkpoint is run. What could not be kept is listed.
+    """
+    from .convert import convert_checkpoint
+
+    _quiet_transformers()
+    with console.working(f"converting {source}"):
+        conversion = convert_checkpoint(
+            source,
+            out,
+            config=config,
+            source_format=source_format,  # type: ignore[arg-type]  # checked there, by the list that is kept there
+            base=base,
+            tokenizer=tokenizer,
+            summary_first_dropout=summary_first_dropout,
+            init_value_head=init_value_head,
+            overwrite=overwrite,
+        )
+    if json:
+        console.show_json(conversion.to_json())
+    else:
+        console.show_conversion(conversion)
+
+
+@app.command()
+def export(
+    package: Annotated[Path, typer.Argument(help="A package's folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the plain GPT-2 to: new, or empty.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace a plain GPT-2 that is there already.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a package's policy as a plain GPT-2, without head and code, for any runtime that knows GPT-2."""
+    from .export import export_policy
+
+    _quiet_transformers()
+    with console.working(f"exporting {package}"):
+        exported = export_policy(package, out, overwrite=overwrite)
+    if json:
+        console.show_json(exported.to_json())
+    else:
+        console.show_exported(exported)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -262,12 +333,24 @@ def _load_model(source: str, *, revision: str | None, dtype: str = "auto") -> An
 def _load_tokenizer(source: str, *, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    with _translated(source, revision, what="a tokenizer", hint="if it has none: --no-tokenizer (create)"):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **_at(revision))
+    hint = "if it has none, leave it out of the package: create --no-tokenizer"
+    with _translated(source, revision, what="a tokenizer", hint=hint):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **_at(revision))
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers 5 makes where there are no files
+        raise SourceError(f"{source} has no tokenizer", expected="a tokenizer's files", next_step=hint)
+    return tokenizer
 
 
 def _at(revision: str | None) -> dict[str, str]:
     return {} if revision is None else {"revision": revision}
+
+
+def _quiet_transformers() -> None:
+    """No progress bars or warnings of transformers' among the command's own output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 @contextmanager
@@ -277,10 +360,8 @@ def _translated(source: str, revision: str | None, what: str = "a GPT-2 model", 
 
     from huggingface_hub.errors import HfHubHTTPError
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _quiet_transformers()
     try:
         yield
     except (

@@ -7,24 +7,33 @@ stderr.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from .errors import GPT2ValueHubError
 
 if TYPE_CHECKING:
+    from .convert import Conversion
+    from .export import ExportedPolicy
     from .inspection import PackageReport
     from .save import SavedPackage
     from .verify import VerificationReport
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# markup and emoji off: names that come from a package are shown, not obeyed
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 _LOW, _MIDDLE, _HIGH = (214, 72, 72), (200, 200, 200), (64, 160, 96)  # red, grey, green
+
+
+def working(what: str) -> Status:
+    """A context in which stderr, where it is a terminal, says what is going on."""
+    return err.status(Text(visible(what)))
 
 
 def show_json(value: Any) -> None:
@@ -46,6 +55,27 @@ def show_saved(package: SavedPackage) -> None:
     out.print(Text.assemble((str(package.folder), "bold"), f" {done}: {summary}\n"))
     out.print(Text(package.load_lines, "cyan"))
     out.print(Text.assemble("\nnext: ", (f"gpt2-value verify {package.folder}", "bold")))
+
+
+def show_conversion(conversion: Conversion) -> None:
+    table = _facts()
+    table.add_row("read as", visible(f"{conversion.source_format}{', adapter merged' if conversion.adapter else ''}"))
+    table.add_row("from", visible(", ".join(map(str, conversion.files))))
+    table.add_row("dtype", f"{str(conversion.dtype).removeprefix('torch.')}, the head float32")
+    table.add_row("tokenizer", visible(conversion.tokenizer or "none"))
+    table.add_row("kept", f"{len(conversion.mapped)} tensors")
+    for reason, names in _by_reason(conversion.dropped).items():
+        table.add_row("not kept", visible(f"{reason}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"))
+    for note in conversion.notes:
+        table.add_row("note", visible(note))
+    out.print(table)
+    out.print(Text.assemble("\nnext: ", (f"gpt2-value verify {conversion.folder}", "bold")))
+
+
+def show_exported(exported: ExportedPolicy) -> None:
+    total = size(sum(exported.files.values()))
+    out.print(Text.assemble((str(exported.folder), "bold"), f" written: {exported.parameters:,} parameters, {total}\n"))
+    out.print(Text(f"model = AutoModelForCausalLM.from_pretrained({str(exported.folder)!r})", "cyan"))
 
 
 def show_inspection(package: PackageReport, findings: Sequence[str]) -> None:
@@ -128,6 +158,13 @@ def size(bytes: int) -> str:
             break
         number /= 1000
     return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+
+
+def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in dropped.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
 
 
 def _facts() -> Table:

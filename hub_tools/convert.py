@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,16 @@ class Conversion:
     notes: tuple[str, ...]  # what the source left open and how it was decided
     dtype: torch.dtype  # the body's; the head is float32
     tokenizer: str | None  # the class of the package's tokenizer
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return {
+            **asdict(self),
+            "source": str(self.source),
+            "folder": str(self.folder),
+            "files": [str(file) for file in self.files],
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ Imports torch, transformers, the remote code and the rooms of hub_tools below it
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -48,6 +49,10 @@ class ExportedPolicy:
     parameters: int
     dtype: torch.dtype
     tokenizer: str | None  # its class
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return {**asdict(self), "folder": str(self.folder), "dtype": str(self.dtype).removeprefix("torch.")}
 
 
 def export_policy(

@@ -1,73 +1,41 @@
 """One repository on a Hub: what its branches hold, uploads, and commits that either happened or did not.
 
-Imports the standard library, huggingface_hub (0.36 and newer), `errors` and `layout`. Every request goes through
-`HfApi`; this room adds patience, typed errors, and an answer to "did that commit land?" when the Hub's was lost.
+Imports the standard library, huggingface_hub (0.36 and newer), `errors`, `layout` and `patience`. How a commit is
+made: https://huggingface.co/docs/huggingface_hub/guides/upload.
 """
 
 from __future__ import annotations
 
-import email.utils
 import io
 import itertools
-import json
 import logging
-import random
 import re
-import sys
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
-from huggingface_hub.hf_api import GitRefs
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.hf_api import GitRefs, RepoFile
+from huggingface_hub.utils import validate_repo_id
 
 from . import layout
 from .errors import (
     AuthenticationError,
     ConcurrentPushError,
-    GPT2ValueHubError,
-    HubRefusedError,
-    HubUnavailableError,
     NoAccessError,
     PushOptionsError,
     RemoteNotFoundError,
     TagExistsError,
 )
+from .patience import Patience, is_http
 
 logger = logging.getLogger(__name__)
 
-FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further one
-LONGEST_WAIT = 30.0
 PUSH_ID = "gpt2-value-push: "  # a line in a commit's description, by which a push recognises its own commit
-
-T = TypeVar("T")
-
-
-def _http_errors() -> tuple[type[Exception], tuple[type[Exception], ...]]:
-    """The base of all errors of the HTTP library under huggingface_hub, and those of a connection that broke.
-
-    huggingface_hub 0.36 stands on requests, later ones on httpx (under changing names): its own error says which.
-    """
-    base = [c for c in HfHubHTTPError.__mro__ if c.__module__.split(".")[0].startswith(("requests", "httpx"))][-1]
-    library = sys.modules[base.__module__.split(".")[0]]
-    if hasattr(library, "TransportError"):
-        return base, (library.TimeoutException, library.NetworkError, library.RemoteProtocolError, library.ProxyError)
-    return base, (library.ConnectionError, library.Timeout, library.exceptions.ChunkedEncodingError)
-
-
-_HTTP_ERROR, _BROKEN_CONNECTION = _http_errors()
 
 
 @dataclass(frozen=True)
@@ -109,17 +77,28 @@ class Hub:
 
     Raises:
         AuthenticationError: no token, or one that no HTTP header can hold.
+        PushOptionsError: `repo_id` cannot be a repository's id.
     """
 
     def __init__(self, repo_id: str, *, token: str | None = None, patience: float = 300.0) -> None:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise PushOptionsError(str(error), next_step="pass owner/name, of letters, digits, '-', '_' and '.'") from None
         self._token = _checked_token(token)
-        self._patience = patience
-        self.api = HfApi(token=self._token, library_name="gpt2-value", library_version=layout.__version__)
         self.repo_id = repo_id
+        self.api = HfApi(token=self._token, library_name="gpt2-value", library_version=layout.__version__)
+        self._patience = Patience(seconds=patience, token=self._token, endpoint=self.api.endpoint)
+        self._ask = self._patience.ask
 
     def holds_token(self, data: bytes) -> bool:
         """Whether `data` contains the token."""
         return self._token.encode() in data
+
+    @property
+    def url(self) -> str:
+        """Where people find the repository."""
+        return f"{self.api.endpoint}/{self.repo_id}"
 
     # Before a byte is uploaded
 
@@ -186,7 +165,7 @@ class Hub:
         files = {
             entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
             for entry in entries
-            if hasattr(entry, "blob_id")
+            if isinstance(entry, RepoFile)
         }
         return Branch(name, commit, files, exists=name in heads, tags=tags)
 
@@ -210,33 +189,43 @@ class Hub:
 
     # Upload and commit
 
-    def upload(
+    @contextmanager
+    def uploaded(
         self, files: dict[str, bytes | Path], *, branch: str, create_pr: bool
-    ) -> list[CommitOperationAdd]:
-        """Upload what large file storage takes, and return the operations that commit all of `files`.
+    ) -> Iterator[list[CommitOperationAdd]]:
+        """Upload what large file storage takes; yield the operations that commit all of `files`.
 
         A Hub without Xet storage, and one whose Xet storage fails, gets its uploads by LFS.
         """
-        # The repository's .gitignore must not thin out a package. What is in a comment ignores nothing.
-        options = {"revision": branch, "create_pr": create_pr, "free_memory": False, "gitignore_content": "# none"}
         by_lfs = False
+        with ExitStack() as opened:
 
-        def attempt() -> list[CommitOperationAdd]:
-            nonlocal by_lfs
-            additions = [CommitOperationAdd(name, _source(what, by_lfs)) for name, what in files.items()]
-            try:
-                self.api.preupload_lfs_files(self.repo_id, additions, **options)
-            except FileNotFoundError:
-                raise
-            except (OSError, RuntimeError, ValueError) as error:
-                if by_lfs or _is_http(error):
+            def attempt() -> list[CommitOperationAdd]:
+                nonlocal by_lfs
+                additions = [
+                    CommitOperationAdd(name, _readable(content, opened) if by_lfs else content)
+                    for name, content in files.items()
+                ]
+                try:
+                    self.api.preupload_lfs_files(
+                        self.repo_id,
+                        additions,
+                        revision=branch,
+                        create_pr=create_pr,
+                        free_memory=False,
+                        gitignore_content="# none",  # the repository's own must not thin out a package
+                    )
+                except FileNotFoundError:
                     raise
-                logger.info("no upload by Xet (%s); by LFS instead", self._text(error))
-                by_lfs = True  # huggingface_hub sends open files by LFS, also where hf_xet is installed
-                return attempt()
-            return additions
+                except (OSError, RuntimeError, ValueError) as error:
+                    if by_lfs or is_http(error):
+                        raise
+                    logger.info("no upload by Xet (%s); by LFS instead", self._patience.text(error))
+                    by_lfs = True  # huggingface_hub sends open files by LFS, also where hf_xet is installed
+                    return attempt()
+                return additions
 
-        return self._ask("upload", attempt)
+            yield self._ask("upload", attempt)
 
     def commit(
         self,
@@ -328,94 +317,6 @@ class Hub:
                     return Landed(commit.commit_id, int(ref.rsplit("/", 1)[1]))
         return None
 
-    @property
-    def url(self) -> str:
-        return f"{self.api.endpoint}/{self.repo_id}"
-
-    # Patience
-
-    def _ask(
-        self,
-        what: str,
-        request: Callable[..., T],
-        *args: Any,
-        look: Callable[[], T | None] | None = None,
-        **kwargs: Any,
-    ) -> T:
-        """Make a request until it succeeds, fails for good, or has kept failing for longer than our patience.
-
-        `look` finds out, after a wait, whether a request whose answer was lost has done its work all the same.
-        """
-        started = None
-        for attempt in itertools.count():
-            try:
-                return request(*args, **kwargs)
-            except GPT2ValueHubError:
-                raise
-            except (_HTTP_ERROR, OSError, ValueError, RuntimeError) as caught:
-                error = caught
-            status = _status(error)
-            passing = status is not None and (status in (408, 409, 425, 429) or status >= 500)
-            passing = passing or (status is None and _is_http(error)) or isinstance(error, json.JSONDecodeError)
-            if not passing and not (look and status == 412):
-                if status is None and not isinstance(error, OfflineModeIsEnabled | LocalTokenNotFoundError):
-                    raise error
-                raise self._refusal(what, error, status) from None
-            now = time.monotonic()
-            started = now if started is None else started
-            wait = _retry_after(error)
-            if wait is None:
-                wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
-            if now + wait > started + self._patience:
-                if look and (landed := look()) is not None:
-                    return landed
-                raise HubUnavailableError(
-                    f"could not {what}: the Hub kept failing for {now - started:.0f} s; last: {self._text(error)}",
-                    next_step="see https://status.huggingface.co and run the same again; what is already uploaded is "
-                    "not sent twice, and a commit that did land is not made twice",
-                ) from None
-            logger.warning("could not %s yet (%s); again in %.1f s", what, self._text(error), wait)
-            time.sleep(wait)
-            if look and (landed := look()) is not None:
-                return landed
-        raise AssertionError("unreachable")
-
-    def _refusal(self, what: str, error: Exception, status: int | None) -> GPT2ValueHubError:
-        """The typed error for a failure that waiting does not mend. It does not carry the HTTP library's error,
-        which holds the request and with it the token."""
-        text = f"could not {what}: {self._text(error)}"
-        if isinstance(error, OfflineModeIsEnabled):
-            return HubUnavailableError(text, next_step="unset HF_HUB_OFFLINE and run the same again")
-        if isinstance(error, LocalTokenNotFoundError) or status == 401:
-            return AuthenticationError(
-                text,
-                expected=f"a token that {self.api.endpoint} accepts",
-                next_step="log in with a write token: hf auth login; or pass token=... (or set HF_TOKEN)",
-            )
-        if status == 403:
-            return NoAccessError(
-                text,
-                expected=f"a token that may write to {self.repo_id}",
-                next_step="ask the owner for write access, use a token with write permission for it, or push to a "
-                "repository of your own; to propose the change instead pass create_pr=True (--create-pr)",
-            )
-        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError) or status == 404:
-            return RemoteNotFoundError(
-                text,
-                expected=f"{self.repo_id} on {self.api.endpoint}",
-                next_step="check the name, and HF_ENDPOINT if you use another Hub; then run the same again",
-            )
-        return HubRefusedError(text, next_step="read the Hub's message above; nothing was committed")
-
-    def _text(self, error: BaseException) -> str:
-        """What went wrong, in one line, without the token and without the signatures of upload addresses."""
-        parts = [str(error)]
-        if error.__cause__ is not None and isinstance(error, RuntimeError):  # "Error while uploading ..." from the cause
-            parts.append(str(error.__cause__))
-        text = " ".join(" ".join(parts).split()).replace(self._token, "[token]")
-        text = re.sub(r"For more information check: \S+ ?", "", text)
-        return re.sub(r"\?[^\s'\"]+", "?[...]", text)[:500] or type(error).__name__
-
 
 def _checked_token(token: str | None) -> str:
     token = (token or get_token() or "").strip()
@@ -434,48 +335,6 @@ def _checked_token(token: str | None) -> str:
     return token
 
 
-def _source(what: bytes | Path, by_lfs: bool) -> Any:
-    if not by_lfs:
-        return what
-    return io.BytesIO(what) if isinstance(what, bytes) else open(what, "rb")
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error and its causes: an upload's failure comes wrapped in a RuntimeError."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        chain.append(cause)
-        cause = cause.__cause__
-    return chain
-
-
-def _is_http(error: BaseException) -> bool:
-    """Whether the Hub answered with an error, or the connection to it broke."""
-    return _status(error) is not None or any(isinstance(part, _BROKEN_CONNECTION) for part in _chain(error))
-
-
-def _response(error: BaseException) -> Any:
-    for part in _chain(error):
-        response = getattr(part, "response", None) if isinstance(part, _HTTP_ERROR) else None
-        if response is not None:
-            return response
-    return None
-
-
-def _status(error: BaseException) -> int | None:
-    response = _response(error)
-    return None if response is None else int(response.status_code)
-
-
-def _retry_after(error: BaseException) -> float | None:
-    """Seconds that the Hub asked us to wait: a number, or a date (RFC 9110, section 10.2.3)."""
-    response = _response(error)
-    value = "" if response is None else response.headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        when = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError):
-        return None
-    return max(0.0, when.timestamp() - time.time())
+def _readable(content: bytes | Path, opened: ExitStack) -> Any:
+    """An open file; those on the disk are closed with `opened`."""
+    return io.BytesIO(content) if isinstance(content, bytes) else opened.enter_context(open(content, "rb"))

@@ -334,9 +334,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="gpt2-value-card-") as scratch:
         package = _with_remote_card(package, hub, base, Path(scratch))
         plan = _plan(package, base)
-        plan = replace(
-            plan, repo_id=hub.repo_id, new_repository=new_repository, new_branch=not base.exists, tag=tag
-        )
+        plan = replace(plan, repo_id=hub.repo_id, new_repository=new_repository, new_branch=not base.exists, tag=tag)
         at = base.tags.get(tag) if tag is not None else None
         nothing = not (plan.added or plan.changed or plan.deleted)
         if at is not None and not (nothing and at == base.commit):
@@ -490,9 +488,11 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 
 def _load_lines(repo_id: str, commit: str, *, tokenizer: bool) -> str:
-    at = f"{json.dumps(repo_id)}, revision={json.dumps(commit)}"
+    arguments = f"{json.dumps(repo_id)}, revision={json.dumps(commit)}, trust_remote_code=True"
     lines = [
         f"from transformers import AutoModel{', AutoTokenizer' if tokenizer else ''}",
-        f"model = AutoModel.from_pretrained({at}, trust_remote_code=True)",
+        f"model = AutoModel.from_pretrained({arguments})",
     ]
-    return "\n".join([*lines, *([f"tokenizer = AutoTokenizer.from_pretrained({at})"] if tokenizer else [])])
+    if tokenizer:  # transformers 5 reads config.json by the package's code to find the tokenizer's class, and asks
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({arguments})")
+    return "\n".join(lines)

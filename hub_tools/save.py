@@ -310,7 +310,14 @@ def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
             expected="a transformers tokenizer",
             next_step="AutoTokenizer.from_pretrained(...); PreTrainedTokenizerFast wraps one of tokenizers",
         )
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    vocabulary = tokenizer.get_vocab()
+    if set(vocabulary) <= set(tokenizer.all_special_tokens):
+        raise TokenizerMismatchError(
+            f"the tokenizer has {len(vocabulary)} tokens, none of them an ordinary one",
+            expected="a tokenizer that can read text; transformers 5 makes an empty one where it finds no files",
+            next_step="load it from where its files are, or save without a tokenizer",
+        )
+    largest = max(vocabulary.values())
     if largest >= vocab_size:
         raise TokenizerMismatchError(
             f"the tokenizer has the id {largest}, and the model's vocabulary ends at {vocab_size - 1}",

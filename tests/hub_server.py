@@ -126,6 +126,7 @@ class Fault:
     every: int | None = None
     status: int | None = None
     acts: bool = False
+    message: str = "fault"
     retry_after: str | None = None
     delay: float = 0.0
     cut: Literal["before", "after"] | None = None
@@ -356,8 +357,9 @@ def xet_token(call: Call) -> Answer:
 
 @route("POST", "/{repo}\\.git/info/lfs/objects/batch")
 def lfs_batch(call: Call) -> Answer:
-    repo, objects = call.repo(write=True), []
-    for item in call.json()["objects"]:
+    asked, objects = call.json(), []
+    repo = call.repo(write="ref" in asked)  # a pull request names no branch, and may come from anybody
+    for item in asked["objects"]:
         upload = {"href": f"{call.hub.url}/lfs/{call.repo_id}/{item['oid']}?signature=1"}
         verify = {"href": f"{call.hub.url}/{call.repo_id}.git/info/lfs/verify"}
         there = item["oid"] in repo.lfs
@@ -376,7 +378,7 @@ def lfs_upload(call: Call) -> Answer:
 @route("POST", "/{repo}\\.git/info/lfs/verify")
 def lfs_verify(call: Call) -> Answer:
     asked = call.json()
-    if len(call.repo(write=True).lfs.get(asked["oid"], b"")) != asked["size"]:
+    if len(call.repo().lfs.get(asked["oid"], b"")) != asked["size"]:
         raise Refused(404, "LFS object not found")
     return Answer()
 
@@ -599,5 +601,5 @@ def _failure(fault: Fault) -> Answer:
     headers = {"Retry-After": fault.retry_after} if fault.retry_after is not None else {}
     if fault.status >= 500:  # as gateways do it: a page, not JSON
         return Answer(fault.status, b"<html><body>the gateway is unwell</body></html>", headers)
-    message = "Invalid credentials in Authorization header" if fault.status == 401 else f"fault {fault.status}"
+    message = "Invalid credentials in Authorization header" if fault.status == 401 else fault.message
     return Answer(fault.status, {"error": message}, headers | {"X-Error-Message": message})

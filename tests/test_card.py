@@ -51,7 +51,9 @@ def test_the_lines_that_load_it_stand_in_the_card(has_tokenizer):
     assert len(load_lines("user/model", tokenizer=True).splitlines()) == 3
 
 
-@pytest.mark.parametrize("base_model", ["./gpt2", "/models/gpt2", "a/b/c", "..", "gpt2/", "", "C:\\gpt2", "a--b", "~/x"])
+@pytest.mark.parametrize(
+    "base_model", ["./gpt2", "/models/gpt2", "a/b/c", "..", "gpt2/", "", "C:\\gpt2", "a--b", "~/x"]
+)
 def test_a_local_path_is_no_base_model(base_model):
     assert not is_hub_id(base_model)
     with pytest.raises(errors.CardMetadataError, match="base_model"):

@@ -408,6 +408,15 @@ def test_a_tokenizer_that_is_none_is_refused(tiny_model, tmp_path):
         save_package(tiny_model, tmp_path / "p", "gpt2")
 
 
+def test_an_empty_tokenizer_is_refused(tiny_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    plain_twin(tiny_model).save_pretrained(tmp_path / "no tokenizer files")
+    empty = AutoTokenizer.from_pretrained(tmp_path / "no tokenizer files")
+    with pytest.raises(errors.TokenizerMismatchError, match="none of them"):
+        save_package(tiny_model, tmp_path / "p", empty)
+
+
 def test_hub_tools_offers_what_it_names():
     for name in hub_tools.__all__:
         assert getattr(hub_tools, name) is not None

@@ -1,0 +1,54 @@
+"""Answer prompts with a value-head package, knowing nothing but its folder.
+
+Imports only the standard library, torch and transformers: the demo runs this file in a fresh, isolated interpreter.
+A job comes in as JSON on stdin; the answers go out as JSON, to the file that the job names.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def answer(folder: str, prompts: list[str], *, max_new_tokens: int, seed: int) -> dict[str, Any]:
+    """For each prompt its tokens, those of the response with log-probability and value.
+
+    `value` is of the state after the token, `value_before` (of the rollout) of the state that it was drawn in.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rollout = model.rollout(
+        [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    with torch.no_grad():
+        values = model(rollout.sequences, attention_mask=rollout.attention_mask).value  # [B, P+T]
+    P = rollout.sequences.shape[1] - rollout.responses.shape[1]
+    answers = []
+    for row, ids in enumerate(rollout.sequences):
+        tokens = []
+        for column in rollout.attention_mask[row].nonzero().squeeze(-1).tolist():
+            token = {"text": tokenizer.decode([int(ids[column])]), "value": float(values[row, column])}
+            if column >= P:
+                token["logprob"] = float(rollout.logprobs[row, column - P])
+                token["value_before"] = float(rollout.values[row, column - P])
+            tokens.append(token)
+        answers.append(tokens)
+    return {"answers": answers, "class": f"{type(model).__module__}.{type(model).__qualname__}"}
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    for name in job.pop("hidden_modules"):  # an installed copy of the project must not stand in for the package's code
+        sys.modules[name] = None  # type: ignore[assignment]
+    result = job.pop("result")
+    Path(result).write_text(json.dumps(answer(**job)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The `gpt2-value` command: results on stdout, errors as one message, exit statuses that scripts can use."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_model, write_published_checkpoint
+from huggingface_hub import ModelCard
+
+from hub_tools import cli, console, layout
+from hub_tools.save import save_package
+from modeling_gpt2_value import GPT2ValueModel
+
+
+@pytest.fixture
+def gpt2_value(capsys, monkeypatch):
+    """Run the command in this process; returns (exit status, stdout, stderr)."""
+    monkeypatch.setattr(console.out, "_color_system", None)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def base(tiny_tokenizer, tmp_path):
+    write_published_checkpoint(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def package(tiny_tokenizer, tmp_path):
+    save_package(make_tiny_model(), tmp_path / "package", tiny_tokenizer)
+    return tmp_path / "package"
+
+
+def test_create_makes_a_package_of_a_checkpoint(gpt2_value, base, tmp_path):
+    status, out, _ = gpt2_value("create", "--base", base, tmp_path / "out", "--license", "mit")
+    assert status == 0
+    assert f'AutoModel.from_pretrained("{tmp_path / "out"}", trust_remote_code=True)' in out
+    model = GPT2ValueModel.from_pretrained(tmp_path / "out")
+    assert torch.count_nonzero(model(torch.tensor([[1, 2, 3]])).value) == 0  # the head starts at zero
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", None)  # a folder is nobody's base model
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_create_tells_a_script_what_it_wrote(gpt2_value, base, tmp_path):
+    options = ("--dtype", "bfloat16", "--no-tokenizer", "--json")
+    status, out, _ = gpt2_value("create", "--base", base, tmp_path / "out", *options)
+    written = json.loads(out)
+    assert status == 0
+    assert set(written["files"]) == set(os.listdir(tmp_path / "out"))
+    assert "tokenizer.json" not in written["files"]
+    assert GPT2ValueModel.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_create_replaces_a_package_unless_told_not_to(gpt2_value, base, tmp_path):
+    assert gpt2_value("create", "--base", base, tmp_path / "out")[0] == 0
+    assert "replaced" in gpt2_value("create", "--base", base, tmp_path / "out")[1]
+    status, out, err = gpt2_value("create", "--base", base, tmp_path / "out", "--no-overwrite")
+    assert (status, out) == (1, "")
+    assert "overwrite" in err
+
+
+def test_respond_shows_every_token_s_log_probability_and_value(gpt2_value, package):
+    status, out, _ = gpt2_value("respond", package, "Hello", "abc", "--max-new-tokens", 3, "--seed", 1)
+    assert status == 0
+    assert out.count("log-prob") == 2
+    assert "Hello" in out
+
+
+def test_respond_gives_a_script_numbers_that_rescoring_gives_too(gpt2_value, package, tiny_tokenizer):
+    command = ("respond", package, "Hello", "--max-new-tokens", 4, "--seed", 1, "--json")
+    status, out, _ = gpt2_value(*command)
+    assert status == 0
+    assert gpt2_value(*command)[1] == out  # the seed makes it repeatable
+    (response,) = json.loads(out)["responses"]
+    ids = [token["id"] for token in response["tokens"]]
+    prompt = tiny_tokenizer("Hello")["input_ids"]
+    model = GPT2ValueModel.from_pretrained(package)
+    with torch.no_grad():
+        output = model(torch.tensor([prompt + ids]))
+    logprobs = output.logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    for step, token in enumerate(response["tokens"]):
+        assert token["logprob"] == pytest.approx(logprobs[step, token["id"]].item(), abs=1e-5)
+        assert token["value"] == pytest.approx(output.value[0, len(prompt) - 1 + step].item(), abs=1e-5)
+
+
+def test_respond_does_not_run_the_package_s_code(gpt2_value, package, tmp_path):
+    with open(package / "configuration_gpt2_value.py", "a") as file:
+        file.write(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert gpt2_value("respond", package, "a", "--max-new-tokens", 1)[0] == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_inspect_exits_with_3_where_verify_would_refuse(gpt2_value, package):
+    status, out, _ = gpt2_value("inspect", package)
+    assert status == 0
+    assert "this version's" in out
+    (package / "optimizer.pt").write_bytes(b"")
+    status, out, _ = gpt2_value("inspect", package, "--json")
+    assert status == 3
+    assert json.loads(out)["pickles"] == ["optimizer.pt"]
+    assert "optimizer.pt" in json.loads(out)["findings"][0]
+    status, _, err = gpt2_value("verify", package)
+    assert status == 1
+    assert "optimizer.pt" in err
+
+
+def test_verify_reports_the_differences(gpt2_value, package):
+    status, out, _ = gpt2_value("verify", package, "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["max_value_difference"] <= report["value_tolerance"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["inspect", "/no/such/folder"], 1, "/no/such/folder"),
+        (["verify", "/no/such/folder"], 1, "/no/such/folder"),
+        (["respond", "no-such-user/no-such-repo", "a"], 1, "no-such-user/no-such-repo does not load"),
+        (["create", "--base", "/no/such/folder", "/tmp/never-written"], 1, "/no/such/folder does not load"),
+        (["create", "/tmp/never-written"], 2, "--base"),
+        (["create", "--base", "gpt2", "--dtype", "int3", "/tmp/never-written"], 2, "int3"),
+        (["no-such-command"], 2, "no-such-command"),
+    ],
+)
+def test_what_goes_wrong_is_one_message_on_stderr(arguments, status, says, gpt2_value):
+    found, out, err = gpt2_value(*arguments)
+    assert (found, out) == (status, "")
+    assert says in err
+    assert "Traceback" not in err
+    if status == 1:
+        assert "next: " in err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--temperature", "0"], "temperature"), (["--top-p", "2"], "top_p"), (["--max-new-tokens", "1000"], "64")],
+)
+def test_a_setting_out_of_range_is_wrong_usage(options, says, gpt2_value, package):
+    status, out, err = gpt2_value("respond", package, "a", *options)
+    assert (status, out) == (2, "")
+    assert says in err
+
+
+def test_a_base_without_a_tokenizer_names_the_option(gpt2_value, base, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (base / name).unlink(missing_ok=True)
+    status, _, err = gpt2_value("create", "--base", base, tmp_path / "out")
+    assert status == 1
+    assert "--no-tokenizer" in err
+    assert gpt2_value("create", "--base", base, tmp_path / "out", "--no-tokenizer")[0] == 0
+
+
+def test_what_a_package_says_cannot_command_the_terminal(gpt2_value, package):
+    settings = json.loads((package / layout.TOKENIZER_CONFIG).read_text())
+    settings["tokenizer_class"] = "\x1b[2J[red]Evil[/red]"
+    (package / layout.TOKENIZER_CONFIG).write_text(json.dumps(settings))
+    (package / "\x1b]0;title\x07").write_text("")
+    _, out, err = gpt2_value("inspect", package)
+    assert "\x1b" not in out + err
+    assert r"\x1b[2J[red]Evil[/red]" in out
+
+
+@pytest.mark.parametrize("command", [(), ("create",), ("respond",), ("inspect",), ("verify",)])
+def test_help_teaches(command, gpt2_value):
+    status, out, _ = gpt2_value(*command, "--help")
+    assert status == 0
+    assert "Usage" in out
+    for option in {"create": ["--base", "--license"], "respond": ["--top-p"], "verify": ["--json"]}.get(
+        "".join(command), []
+    ):
+        assert option in out
+
+
+def test_the_command_runs_as_a_module_and_help_needs_no_torch(package):
+    program = "import sys; sys.modules['torch'] = None; from hub_tools import cli; cli.main(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for command in ("--help", "--version"), ("inspect", str(package)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *command], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "hub_tools", "--version"], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, layout.__version__)
+
+
+def test_importing_hub_tools_needs_neither_typer_nor_rich():
+    program = "import sys; sys.modules['typer'] = sys.modules['rich'] = None; import hub_tools; hub_tools.save_package"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
+
+
+def test_the_package_s_version_is_the_distribution_s():
+    assert f"version = {layout.__version__}\n" in (Path(__file__).parent.parent / "setup.cfg").read_text()
+
+
+def test_a_copied_package_responds_the_same(gpt2_value, package, tmp_path):
+    shutil.copytree(package, tmp_path / "copy")
+    options = ("a", "--seed", "3", "--max-new-tokens", "5", "--json")
+    first, second = (json.loads(gpt2_value("respond", folder, *options)[1]) for folder in (package, tmp_path / "copy"))
+    assert first["responses"] == second["responses"]

@@ -1,0 +1,213 @@
+"""A LoRA with TRL's separate head: merged, with the numbers of the unmerged model; refused where that cannot hold."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_convert import TINY, Original, Payload, assert_same_numbers, package_numbers, write_safetensors
+
+from hub_tools import convert_checkpoint, errors
+
+MODULES = ["c_attn", "c_proj", "c_fc"]
+
+
+class Adapted:
+    """A base on the disk, an adapter on top of it that is no longer at its initial value, and a value head."""
+
+    def __init__(self, folder, *, dtype=torch.float32, head=True, **lora):
+        self.original = Original(dtype=dtype)
+        self.base, self.folder = folder / "base", folder / "adapter"
+        self.original.body.save_pretrained(self.base)
+        self.plain_logits = self.original.numbers()[0]
+        self.original.body.name_or_path = str(self.base)
+        config = peft.LoraConfig(**{"r": 4, "target_modules": MODULES, "task_type": "CAUSAL_LM", **lora})
+        self.original.body = peft.get_peft_model(self.original.body, config).eval()
+        with torch.no_grad():
+            for name, weight in self.original.body.named_parameters():
+                if "lora_" in name:
+                    weight.add_(0.1 * torch.randn_like(weight))
+        self.original.body.save_pretrained(self.folder)
+        if head:  # as TRL writes it
+            torch.save(self.original.head_state(), self.folder / "pytorch_model.bin")
+
+    def edit(self, **settings):
+        file = self.folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 2},
+        {"use_dora": True},
+        {"target_modules": ["c_attn"], "layers_to_transform": [1], "rank_pattern": {"c_attn": 2}},
+        {"target_modules": ["c_attn"], "modules_to_save": ["ln_f"]},
+    ],
+    ids=["lora", "rslora", "dora", "one-layer", "modules-to-save"],
+)
+def test_a_merged_adapter_gives_the_numbers_of_the_unmerged_one(lora, tmp_path):
+    adapted = Adapted(tmp_path, **lora)
+    record = convert_checkpoint(adapted.folder, tmp_path / "ours")
+    logits, values = adapted.original.numbers()
+    assert (logits - adapted.plain_logits).abs().max() > 0.1  # the adapter says something
+    ours = package_numbers(tmp_path / "ours")
+    torch.testing.assert_close(ours[0], logits, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ours[1], values, rtol=1e-5, atol=1e-4)
+    assert record.adapter
+    assert record.source_format == "trl"
+    names = [file.name for file in record.files]
+    assert names == ["model.safetensors", "adapter_model.safetensors", "pytorch_model.bin"]
+
+
+def test_the_base_can_be_named_and_its_own_head_gives_way(tmp_path):
+    adapted = Adapted(tmp_path)
+    moved = tmp_path / "moved"
+    adapted.base.rename(moved)
+    with pytest.raises(errors.MissingFileError, match="base="):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+    state = {**load_file(moved / "model.safetensors"), **Original(seed=9).head_state()}
+    write_safetensors(state, moved / "model.safetensors")
+    record = convert_checkpoint(adapted.folder, tmp_path / "ours", base=moved)
+    torch.testing.assert_close(package_numbers(tmp_path / "ours")[1], adapted.original.numbers()[1], rtol=0, atol=1e-4)
+    assert {f"moved/v_head.summary.{name}" for name in ("weight", "bias")} <= set(record.dropped)
+
+
+def test_a_half_precision_base_keeps_its_dtype_and_the_record_says_that_merging_rounds(tmp_path):
+    adapted = Adapted(tmp_path, dtype=torch.bfloat16)
+    record = convert_checkpoint(adapted.folder, tmp_path / "ours")
+    assert record.dtype == torch.bfloat16
+    assert any("rounds" in note for note in record.notes)
+
+
+def test_an_adapter_without_a_head_needs_a_word(tmp_path):
+    adapted = Adapted(tmp_path, head=False)
+    with pytest.raises(errors.MissingHeadError, match="init_value_head"):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+    convert_checkpoint(adapted.folder, tmp_path / "ours", init_value_head=True)
+    assert not package_numbers(tmp_path / "ours")[1].any()
+
+
+def test_trlxs_adapter_keeps_its_policy_alone(tmp_path):
+    adapted = Adapted(tmp_path)
+    n = TINY["n_embd"]
+    head = torch.nn.Sequential(torch.nn.Linear(n, 2 * n), torch.nn.ReLU(), torch.nn.Linear(2 * n, 1))
+    torch.save(head.state_dict(prefix="v_head."), adapted.folder / "pytorch_model.bin")
+    with pytest.raises(errors.UnconvertibleHeadError):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+    convert_checkpoint(adapted.folder, tmp_path / "ours", init_value_head=True)
+    torch.testing.assert_close(package_numbers(tmp_path / "ours")[0], adapted.original.numbers()[0], rtol=0, atol=1e-3)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    adapted = Adapted(tmp_path)
+    Original(n_layer=1).body.save_pretrained(tmp_path / "shallow")
+    with pytest.raises(errors.WeightsMismatchError, match="base="):
+        convert_checkpoint(adapted.folder, tmp_path / "ours", base=tmp_path / "shallow")
+
+
+def test_an_adapter_that_lost_a_layer_is_refused(tmp_path):
+    adapted = Adapted(tmp_path)
+    state = load_file(adapted.folder / "adapter_model.safetensors")
+    lost = sorted(state)[0]
+    del state[lost]
+    write_safetensors(state, adapted.folder / "adapter_model.safetensors")
+    with pytest.raises(errors.WeightsMismatchError, match=lost.split(".lora_")[0]):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+
+
+def test_a_base_without_weights_and_an_adapter_without_weights_are_named(tmp_path):
+    adapted = Adapted(tmp_path)
+    (adapted.base / "model.safetensors").rename(tmp_path / "elsewhere")
+    with pytest.raises(errors.MissingFileError, match="base model"):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+    (adapted.folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(errors.MissingFileError, match="adapter weights"):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"peft_type": "PREFIX_TUNING"}, {"task_type": "SEQ_CLS"}, {"init_lora_weights": "pissa"}],
+    ids=["prefix-tuning", "classifier", "pissa"],
+)
+def test_an_adapter_that_cannot_be_merged_faithfully_is_refused(settings, tmp_path):
+    adapted = Adapted(tmp_path)
+    adapted.edit(**settings)
+    with pytest.raises(errors.UnsupportedModelError, match=next(iter(settings.values()))):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+
+
+def test_config_is_no_option_for_an_adapter(tmp_path):
+    adapted = Adapted(tmp_path)
+    with pytest.raises(errors.UnusedOptionError, match="config="):
+        convert_checkpoint(adapted.folder, tmp_path / "ours", config=adapted.base)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "base"])
+def test_no_pickle_of_an_adapter_runs_code(name, tmp_path):
+    adapted = Adapted(tmp_path)
+    proof = tmp_path / "it-ran"
+    file = adapted.base / "pytorch_model.bin" if name == "base" else adapted.folder / name
+    for other in (adapted.base if name == "base" else adapted.folder).glob("*model.safetensors"):
+        if name != "pytorch_model.bin":
+            other.unlink()
+    torch.save({"transformer.wte.weight": Payload(proof)}, file)
+    with pytest.raises(errors.UnsafePickleError):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+    assert not proof.exists()
+
+
+def test_a_pickled_adapter_is_read(tmp_path):
+    adapted = Adapted(tmp_path)
+    state = load_file(adapted.folder / "adapter_model.safetensors")
+    (adapted.folder / "adapter_model.safetensors").unlink()
+    torch.save(state, adapted.folder / "adapter_model.bin")
+    convert_checkpoint(adapted.folder, tmp_path / "ours")
+    torch.testing.assert_close(package_numbers(tmp_path / "ours")[0], adapted.original.numbers()[0], rtol=0, atol=1e-3)
+
+
+def test_without_peft_the_error_says_what_to_install(tmp_path):
+    adapted = Adapted(tmp_path)
+    script = (
+        "import sys; sys.modules['peft'] = None\n"  # what Python does for a library that is not there
+        "from hub_tools import convert_checkpoint, errors\n"
+        "try:\n    convert_checkpoint(sys.argv[1], sys.argv[2])\n"
+        "except errors.MissingDependencyError as refusal:\n    print(refusal)\n"
+    )
+    checkout = Path(__file__).resolve().parent.parent
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(adapted.folder), str(tmp_path / "ours")],
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "pip install peft" in result.stdout
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_whole_model_needs_no_peft(tmp_path):
+    original = Original()
+    original.write_config(tmp_path / "theirs")
+    torch.save({**original.state(), **original.head_state()}, tmp_path / "theirs" / "pytorch_model.bin")
+    script = (
+        "import sys; sys.modules['peft'] = None\n"
+        "from hub_tools import convert_checkpoint\n"
+        "convert_checkpoint(sys.argv[1], sys.argv[2])\n"
+    )
+    checkout = Path(__file__).resolve().parent.parent
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "theirs"), str(tmp_path / "ours")],
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        timeout=120,
+        check=True,
+    )
+    assert_same_numbers(tmp_path / "ours", original.numbers())
