@@ -42,7 +42,7 @@ class Fit:
     explained_variance: float  # 1 - Var[return - value] / Var[return], over the held-out states
 
 
-def own_reviews(model: GPT2ValueModel, tokenizer: Any, *, batches: int = 8, batch_size: int = 128) -> Scored:
+def own_reviews(model: GPT2ValueModel, tokenizer: Any, *, batches: int = 8, batch_size: int = 64) -> Scored:
     """Reviews that the model itself finishes, from openings of the grammar cut anywhere in the first words.
 
     States before the cut are left out: the model did not write what follows them.

@@ -2,6 +2,10 @@
 
 Imports torch, transformers, tokenizers, tqdm and the grammar. The result is a checkpoint laid out like the published
 `gpt2` (a plain GPT2LMHeadModel and its byte-level BPE), so everything that reads that one reads this one.
+
+Beside the language model's loss there is a second, small one: the last hidden state must tell, at every token, whether
+the review is praise or complaint. A body this small would else keep that to itself until it needs it, and no linear
+head could read it off. Bodies learn the same in PPO, where the value loss reaches them.
 """
 
 import contextlib
@@ -18,6 +22,7 @@ from pathlib import Path
 import review_grammar
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
@@ -48,6 +53,7 @@ class Recipe:
     steps: int = 1000
     batch_size: int = 16  # reviews
     learning_rate: float = 2e-3
+    stance_weight: float = 0.3
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change whenever the code or a setting behind the weights does."""
@@ -97,13 +103,14 @@ def train(recipe: Recipe, folder: Path) -> None:
 
     torch's global random state and number of threads are left as they were.
     """
-    reviews = itertools.islice(review_grammar.write_reviews(recipe.seed), recipe.steps * recipe.batch_size)
-    texts = [review.text for review in reviews]
+    written = itertools.islice(review_grammar.write_reviews(recipe.seed), recipe.steps * recipe.batch_size)
+    texts, stances = zip(*((review.text, review.stance) for review in written), strict=True)
     tokenizer = ByteLevelBPETokenizer()
     # BPE's own defaults are for corpora; 4,000 reviews hold every word of the grammar many times.
     tokenizer.train_from_iterator(texts[:4000], recipe.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     documents = [torch.tensor([*encoding.ids, end_of_text]) for encoding in tokenizer.encode_batch(texts)]
+    reviews = list(zip(documents, stances, strict=True))
 
     with _threads(recipe.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -120,16 +127,23 @@ def train(recipe: Recipe, folder: Path) -> None:
         )
         # No review is seen twice, so there is nothing for dropout to regularise: eval() switches it off.
         model = GPT2LMHeadModel(config).eval()
-        optimizer = AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        stance_probe = torch.nn.Linear(recipe.n_embd, 1)  # thrown away in the end
+        trained = [*model.parameters(), *stance_probe.parameters()]
+        optimizer = AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         schedule = OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1)
         losses: list[float] = []
-        batches = tqdm(_batches(documents, recipe.batch_size), "training", recipe.steps, unit="step", mininterval=0.5)
+        batches = tqdm(_batches(reviews, recipe.batch_size), "training", recipe.steps, unit="step", mininterval=0.5)
         for batch in batches:
-            labels = pad_sequence(batch, batch_first=True, padding_value=IGNORED)  # [reviews, tokens]
+            tokens = pad_sequence([document for document, _ in batch], batch_first=True, padding_value=IGNORED)  # [B, T]
             # Attention looks only to the left: padding at the right needs no mask.
-            loss = model(labels.clamp(min=0), labels=labels).loss
-            loss.backward()
-            clip_grad_norm_(model.parameters(), 1.0)
+            hidden = model.transformer(tokens.clamp(min=0), use_cache=False).last_hidden_state  # [B, T, n_embd]
+            logits = model.lm_head(hidden[:, :-1])
+            loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=IGNORED)
+            stance = torch.tensor([[float(stance)] for _, stance in batch]).expand(tokens.shape)
+            real = tokens != IGNORED
+            stance_loss = mse_loss(stance_probe(hidden).squeeze(-1)[real], stance[real])
+            (loss + recipe.stance_weight * stance_loss).backward()
+            clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -147,11 +161,11 @@ def train(recipe: Recipe, folder: Path) -> None:
     (folder / "training.json").write_text(json.dumps(facts, indent=2))
 
 
-def _batches(documents: list[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
-    """Batches of documents of about equal length: sorted within each 16 batches, which padding would else fill."""
+def _batches(reviews: list[tuple[torch.Tensor, int]], size: int) -> Iterator[list[tuple[torch.Tensor, int]]]:
+    """Batches of reviews of about equal length (sorted within each 16 batches): a third of a batch would be padding."""
     dice = random.Random(0)
-    for start in range(0, len(documents), 16 * size):
-        pool = sorted(documents[start : start + 16 * size], key=len)
+    for start in range(0, len(reviews), 16 * size):
+        pool = sorted(reviews[start : start + 16 * size], key=lambda review: len(review[0]))
         batches = [pool[first : first + size] for first in range(0, len(pool), size)]
         dice.shuffle(batches)
         yield from batches

@@ -327,7 +327,7 @@ def _load_model(source: str, *, revision: str | None, dtype: str = "auto") -> An
     from modeling_gpt2_value import GPT2ValueModel
 
     with _translated(source, revision):
-        return GPT2ValueModel.from_pretrained(source, dtype=dtype, **_at(revision)).eval()
+        return GPT2ValueModel.from_pretrained(source, dtype=dtype, **_at(source, revision)).eval()
 
 
 def _load_tokenizer(source: str, *, revision: str | None) -> Any:
@@ -335,13 +335,15 @@ def _load_tokenizer(source: str, *, revision: str | None) -> Any:
 
     hint = "if it has none, leave it out of the package: create --no-tokenizer"
     with _translated(source, revision, what="a tokenizer", hint=hint):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **_at(revision))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **_at(source, revision))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers 5 makes where there are no files
         raise SourceError(f"{source} has no tokenizer", expected="a tokenizer's files", next_step=hint)
     return tokenizer
 
 
-def _at(revision: str | None) -> dict[str, str]:
+def _at(source: str, revision: str | None) -> dict[str, str]:
+    if revision is not None and Path(source).is_dir():
+        raise typer.BadParameter(f"{source} is a folder, which has no revisions: leave --revision out")
     return {} if revision is None else {"revision": revision}
 
 

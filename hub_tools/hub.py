@@ -84,7 +84,9 @@ class Hub:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
-            raise PushOptionsError(str(error), next_step="pass owner/name, of letters, digits, '-', '_' and '.'") from None
+            raise PushOptionsError(
+                str(error), next_step="pass owner/name, of letters, digits, '-', '_' and '.'"
+            ) from None
         self._token = _checked_token(token)
         self.repo_id = repo_id
         self.api = HfApi(token=self._token, library_name="gpt2-value", library_version=layout.__version__)

@@ -1,39 +1,26 @@
 """Push a package: verify it, then make exactly one commit of what changed.
 
-Imports the standard library, huggingface_hub, and of hub_tools `hub`, `verify`, `card` and what these import; torch
-and transformers only inside `push_to_hub`. How a commit is made: https://huggingface.co/docs/hub/api, `HfApi.create_commit`.
+Imports the standard library, huggingface_hub, and of hub_tools `contents`, `hub`, `verify` and what these import; and
+`save`, with torch and transformers, only inside `push_to_hub`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from huggingface_hub import CommitOperationDelete, metadata_load, metadata_save
+from huggingface_hub import CommitOperationDelete
 
 from . import layout
-from .errors import (
-    CardMetadataError,
-    ForeignFileError,
-    GPT2ValueHubError,
-    NotAPackageError,
-    PackageChangedError,
-    PickleError,
-    PushOptionsError,
-    SecretFoundError,
-    TagExistsError,
-)
-from .hub import Branch, Hub, RemoteFile
-from .reading import MIB, file_in
+from .contents import Package, merge_cards
+from .errors import GPT2ValueHubError, PushOptionsError, TagExistsError
+from .hub import Branch, Hub, Landed
 from .verify import verify_package
 
 if TYPE_CHECKING:
@@ -42,13 +29,11 @@ if TYPE_CHECKING:
 MAIN = "main"
 MESSAGE = "Push a value-head package"
 PATIENCE = 300.0  # seconds
-IN_MEMORY = 8 * MIB  # files up to this size are read once; larger ones stay on the disk
 # Weights in other formats, under transformers' names: beside new weights they would be an older model's.
 OTHER_WEIGHTS = re.compile(
     r"(pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json|model(-\d{5}-of-\d{5})?\.safetensors"
     r"|tf_model\.h5|flax_model\.msgpack)"
 )
-TOKEN_LIKE = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,})\b")
 
 
 @dataclass(frozen=True)
@@ -221,94 +206,6 @@ def push_to_hub(
         )
 
 
-@dataclass(frozen=True)
-class LocalFile:
-    """A file of a package. What is small was read once; what is large is on the disk, and hashed once."""
-
-    path: Path
-    size: int
-    identity: tuple[int, ...]  # of the file on the disk: another one after every write
-    data: bytes | None
-
-    @cached_property
-    def sha256(self) -> str:
-        return layout.sha256_of(self.path) if self.data is None else hashlib.sha256(self.data).hexdigest()
-
-    def is_as(self, remote: RemoteFile | None) -> bool:
-        """Whether the Hub has this very content. Git hashes a file as `blob <size>\\0<content>`."""
-        if remote is None or remote.size != self.size:
-            return False
-        if remote.sha256 is not None:
-            return remote.sha256 == self.sha256
-        data = self.path.read_bytes() if self.data is None else self.data
-        return remote.git_oid == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-@dataclass(frozen=True)
-class Package:
-    """The files of a package that a push takes along, as they were when it began."""
-
-    folder: Path
-    files: Mapping[str, LocalFile] = field(repr=False)
-
-    @classmethod
-    def read(cls, folder: Path) -> Package:
-        """Read a package's files; what does not belong to a package is refused by name.
-
-        Raises:
-            NotAPackageError: no such folder.
-            ForeignFileError, PickleError, UnsafeFileError: see `push_package`.
-        """
-        if not folder.is_dir():
-            raise NotAPackageError(
-                f"{os.fspath(folder)!r} is not a folder",
-                expected="the folder of a package",
-                next_step="write one: hub_tools.save_package(model, FOLDER)",
-            )
-        names = sorted(name for name in os.listdir(folder) if layout.kind_of(name) != "litter")
-        foreign = [n for n in names if layout.kind_of(n) == "foreign" or (n.startswith(".") and n != ".gitignore")]
-        if foreign:
-            raise ForeignFileError(
-                f"{', '.join(map(repr, foreign))} do not belong to a package; nothing was uploaded",
-                expected="the files that save_package writes, and documents beside them",
-                next_step="move them out of the folder; push other files on their own: hf upload",
-            )
-        pickles = [name for name in names if layout.kind_of(name) == "pickle"]
-        if pickles:
-            raise PickleError(
-                f"{', '.join(map(repr, pickles))}: pickles, which can run code when they are opened",
-                expected="weights in safetensors, and nothing else",
-                next_step="move them out of the folder",
-            )
-        return cls(folder, {name: _read_file(file_in(folder, name)) for name in names})
-
-    def refuse_secrets(self, hub: Hub, message: str) -> None:
-        """Refuse to publish a token, the one in use or any other of the Hub's.
-
-        Raises:
-            SecretFoundError: naming the file.
-        """
-        texts = {name: file.data for name, file in self.files.items() if file.data is not None}
-        for name, data in {**texts, "the commit message": message.encode()}.items():
-            if hub.holds_token(data) or TOKEN_LIKE.search(data):
-                raise SecretFoundError(
-                    f"{name} holds what looks like a Hub token; nothing was uploaded",
-                    next_step="take it out; if it was ever published, revoke it in the Hub's settings",
-                )
-
-    def check_unchanged(self) -> None:
-        """Raises:
-        PackageChangedError: a file was written to, replaced or removed since the package was read.
-        """
-        for name, file in self.files.items():
-            if not file.path.exists() or _identity(file.path) != file.identity:
-                raise PackageChangedError(
-                    f"{name} changed in {self.folder} during the push; nothing was committed",
-                    expected="a package that stays as it is until the push is done",
-                    next_step="push again once nothing writes to it",
-                )
-
-
 def push(
     package: Package,
     hub: Hub,
@@ -347,45 +244,41 @@ def push(
             return replace(plan, dry_run=True)
         if not base.exists:
             hub.create_branch(base)
-        commit, pr_number = base.commit, None
+        landed = Landed(base.commit)
         if not nothing:
-            changed = [*plan.added, *plan.changed]
-            sources = {name: package.files[name] for name in changed}
-            try:
-                additions = hub.upload(
-                    {n: f.path if f.data is None else f.data for n, f in sources.items()},
-                    branch=branch,
-                    create_pr=create_pr,
-                )
-            except FileNotFoundError:
-                package.check_unchanged()
-                raise
-            package.check_unchanged()
-            landed = hub.commit(
-                [*additions, *(CommitOperationDelete(name, is_folder=False) for name in plan.deleted)],
-                onto=base,
-                message=message,
-                create_pr=create_pr,
-            )
-            commit, pr_number = landed.commit, landed.pr_number
+            landed = _commit(package, hub, plan, base, message=message, create_pr=create_pr)
     report = replace(
         plan,
-        commit=commit,
-        url=f"{hub.url}/commit/{commit}",
+        commit=landed.commit,
+        url=f"{hub.url}/commit/{landed.commit}",
         committed=not nothing,
-        pr_url=f"{hub.url}/discussions/{pr_number}" if pr_number is not None else None,
-        load_lines=_load_lines(hub.repo_id, commit, tokenizer=layout.TOKENIZER_CONFIG in package.files),
+        pr_url=f"{hub.url}/discussions/{landed.pr_number}" if landed.pr_number is not None else None,
+        load_lines=_load_lines(hub.repo_id, landed.commit, tokenizer=layout.TOKENIZER_CONFIG in package.files),
     )
     if tag is not None:
         try:
-            hub.tag(tag, commit=commit)
+            hub.tag(tag, commit=landed.commit)
         except GPT2ValueHubError as error:
             raise type(error)(
-                f"the commit {commit} did land, without its tag: {error.found}",
+                f"the commit {landed.commit} did land, without its tag: {error.found}",
                 expected=error.expected,
                 next_step=f"{error.next_step}; the same push, run again, only sets the tag",
             ) from error
     return report
+
+
+def _commit(package: Package, hub: Hub, plan: PushReport, base: Branch, *, message: str, create_pr: bool) -> Landed:
+    """Upload what the plan adds and changes, and commit it with what it deletes."""
+    files = {name: package.files[name] for name in (*plan.added, *plan.changed)}
+    sources = {name: file.path if file.data is None else file.data for name, file in files.items()}
+    deletions = [CommitOperationDelete(name, is_folder=False) for name in plan.deleted]
+    try:
+        with hub.uploaded(sources, branch=base.name, create_pr=create_pr) as additions:
+            package.check_unchanged()
+            return hub.commit([*additions, *deletions], onto=base, message=message, create_pr=create_pr)
+    except (FileNotFoundError, ValueError):  # what huggingface_hub says of a file that is not there any more
+        package.check_unchanged()
+        raise
 
 
 def _check_options(*, revision: str | None, create_pr: bool, tag: str | None) -> None:
@@ -439,52 +332,6 @@ def _with_remote_card(package: Package, hub: Hub, base: Branch, scratch: Path) -
         return package
     merged = merge_cards(ours.data, hub.read(layout.CARD, commit=base.commit, folder=scratch / "cache"), scratch)
     return replace(package, files={**package.files, layout.CARD: replace(ours, data=merged, size=len(merged))})
-
-
-def merge_cards(ours: bytes, theirs: bytes, scratch: Path) -> bytes:
-    """Their card with our metadata: our keys replace theirs, tags are united, all else of theirs stays.
-
-    A card without text, as the Hub's web page makes one from a license, gets our text.
-
-    Raises:
-        CardMetadataError: their metadata cannot be read.
-    """
-    our_path, their_path = scratch / "ours.md", scratch / "theirs.md"
-    our_path.write_bytes(ours)
-    their_path.write_bytes(theirs)
-    try:
-        kept: dict[str, Any] = metadata_load(their_path) or {}
-        added: dict[str, Any] = metadata_load(our_path) or {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise CardMetadataError(
-            f"the metadata of the README.md in the repository cannot be read: {' '.join(str(error).split())[:300]}",
-            expected="a block of YAML between two lines of ---",
-            next_step="correct it on the Hub, or delete that file there to get a new card",
-        ) from error
-    tags = kept.get("tags") or []
-    tags = [tags] if isinstance(tags, str) else tags
-    merged = {**kept, **added}
-    if tags or added.get("tags"):
-        merged["tags"] = [*tags, *(tag for tag in added.get("tags", []) if tag not in tags)]
-    body = re.sub(rb"\A\s*---\r?\n.*?\n---", b"", theirs, count=1, flags=re.DOTALL)
-    if not body.strip():
-        metadata_save(our_path, merged)
-        return our_path.read_bytes()
-    if merged == kept:
-        return theirs
-    metadata_save(their_path, merged)
-    return their_path.read_bytes()
-
-
-def _read_file(path: Path) -> LocalFile:
-    identity, size = _identity(path), path.stat().st_size
-    data = path.read_bytes() if size <= IN_MEMORY and layout.kind_of(path.name) != "weights" else None
-    return LocalFile(path, size if data is None else len(data), identity, data)
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _load_lines(repo_id: str, commit: str, *, tokenizer: bool) -> str:

@@ -156,6 +156,13 @@ def test_a_setting_out_of_range_is_wrong_usage(options, says, gpt2_value, packag
     assert says in err
 
 
+def test_a_revision_of_a_folder_is_wrong_usage(gpt2_value, package, base, tmp_path):
+    for command in (("respond", package, "a"), ("create", "--base", base, tmp_path / "out")):
+        status, out, err = gpt2_value(*command, "--revision", "main")
+        assert (status, out) == (2, "")
+        assert "no revisions" in err
+
+
 def test_a_base_without_a_tokenizer_names_the_option(gpt2_value, base, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (base / name).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import pytest
 from fault_sweep import FAULTS, REPO, SCENARIOS, hurried, requests_of, run_push, serving, set_up, sweep, try_fault
 from hub_server import Fault
 
-from hub_tools import hub as hub_room
+from hub_tools import patience
 from hub_tools.errors import ConcurrentPushError, GPT2ValueHubError, HubUnavailableError, PackageChangedError
 from hub_tools.hub import Hub
 from hub_tools.push import Package, push
@@ -105,7 +105,7 @@ def test_a_push_of_somebody_else_in_the_meantime_is_reported_and_stands(server, 
 
 def test_retry_after_is_waited_for(server, package, monkeypatch):
     waits = []
-    monkeypatch.setattr(hub_room.time, "sleep", waits.append)
+    monkeypatch.setattr(patience.time, "sleep", waits.append)
     set_up(server, NEW_REPO)
     server.faults.append(Fault(route="commit", nth=1, status=429, retry_after="17"))
     server.faults.append(Fault(route="tree", nth=1, status=429, retry_after="Wed, 21 Oct 2015 07:28:00 GMT"))
@@ -117,7 +117,7 @@ def test_patience_ends(server, package):
     set_up(server, NEW_REPO)
     server.faults.append(Fault(route="commit", status=503))
     with pytest.raises(HubUnavailableError, match="503"):
-        run_push(package, NEW_REPO, patience=0.05)
+        run_push(package, NEW_REPO, seconds=0.05)
     server.faults.clear()
     uploaded = server.uploaded()["lfs_upload"]
     run_push(package, NEW_REPO)
@@ -179,7 +179,7 @@ def test_concurrent_pushers_lose_and_duplicate_nothing(server, package, tmp_path
                         dry_run=False,
                     )
                 except ConcurrentPushError:
-                    hub_room.time.sleep(dice.random() * 10)
+                    patience.time.sleep(dice.random() * 10)
                     continue
                 except GPT2ValueHubError as error:
                     trouble.append(error)
