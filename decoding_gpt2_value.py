@@ -5,11 +5,19 @@ Remote code: this file is copied into every package, so it imports only torch an
 
 import contextlib
 import inspect
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
-from transformers import GPT2LMHeadModel
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel, GPT2Model
+from transformers.activations import ACT2FN
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
+from transformers.pytorch_utils import Conv1D
+
+# The modules that `GPT2Decoder` computes itself, by their weights. A subclass (an adapter, a quantised or parametrised
+# layer) computes something else.
+PLAIN = {GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, Conv1D, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout}
 
 
 class States(NamedTuple):
@@ -24,25 +32,153 @@ class States(NamedTuple):
     values: Optional[torch.Tensor]
 
 
-class Decoder:
-    """Logits and values for one more column of a batch at a time, with a key-value cache.
+def decoder_for(model, tokens, mask):
+    """What gives logits and values for one more column of a batch at a time, with keys and values cached.
 
     The columns are those of `tokens [B, P+T]` and `mask [B, P+T]`, which the caller fills as it goes.
     """
+    return (GPT2Decoder if _is_plain_gpt2(model) else Decoder)(model, tokens, mask)
+
+
+class Decoder:
+    """For any causal language model: its own forward pass, and its own cache."""
+
+    fixed_shapes = False
 
     def __init__(self, model, tokens, mask):
-        self.model = model
-        self.tokens = tokens
-        self.mask = mask
-        self.cache = None
+        self.model, self.tokens, self.mask = model, tokens, mask
+        self.rows = slice(None)
+        self.cache: Any = None
 
     def logits_and_values(self, columns):
-        """After so many columns: logits `[B, V]`, and values `[B]` float32 or None."""
-        seen = 0 if self.cache is None else columns - 1
-        output = _call(self.model, self.tokens, self.mask, slice(seen, columns), last=1, past_key_values=self.cache)
+        """After so many columns, of the current rows: logits `[b, V]`, and values `[b]` float32 or None."""
+        at = slice(0 if self.cache is None else columns - 1, columns)
+        tokens, mask = self.tokens[self.rows], self.mask[self.rows]
+        output = _call(self.model, tokens, mask, at, last=1, past_key_values=self.cache)
         self.cache = output.past_key_values
         values = _values(output)
         return output.logits[:, -1], None if values is None else values[:, -1]
+
+    def keep(self, rows):
+        """Go on with these of the current rows only, a 1-D tensor of indices; False if the cache cannot do it."""
+        if not hasattr(self.cache, "batch_select_indices"):
+            return False
+        self.cache.batch_select_indices(rows)
+        self.rows = rows if isinstance(self.rows, slice) else self.rows[rows]
+        return True
+
+
+class GPT2Decoder(Decoder):
+    """For a plain GPT-2: keys and values are written into storage of their final size.
+
+    On a GPU a step has fixed shapes, so it is recorded once as a CUDA graph and replayed: the cost of a small step is
+    its launches. On a CPU in float32 the products go through oneDNN, which takes about half the time of torch's default
+    for so few rows; its copies of the weights are made anew at each rollout, and so are never older than the model's.
+    """
+
+    def __init__(self, model, tokens, mask):
+        super().__init__(model, tokens, mask)
+        config = model.config
+        width = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, tokens.shape[0], config.n_head, tokens.shape[1], width)
+        # Zeros and not empty: what is masked is still multiplied by 0, and must not be NaN.
+        self.past = torch.zeros(shape, dtype=model.dtype, device=tokens.device)
+        self.seen = 0
+        self.scale = width**-0.5 if config.scale_attn_weights else 1.0
+        self.onednn = tokens.device.type == "cpu" and model.dtype == torch.float32 and _has_onednn()
+        self.weights = {}
+        self.fixed_shapes = tokens.device.type == "cuda"
+        self.column = torch.zeros(1, dtype=torch.long, device=tokens.device)
+        self.graph: Any = None
+        gelu = config.activation_function == "gelu_new"  # transformers computes it in eight steps
+        self.activation = nn.GELU(approximate="tanh") if gelu else model.transformer.h[0].mlp.act
+
+    def keep(self, rows):
+        if self.fixed_shapes:
+            return False
+        self.past = self.past[:, :, rows]
+        self.rows = rows if isinstance(self.rows, slice) else self.rows[rows]
+        return True
+
+    def logits_and_values(self, columns):
+        prompt, at = self.seen == 0, slice(self.seen, columns)
+        self.seen = columns
+        if prompt or not self.fixed_shapes:
+            return self._run(at, columns)
+        self.column.fill_(columns - 1)
+        if self.column.device.type != "cuda":
+            return self._run(self.column, self.tokens.shape[1])
+        if self.graph is None:
+            self._record()
+        self.graph.replay()
+        return self.output
+
+    def _record(self):
+        """Record one step over all columns; those that are still empty are masked."""
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):  # libraries allocate their workspaces at first use
+            self._run(self.column, self.tokens.shape[1])
+        torch.cuda.current_stream().wait_stream(warm_up)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = self._run(self.column, self.tokens.shape[1])
+
+    def _run(self, at, end):
+        """Logits and values after the columns `at` (a slice, or a tensor of one index), given those before `end`."""
+        body = self.model.transformer
+        mask = self.mask[self.rows, :end]
+        x = body.wte(self.tokens[self.rows, at]) + body.wpe(_positions(mask)[:, at])  # [b, n, n_embd]
+        b, n, _ = x.shape
+        allowed = mask.bool()[:, None, None]  # [b, 1, 1, end]
+        if n > 1:  # padding sees itself: a query without any key is NaN
+            causal = torch.ones((n, end), dtype=torch.bool, device=x.device).tril()
+            allowed = allowed & causal | torch.eye(n, end, dtype=torch.bool, device=x.device)
+        for block, (keys, values) in zip(body.h, self.past, strict=True):
+            qkv = self._linear(block.ln_1(x), block.attn.c_attn)
+            query, key, value = qkv.view(b, n, 3, -1, keys.shape[-1]).permute(2, 0, 3, 1, 4)  # [b, n_head, n, width]
+            keys[:, :, at], values[:, :, at] = key, value
+            past = keys[:, :, :end], values[:, :, :end]
+            heads = F.scaled_dot_product_attention(query, *past, allowed, scale=self.scale)
+            x = x + self._linear(heads.transpose(1, 2).reshape(b, n, -1), block.attn.c_proj)
+            x = x + self._linear(self.activation(self._linear(block.ln_2(x), block.mlp.c_fc)), block.mlp.c_proj)
+        last = body.ln_f(x[:, -1])
+        value = _scalar(self.model.v_head(last[:, None]).squeeze(-1))[:, 0] if hasattr(self.model, "v_head") else None
+        return self._linear(last, self.model.lm_head), value
+
+    def _linear(self, x, layer):
+        if not self.onednn:
+            return layer(x)
+        if layer not in self.weights:  # Conv1D keeps its weight as [in, out], oneDNN wants [out, in]
+            weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+            self.weights[layer] = weight.contiguous()
+        return F.linear(x.to_mkldnn(), self.weights[layer], layer.bias).to_dense()
+
+
+def _has_onednn():
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+def _is_plain_gpt2(model):
+    """Whether `GPT2Decoder` computes what this model's own forward pass does."""
+    if not isinstance(model, GPT2LMHeadModel) or torch.is_autocast_enabled(model.device.type):
+        return False
+    config = model.config
+    if config.scale_attn_by_inverse_layer_idx or config.reorder_and_upcast_attn or config.add_cross_attention:
+        return False
+    known = PLAIN | {nn.ModuleList, type(ACT2FN[config.activation_function])}
+    plain = [type(module) in known for module in (model.lm_head, *model.transformer.modules())]
+    whole = [block.attn.c_attn.weight.shape == (config.n_embd, 3 * config.n_embd) for block in model.transformer.h]
+    altered = [_is_altered(module) for module in (model, model.lm_head, *model.transformer.modules())]
+    return all(plain) and all(whole) and not any(altered)
+
+
+def _is_altered(module):
+    """Whether calling the module does more than its class says: a hook, or a forward of its own (accelerate's)."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    # transformers 5 leaves hooks that record hidden states, and change nothing, behind a call that asked for them.
+    foreign = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")]
+    return bool(foreign) or getattr(module.forward, "__func__", None) is not type(module).forward
 
 
 def last_states(model, tokens, mask, T):

@@ -13,10 +13,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 try:
-    from .decoding_gpt2_value import Decoder, as_scored, last_states, without_dropout
+    from .decoding_gpt2_value import as_scored, decoder_for, last_states, without_dropout
     from .sampling_gpt2_value import draw, sampling_distribution, sampling_logprobs, token_logprob
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
-    from decoding_gpt2_value import Decoder, as_scored, last_states, without_dropout
+    from decoding_gpt2_value import as_scored, decoder_for, last_states, without_dropout
     from sampling_gpt2_value import draw, sampling_distribution, sampling_logprobs, token_logprob
 
 # Scoring holds the logits of so many (token, vocabulary) pairs at a time: 32 MiB in float32.
@@ -78,7 +78,7 @@ class Rollout:
 
 @dataclasses.dataclass
 class Rescored:
-    """The tokens of a rollout under a model. All `[B, T]` float32, 0 where `response_mask` is False.
+    """The tokens of a rollout under a model. All `[B, T]` float32 (but float64 from a float64 model), 0 where masked.
 
     Attributes:
         logprobs: of the tokens; -inf for one that this model's truncation (top-k, top-p) excludes.
@@ -158,29 +158,37 @@ def rollout(
     values = torch.zeros((B, T), device=device)
     support = torch.zeros((B, T), dtype=torch.long, device=device) if top_p < 1.0 else None
     running = torch.ones(B, dtype=torch.bool, device=device)
+    bad = torch.zeros((B, T), dtype=torch.bool, device=device)
+    rows = torch.arange(B, device=device)  # those that are still computed
     value = None
 
     with as_scored(model, caching=True):
-        decoder = Decoder(model, tokens, mask)
+        decoder = decoder_for(model, tokens, mask)
         for t in range(T):
-            logits, value = decoder.logits_and_values(P + t)  # [B, V], [B]
-            bad = running & ~_finite(logits)
-            if bad.any():
-                raise _not_finite(int(bad.nonzero()[0]), t)
+            logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
             step = sampling_distribution(logits, suppress=is_eos if t < min_new_tokens else None, **settings)
-            index, normaliser = draw(step.logits, uniforms[t])
+            index, normaliser = draw(step.logits, uniforms[t, rows])
             logprob = step.logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) - normaliser
             drawn = index if step.tokens is None else step.tokens.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-            tokens[:, P + t] = torch.where(running, drawn, pad)
-            mask[:, P + t] = running
-            logprobs[:, t] = torch.where(running, logprob, 0.0)
+            now = running[rows]
+            bad[rows, t] = now & ~_finite(logits)
+            tokens[rows, P + t] = torch.where(now, drawn, pad)
+            mask[rows, P + t] = now.long()
+            logprobs[rows, t] = torch.where(now, logprob.float(), 0.0)
             if value is not None:
-                values[:, t] = torch.where(running, value, 0.0)
+                values[rows, t] = torch.where(now, value, 0.0)
             if support is not None:
-                support[:, t] = step.support
-            running = running & ~is_eos[drawn]
-            if eos and not running.any():
-                break
+                support[rows, t] = step.support
+            running[rows] = now & ~is_eos[drawn]
+            # To look at a number is to wait for the GPU: there only now and then.
+            if device.type == "cpu" or t % 16 == 15 or t == T - 1:
+                if bad.any():
+                    raise _not_finite(*bad.nonzero()[0].tolist())
+                left = running[rows].nonzero().squeeze(-1)
+                if len(left) == 0:
+                    break
+                if 2 * len(left) <= len(rows) and decoder.keep(left):
+                    rows = rows[left]
 
     return Rollout(
         sequences=tokens,

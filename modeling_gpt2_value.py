@@ -18,12 +18,12 @@ from transformers.utils import ModelOutput
 # what generation needs must be named too.
 try:
     from .configuration_gpt2_value import GPT2ValueConfig
-    from .decoding_gpt2_value import Decoder
+    from .decoding_gpt2_value import decoder_for
     from .generation_gpt2_value import rescore, rollout
     from .sampling_gpt2_value import sampling_distribution
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from configuration_gpt2_value import GPT2ValueConfig
-    from decoding_gpt2_value import Decoder  # noqa: F401
+    from decoding_gpt2_value import decoder_for  # noqa: F401
     from generation_gpt2_value import rescore, rollout
     from sampling_gpt2_value import sampling_distribution  # noqa: F401
 

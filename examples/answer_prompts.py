@@ -19,7 +19,7 @@ def answer(folder: str, prompts: list[str], *, max_new_tokens: int, seed: int) -
     from transformers import AutoModel, AutoTokenizer
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     rollout = model.rollout(
         [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts],
         max_new_tokens=max_new_tokens,

@@ -50,7 +50,7 @@ class Recipe:
     n_layer: int = 2
     n_head: int = 4
     initializer_range: float = 0.08
-    steps: int = 1000
+    steps: int = 800
     batch_size: int = 16  # reviews
     learning_rate: float = 2e-3
     stance_weight: float = 0.3

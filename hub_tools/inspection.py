@@ -1,15 +1,17 @@
 """Read a package without running any of it: JSON and safetensors headers; pickles are never opened.
 
-Imports only the standard library, `errors`, `layout` and `reading`, so it needs neither torch nor
-transformers. The idea, look before you load, is skops':
+Imports only the standard library and of hub_tools `errors`, `layout`, `fields`, `reading`, `record`, `releases`,
+and for a repository on the Hub `download`; so it needs neither torch nor transformers. The idea, look before you load, is skops':
 https://skops.readthedocs.io/en/stable/persistence.html.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,17 @@ from .errors import (
     MissingFileError,
     NotAPackageError,
     PickleError,
+    UnusedOptionError,
     WeightsMismatchError,
 )
+from .fields import check_config, expected_shapes, tied
 from .reading import AGAIN, MIB, Tensor, file_in, read_json, read_safetensors_header
 from .record import Record, read_record
+from .releases import releases, versions_of
 
 TOKENIZER_LIMIT = 256 * MIB  # a vocabulary of a million tokens, with its merges, is about 100 MB
 CODE_LIMIT = 4 * MIB
+HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -37,6 +43,7 @@ class CodeFile:
     name: str
     sha256: str
     installed: bool  # byte-identical to this installed version's file of the same name
+    releases: tuple[str, ...]  # the released versions that have it, byte for byte; the installed one counts
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ class PackageReport:
     """What is inside a package. Nothing of it was run."""
 
     source: str
-    folder: Path
+    folder: Path  # of a repository on the Hub: where its files are in the Hub's cache
+    commit: str | None  # of a repository on the Hub
     parameters: int  # tied embeddings count once
     dtypes: dict[str, int]  # torch's name for the type -> parameters of that type
     weight_files: dict[str, int]  # name -> bytes
@@ -83,7 +91,15 @@ class PackageReport:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def inspect_package(source: str | os.PathLike[str], *, hash_weights: bool = False) -> PackageReport:
+def inspect_package(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    hash_weights: bool = False,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> PackageReport:
     """What is inside a package, without running any of it.
 
     Every tensor's name, shape and dtype is compared with what `config.json` calls for, so that a report means
@@ -92,11 +108,18 @@ def inspect_package(source: str | os.PathLike[str], *, hash_weights: bool = Fals
     `verify_package` refuses those.
 
     Args:
-        source: a package's folder.
+        source: a package's folder, or the id of a repository on the Hub (`owner/name`). Of a repository the JSON
+            and code are downloaded, and of the weights only the headers.
+        revision: branch, tag or commit of the repository.
         hash_weights: also hash the weights (about a second per GB) and compare with what was recorded at save
-            time.
+            time. The weights of a repository are then downloaded.
+        token: for the Hub, instead of the one that huggingface_hub knows.
+        cache_dir: the Hub's cache, instead of huggingface_hub's.
+        local_files_only: inspect what is in the Hub's cache, and ask nobody. Offline mode does the same.
 
     Raises:
+        UnusedOptionError: an option for the Hub, and the source is a folder.
+        RemoteNotFoundError, AuthenticationError, NoAccessError, HubUnavailableError: the Hub does not give it.
         NotAPackageError: no such folder, or `config.json` describes another kind of model.
         MissingFileError: a file without which there is no model.
         CorruptFileError: truncated, oversized, invalid JSON, or values that cannot be right.
@@ -105,12 +128,53 @@ def inspect_package(source: str | os.PathLike[str], *, hash_weights: bool = Fals
         WeightsMismatchError: tensors that are missing, unknown, or of the wrong shape or dtype.
         CodeReferenceError: `auto_map` does not name the package's own classes.
     """
-    folder = _local_folder(source)
+    path = os.fspath(source)
+    if not os.path.exists(path) and isinstance(source, str) and HUB_ID.fullmatch(source):
+        return _inspect_repository(
+            source, revision, hash_weights, token, Path(cache_dir) if cache_dir else None, local_files_only
+        )
+    given = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    for name, value in given.items():
+        if value:
+            raise UnusedOptionError(
+                f"{name}={value if name != 'token' else '...'} with {path!r}, which is not a repository on the Hub",
+                expected="owner/name of a repository",
+                next_step=f"leave {name} out",
+            )
+    return _inspect(_local_folder(source), path, hash_weights=hash_weights)
+
+
+def _inspect_repository(
+    repo_id: str,
+    revision: str | None,
+    hash_weights: bool,
+    token: str | None,
+    cache_dir: Path | None,
+    local_files_only: bool,
+) -> PackageReport:
+    """The report on a repository, from an outline of it; from the cache where all of it is wanted, or offline."""
+    from . import download
+
+    if not (hash_weights or local_files_only or download.offline()):
+        with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as outline:
+            snapshot = download.fetch_outline(
+                repo_id, Path(outline), revision=revision, token=token, cache_dir=cache_dir
+            )
+            report = _inspect(Path(outline), repo_id, hash_weights=False)
+    else:
+        snapshot = download.fetch(
+            repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        report = _inspect(snapshot.folder, repo_id, hash_weights=hash_weights)
+    return replace(report, folder=snapshot.folder, commit=snapshot.commit)
+
+
+def _inspect(folder: Path, source: str, *, hash_weights: bool) -> PackageReport:
     names = sorted(os.listdir(folder))
     pickles = tuple(name for name in names if layout.kind_of(name) == "pickle")
 
     config = read_json(folder, layout.CONFIG)
-    _check_config(config)
+    check_config(config)
     generation_config = layout.GENERATION_CONFIG in names
     if generation_config:
         read_json(folder, layout.GENERATION_CONFIG)
@@ -127,13 +191,14 @@ def inspect_package(source: str | os.PathLike[str], *, hash_weights: bool = Fals
     record = read_record(folder) if layout.RECORD in names else None
     used = {layout.WEIGHTS_INDEX, *shards}
     return PackageReport(
-        source=str(source),
+        source=source,
         folder=folder,
+        commit=None,
         parameters=sum(dtypes.values()),
         dtypes=dtypes,
         weight_files={name: (folder / name).stat().st_size for name in shards},
         head=head,
-        tied_embeddings=_tied(config),
+        tied_embeddings=tied(config),
         vocab_size=config["vocab_size"],
         n_positions=config["n_positions"],
         n_embd=config["n_embd"],
@@ -161,7 +226,7 @@ def inspect_package(source: str | os.PathLike[str], *, hash_weights: bool = Fals
 
 
 def _local_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder that `source` names. Ids of repositories on the Hub would be resolved here."""
+    """The folder that `source` names."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -178,51 +243,6 @@ def _local_folder(source: str | os.PathLike[str]) -> Path:
         expected="the folder of a value-head package",
         next_step="write one: gpt2-value create --base openai-community/gpt2 FOLDER",
     )
-
-
-def _check_config(config: dict[str, Any]) -> None:
-    """Refuse a `config.json` that is not a value-head GPT-2's, or whose sizes cannot be right."""
-    if config.get("model_type") != layout.MODEL_TYPE:
-        raise NotAPackageError(
-            f"config.json says model_type {str(config.get('model_type'))[:80]!r}",
-            expected=repr(layout.MODEL_TYPE),
-            next_step="make a package of a GPT-2 checkpoint: gpt2-value create --base FOLDER OUT",
-        )
-    auto_map = config.get("auto_map")
-    if auto_map != layout.AUTO_MAP:
-        raise CodeReferenceError(
-            f"config.json has auto_map {str(auto_map)[:300]}",
-            expected=f"{layout.AUTO_MAP}: the classes in the package itself",
-            next_step="GPT2ValueModel.from_pretrained(FOLDER) loads it and runs none of its code; save that",
-        )
-
-    def expect(name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise CorruptFileError(
-                f"config.json: {name!r} is {str(config.get(name))[:80]}", expected=expected, next_step=AGAIN
-            )
-
-    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-        value = config.get(name)
-        expect(name, type(value) is int and 0 < value < 1 << 31, "a positive whole number")
-    expect("n_embd", config["n_embd"] % config["n_head"] == 0, f"a multiple of n_head = {config['n_head']}")
-    inner = config.get("n_inner")
-    expect(
-        "n_inner",
-        inner is None or (type(inner) is int and 0 < inner < 1 << 31),
-        "a positive whole number, or null",
-    )
-    for name in ("tie_word_embeddings", "add_cross_attention", "summary_use_proj", "summary_proj_to_labels"):
-        expect(name, type(config.get(name, True)) is bool, "true or false")
-    # names under which transformers would read the same fields a second time, behind our back
-    for alias in ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"):
-        expect(alias, alias not in config, "GPT-2's own names: n_embd, n_positions, n_head, n_layer")
-    for name in ("quantization_config", "custom_pipelines"):
-        expect(name, name not in config, "no such field in a value-head package")
-
-
-def _tied(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("tie_word_embeddings", True))
 
 
 def _read_tokenizer(folder: Path, names: list[str]) -> str | None:
@@ -328,42 +348,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     return Head(head.shape, FLOATS[head.dtype]) if head is not None else None
 
 
-def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a package and its shape, from the fields of `config.json`. GPT-2 keeps its matrices as
-    `[in, out]` (transformers' Conv1D); the head is `[out, in]` (torch's Linear)."""
-    vocab, positions, n = config["vocab_size"], config["n_positions"], config["n_embd"]
-    inner = config.get("n_inner") or 4 * n
-
-    def conv(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
-
-    def norm(name: str) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (n,), f"{name}.bias": (n,)}
-
-    shapes: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (vocab, n),
-        "transformer.wpe.weight": (positions, n),
-    }
-    for i in range(config["n_layer"]):
-        layer = f"transformer.h.{i}"
-        shapes |= norm(f"{layer}.ln_1") | norm(f"{layer}.ln_2")
-        shapes |= conv(f"{layer}.attn.c_attn", n, 3 * n) | conv(f"{layer}.attn.c_proj", n, n)
-        shapes |= conv(f"{layer}.mlp.c_fc", n, inner) | conv(f"{layer}.mlp.c_proj", inner, n)
-        if config.get("add_cross_attention", False):
-            shapes |= norm(f"{layer}.ln_cross_attn") | conv(f"{layer}.crossattention.c_attn", n, 2 * n)
-            shapes |= conv(f"{layer}.crossattention.q_attn", n, n) | conv(f"{layer}.crossattention.c_proj", n, n)
-    shapes |= norm("transformer.ln_f")
-    if not _tied(config):
-        shapes["lm_head.weight"] = (vocab, n)
-    if config.get("summary_use_proj", True):
-        outputs = 1 if config.get("summary_proj_to_labels", True) else n
-        shapes |= {"v_head.summary.weight": (outputs, n), "v_head.summary.bias": (outputs,)}
-    return shapes
-
-
 def _read_code(folder: Path, names: list[str]) -> tuple[CodeFile, ...]:
     """Every Python file of the package, hashed."""
-    installed = layout.installed_hashes()
+    installed, known = layout.installed_hashes(), releases()
     files = []
     for name in names:
         if name.endswith((".py", ".pyc", ".so", ".pyd")):
@@ -373,7 +360,7 @@ def _read_code(folder: Path, names: list[str]) -> tuple[CodeFile, ...]:
                     f"{name!r} has {size:,} bytes", expected=f"at most {CODE_LIMIT:,}", next_step=AGAIN
                 )
             digest = layout.sha256_of(folder / name)
-            files.append(CodeFile(name, digest, installed.get(name) == digest))
+            files.append(CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest, known)))
     return tuple(files)
 
 

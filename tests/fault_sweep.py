@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import huggingface_hub
 from hub_server import GITATTRIBUTES, Fault, HubServer
+from huggingface_hub import file_download
 
 from hub_tools import patience
 from hub_tools.errors import GPT2ValueHubError
@@ -176,6 +177,8 @@ def serving(*, xet: bool) -> Iterator[HubServer]:
         HubServer() as server,
         mock.patch.object(huggingface_hub.constants, "ENDPOINT", server.url),
         mock.patch.object(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + DOWNLOADS),
+        # huggingface_hub 0.36 keeps a copy here
+        mock.patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + DOWNLOADS, create=True),
         mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", False),
         mock.patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_XET", not xet),
         mock.patch.dict(os.environ, HF_TOKEN=server.token),
