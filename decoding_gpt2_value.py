@@ -84,7 +84,6 @@ class GPT2Decoder(Decoder):
         # Zeros and not empty: what is masked is still multiplied by 0, and must not be NaN.
         self.past = torch.zeros(shape, dtype=model.dtype, device=tokens.device)
         self.seen = 0
-        self.scale = width**-0.5 if config.scale_attn_weights else 1.0
         self.onednn = tokens.device.type == "cpu" and model.dtype == torch.float32 and _has_onednn()
         self.weights = {}
         self.fixed_shapes = tokens.device.type == "cuda"
@@ -139,7 +138,7 @@ class GPT2Decoder(Decoder):
             query, key, value = qkv.view(b, n, 3, -1, keys.shape[-1]).permute(2, 0, 3, 1, 4)  # [b, n_head, n, width]
             keys[:, :, at], values[:, :, at] = key, value
             past = keys[:, :, :end], values[:, :, :end]
-            heads = F.scaled_dot_product_attention(query, *past, allowed, scale=self.scale)
+            heads = F.scaled_dot_product_attention(query, *past, allowed)
             x = x + self._linear(heads.transpose(1, 2).reshape(b, n, -1), block.attn.c_proj)
             x = x + self._linear(self.activation(self._linear(block.ln_2(x), block.mlp.c_fc)), block.mlp.c_proj)
         last = body.ln_f(x[:, -1])
@@ -164,7 +163,8 @@ def _is_plain_gpt2(model):
     if not isinstance(model, GPT2LMHeadModel) or torch.is_autocast_enabled(model.device.type):
         return False
     config = model.config
-    if config.scale_attn_by_inverse_layer_idx or config.reorder_and_upcast_attn or config.add_cross_attention:
+    unusual = config.scale_attn_by_inverse_layer_idx, config.reorder_and_upcast_attn, config.add_cross_attention
+    if any(unusual) or not config.scale_attn_weights:
         return False
     known = PLAIN | {nn.ModuleList, type(ACT2FN[config.activation_function])}
     plain = [type(module) in known for module in (model.lm_head, *model.transformer.modules())]

@@ -32,9 +32,7 @@ class WithoutOneDNN(GPT2Decoder):
         self.onednn = False
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"scale_attn_weights": False}, {"activation_function": "relu"}, {"n_inner": 48}]
-)
+@pytest.mark.parametrize("fields", [{}, {"activation_function": "relu"}, {"n_inner": 48}])
 @pytest.mark.parametrize("road", [GPT2Decoder, FixedShapes, WithoutOneDNN])
 def test_every_road_gives_the_same_rollout(road, fields, monkeypatch):
     model = make_tiny_model(**fields)
@@ -90,7 +88,7 @@ def test_a_rollout_after_a_training_step_uses_the_new_weights():
 
 
 def hooked(model):
-    model.transformer.h[1].register_forward_hook(lambda module, args, output: output * 1.5)
+    model.transformer.h[1].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
     return model
 
 
@@ -117,10 +115,11 @@ def adapted(model):
         lambda: hooked(make_tiny_model()),
         lambda: replaced_forward(make_tiny_model()),
         lambda: adapted(make_tiny_model()),
+        lambda: make_tiny_model(scale_attn_weights=False),
         lambda: make_tiny_model(scale_attn_by_inverse_layer_idx=True),
         lambda: make_tiny_model(reorder_and_upcast_attn=True, attn_implementation="eager"),
     ],
-    ids=["hook", "forward", "adapter", "inverse layer scaling", "upcast attention"],
+    ids=["hook", "forward", "adapter", "no scaling", "inverse layer scaling", "upcast attention"],
 )
 def test_a_model_that_computes_something_else_takes_the_plain_road(altered):
     model = altered()
