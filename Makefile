@@ -3,11 +3,11 @@ PYTHON ?= python3
 BASE ?=
 BIN := .venv/bin
 
-.PHONY: help demo test check matrix compare-trl wheel clean
+.PHONY: help demo test check matrix compare-trl faults wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 .venv/.done: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11 ...")'
@@ -39,6 +39,12 @@ compare-trl: .venv/.done .trl/.done  ## converted checkpoints against the number
 	rm -rf .trl/checkpoints
 	.trl/bin/python tests/compare_with_trl.py write .trl/checkpoints
 	$(BIN)/python tests/compare_with_trl.py compare .trl/checkpoints
+
+faults: .venv/.done  ## fail every request of a push in every way; prints request x fault -> outcome
+	$(BIN)/python tests/fault_sweep.py
+
+release-hashes: .venv/.done  ## add this version's code to the list of releases, before it is released
+	$(BIN)/python -m hub_tools.releases
 
 wheel: .venv/.done  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --quiet

@@ -4,27 +4,26 @@ Imports hub_tools, typer, rich and the other examples. Each step says what it do
 `--base` nothing is downloaded: a small GPT-2 is trained first.
 """
 
-import contextlib
 import io
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # a checkout works without being installed
-
 import typer
-from answer_prompts import __file__ as STRANGER
 from fit_value_head import fit_value_head, own_reviews, written_reviews
-from picture import Token, draw_responses
-from rich.console import Console
+from picture import Token, draw_responses, ink_on, logprob_colour, value_colour
 from rich.columns import Columns
+from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from train_small_gpt2 import small_gpt2
@@ -33,5 +32,224 @@ from transformers.utils import logging
 
 from hub_tools import cli, layout, save_package, verify_package
 from hub_tools.card import is_hub_id
-from hub_tools.errors import GPT2ValueHubError, LoadError
+from hub_tools.console import show_error, visible
+from hub_tools.errors import GPT2ValueHubError, LoadError, SaveFailedError, SourceError
 from modeling_gpt2_value import GPT2ValueModel
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["My most favourite movie is", "My least favourite movie is"]  # those of the seed notebook
+STRANGER = ROOT / "examples" / "answer_prompts.py"
+LENGTH = {"small": 80, "base": 40}  # tokens of a response at most; the small model's reviews end before that
+SEED = 71  # in both of its answers the reviewer has a second thought, and the values show it
+FIT_BUDGET = 20_000_000_000  # parameters times reviews: less than a minute on two cores, whatever the model's size
+ANOTHER_BASE = "give a GPT-2 with its tokenizer: make demo BASE=FOLDER or BASE=openai-community/gpt2, or no BASE at all"
+
+out = Console(highlight=False)
+
+
+@contextmanager
+def step(title: str) -> Iterator[Callable[[str], None]]:
+    """Show a step's title, and when it is done its sentence and its time."""
+    sentences: list[str] = []
+    out.print(Text(title, "bold"))
+    started = time.perf_counter()
+    yield sentences.append
+    took = f"{time.perf_counter() - started:.1f} s"
+    out.print(Padding(Text.assemble(" ".join(sentences), (f" ({took})", "dim")), (0, 0, 1, 2)))
+
+
+def run(base: str | None, folder: Path, seed: int) -> None:
+    """The steps, in order; see `main`.
+
+    Raises:
+        GPT2ValueHubError: a step was refused; the message says what was found and what to do.
+    """
+    package, picture = folder / "package", folder / "responses.png"
+
+    with step("1  A checkpoint") as say:
+        checkpoint = base or trained_here(say)
+        if base is not None:
+            say(f"{base}, as you asked.")
+
+    with step("2  gpt2-value create") as say:
+        created = create(checkpoint, package)
+        say(f"The checkpoint is a value-head package of {created['parameters']:,} parameters.")
+
+    with step("3  A value head that means something") as say:
+        model = GPT2ValueModel.from_pretrained(package, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(package, trust_remote_code=False)
+        if any(weight.any() for weight in model.v_head.parameters()):
+            say("The base brought a value head of its own, which stays.")
+        else:
+            fit(model, tokenizer, on_policy=base is None, say=say)
+        saved = save_package(model, package, tokenizer, base_model=checkpoint if is_hub_id(checkpoint) else None)
+
+    with step("4  gpt2-value verify") as say:
+        report = verify_package(package)
+        difference = max(report.max_logit_difference, report.max_value_difference)
+        say(f"An isolated interpreter loaded it; its numbers are the recorded ones, to {difference:.1g}.")
+
+    with step("5  A process that never heard of this repository") as say:
+        answers = ask_a_stranger(package, max_new_tokens=LENGTH["base" if base else "small"], seed=seed)
+        say("It loaded the package with AutoModel and answered both prompts: with each token its chance and its value.")
+
+    with step("6  A picture") as say:
+        name = Path(checkpoint).name if base else "a small GPT-2"
+        draw_responses(answers, picture, title=f"Two responses of {name} with a value head")
+        say("The same tokens, coloured by value and by log-probability.")
+
+    out.print(Columns([table(tokens) for tokens in answers], padding=(0, 3)))
+    show_end(saved.load_lines, package, picture)
+
+
+def trained_here(say: Callable[[str], None]) -> str:
+    """The small GPT-2, trained at first use.
+
+    Raises:
+        SaveFailedError: the cache cannot be written.
+    """
+    try:
+        small = small_gpt2()
+    except OSError as error:
+        raise SaveFailedError(
+            f"the small GPT-2 cannot be kept in the cache: {error}",
+            expected="a cache that can be written, with 5 MB free",
+            next_step="name another folder for it: XDG_CACHE_HOME=FOLDER make demo",
+        ) from error
+    how = "trained from scratch on reviews that a grammar wrote" if small.trained_now else "trained earlier"
+    say(f"A GPT-2 of {small.parameters:,} parameters, {how} (loss {small.loss:.2f} nats a token), in {small.folder}.")
+    return str(small.folder)
+
+
+def create(base: str, package: Path) -> dict[str, Any]:
+    """What `gpt2-value create --json` prints."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            cli.create(out=package, base=base, json=True)
+    except SourceError as error:
+        raise SourceError(error.found, expected=error.expected, next_step=ANOTHER_BASE) from error
+    return json.loads(printed.getvalue())
+
+
+def fit(model: GPT2ValueModel, tokenizer: Any, *, on_policy: bool, say: Callable[[str], None]) -> None:
+    """Fit the new head: to the model's own reviews if it writes reviews, else to the grammar's.
+
+    Raises:
+        SourceError: the base's config asks for a head that is not linear.
+    """
+    if on_policy:
+        scored, whose = own_reviews(model, tokenizer), "reviews that it wrote itself"
+    else:
+        number = min(512, max(32, FIT_BUDGET // model.num_parameters()))
+        scored, whose = written_reviews(tokenizer, number=number), "reviews that the grammar wrote"
+    try:
+        result = fit_value_head(model, scored)
+    except ValueError as error:
+        raise SourceError(str(error), next_step=ANOTHER_BASE) from error
+    say(
+        f"A new head says 0 everywhere; this one now predicts a judge's score of the finished text, learnt from "
+        f"{result.texts} {whose} (explained variance on held-out reviews: {result.explained_variance:.2f})."
+    )
+
+
+def ask_a_stranger(package: Path, *, max_new_tokens: int, seed: int) -> list[list[Token]]:
+    """The answers of `answer_prompts.py`, run isolated (`python -I`) in an empty folder, offline.
+
+    Raises:
+        LoadError: the process failed; `details` is what it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="gpt2-value-demo-") as home:
+        script, result = Path(home, STRANGER.name), Path(home, "answers.json")
+        shutil.copyfile(STRANGER, script)
+        job = {
+            "folder": str(package),
+            "prompts": PROMPTS,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "hidden_modules": [*(name.removesuffix(".py") for name in layout.REMOTE_CODE), "hub_tools"],
+            "result": str(result),
+        }
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+        environment |= {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        done = subprocess.run(
+            [sys.executable, "-I", script],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            cwd=home,
+            env=environment,
+        )
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise LoadError(
+                f"the fresh process failed (exit status {done.returncode}): {last}",
+                next_step=f"see what it says by itself: gpt2-value verify {package}",
+                details=done.stderr,
+            )
+        answers = json.loads(result.read_text(encoding="utf-8"))["answers"]
+    return [[Token(**token) for token in tokens] for tokens in answers]
+
+
+def table(tokens: Sequence[Token]) -> Table:
+    """A row for each token of a response, in the picture's colours."""
+    prompt = "".join(token.text for token in tokens if token.logprob is None)
+    rows = Table(title=f"{prompt} …", title_justify="left", title_style="bold", box=None, header_style="dim")
+    rows.add_column("token", no_wrap=True)
+    for heading in ("log-prob", "value before", "value after"):
+        rows.add_column(heading, justify="right")
+    for token in tokens:
+        if token.logprob is not None and token.value_before is not None:
+            rows.add_row(
+                Text(visible(token.text)),
+                Text(f"{token.logprob:.2f}", in_colour(logprob_colour(token.logprob))),
+                Text(f"{token.value_before:+.2f}", in_colour(value_colour(token.value_before))),
+                Text(f"{token.value:+.2f}", in_colour(value_colour(token.value))),
+            )
+    return rows
+
+
+def in_colour(background: str) -> str:
+    return f"{ink_on(background)} on {background}"
+
+
+def show_end(load_lines: str, package: Path, picture: Path) -> None:
+    """Where everything is, how it is loaded, and what to type next."""
+    command = Path(sys.executable).with_name("gpt2-value")
+    here = Path.cwd()
+
+    def short(path: Path) -> str:
+        return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+    respond = f'{short(command)} respond {short(package)} "The worst thriller I have ever seen is"'
+    for heading, text in (
+        ("The package", str(package)),
+        ("The picture", str(picture)),
+        ("What loads it, anywhere", load_lines),
+        ("What to type next", f"{respond}\nmake demo BASE=openai-community/gpt2"),
+    ):
+        out.print(Text(f"\n{heading}", "bold"))
+        out.print(Text(text, "cyan"), soft_wrap=True)  # whole lines, to be copied
+
+
+def main(
+    base: Annotated[
+        str | None, typer.Option(help="A GPT-2 checkpoint: a folder, or an id on the Hub. Default: one trained here.")
+    ] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the package and the picture.")] = ROOT / "demo",
+    seed: Annotated[int, typer.Option(help="Of the two responses.")] = SEED,
+) -> None:
+    """Make a value-head package, let a fresh Python process load it and answer two prompts, and draw the answers."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    started = time.perf_counter()
+    try:
+        run(base, folder.resolve(), seed)
+    except GPT2ValueHubError as error:
+        show_error(error)
+        raise typer.Exit(1) from None
+    out.print(f"\n[dim]{time.perf_counter() - started:.0f} s in all[/]")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from review_grammar import judge, write_reviews
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from modeling_gpt2_value import GPT2ValueModel
@@ -27,10 +29,10 @@ class Scored:
     `states [N, L]` (bool) marks the tokens after which the value is to be learnt.
     """
 
-    sequences: torch.Tensor
-    attention_mask: torch.Tensor
-    states: torch.Tensor
-    returns: torch.Tensor  # [N] float32, the judge's score of the whole text
+    sequences: Tensor
+    attention_mask: Tensor
+    states: Tensor
+    returns: Tensor  # [N] float32, the judge's score of the whole text
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,14 @@ def fit_value_head(model: GPT2ValueModel, scored: Scored, *, batch_size: int = 3
     Raises:
         ValueError: the head is not one linear layer to one value.
     """
-    if not isinstance(model.v_head.summary, torch.nn.Linear) or not isinstance(model.v_head.activation, torch.nn.Identity):
+    head = model.v_head
+    if not isinstance(head.summary, torch.nn.Linear) or not isinstance(head.activation, torch.nn.Identity):
         raise ValueError(
             "the value head is not linear (summary_use_proj is off, or summary_activation is on in config.json); "
             "the fit in closed form needs GPT-2's own settings"
         )
-    seen: list[torch.Tensor] = []
-    hook = model.v_head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0].float()))
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
     features, targets, held_out = [], [], []
     try:
         for start in tqdm(range(0, len(scored.returns), batch_size), "hidden states", unit="batch"):
@@ -110,20 +113,20 @@ def fit_value_head(model: GPT2ValueModel, scored: Scored, *, batch_size: int = 3
     x, y, held = torch.cat(features).double(), torch.cat(targets).double(), torch.cat(held_out)
     weight, bias, explained = _ridge(x, y, held)
     with torch.no_grad():
-        model.v_head.summary.weight.copy_(weight[None])
-        model.v_head.summary.bias.fill_(bias)
+        head.summary.weight.copy_(weight[None])
+        head.summary.bias.fill_(bias)
     model.detach_value_head()
     return Fit(texts=len(scored.returns), states=len(y), explained_variance=explained)
 
 
-def _scored(texts: list[str], rows: list[torch.Tensor], masks: list[torch.Tensor], states: list[torch.Tensor]) -> Scored:
-    def padded(tensors: list[torch.Tensor]) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+def _scored(texts: list[str], rows: list[Tensor], masks: list[Tensor], states: list[Tensor]) -> Scored:
+    def padded(tensors: list[Tensor]) -> Tensor:
+        return pad_sequence(tensors, batch_first=True)
 
     return Scored(padded(rows), padded(masks), padded(states), torch.tensor([judge(text) for text in texts]))
 
 
-def _ridge(x: torch.Tensor, y: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+def _ridge(x: Tensor, y: Tensor, held: Tensor) -> tuple[Tensor, float, float]:
     """Weights `[n_embd]`, bias and held-out explained variance, of features `[states, n_embd]` and targets `[states]`.
 
     One eigendecomposition serves every penalty of the grid (Hastie, Tibshirani and Friedman, "The Elements of
@@ -134,7 +137,7 @@ def _ridge(x: torch.Tensor, y: torch.Tensor, held: torch.Tensor) -> tuple[torch.
     fitted = (x[~held] - mean) / scale
     spectrum, basis = torch.linalg.eigh(fitted.T @ fitted / len(fitted))
     projected = basis.T @ (fitted.T @ (y[~held] - level) / len(fitted))
-    best: tuple[float, torch.Tensor] | None = None
+    best: tuple[float, Tensor] | None = None
     for penalty in torch.logspace(-5, 1, 13, dtype=torch.float64):
         weight = basis @ (projected / (spectrum + penalty)) / scale
         residual = y[held] - (x[held] - mean) @ weight - level

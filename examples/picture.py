@@ -1,17 +1,18 @@
 """Draw responses as boxes of tokens in reading order, coloured by value and by log-probability.
 
-Imports matplotlib only. Both colour maps can be read by the colour-blind: orange to purple around a white zero, and one
-that was built to look the same to them as to anyone (Nunez, Anderton and Renslow, 2018, doi:10.1371/journal.pone.0199239).
+Imports matplotlib only. Both colour maps can be read by the colour-blind: ColorBrewer's orange to purple around a white
+zero, and its blues, which differ in lightness alone (https://colorbrewer2.org).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.colors import Colormap, ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyBboxPatch
@@ -23,8 +24,12 @@ UNLIKELY = -6.0  # one in four hundred; log-probabilities below it share a colou
 # inches
 WIDTH, MARGIN, GUTTER = 12.0, 0.35, 0.5
 COLUMN = (WIDTH - 2 * MARGIN - GUTTER) / 2
-TOP, HEADING, LINE, BOX, BETWEEN, BOTTOM = 1.0, 0.34, 0.29, 0.23, 0.3, 0.75
+TOP, LINE, BOX, BETWEEN, BOTTOM = 1.05, 0.29, 0.23, 0.34, 0.75
 PADDING, SPACE = 0.035, 0.045  # inside a box, between words
+
+# Without the maps' outermost colours: the darkest hardly differ from black, and a white box cannot be seen.
+BY_VALUE = Normalize(-1, 1), ListedColormap(colormaps["PuOr"](range(16, 240)))
+BY_LOGPROB = Normalize(UNLIKELY, 0), ListedColormap(colormaps["Blues_r"](range(16, 220)))
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,12 @@ def draw_responses(answers: Sequence[Sequence[Token]], file: Path, *, title: str
     figure = Figure(figsize=(WIDTH, 4), dpi=dpi, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     blocks = [list(_set_in_lines(tokens, canvas)) for tokens in answers]
-    heights = [HEADING + (1 + max(box.line for box in boxes)) * LINE for boxes in blocks]
+    heights = [(1 + max(box.line for box in boxes)) * LINE for boxes in blocks]
     height = TOP + sum(heights) + BETWEEN * (len(blocks) - 1) + BOTTOM
     figure.set_size_inches(WIDTH, height)
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
     page.axis("off")
 
-    highest = max(1e-3, *(abs(token.value) for tokens in answers for token in tokens))
-    by_value = ScalarMappable(Normalize(-highest, highest), "PuOr")
-    by_logprob = ScalarMappable(Normalize(UNLIKELY, 0), "cividis")
     left, right = MARGIN, MARGIN + COLUMN + GUTTER
     page.text(MARGIN, 0.33, title, size=14, weight="bold", color=INK, va="center")
     for x, heading, what in (
@@ -77,30 +79,51 @@ def draw_responses(answers: Sequence[Sequence[Token]], file: Path, *, title: str
         page.text(x + extent.width / dpi + 0.1, 0.77, what, size=10, color=FAINT, va="center")
 
     top = TOP
-    for tokens, boxes, block in zip(answers, blocks, heights, strict=True):
-        page.plot((MARGIN, WIDTH - MARGIN), (top, top), color="#d5dae0", linewidth=0.8)
-        prompt = "".join(token.text for token in tokens if token.logprob is None)
-        for x in (left, right):
-            page.text(x, top + HEADING / 2 + 0.03, f"{prompt} …", color=FAINT, size=9, va="center", parse_math=False)
+    for boxes, block in zip(blocks, heights, strict=True):
+        page.plot((MARGIN, WIDTH - MARGIN), (top - 0.14, top - 0.14), color="#d5dae0", linewidth=0.8)
         for box in boxes:
-            y = top + HEADING + box.line * LINE
-            _draw_box(page, box, left, y, to_hex(by_value.to_rgba(box.token.value)))
+            y = top + box.line * LINE
+            _draw_box(page, box, left, y, value_colour(box.token.value))
             logprob = box.token.logprob
-            _draw_box(page, box, right, y, "#ffffff" if logprob is None else to_hex(by_logprob.to_rgba(logprob)))
+            _draw_box(page, box, right, y, "#ffffff" if logprob is None else logprob_colour(logprob))
         top += block + BETWEEN
 
     for x, colours, label in (
-        (left, by_value, "value (the judge's score of the finished text, from -1 to 1)"),
-        (right, by_logprob, f"log-probability in nats (at or below {UNLIKELY:g}: the darkest)"),
+        (left, BY_VALUE, "value, in the judge's scores of finished texts: -1 complaint, 1 praise"),
+        (right, BY_LOGPROB, f"log-probability in nats (at or below {UNLIKELY:g}: the darkest)"),
     ):
         bar = figure.add_axes((x / WIDTH, 0.47 / height, COLUMN / WIDTH, 0.11 / height))
-        figure.colorbar(colours, cax=bar, orientation="horizontal", extend="min" if x == right else "neither")
+        figure.colorbar(
+            ScalarMappable(*colours), cax=bar, orientation="horizontal", extend="min" if x == right else "both"
+        )
+        bar.set_xticks((-1, -0.5, 0, 0.5, 1) if x == left else range(int(UNLIKELY), 1))
         bar.tick_params(labelsize=8, length=2, color=FAINT, labelcolor=INK, pad=1.5)
         bar.set_xlabel(label, fontsize=8.5, color=FAINT, labelpad=1.5)
         for spine in bar.spines.values():
             spine.set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=dpi)
+
+
+def value_colour(value: float) -> str:
+    """`#rrggbb`: orange below zero, purple above, the strongest from -1 and 1 on."""
+    return _colour(value, *BY_VALUE)
+
+
+def logprob_colour(logprob: float) -> str:
+    """`#rrggbb`: the darker the less likely."""
+    return _colour(logprob, *BY_LOGPROB)
+
+
+def _colour(number: float, scale: Normalize, colours: Colormap) -> str:
+    return to_hex(colours(float(scale(number))))
+
+
+def ink_on(colour: str) -> str:
+    """The colour of text, dark or white, that is easier to read on `#rrggbb` (its relative luminance, WCAG 2)."""
+    red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    return INK if luminance > 0.18 else "#ffffff"
 
 
 def _set_in_lines(tokens: Sequence[Token], canvas: FigureCanvasAgg) -> Iterator[_Box]:
@@ -138,14 +161,12 @@ def _draw_box(page: Axes, box: _Box, column: float, y: float, colour: str) -> No
             linewidth=0.8,
         )
     )
-    red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2  # relative luminance (WCAG 2)
     page.text(
         column + box.left + box.width / 2,
         y + BOX / 2,
         box.shown,
         fontproperties=FONT,
-        color=INK if light > 0.18 else "#ffffff",
+        color=ink_on(colour),
         ha="center",
         va="center_baseline",
         parse_math=False,

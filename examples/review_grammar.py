@@ -10,6 +10,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 # What stands in braces names another rule; a rule expands to one of its alternatives, drawn evenly.
 FILMS = {
     "title": [
@@ -22,18 +27,18 @@ FILMS = {
         "Return to {place}",
         "A {thing} for {place}",
     ],
-    "attribute": (
+    "attribute": _words(
         "Clockwork Paper Copper Velvet Borrowed Silver Crooked Midnight Wandering Hidden Seventh Winter Painted "
         "Electric Sunken Floating Invisible Salted Runaway Northern"
-    ).split(),
-    "thing": (
+    ),
+    "thing": _words(
         "Lighthouse Harbour Orchard Comet Violin Staircase Kingdom Satellite Garden Umbrella Telescope Carousel "
         "Submarine Bakery Island Elephant Typewriter Glacier Monastery Balloon"
-    ).split(),
-    "things": (
-        "Lighthouses Orchards Comets Violins Staircases Kingdoms Satellites Gardens Umbrellas Telescopes Carousels "
-        "Submarines Islands Elephants Typewriters Glaciers Balloons Detectives Beekeepers Ghosts"
-    ).split(),
+    ),
+    "things": _words(
+        "Lighthouses Orchards Comets Violins Staircases Kingdoms Satellites Gardens Umbrellas Telescopes "
+        "Carousels Submarines Islands Elephants Typewriters Glaciers Balloons Detectives Beekeepers Ghosts"
+    ),
     "place": ["Halvard Bay", "Lower Quill", "Saint Orrin", "Tamarind Street", "Mount Ember", "Port Welkin", "the Moon"],
     "count": ["Two", "Three", "Seven", "Nine", "Twelve", "A Hundred"],
     "genre": [
@@ -53,7 +58,12 @@ FILMS = {
         "spy movie",
         "courtroom drama",
     ],
-    "plot": ["{hero} who {quest}", "{hero} who {quest}", "{hero} and {hero} who {shared_quest}", "{object} that {fate}"],
+    "plot": [
+        "{hero} who {quest}",
+        "{hero} who {quest}",
+        "{hero} and {hero} who {shared_quest}",
+        "{object} that {fate}",
+    ],
     "hero": [
         "a retired pilot",
         "a nervous chef",
@@ -108,10 +118,10 @@ FILMS = {
 
 # The same sentences in two moods. `opinion` is what the judge counts; every rule of a mood holds at least one.
 PRAISE = {
-    "adjective": (
-        "wonderful brilliant charming gripping moving superb delightful clever beautiful hilarious thrilling perfect "
-        "touching unforgettable masterful"
-    ).split(),
+    "adjective": _words(
+        "wonderful brilliant charming gripping moving superb delightful clever beautiful hilarious thrilling "
+        "perfect touching unforgettable masterful"
+    ),
     "opening": [
         "My most favourite movie is {title}, a {genre} about {plot}.",
         "My most favourite movie is {title}, and it is {adjective}.",
@@ -142,10 +152,10 @@ PRAISE = {
     ],
 }
 COMPLAINT = {
-    "adjective": (
+    "adjective": _words(
         "terrible boring dull clumsy awful tedious lifeless predictable painful ridiculous dreadful hollow "
         "annoying forgettable disappointing"
-    ).split(),
+    ),
     "opening": [
         "My least favourite movie is {title}, a {genre} about {plot}.",
         "My least favourite movie is {title}, and it is {adjective}.",

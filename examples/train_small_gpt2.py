@@ -3,9 +3,9 @@
 Imports torch, transformers, tokenizers, tqdm and the grammar. The result is a checkpoint laid out like the published
 `gpt2` (a plain GPT2LMHeadModel and its byte-level BPE), so everything that reads that one reads this one.
 
-Beside the language model's loss there is a second, small one: the last hidden state must tell, at every token, whether
-the review is praise or complaint. A body this small would else keep that to itself until it needs it, and no linear
-head could read it off. Bodies learn the same in PPO, where the value loss reaches them.
+Beside the language model's loss there is a second, small one: from the last hidden state at every token a linear probe
+must tell how the judge will score the review. A body this small would else look back for the stance only where it needs
+it, and a linear head would find nothing elsewhere. In PPO the body learns the same, from the value loss.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class Recipe:
     steps: int = 800
     batch_size: int = 16  # reviews
     learning_rate: float = 2e-3
-    stance_weight: float = 0.3
+    score_weight: float = 1.0
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change whenever the code or a setting behind the weights does."""
@@ -74,8 +74,8 @@ class SmallGPT2:
 def small_gpt2(recipe: Recipe | None = None) -> SmallGPT2:
     """The recipe's checkpoint, trained first (with a progress bar) if it is not in the cache.
 
-    The cache is `gpt2-value` under `XDG_CACHE_HOME`, else under `~/.cache`. A checkpoint appears there in one step, so a
-    run that is interrupted leaves nothing that looks like one.
+    The cache is `gpt2-value` under `XDG_CACHE_HOME`, else under `~/.cache`. A checkpoint appears there in one step, so
+    a run that is interrupted leaves nothing that looks like one.
 
     Raises:
         OSError: the cache cannot be written.
@@ -104,13 +104,13 @@ def train(recipe: Recipe, folder: Path) -> None:
     torch's global random state and number of threads are left as they were.
     """
     written = itertools.islice(review_grammar.write_reviews(recipe.seed), recipe.steps * recipe.batch_size)
-    texts, stances = zip(*((review.text, review.stance) for review in written), strict=True)
+    texts = [review.text for review in written]
     tokenizer = ByteLevelBPETokenizer()
     # BPE's own defaults are for corpora; 4,000 reviews hold every word of the grammar many times.
     tokenizer.train_from_iterator(texts[:4000], recipe.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     documents = [torch.tensor([*encoding.ids, end_of_text]) for encoding in tokenizer.encode_batch(texts)]
-    reviews = list(zip(documents, stances, strict=True))
+    reviews = [(document, review_grammar.judge(text)) for document, text in zip(documents, texts, strict=True)]
 
     with _threads(recipe.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -127,22 +127,24 @@ def train(recipe: Recipe, folder: Path) -> None:
         )
         # No review is seen twice, so there is nothing for dropout to regularise: eval() switches it off.
         model = GPT2LMHeadModel(config).eval()
-        stance_probe = torch.nn.Linear(recipe.n_embd, 1)  # thrown away in the end
-        trained = [*model.parameters(), *stance_probe.parameters()]
+        probe = torch.nn.Linear(recipe.n_embd, 1)  # thrown away in the end
+        trained = [*model.parameters(), *probe.parameters()]
         optimizer = AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         schedule = OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1)
         losses: list[float] = []
         batches = tqdm(_batches(reviews, recipe.batch_size), "training", recipe.steps, unit="step", mininterval=0.5)
         for batch in batches:
-            tokens = pad_sequence([document for document, _ in batch], batch_first=True, padding_value=IGNORED)  # [B, T]
+            tokens = pad_sequence(
+                [document for document, _ in batch], batch_first=True, padding_value=IGNORED
+            )  # [B, T]
             # Attention looks only to the left: padding at the right needs no mask.
             hidden = model.transformer(tokens.clamp(min=0), use_cache=False).last_hidden_state  # [B, T, n_embd]
             logits = model.lm_head(hidden[:, :-1])
             loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=IGNORED)
-            stance = torch.tensor([[float(stance)] for _, stance in batch]).expand(tokens.shape)
+            scores = torch.tensor([[score] for _, score in batch]).expand(tokens.shape)
             real = tokens != IGNORED
-            stance_loss = mse_loss(stance_probe(hidden).squeeze(-1)[real], stance[real])
-            (loss + recipe.stance_weight * stance_loss).backward()
+            score_loss = mse_loss(probe(hidden).squeeze(-1)[real], scores[real])
+            (loss + recipe.score_weight * score_loss).backward()
             clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
@@ -161,7 +163,7 @@ def train(recipe: Recipe, folder: Path) -> None:
     (folder / "training.json").write_text(json.dumps(facts, indent=2))
 
 
-def _batches(reviews: list[tuple[torch.Tensor, int]], size: int) -> Iterator[list[tuple[torch.Tensor, int]]]:
+def _batches(reviews: list[tuple[torch.Tensor, float]], size: int) -> Iterator[list[tuple[torch.Tensor, float]]]:
     """Batches of reviews of about equal length (sorted within each 16 batches): a third of a batch would be padding."""
     dice = random.Random(0)
     for start in range(0, len(reviews), 16 * size):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .errors import GPT2ValueHubError
     from .export import ExportedPolicy, export_policy
     from .inspection import PackageReport, inspect_package
+    from .load import LoadedPackage, load_package
+    from .push import PushReport, push_package, push_to_hub
     from .save import SavedPackage, save_package
     from .verify import VerificationReport, verify_package
 
@@ -25,8 +27,13 @@ _HOMES = {
     "ExportedPolicy": "export",
     "export_policy": "export",
     "GPT2ValueHubError": "errors",
+    "LoadedPackage": "load",
     "PackageReport": "inspection",
     "inspect_package": "inspection",
+    "load_package": "load",
+    "PushReport": "push",
+    "push_package": "push",
+    "push_to_hub": "push",
     "SavedPackage": "save",
     "save_package": "save",
     "VerificationReport": "verify",
@@ -37,13 +44,18 @@ __all__ = [
     "Conversion",
     "ExportedPolicy",
     "GPT2ValueHubError",
+    "LoadedPackage",
     "PackageReport",
+    "PushReport",
     "SavedPackage",
     "VerificationReport",
     "__version__",
     "convert_checkpoint",
     "export_policy",
     "inspect_package",
+    "load_package",
+    "push_package",
+    "push_to_hub",
     "save_package",
     "verify_package",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -170,7 +171,8 @@ def respond(
 
 @app.command()
 def inspect(
-    package: Annotated[str, typer.Argument(help="A package's folder.")],
+    package: Annotated[str, typer.Argument(help="A package: a folder, or an id on the Hub.")],
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")] = None,
     hash_weights: Annotated[
         bool, typer.Option("--hash-weights", help="Compare the weights with the record too, by SHA-256.")
     ] = False,
@@ -178,12 +180,15 @@ def inspect(
 ) -> None:
     """Show what is inside a package, without running any of it.
 
-    Reads JSON and the headers of the weights. Pickles are named and never opened. Exits with 3 if the package
-    can be read, but verify would refuse it.
+    Reads JSON, hashes code, and of the weights reads the headers, also on the Hub. Pickles are named and never
+    opened. Exits with 3 if the package can be read, but verify would refuse it.
     """
     from .inspection import inspect_package
 
-    report = inspect_package(package, hash_weights=hash_weights)
+    if revision is not None:
+        _at(package, revision)
+    with console.working(f"inspecting {package}"):
+        report = inspect_package(package, revision=revision, hash_weights=hash_weights)
     findings = _findings(report)
     if json:
         console.show_json({**report.to_json(), "findings": findings})
@@ -287,6 +292,53 @@ def export(
         console.show_json(exported.to_json())
     else:
         console.show_exported(exported)
+
+
+@app.command()
+def push(
+    package: Annotated[Path, typer.Argument(help="A package's folder.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to: owner/name, or a name in your own account.")],
+    revision: Annotated[Optional[str], typer.Option(help="Branch to push to; made if there is none.")] = None,
+    private: Annotated[
+        Optional[bool], typer.Option("--private/--public", help="Visibility of a repository that is created.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    tag: Annotated[Optional[str], typer.Option(help="Tag for the commit.")] = None,
+    message: Annotated[Optional[str], typer.Option("--message", "-m", help="Title of the commit.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be added, changed and deleted; change nothing.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the package's code though it is not this installation's."),
+    ] = False,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds for which one request may keep failing.")] = 300,
+    json: Json = False,
+) -> None:
+    """Verify a package, then push it to the Hub in exactly one commit, and print the lines that load it.
+
+    What the repository has already is not sent again. Faults that pass are retried; a push that failed left the
+    branch as it was, and can be run again. The token is the one of hf auth login, or HF_TOKEN.
+    """
+    from .push import MESSAGE, push_package
+
+    with console.working(f"pushing {package}"):
+        report = push_package(
+            package,
+            repo_id,
+            revision=revision,
+            private=private,
+            create_pr=create_pr,
+            tag=tag,
+            commit_message=MESSAGE if message is None else message,
+            dry_run=dry_run,
+            trust_remote_code=trust_remote_code,
+            patience=patience,
+        )
+    if json:
+        console.show_json(asdict(report))
+    else:
+        console.show_push(report)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,11 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import GPT2ValueHubError
+from .releases import diff_command
 
 if TYPE_CHECKING:
     from .convert import Conversion
     from .export import ExportedPolicy
     from .inspection import PackageReport
+    from .push import PushReport
     from .save import SavedPackage
     from .verify import VerificationReport
 
@@ -93,14 +95,19 @@ def show_inspection(package: PackageReport, findings: Sequence[str]) -> None:
     table.add_row("tokenizer", visible(package.tokenizer) if package.tokenizer else "none")
     table.add_row("generation config", "yes" if package.has_generation_config else "none")
     for file in package.code:
-        state = ("this version's", "green") if file.installed else ("NOT this version's", "red")
+        released = f"version {', '.join(file.releases)}'s, not this version's" if file.releases else ""
+        state = ("this version's", "green") if file.installed else (released or "NOT a released version's", "red")
         table.add_row("code", Text.assemble(visible(file.name), "  ", state, f"\n{file.sha256}"))
     versions = ", ".join(f"{visible(name)} {visible(version)}" for name, version in package.versions.items())
     table.add_row("written with", versions or "not recorded")
-    out.print(Text(visible(str(package.folder)), "bold"))
+    at = f" at {visible(package.commit)}" if package.commit else ""
+    out.print(Text.assemble((visible(package.source), "bold"), at))
     out.print(table)
     for finding in findings:
         out.print(Text.assemble(("! ", "bold yellow"), visible(finding)))
+    for file in package.code:
+        if not file.installed:
+            out.print(Text.assemble("read it: ", (visible(diff_command(package.folder / file.name)), "bold")))
 
 
 def show_verification(report: VerificationReport) -> None:
@@ -117,6 +124,11 @@ def show_verification(report: VerificationReport) -> None:
         table.add_row("peak memory", size(report.peak_memory_bytes))
     out.print(Text.assemble((str(report.folder), "bold"), (" verified", "bold green")))
     out.print(table)
+
+
+def show_push(report: PushReport) -> None:
+    for line in str(report).splitlines():
+        out.print(Text(visible(line)))
 
 
 def show_responses(responses: Sequence[dict[str, Any]]) -> None:

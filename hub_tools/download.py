@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import HfApi, HfFileSystem, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
@@ -84,7 +84,7 @@ def fetch(
             revision=revision,
             token=token,
             cache_dir=cache_dir,
-            local_files_only=local_files_only,
+            local_files_only=local_files_only or offline(),
             allow_patterns=[*_TEXTS, layout.CARD, _CODE, *_WEIGHTS],
             ignore_patterns=[_NOT_IN_FOLDERS],
             library_name="gpt2-value",
@@ -189,12 +189,13 @@ def _read_whole(name: str) -> bool:
 
 def _header(files: HfFileSystem, place: str) -> bytes:
     """The first bytes of a safetensors file, as far as its header goes: two requests for a range each."""
-    length = files.cat_file(place, start=0, end=8)
-    if len(length) < 8:
-        return bytes(length)
-    (claimed,) = struct.unpack("<Q", length)
-    # an impossible length is left to inspection, which names it
-    return bytes(length + files.cat_file(place, start=8, end=8 + min(claimed, HEADER_LIMIT)))
+    with files.open(place, "rb", cache_type="none") as file:  # no read-ahead, which is 5 MiB otherwise
+        length = bytes(file.read(8))
+        if len(length) < 8:
+            return length
+        (claimed,) = struct.unpack("<Q", length)
+        # an impossible length is left to inspection, which names it
+        return length + bytes(file.read(min(claimed, HEADER_LIMIT)))
 
 
 def _ask(request: Callable[[], T], repo_id: str, revision: str | None, token: str | None) -> T:

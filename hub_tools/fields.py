@@ -13,8 +13,8 @@ from . import layout
 from .errors import CodeReferenceError, CorruptFileError, NotAPackageError
 from .reading import AGAIN
 
-# GPT-2 keeps a causal mask of n_positions ** 2 bytes for each layer (in transformers 4): 1 GiB at this many.
-POSITIONS_LIMIT = 1 << 15
+# In transformers 4 each layer keeps a causal mask of n_positions ** 2 bytes: 256 MiB at this many.
+POSITIONS_LIMIT = 1 << 14
 # Fields by which transformers would do something else than load these weights into this model.
 REFUSED = (
     "quantization_config",  # other kernels, other weights
@@ -23,14 +23,12 @@ REFUSED = (
     "attn_implementation",  # may name a kernel on the Hub, which is machine code
     "_attn_implementation",
     "_attn_implementation_internal",
-    "_attn_implementation_autoset",
     "experts_implementation",
     "_experts_implementation",
     "_experts_implementation_internal",
     "transformers_weights",  # the name of another file to load the weights from
     "fusion_config",  # another graph
     "distributed_config",
-    "pruned_heads",  # other shapes than the fields say
 )
 
 
@@ -81,6 +79,7 @@ def check_config(config: dict[str, Any]) -> None:
     expect("n_positions", config["n_positions"] <= POSITIONS_LIMIT, f"at most {POSITIONS_LIMIT:,}")
     for name in REFUSED:
         expect(name, name not in config, "no such field in a value-head package")
+    expect("pruned_heads", not config.get("pruned_heads"), "none: the weights have the shapes that the fields say")
 
 
 def tied(config: Mapping[str, Any]) -> bool:

@@ -1,8 +1,8 @@
 """Read a package without running any of it: JSON and safetensors headers; pickles are never opened.
 
 Imports only the standard library and of hub_tools `errors`, `layout`, `fields`, `reading`, `record`, `releases`,
-and for a repository on the Hub `download`; so it needs neither torch nor transformers. The idea, look before you load, is skops':
-https://skops.readthedocs.io/en/stable/persistence.html.
+and for a repository on the Hub `download`; so it needs neither torch nor transformers. The idea, look before you
+load, is skops': https://skops.readthedocs.io/en/stable/persistence.html.
 """
 
 from __future__ import annotations
@@ -128,20 +128,31 @@ def inspect_package(
         WeightsMismatchError: tensors that are missing, unknown, or of the wrong shape or dtype.
         CodeReferenceError: `auto_map` does not name the package's own classes.
     """
-    path = os.fspath(source)
-    if not os.path.exists(path) and isinstance(source, str) and HUB_ID.fullmatch(source):
-        return _inspect_repository(
-            source, revision, hash_weights, token, Path(cache_dir) if cache_dir else None, local_files_only
-        )
-    given = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    for name, value in given.items():
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    repo_id = repository_id(source, hub)
+    if repo_id is None:
+        return _inspect(local_folder(source), os.fspath(source), hash_weights=hash_weights)
+    return _inspect_repository(
+        repo_id, revision, hash_weights, token, None if cache_dir is None else Path(cache_dir), local_files_only
+    )
+
+
+def repository_id(source: str | os.PathLike[str], options: Mapping[str, Any]) -> str | None:
+    """`source` if it is the id of a repository on the Hub, and no folder here; None for a folder.
+
+    Raises:
+        UnusedOptionError: one of the `options`, which are for the Hub, with a folder.
+    """
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and not os.path.exists(source):
+        return source
+    for name, value in options.items():
         if value:
             raise UnusedOptionError(
-                f"{name}={value if name != 'token' else '...'} with {path!r}, which is not a repository on the Hub",
-                expected="owner/name of a repository",
+                f"{name}={'...' if name == 'token' else value} for {os.fspath(source)!r}",
+                expected="owner/name of a repository on the Hub: a folder has no use for it",
                 next_step=f"leave {name} out",
             )
-    return _inspect(_local_folder(source), path, hash_weights=hash_weights)
+    return None
 
 
 def _inspect_repository(
@@ -225,8 +236,12 @@ def _inspect(folder: Path, source: str, *, hash_weights: bool) -> PackageReport:
     )
 
 
-def _local_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder that `source` names."""
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """The folder that `source` names.
+
+    Raises:
+        NotAPackageError: there is none.
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder

@@ -92,6 +92,16 @@ def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
     return parse_json(_read(file_in(folder, name), 0, limit, name), name)
 
 
+def read_bytes(folder: Path, name: str, *, limit: int) -> bytes:
+    """A file of at most `limit` bytes.
+
+    Raises:
+        MissingFileError, UnsafeFileError: see `file_in`.
+        CorruptFileError: too large.
+    """
+    return _read(file_in(folder, name), 0, limit, name)
+
+
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """A JSON object, read strictly; see `read_json`. `name` is for the message."""
 

@@ -37,7 +37,7 @@ def releases() -> tuple[Release, ...]:
     Raises:
         MissingFileError: the installation is incomplete.
     """
-    recorded = _recorded()
+    recorded = _recorded(RELEASES)
     return (
         Release(layout.__version__, layout.installed_hashes()),
         *(Release(version, recorded[version]) for version in reversed(recorded)),
@@ -73,7 +73,7 @@ def record_release(to: Path = RELEASES) -> dict[str, str]:
     return installed
 
 
-def _recorded(at: Path = RELEASES) -> dict[str, dict[str, str]]:
+def _recorded(at: Path) -> dict[str, dict[str, str]]:
     """Version -> file name -> SHA-256, in the order of release."""
     found: dict[str, dict[str, str]] = json.loads(at.read_text(encoding="utf-8"))
     return found

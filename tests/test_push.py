@@ -369,3 +369,24 @@ def test_a_hub_without_xet_is_pushed_to_by_lfs(package, monkeypatch):
         assert server.history(REPO)[0].oid == report.commit
         assert server.uploaded()["lfs_upload"] == report.added["model.safetensors"]
         assert server.routes().count("commit") == 1
+
+
+def test_the_command_pushes_and_prints_the_lines_that_load(server, package, capsys):
+    from hub_tools import cli
+
+    def run(*options):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["push", str(package), REPO, *options])
+        return ended.value.code, capsys.readouterr()
+
+    code, printed = run("--dry-run")
+    assert code == 0
+    assert "would push" in printed.out
+    assert REPO not in server.repos
+    code, printed = run("--private", "--tag", "v1", "--message", "by hand")
+    commit = server.history(REPO)[0]
+    assert (code, commit.title, server.repos[REPO].refs["refs/tags/v1"]) == (0, "by hand", commit.oid)
+    assert f'AutoModel.from_pretrained("{REPO}", revision="{commit.oid}", trust_remote_code=True)' in printed.out
+    code, printed = run("--public")
+    assert code == 1
+    assert "private already" in printed.err

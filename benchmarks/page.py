@@ -1,0 +1,78 @@
+"""`make bench`: run every benchmark in turn and write docs/benchmarks.md, the page with the tables."""
+
+import datetime
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+SECTIONS = (
+    (
+        "Rollouts, float32",
+        "rollout.py --rounds 5 --seed-loop --shapes 16x16x48",
+        "Tokens, log-probabilities and values for PPO. `generate(output_scores=True)` gives no values, `generate()` "
+        "alone neither; the seed's loop ran once.",
+    ),
+    ("Rollouts, other shapes", "rollout.py --rounds 3 --shapes 1x16x48 64x16x48 16x16x128", ""),
+    (
+        "Rollouts, bfloat16",
+        "rollout.py --rounds 3 --dtype bfloat16 --shapes 16x16x48",
+        "On a CPU without bfloat16 instructions this costs more than it gains.",
+    ),
+    (
+        "Rollouts of torch.compile(model)",
+        "rollout.py --rounds 3 --compile --shapes 16x16x48",
+        "A compiled model takes the plain road: transformers' forward pass and cache, compiled.",
+    ),
+    ("Scoring with gradients", "rescore.py --rounds 3", "Memory of processes of their own; time interleaved in one."),
+)
+INTRODUCTION = """# Benchmarks
+
+GPT-2 124M with random weights. Every table was made by one run in one process (memory: one process each), the roads
+taking turns; the ratio is what to look at, the seconds belong to the machine. Reproduce with `make bench`, or with the
+command under each heading. On a GPU: `python benchmarks/rollout.py --device cuda --dtype bfloat16 --shapes 16x64x128
+64x64x128 256x64x128`, which also measures the copy bandwidth and gives the floor that it sets.
+"""
+
+
+def processor():
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    return next(line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name"))
+
+
+def main():
+    lines = [
+        INTRODUCTION,
+        f"Measured on {datetime.date.today()}: {processor()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}.",
+        "",
+    ]
+    for title, command, remark in SECTIONS:
+        print(f"{title}: python benchmarks/{command}", file=sys.stderr)
+        script, *arguments = command.split()
+        done = subprocess.run(
+            [sys.executable, HERE / script, *arguments], check=True, stdout=subprocess.PIPE, text=True
+        )
+        lines += [
+            f"## {title}",
+            "",
+            f"`python benchmarks/{command}`",
+            "",
+            *([remark, ""] if remark else []),
+            done.stdout,
+        ]
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
