@@ -87,7 +87,7 @@ def run(base: str | None, folder: Path, seed: int) -> None:
     with step("4  gpt2-value verify") as say:
         report = verify_package(package)
         difference = max(report.max_logit_difference, report.max_value_difference)
-        say(f"An isolated interpreter loaded it; its numbers are the recorded ones, to {difference:.1g}.")
+        say(f"An isolated interpreter loaded it; logits and values are the recorded ones (to {difference:.1g}).")
 
     with step("5  A process that never heard of this repository") as say:
         answers = ask_a_stranger(package, max_new_tokens=LENGTH["base" if base else "small"], seed=seed)
@@ -167,7 +167,7 @@ def ask_a_stranger(package: Path, *, max_new_tokens: int, seed: int) -> list[lis
             "prompts": PROMPTS,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
-            "hidden_modules": [*(name.removesuffix(".py") for name in layout.REMOTE_CODE), "hub_tools"],
+            "hidden_modules": [*(name.removesuffix(".py") for name in layout.REMOTE_CODE), "hub_tools", "sampler_audit"],
             "result": str(result),
         }
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}

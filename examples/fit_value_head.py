@@ -52,7 +52,7 @@ def own_reviews(model: GPT2ValueModel, tokenizer: Any, *, batches: int = 8, batc
     dice, generator = random.Random(1), torch.Generator().manual_seed(1)
     openings = write_reviews(seed=1)
     rollouts = []
-    for _ in tqdm(range(batches), "rollouts", unit="batch"):
+    for _ in tqdm(range(batches), "rollouts", unit="batch", leave=False):
         prompts = [
             " ".join(review.text.split()[: dice.randint(1, 10)]) for review in itertools.islice(openings, batch_size)
         ]
@@ -100,7 +100,7 @@ def fit_value_head(model: GPT2ValueModel, scored: Scored, *, batch_size: int = 3
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
     features, targets, held_out = [], [], []
     try:
-        for start in tqdm(range(0, len(scored.returns), batch_size), "hidden states", unit="batch"):
+        for start in tqdm(range(0, len(scored.returns), batch_size), "hidden states", unit="batch", leave=False):
             rows = slice(start, start + batch_size)
             with torch.no_grad():
                 model(scored.sequences[rows], attention_mask=scored.attention_mask[rows], logits_to_keep=1)

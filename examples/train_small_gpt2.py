@@ -132,7 +132,7 @@ def train(recipe: Recipe, folder: Path) -> None:
         optimizer = AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         schedule = OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1)
         losses: list[float] = []
-        batches = tqdm(_batches(reviews, recipe.batch_size), "training", recipe.steps, unit="step", mininterval=0.5)
+        batches = tqdm(_batches(reviews, recipe.batch_size), "training", recipe.steps, unit="step", leave=False)
         for batch in batches:
             tokens = pad_sequence(
                 [document for document, _ in batch], batch_first=True, padding_value=IGNORED

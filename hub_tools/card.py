@@ -123,3 +123,13 @@ def render_card(
         lines=load_lines(repo_id or ".", tokenizer=facts.has_tokenizer),
         repo_id=repo_id,
     )
+
+
+def addressed(card: bytes, repo_id: str) -> bytes:
+    """A card that was rendered without `repo_id`, as one that was rendered with it; any other card as it is."""
+    found = card
+    for tokenizer in (True, False):
+        here, there = (load_lines(where, tokenizer=tokenizer) for where in (".", repo_id))
+        block = f"In the folder of this package:\n\n```python\n{here}\n```".encode()
+        found = found.replace(block, f"```python\n{there}\n```".encode())
+    return found

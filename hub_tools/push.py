@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitOperationDelete
 
 from . import layout
+from .card import addressed
 from .contents import Package, merge_cards
 from .errors import GPT2ValueHubError, PushOptionsError, TagExistsError
 from .hub import Branch, Hub, Landed
@@ -325,13 +326,18 @@ def _plan(package: Package, base: Branch) -> PushReport:
 
 
 def _with_remote_card(package: Package, hub: Hub, base: Branch, scratch: Path) -> Package:
-    """The package with the repository's own card, into which ours was merged. `scratch` holds what it is made from."""
+    """The package with the card that the repository gets: ours with its address, or theirs with our metadata.
+
+    `scratch` holds what it is made from.
+    """
     ours = package.files.get(layout.CARD)
     theirs = base.files.get(layout.CARD)
-    if ours is None or ours.data is None or theirs is None or ours.is_as(theirs):
+    if ours is None or ours.data is None:
         return package
-    merged = merge_cards(ours.data, hub.read(layout.CARD, commit=base.commit, folder=scratch / "cache"), scratch)
-    return replace(package, files={**package.files, layout.CARD: replace(ours, data=merged, size=len(merged))})
+    data = addressed(ours.data, hub.repo_id)
+    if theirs is not None and not ours.is_as(theirs):
+        data = merge_cards(data, hub.read(layout.CARD, commit=base.commit, folder=scratch / "cache"), scratch)
+    return replace(package, files={**package.files, layout.CARD: replace(ours, data=data, size=len(data))})
 
 
 def _load_lines(repo_id: str, commit: str, *, tokenizer: bool) -> str:

@@ -155,6 +155,18 @@ def test_a_card_on_the_hub_keeps_its_words_and_gets_our_metadata(server, package
     assert server.files(REPO)["README.md"] == card
 
 
+def test_a_card_that_was_written_for_a_folder_gets_the_repositorys_address(server, tiny_model, tmp_path):
+    folder = tmp_path / "local"
+    save_package(tiny_model, folder)
+    assert 'from_pretrained(".", ' in (folder / "README.md").read_text()
+    push_verified(folder)
+    card = server.files(REPO)["README.md"].decode()
+    assert f'AutoModel.from_pretrained("{REPO}", trust_remote_code=True)' in card
+    assert 'from_pretrained(".", ' not in card
+    assert "In the folder of this package" not in card
+    assert not push_verified(folder).committed
+
+
 @pytest.mark.parametrize("theirs", [b"---\nlicense: mit\n---\n", b"---\r\nlicense: mit\r\n---", b"", b"# Only words\n"])
 def test_a_card_without_metadata_or_without_text_is_completed(server, package, theirs):
     server.create(REPO, {"README.md": theirs})
