@@ -3,7 +3,7 @@ PYTHON ?= python3
 BASE ?=
 BIN := .venv/bin
 
-.PHONY: help demo test check matrix compare-trl faults wheel clean
+.PHONY: help demo test check bench matrix compare-trl faults wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -20,12 +20,15 @@ demo: .venv/.done  ## from a GPT-2 checkpoint to a loaded package and a picture;
 	$(BIN)/python examples/demo.py $(if $(BASE),--base "$(BASE)")
 
 test: .venv/.done  ## the test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 check: .venv/.done  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/.done  ## speed and memory, side by side; writes docs/benchmarks.md (slow)
+	$(BIN)/python benchmarks/page.py
 
 matrix: .venv/.done  ## packages saved and loaded across transformers 4.57.6, 5.0.0 and the newest (slow)
 	$(BIN)/python tests/matrix/run.py

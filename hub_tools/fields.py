@@ -6,6 +6,7 @@ https://huggingface.co/docs/transformers/model_doc/gpt2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,9 @@ from . import layout
 from .errors import CodeReferenceError, CorruptFileError, NotAPackageError
 from .reading import AGAIN
 
-# In transformers 4 each layer keeps a causal mask of n_positions ** 2 bytes: 256 MiB at this many.
-POSITIONS_LIMIT = 1 << 14
+# In transformers 4 each layer keeps a causal mask of n_positions ** 2 bytes: this many in all layers together. It is
+# what 12 layers of 13,377 positions have, from weights that can be a few kB.
+MASKS_LIMIT = 2 << 30
 # Fields by which transformers would do something else than load these weights into this model.
 REFUSED = (
     "quantization_config",  # other kernels, other weights
@@ -76,7 +78,8 @@ def check_config(config: dict[str, Any]) -> None:
         expect(alias, alias not in config, "GPT-2's own names: n_embd, n_positions, n_head, n_layer")
     # transformers makes a label for each
     expect("num_labels", type(config.get("num_labels", 1)) is int and config.get("num_labels", 1) == 1, "1")
-    expect("n_positions", config["n_positions"] <= POSITIONS_LIMIT, f"at most {POSITIONS_LIMIT:,}")
+    most = math.isqrt(MASKS_LIMIT // config["n_layer"])
+    expect("n_positions", config["n_positions"] <= most, f"at most {most:,} with {config['n_layer']:,} layers")
     for name in REFUSED:
         expect(name, name not in config, "no such field in a value-head package")
     expect("pruned_heads", not config.get("pruned_heads"), "none: the weights have the shapes that the fields say")

@@ -22,6 +22,7 @@ from .errors import (
     MissingFileError,
     NotAPackageError,
     PickleError,
+    UnsafeFileError,
     UnusedOptionError,
     WeightsMismatchError,
 )
@@ -277,6 +278,14 @@ def _read_tokenizer(folder: Path, names: list[str]) -> str | None:
             expected="a tokenizer of transformers' own, which brings no code",
             next_step="save the package again with such a tokenizer",
         )
+    for name, value in settings.items():
+        # older versions of transformers wrote where the special tokens came from, and none reads it
+        if name.endswith("_file") and name != "special_tokens_map_file" and value is not None:
+            raise UnsafeFileError(
+                f"{layout.TOKENIZER_CONFIG} has {name} {str(value)[:200]!r}",
+                expected="a tokenizer that is read from the package's own files",
+                next_step=f"remove {name} from {layout.TOKENIZER_CONFIG}, or save the tokenizer again",
+            )
     return str(settings.get("tokenizer_class"))[:80]
 
 

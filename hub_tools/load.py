@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from . import layout
 from .errors import (
     ChangedFileError,
+    CorruptFileError,
     GPT2ValueHubError,
     LoadError,
     MissingFileError,
@@ -250,10 +251,14 @@ def _staged(package: PackageReport, code: Mapping[str, bytes]) -> Iterator[Path]
 def _load_model(stage: Path, package: PackageReport, dtype: torch.dtype | None, *, by_installed_code: bool) -> Any:
     """The model, loaded strictly, with finite weights."""
     import torch
-    from transformers import AutoModel
+    from transformers import AutoModel, GenerationConfig
 
+    from configuration_gpt2_value import GPT2ValueConfig
     from modeling_gpt2_value import GPT2ValueModel
 
+    for file, kind in ((layout.CONFIG, GPT2ValueConfig), (layout.GENERATION_CONFIG, GenerationConfig)):
+        if (stage / file).exists():
+            _refuse_hidden_methods(file, read_json(stage, file), kind)
     stored = max(package.dtypes, key=lambda name: package.dtypes[name])  # the body's: a head may differ
     options: dict[str, Any] = {
         "dtype": getattr(torch, stored) if dtype is None else dtype,
@@ -283,6 +288,15 @@ def _load_model(stage: Path, package: PackageReport, dtype: torch.dtype | None, 
     model.name_or_path = model.config._name_or_path = package.source
     model.config._commit_hash = package.commit
     return model
+
+
+def _refuse_hidden_methods(file: str, fields: Mapping[str, Any], kind: type) -> None:
+    """transformers makes every field an attribute, also one that hides a method of the config's class."""
+    for name in fields:
+        if name.startswith("__") or callable(getattr(kind, name, None)):
+            raise CorruptFileError(
+                f"{file} has a field {name[:80]!r}, which is a method's name", expected="a setting", next_step=AGAIN
+            )
 
 
 def _load_tokenizer(stage: Path, package: PackageReport, model: Any) -> Any:

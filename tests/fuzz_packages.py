@@ -58,14 +58,14 @@ def cases() -> list[tuple[Mutation, str]]:
     ]
 
 
-def run_all(processes: int = 2, *, seconds: float = CASE_SECONDS) -> list[Outcome]:
-    """The outcome of every case, in their order."""
+def run_all(processes: int = 2, *, every: int = 1, seconds: float = CASE_SECONDS) -> list[Outcome]:
+    """The outcome of every case, or of `every` how many-th, in their order."""
     found: dict[int, Outcome] = {}
     with tempfile.TemporaryDirectory(prefix="fuzz-packages-") as home:
         write_bases(Path(home))
         threads = [
-            threading.Thread(target=run_share, args=(Path(home), first, processes, seconds, found))
-            for first in range(processes)
+            threading.Thread(target=run_share, args=(Path(home), share * every, processes * every, seconds, found))
+            for share in range(processes)
         ]
         for thread in threads:
             thread.start()
@@ -110,6 +110,8 @@ def work(home: Path, first: int, step: int, seconds: float) -> None:
 
     import hub_tools.load  # noqa: F401
 
+    report = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not for the parent
     torch.set_num_threads(1)
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     with contextlib.suppress(FileNotFoundError):  # where /proc is
@@ -118,7 +120,7 @@ def work(home: Path, first: int, step: int, seconds: float) -> None:
     everything = cases()
     bases = {path.name: weights_in(path) for path in home.glob("base-*")}
     for number in range(first, len(everything), step):
-        print(json.dumps([number, None]), flush=True)
+        print(json.dumps([number, None]), file=report, flush=True)
         faulthandler.dump_traceback_later(seconds, exit=True)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         mutation, record = everything[number]
@@ -126,7 +128,7 @@ def work(home: Path, first: int, step: int, seconds: float) -> None:
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         faulthandler.cancel_dump_traceback_later()
         result = Outcome(mutation.kind, mutation.name, record, outcome, good, grown)
-        print(json.dumps([number, asdict(result)]), flush=True)
+        print(json.dumps([number, asdict(result)]), file=report, flush=True)
 
 
 def try_case(home: Path, mutation: Mutation, record: str, original: dict[str, bytes]) -> tuple[str, bool]:
@@ -198,7 +200,10 @@ def fit_record(folder: Path) -> None:
     from hub_tools import layout
 
     path = folder / RECORD
-    record = json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:  # it is the record itself that is spoiled
+        return
     regular = {
         entry.name
         for entry in folder.iterdir()

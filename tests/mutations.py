@@ -198,6 +198,13 @@ def wrong_weights() -> Iterator[Mutation]:
     for what, edit in edits.items():
         yield Mutation("wrong tensors", what, tensors(edit))
 
+    def long_context(folder: Path) -> None:
+        """Small weights, consistent with their config, from which transformers 4 makes 4 GB of masks."""
+        tensors(lambda w: w.update({"transformer.wpe.weight": torch.zeros(1 << 16, 16)}))(folder)
+        json_edit(CONFIG, lambda c: c.update(n_positions=1 << 16))(folder)
+
+    yield Mutation("wrong tensors", "65,536 positions", long_context)
+
 
 def wrong_shards() -> Iterator[Mutation]:
     def index(edit: Callable[[dict[str, Any]], Any]) -> Edit:
@@ -231,7 +238,7 @@ def wrong_shards() -> Iterator[Mutation]:
         "all missing": lambda f: [path.unlink() for path in shards(f)] and None,
         "first twice": lambda f: shards(f)[1].write_bytes(shards(f)[0].read_bytes()) and None,
         "truncated": lambda f: os.truncate(shards(f)[0], 500),
-        "a folder": lambda f: (shards(f)[0].unlink(), shards(f)[0].mkdir())[1] if shards(f) else None,
+        "a folder": lambda f: replace_by_folder(shards(f)[0]),
         "a file beside": lambda f: (f / WEIGHTS).write_bytes(shards(f)[0].read_bytes()) and None,
         "link out": lambda f: link_out(f, shards(f)[0].name),
     }
@@ -589,3 +596,8 @@ def link_out(folder: Path, name: str) -> None:
 def append(path: Path, text: str) -> None:
     with open(path, "a") as file:
         file.write(text)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()

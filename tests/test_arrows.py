@@ -64,7 +64,7 @@ OUTSIDE = {
     "probe": {"torch", "transformers"},
     "staging": {"filelock"},
     "download": {"huggingface_hub"},
-    "load": {"torch", "transformers", "huggingface_hub", "safetensors", "modeling_gpt2_value"},
+    "load": {"torch", "transformers", "huggingface_hub", "safetensors", "configuration_gpt2_value", "modeling_gpt2_value"},
     "card": {"huggingface_hub"},
     "console": {"rich"},
     "cli": {"typer", "torch", "transformers", "huggingface_hub", "safetensors", "modeling_gpt2_value"},
