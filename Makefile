@@ -20,7 +20,7 @@ demo: .venv/.done  ## from a GPT-2 checkpoint to a loaded package and a picture;
 	$(BIN)/python examples/demo.py $(if $(BASE),--base "$(BASE)")
 
 test: .venv/.done  ## the test suite
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 check: .venv/.done  ## lint, format and types
 	$(BIN)/ruff check .

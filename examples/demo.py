@@ -67,9 +67,13 @@ def run(base: str | None, folder: Path, seed: int) -> None:
     package, picture = folder / "package", folder / "responses.png"
 
     with step("1  A checkpoint") as say:
-        checkpoint = base or trained_here(say)
-        if base is not None:
+        if base is None:
+            checkpoint = trained_here(say)
+        elif Path(base).is_dir() or is_hub_id(base):
+            checkpoint = base
             say(f"{base}, as you asked.")
+        else:
+            raise SourceError(f"BASE={base} is no folder here, and no id on the Hub", next_step=ANOTHER_BASE)
 
     with step("2  gpt2-value create") as say:
         created = create(checkpoint, package)
@@ -162,12 +166,13 @@ def ask_a_stranger(package: Path, *, max_new_tokens: int, seed: int) -> list[lis
     with tempfile.TemporaryDirectory(prefix="gpt2-value-demo-") as home:
         script, result = Path(home, STRANGER.name), Path(home, "answers.json")
         shutil.copyfile(STRANGER, script)
+        own = [name.removesuffix(".py") for name in layout.REMOTE_CODE]
         job = {
             "folder": str(package),
             "prompts": PROMPTS,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
-            "hidden_modules": [*(name.removesuffix(".py") for name in layout.REMOTE_CODE), "hub_tools", "sampler_audit"],
+            "hidden_modules": [*own, "hub_tools", "sampler_audit"],
             "result": str(result),
         }
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
@@ -187,8 +192,14 @@ def ask_a_stranger(package: Path, *, max_new_tokens: int, seed: int) -> list[lis
                 next_step=f"see what it says by itself: gpt2-value verify {package}",
                 details=done.stderr,
             )
-        answers = json.loads(result.read_text(encoding="utf-8"))["answers"]
-    return [[Token(**token) for token in tokens] for tokens in answers]
+        told = json.loads(result.read_text(encoding="utf-8"))
+    if not told["class"].startswith("transformers_modules."):  # where transformers puts a package's own code
+        raise LoadError(
+            f"AutoModel gave the fresh process a {told['class']}",
+            expected="the package's own GPT2ValueModel",
+            next_step=f"gpt2-value inspect {package}",
+        )
+    return [[Token(**token) for token in tokens] for tokens in told["answers"]]
 
 
 def table(tokens: Sequence[Token]) -> Table:

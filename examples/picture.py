@@ -120,10 +120,10 @@ def _colour(number: float, scale: Normalize, colours: Colormap) -> str:
 
 
 def ink_on(colour: str) -> str:
-    """The colour of text, dark or white, that is easier to read on `#rrggbb` (its relative luminance, WCAG 2)."""
+    """The colour of text, dark or white, that has more contrast on `#rrggbb` (by relative luminance, as in WCAG 2)."""
     red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
     luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
-    return INK if luminance > 0.18 else "#ffffff"
+    return INK if luminance > 0.208 else "#ffffff"
 
 
 def _set_in_lines(tokens: Sequence[Token], canvas: FigureCanvasAgg) -> Iterator[_Box]:

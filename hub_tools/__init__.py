@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .layout import __version__
 
 if TYPE_CHECKING:
+    from .checkpoint_pusher import CheckpointPusher
+    from .checkpoint_worker import PushedCheckpoint
     from .convert import Conversion, convert_checkpoint
     from .errors import GPT2ValueHubError
     from .export import ExportedPolicy, export_policy
@@ -19,9 +21,13 @@ if TYPE_CHECKING:
     from .load import LoadedPackage, load_package
     from .push import PushReport, push_package, push_to_hub
     from .save import SavedPackage, save_package
+    from .trainer_callback import CheckpointPusherCallback
     from .verify import VerificationReport, verify_package
 
 _HOMES = {
+    "CheckpointPusher": "checkpoint_pusher",
+    "CheckpointPusherCallback": "trainer_callback",
+    "PushedCheckpoint": "checkpoint_worker",
     "Conversion": "convert",
     "convert_checkpoint": "convert",
     "ExportedPolicy": "export",
@@ -41,12 +47,15 @@ _HOMES = {
 }
 
 __all__ = [
+    "CheckpointPusher",
+    "CheckpointPusherCallback",
     "Conversion",
     "ExportedPolicy",
     "GPT2ValueHubError",
     "LoadedPackage",
     "PackageReport",
     "PushReport",
+    "PushedCheckpoint",
     "SavedPackage",
     "VerificationReport",
     "__version__",

@@ -171,6 +171,22 @@ class TagExistsError(GPT2ValueHubError, ValueError):
     """Another commit carries this tag already."""
 
 
+class CheckpointPushError(GPT2ValueHubError, RuntimeError):
+    """A checkpoint did not reach the Hub. `step` says which one, and `__cause__` why."""
+
+    def __init__(self, found: str, *, expected: str = "", next_step: str, step: int) -> None:
+        super().__init__(found, expected=expected, next_step=next_step)
+        self.step = step
+
+
+class WorkerDiedError(GPT2ValueHubError, RuntimeError):
+    """The process that pushes checkpoints ended unexpectedly: killed, out of memory, or by an error of ours."""
+
+
+class PusherClosedError(GPT2ValueHubError, RuntimeError):
+    """A CheckpointPusher that is closed, or that belongs to the process this one was forked from."""
+
+
 # Converting
 
 

@@ -277,7 +277,7 @@ class Hub:
         """
 
         def look() -> str | None:
-            found = next((ref.target_commit for ref in self._refs().tags if ref.name == tag), None)
+            found = self.tagged(tag)
             if found not in (None, commit):
                 raise TagExistsError(
                     f"the tag {tag!r} is on {found} already",
@@ -287,6 +287,28 @@ class Hub:
             return found
 
         self._ask(f"tag {tag}", self.api.create_tag, self.repo_id, tag=tag, revision=commit, look=look)
+
+    def tagged(self, tag: str) -> str | None:
+        """The commit that has the tag."""
+        return next((ref.target_commit for ref in self._refs().tags if ref.name == tag), None)
+
+    def move_tag(self, tag: str, *, commit: str) -> None:
+        """Give `commit` a tag, and take it from any other that has it.
+
+        The Hub's tags do not move: this deletes and creates, and between the two there is none.
+        """
+        found = self.tagged(tag)
+        if found == commit:
+            return
+        if found is not None:
+            self._ask(
+                f"delete the tag {tag}",
+                self.api.delete_tag,
+                self.repo_id,
+                tag=tag,
+                look=lambda: True if self.tagged(tag) is None else None,
+            )
+        self.tag(tag, commit=commit)
 
     def _landed(self, push_id: str, onto: Branch) -> Landed | None:
         """Our commit, if it is on the branch; None if the branch is where it was."""

@@ -180,7 +180,7 @@ def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
 def _installed_copy(model: nn.Module) -> GPT2ValueModel:
     """This installed version's model, in eval mode on the CPU, around the same weights (shared, not copied,
     where they are on the CPU), after checking that they are a whole model's."""
-    _check_class(model)
+    check_class(model)
     config: Any = model.config
     try:
         config = GPT2ValueConfig.from_dict(config.to_dict())
@@ -220,7 +220,7 @@ def _installed_copy(model: nn.Module) -> GPT2ValueModel:
     return installed.eval()
 
 
-def _check_class(model: nn.Module) -> None:
+def check_class(model: nn.Module) -> None:
     """Refuse wrappers, and other models, each with the way out."""
 
     def refuse(found: str, next_step: str) -> WrongModelError:

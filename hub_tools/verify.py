@@ -1,6 +1,6 @@
 """Load a package in a fresh interpreter, strictly, and compare what it computes with its record.
 
-Imports the standard library and of hub_tools `inspection`, `record` and what these import; `probe.py` is run,
+Imports the standard library and of hub_tools `inspection`, `record`, `releases` and what these import; `probe.py` is run,
 not imported. The fresh interpreter is isolated (`python -I`): no checkout, no PYTHONPATH, no caches, no
 token, no network.
 """
@@ -37,6 +37,7 @@ from .errors import (
 from .inspection import PackageReport, inspect_package
 from .reading import AGAIN
 from .record import PROBE_TEXT, Record, read_record
+from .releases import diff_command
 
 TOLERANCE = 1e-5  # of the largest recorded number, or of 1 if that is larger
 # What an interpreter needs of its surroundings; tokens, proxies, PYTHON* and HF_* stay behind.
@@ -99,7 +100,7 @@ def verify_package(
         And everything that `inspect_package` raises.
     """
     started = time.perf_counter()
-    package = inspect_package(source, hash_weights=True)
+    package = inspect_package(Path(source), hash_weights=True)  # a path is never a repository's id
     for problem in problems(package):
         if not (trust_remote_code and isinstance(problem, UntrustedCodeError)):
             raise problem
@@ -189,7 +190,7 @@ def problems(package: PackageReport) -> list[GPT2ValueHubError]:
             UntrustedCodeError(
                 f"the package's code is not this version's: {_names(other)}; it was not run",
                 expected="code that is byte-identical to the installed version's",
-                next_step=f"read it: {_diff(package.folder, other[0])}; then pass trust_remote_code=True "
+                next_step=f"read it: {diff_command(package.folder / other[0])}; then pass trust_remote_code=True "
                 "(--trust-remote-code)",
             )
         )
@@ -202,12 +203,6 @@ def problems(package: PackageReport) -> list[GPT2ValueHubError]:
             )
         )
     return found
-
-
-def _diff(folder: Path, name: str) -> str:
-    """What to type to read a file of code, against the installed one where there is one."""
-    installed = layout.installed_code().get(name)
-    return f"diff {installed} {folder / name}" if installed else f"less {folder / name}"
 
 
 def _names(names: Iterable[str]) -> str:

@@ -26,12 +26,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mutations import CANARY, RECORD, Mutation, data_of, mutations
+from mutations import mutations
+from spoiling import CANARY, RECORD, Mutation, data_of
 
+ROOT = Path(__file__).resolve().parent.parent
 CASE_SECONDS = 20.0
 GROWTH = 1 << 30  # bytes of address space that a process may take beyond what it has once torch is imported
 RECORDS = ("kept", "fitted", "removed")
@@ -136,6 +137,7 @@ def try_case(home: Path, mutation: Mutation, record: str, original: dict[str, by
     from hub_tools import inspect_package, load_package
     from hub_tools.errors import GPT2ValueHubError
 
+    imported = remote_modules()
     with tempfile.TemporaryDirectory(dir=home) as parent:
         folder = Path(parent, "package")
         shutil.copytree(home / f"base-{mutation.base}", folder)
@@ -156,9 +158,14 @@ def try_case(home: Path, mutation: Mutation, record: str, original: dict[str, by
                 outcomes.append("read" if function is inspect_package else difference(result, folder, original, record))
         if (Path(parent) / CANARY).exists():
             return "code of the package ran", False
-        if any(name.startswith("transformers_modules.") for name in sys.modules):
+        if remote_modules() != imported:
             return "code of the package was imported", False
         return outcomes[-1], outcomes[-1].endswith("Error") or outcomes[-1] == LOADED
+
+
+def remote_modules() -> set[str]:
+    """The modules that transformers imported from packages."""
+    return {name for name in sys.modules if name.startswith("transformers_modules")}
 
 
 def difference(loaded: Any, folder: Path, original: dict[str, bytes], record: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_model, write_published_checkpoint
+from fault_sweep import serving
 from huggingface_hub import ModelCard
 
 from hub_tools import cli, console, layout
@@ -222,3 +223,21 @@ def test_a_copied_package_responds_the_same(gpt2_value, package, tmp_path):
     options = ("a", "--seed", "3", "--max-new-tokens", "5", "--json")
     first, second = (json.loads(gpt2_value("respond", folder, *options)[1]) for folder in (package, tmp_path / "copy"))
     assert first["responses"] == second["responses"]
+
+
+def test_inspect_looks_into_a_repository_on_the_hub(gpt2_value, package, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with open(package / "modeling_gpt2_value.py", "a") as file:
+        file.write("# another\n")
+    with serving(xet=False) as server:
+        server.create("alice/value", {path.name: path.read_bytes() for path in package.iterdir()})
+        status, out, _ = gpt2_value("inspect", "alice/value", "--revision", "main")
+        assert status == 3
+        assert f"alice/value at {server.history('alice/value')[0].oid}" in out
+        assert "NOT a released version's" in out
+        assert f"read it: diff -u {layout.installed_code()['modeling_gpt2_value.py']}" in out
+        status, out, _ = gpt2_value("inspect", "alice/value", "--json")
+        assert json.loads(out)["commit"] == server.history("alice/value")[0].oid
+        status, out, err = gpt2_value("inspect", "alice/nothing")
+        assert (status, out) == (1, "")
+        assert "alice/nothing is not on the Hub" in err

@@ -1,8 +1,11 @@
 """Spoiled packages are refused by a typed error or load bit by bit; nothing of them runs, hangs or eats the memory."""
 
+import shutil
+
 import pytest
-from fuzz_packages import GROWTH, LOADED, cases, run_all, write_bases
-from mutations import CANARY, Mutation, mutations
+from fuzz_packages import GROWTH, LOADED, cases, fit_record, run_all, try_case, weights_in, write_bases
+from mutations import mutations
+from spoiling import CANARY, Mutation
 
 from hub_tools import errors, verify_package
 
@@ -41,45 +44,34 @@ def test_no_spoiled_package_eats_the_memory(outcomes):
     assert max(outcome.grown for outcome in outcomes) < GROWTH / 4
 
 
-def test_the_hunt_sees_defects(tmp_path, monkeypatch):
-    """A package whose code runs when it is looked at, and one that hangs, are told apart from sound ones."""
-    import fuzz_packages
-
+def test_the_hunt_sees_defects(tmp_path):
+    """A package that ran something, or that loads other weights, is told apart from a sound one."""
     write_bases(tmp_path)
-    original = fuzz_packages.weights_in(tmp_path / "base-one")
+    original = weights_in(tmp_path / "base-one")
     sound = Mutation("none", "none", lambda folder: None)
-    assert fuzz_packages.try_case(tmp_path, sound, "kept", original) == (LOADED, True)
+    assert try_case(tmp_path, sound, "kept", original) == (LOADED, True)
     ran = Mutation("none", "ran", lambda folder: (folder.parent / CANARY).touch())
-    assert fuzz_packages.try_case(tmp_path, ran, "kept", original) == ("code of the package ran", False)
+    assert try_case(tmp_path, ran, "kept", original) == ("code of the package ran", False)
     other = {**original, "v_head.summary.bias": b"\0" * 3}
-    assert not fuzz_packages.try_case(tmp_path, sound, "kept", other)[1]
-
-
-def verified(name):
-    return next(mutation for mutation in mutations() if mutation.name == name)
+    assert not try_case(tmp_path, sound, "kept", other)[1]
 
 
 @pytest.mark.parametrize(
-    ("name", "record", "error"),
+    ("name", "error"),
     [
-        ("modeling_gpt2_value.py appended", "fitted", errors.UntrustedCodeError),
-        ("custom_generate/generate.py beside", "fitted", errors.ForeignFileError),
-        ("adapter_config.json beside", "fitted", errors.ForeignFileError),
-        ("pytorch_model.bin beside", "fitted", errors.PickleError),
-        ("nan in transformer.wte.weight", "fitted", errors.NonFiniteWeightsError),
-        ("another model's", "fitted", errors.VerificationError),
-        ("transformers_weights", "fitted", errors.CorruptFileError),
+        ("modeling_gpt2_value.py appended", errors.UntrustedCodeError),
+        ("custom_generate/generate.py beside", errors.ForeignFileError),
+        ("adapter_config.json beside", errors.ForeignFileError),
+        ("pytorch_model.bin beside", errors.PickleError),
+        ("another model's", errors.VerificationError),
+        ("transformers_weights", errors.CorruptFileError),
     ],
 )
-def test_what_verify_refuses(name, record, error, tmp_path):
+def test_what_verify_refuses(name, error, tmp_path):
     """The same mutations, in front of `verify_package`, whose fresh interpreter does run a package's code."""
-    import shutil
-
-    from fuzz_packages import fit_record
-
     write_bases(tmp_path)
     folder = shutil.move(tmp_path / "base-one", tmp_path / "package")
-    verified(name).edit(folder)
+    next(mutation for mutation in mutations() if mutation.name == name).edit(folder)
     fit_record(folder)
     with pytest.raises(error):
         verify_package(folder)

@@ -21,7 +21,7 @@ from test_inspection import edit_json
 from test_verify import record_again
 from transformers import AutoModel
 
-from hub_tools import errors, inspect_package, layout, load_package, releases, save_package
+from hub_tools import errors, inspect_package, layout, load, load_package, releases, save_package
 from modeling_gpt2_value import GPT2ValueModel
 
 REPO = "alice/value"
@@ -191,6 +191,42 @@ def test_code_that_is_missing_is_named(package):
     (package / layout.RECORD).write_text(json.dumps(record))
     with pytest.raises(errors.MissingFileError, match=r"decoding_gpt2_value\.py"):
         load_package(package)
+
+
+@pytest.mark.parametrize(
+    ("moment", "error"), [("inspect_package", "UntrustedCodeError"), ("_approve", "PackageChangedError")]
+)
+def test_code_that_is_exchanged_while_it_is_looked_at_is_not_run(moment, error, package, tmp_path, monkeypatch):
+    """After the look it is hashed again; after the hash it is not read again."""
+    reviewed = change_code(package, f"open({str(tmp_path / 'reviewed')!r}, 'w')\n")
+    step = getattr(load, moment)
+
+    def step_and_exchange(*args, **kwargs):
+        result = step(*args, **kwargs)
+        change_code(package, f"open({str(tmp_path / 'ran')!r}, 'w')\n", recorded=False)
+        return result
+
+    monkeypatch.setattr(load, moment, step_and_exchange)
+    with pytest.raises(getattr(errors, error)):
+        load_package(package, reviewed_sha256=reviewed)
+    assert not (tmp_path / "ran").exists()
+    assert (tmp_path / "reviewed").exists() == (moment == "_approve")
+
+
+@pytest.mark.parametrize("file", [layout.CONFIG, layout.GENERATION_CONFIG])
+def test_a_setting_that_hides_a_method_is_refused(file, package):
+    edit_json(package / file, to_dict="x")
+    record_again(package)
+    with pytest.raises(errors.CorruptFileError, match="to_dict"):
+        load_package(package)
+
+
+def test_a_tokenizer_that_is_read_from_elsewhere_is_refused(tiny_model, tiny_tokenizer, tmp_path):
+    save_package(tiny_model, tmp_path / "p", tiny_tokenizer)
+    edit_json(tmp_path / "p" / layout.TOKENIZER_CONFIG, tokenizer_file="/elsewhere/tokenizer.json")
+    record_again(tmp_path / "p")
+    with pytest.raises(errors.UnsafeFileError, match="tokenizer_file"):
+        load_package(tmp_path / "p")
 
 
 def test_what_lies_beside_a_package_cannot_change_what_is_loaded(package, tiny_model, tmp_path):

@@ -1,0 +1,319 @@
+"""The process beside a training run that saves, verifies and pushes its checkpoints, one after the other.
+
+Imports the standard library, huggingface_hub and of hub_tools `errors`, `hub`, `contents`, `inspection`, `layout`,
+`push`, `verify`; and torch, transformers, `save` and `snapshot` when the first checkpoint arrives.
+A process of its own, because Python's threads would share the training loop's interpreter lock, and torch's its
+cores. It runs at the lowest priority, on one core, without a GPU, and ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import queue
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from huggingface_hub import EvalResult, ModelCard
+
+from . import layout
+from .contents import Package
+from .errors import GPT2ValueHubError, TokenizerMismatchError
+from .hub import Hub
+from .inspection import inspect_package
+from .push import MAIN, push
+from .verify import problems, verify_package
+
+if TYPE_CHECKING:
+    from .snapshot import Place
+
+TASK = "text-generation"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every checkpoint of a run; see `CheckpointPusher`."""
+
+    repo_id: str
+    token: str | None = field(repr=False)
+    revision: str | None
+    private: bool | None
+    metric_for_best_model: str | None
+    greater_is_better: bool
+    best_tag: str
+    dataset: str
+    base_model: str | None
+    license: str | None
+    tags: tuple[str, ...]
+    max_shard_size: int | str
+    patience: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint on its way: everything of the model but its weights, which are in the file `snapshot`."""
+
+    step: int
+    metrics: dict[str, float]
+    places: tuple[Place, ...]
+    config: dict[str, Any]
+    generation_config: Any
+    tokenizer: bytes | None  # pickled: it was copied when the snapshot was taken
+    snapshot: Path | None = None
+
+    @property
+    def message(self) -> str:
+        """The commit's title: the step and the metrics."""
+        metrics = ", ".join(f"{name}={value:.6g}" for name, value in self.metrics.items())
+        return f"Step {self.step}: {metrics}" if metrics else f"Step {self.step}"
+
+
+@dataclass(frozen=True)
+class PushedCheckpoint:
+    """A checkpoint that is on the Hub."""
+
+    step: int
+    metrics: dict[str, float]
+    commit: str
+    url: str
+    committed: bool  # False where the branch held exactly this already
+    best: bool  # whether it is the best so far, and carries the tag
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A `GPT2ValueHubError` in a form that travels between processes."""
+
+    kind: str
+    found: str
+    expected: str
+    next_step: str
+
+    @classmethod
+    def of(cls, error: GPT2ValueHubError) -> Failure:
+        return cls(type(error).__name__, error.found, error.expected, error.next_step)
+
+
+class Worker:
+    """Saves, proves and pushes checkpoints; remembers what it has proven, and which one was the best."""
+
+    def __init__(self, settings: Settings, home: Path) -> None:
+        self._settings = settings
+        self._home = home
+        self._hub: Hub | None = None
+        self._proven: object = None  # all but the weights of the package that was verified last
+        self._best: float | None = None
+        self._best_is_known = False
+
+    def push(self, checkpoint: Checkpoint) -> PushedCheckpoint:
+        """Bring one checkpoint to the Hub, in one commit.
+
+        Raises:
+            Everything that `push_to_hub` raises.
+        """
+        settings, folder = self._settings, self._home / "package"
+        if self._hub is None:
+            hub = Hub(settings.repo_id, token=settings.token, patience=settings.patience)
+            hub.check_token()
+            self._hub = hub
+        hub = self._hub
+        shutil.rmtree(folder, ignore_errors=True)  # the one before; a replaced package would be there twice
+        self._save(checkpoint, folder)
+        self._write_metrics(checkpoint, folder / layout.CARD)
+        package = Package.read(folder)
+        package.refuse_secrets(hub, checkpoint.message)
+        self._prove(checkpoint, folder)
+        report = push(
+            package,
+            hub,
+            branch=settings.revision or MAIN,
+            private=settings.private,
+            create_pr=False,
+            tag=None,
+            message=checkpoint.message,
+            dry_run=False,
+        )
+        assert report.commit is not None
+        assert report.url is not None
+        best = self._tag_if_best(checkpoint, report.commit)
+        return PushedCheckpoint(
+            checkpoint.step, checkpoint.metrics, report.commit, report.url, committed=report.committed, best=best
+        )
+
+    def _save(self, checkpoint: Checkpoint, folder: Path) -> None:
+        from configuration_gpt2_value import GPT2ValueConfig
+        from modeling_gpt2_value import GPT2ValueModel
+
+        from .save import save_package
+        from .snapshot import map_snapshot
+
+        settings = self._settings
+        assert checkpoint.snapshot is not None
+        model = GPT2ValueModel(GPT2ValueConfig.from_dict(checkpoint.config))
+        model.load_state_dict(map_snapshot(checkpoint.snapshot, checkpoint.places), assign=True)
+        model.generation_config = checkpoint.generation_config
+        save_package(
+            model,
+            folder,
+            _tokenizer(checkpoint.tokenizer),
+            base_model=settings.base_model,
+            license=settings.license,
+            tags=settings.tags,
+            repo_id=settings.repo_id,
+            max_shard_size=settings.max_shard_size,
+        )
+
+    def _write_metrics(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Put the metrics in the card's `model-index`. It is there also without metrics: the card on the Hub keeps
+        what a push does not replace, and an older checkpoint's metrics would be untrue of this one."""
+        card = ModelCard.load(path)
+        card.data.model_name = self._settings.repo_id.rsplit("/", 1)[-1]
+        card.data.eval_results = [
+            EvalResult(
+                task_type=TASK,
+                dataset_type=self._settings.dataset,
+                dataset_name=self._settings.dataset,
+                metric_type=name,
+                metric_name=name,
+                metric_value=value,
+            )
+            for name, value in checkpoint.metrics.items()
+            if math.isfinite(value)
+        ]
+        path.write_text(str(card), encoding="utf-8")
+
+    def _prove(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Verify in full where anything but the values of the weights is new; otherwise inspect, and trust that
+        the same code loads the same shapes. (That the weights are finite and whole, the save has seen.)"""
+        generation = None if checkpoint.generation_config is None else checkpoint.generation_config.to_dict()
+        facts = (checkpoint.places, json.dumps([checkpoint.config, generation], default=str), checkpoint.tokenizer)
+        if facts != self._proven:
+            verify_package(folder)
+            self._proven = facts
+            return
+        for problem in problems(inspect_package(folder)):
+            raise problem
+
+    def _tag_if_best(self, checkpoint: Checkpoint, commit: str) -> bool:
+        settings, hub = self._settings, self._hub
+        metric = settings.metric_for_best_model
+        if metric is None or hub is None:
+            return False
+        value = checkpoint.metrics.get(metric, math.nan)
+        if not math.isfinite(value):
+            return False
+        if not self._best_is_known:
+            self._best = self._best_on_the_hub(hub, metric)
+            self._best_is_known = True
+        if self._best is not None and not (value > self._best if settings.greater_is_better else value < self._best):
+            return False
+        try:
+            hub.move_tag(settings.best_tag, commit=commit)
+        except GPT2ValueHubError as error:
+            raise type(error)(
+                f"the commit {commit} did land, without its tag {settings.best_tag!r}: {error.found}",
+                expected=error.expected,
+                next_step=error.next_step,
+            ) from error
+        self._best = value
+        return True
+
+    def _best_on_the_hub(self, hub: Hub, metric: str) -> float | None:
+        """The metric of the tagged commit, by its card: a run that is resumed goes on where the last one was."""
+        commit = hub.tagged(self._settings.best_tag)
+        if commit is None:
+            return None
+        text = hub.read(layout.CARD, commit=commit, folder=self._home / "cache").decode("utf-8", "replace")
+        found = getattr(ModelCard(text, ignore_metadata_errors=True).data, "eval_results", None) or []
+        return next((float(r.metric_value) for r in found if r.metric_type == metric), None)
+
+
+def _tokenizer(pickled: bytes | None) -> Any:
+    if pickled is None:
+        return None
+    try:
+        return pickle.loads(pickled)  # made by our parent
+    except (AttributeError, ImportError) as error:
+        raise TokenizerMismatchError(
+            f"the tokenizer cannot be rebuilt in another process: {error}",
+            expected="a tokenizer of transformers' own, without code",
+            next_step="load one with AutoTokenizer.from_pretrained(...)",
+        ) from error
+
+
+def environment_of_worker(endpoint: str, home: Path) -> dict[str, str]:
+    """The environment to start this process in."""
+    own = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TMPDIR": str(home),  # of what is verified and merged; removed with it
+    }
+    return {**os.environ, **own}
+
+
+def command_of_worker() -> list[str]:
+    """The command line of this process: found where this one finds it, whatever the training script is."""
+    path = [entry or os.getcwd() for entry in sys.path]
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from hub_tools import checkpoint_worker as w"
+    return [sys.executable, "-c", f"{code}; w.main()", json.dumps(path)]
+
+
+def main() -> None:
+    """Read (parent's process id, home, Settings) from the standard input, and then one `Checkpoint` after the other;
+    answer each with a `PushedCheckpoint` or a `Failure` on the standard output. All of it is pickled."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training loop, which then closes us
+    if hasattr(os, "nice"):
+        os.nice(19)
+    jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+    parent, home, settings = pickle.load(jobs)
+    threading.Thread(target=_end_with, args=(parent, home), daemon=True).start()
+    inbox: queue.SimpleQueue[Checkpoint | None] = queue.SimpleQueue()
+    busy = threading.Event()
+    threading.Thread(target=_receive, args=(jobs, inbox, busy, home), daemon=True).start()
+    worker = Worker(settings, home)
+    while (checkpoint := inbox.get()) is not None:
+        try:
+            answer: PushedCheckpoint | Failure = worker.push(checkpoint)
+        except GPT2ValueHubError as error:
+            answer = Failure.of(error)
+        busy.clear()
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def _receive(jobs: BinaryIO, inbox: queue.SimpleQueue[Checkpoint | None], busy: threading.Event, home: Path) -> None:
+    """Hand on what arrives. The parent closes the pipe when nothing is on its way, or dies."""
+    try:
+        while True:
+            checkpoint = pickle.load(jobs)
+            busy.set()
+            inbox.put(checkpoint)
+    except EOFError:
+        if busy.is_set():
+            _vanish(home)
+        inbox.put(None)
+
+
+def _end_with(parent: int, home: Path) -> None:
+    """End when the parent is gone: where it forked, its children hold our pipe open."""
+    while os.name != "posix" or os.getppid() == parent:
+        time.sleep(0.5)
+    _vanish(home)
+
+
+def _vanish(home: Path) -> None:
+    shutil.rmtree(home, ignore_errors=True)
+    os._exit(1)

@@ -1,0 +1,455 @@
+"""Checkpoints leave while training goes on: in order, never torn, the last one always, and no failure in silence."""
+
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import make_tiny_model, plain_twin
+from fault_sweep import serving
+from hub_server import Fault, HubServer
+from safetensors.torch import load
+
+from hub_tools import CheckpointPusher, CheckpointPusherCallback, checkpoint_worker
+from hub_tools.checkpoint_worker import Checkpoint, Settings, Worker
+from hub_tools.errors import (
+    AuthenticationError,
+    CardMetadataError,
+    CheckpointPushError,
+    HubUnavailableError,
+    MissingHeadError,
+    NoAccessError,
+    NonFiniteWeightsError,
+    PusherClosedError,
+    PushOptionsError,
+)
+from hub_tools.snapshot import Snapshot, map_snapshot, places_of
+from hub_tools.trainer_callback import metrics_at
+
+HERE = Path(__file__).parent
+REPO = "alice/value"
+HEAD = "v_head.summary.bias"
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory):
+    """The system's folder for temporary files, for this module alone."""
+    folder = tmp_path_factory.mktemp("temporary")
+    with mock.patch.object(tempfile, "tempdir", str(folder)):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def running(temporary):
+    """A server and a pusher, whose process takes seconds to start, for many tests."""
+    environment = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "TMPDIR": str(temporary)}
+    with serving(xet=False) as server, mock.patch.dict(os.environ, environment):
+        with CheckpointPusher("value", metric_for_best_model="reward", patience=1.0, dataset="imdb") as pusher:
+            yield server, pusher
+        assert not list(temporary.iterdir()), "the disk is clean"
+
+
+@pytest.fixture
+def server(running):
+    yield running[0]
+    running[0].faults.clear()
+
+
+@pytest.fixture
+def pusher(running):
+    return running[1]
+
+
+def head_of(commit):
+    """The bias of the value head in a commit: which step it was made at."""
+    return load(commit.files["model.safetensors"].content)[HEAD].item()
+
+
+def set_head(model, value):
+    with torch.no_grad():
+        model.v_head.summary.bias.fill_(value)
+
+
+def wait_for(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "this never happened"
+        time.sleep(0.02)
+
+
+def test_a_process_that_died_is_replaced(server, pusher):
+    pusher.push(make_tiny_model(), step=0)
+    wait_for(lambda: pusher._process._running)
+    os.kill(pusher._process._running.pid, signal.SIGKILL)
+    pusher.flush()
+    assert [checkpoint.step for checkpoint in pusher.pushed] == [0]
+
+
+def test_checkpoints_arrive_in_order_whole_and_the_last_one_always(server, pusher):
+    """Also where training is faster than the network, and goes on in place right after `push` has returned."""
+    server.faults.append(Fault(route="lfs_upload", delay=0.3))
+    before, model, numbers = len(pusher.pushed), make_tiny_model(), list(range(1, 6))
+    for step in numbers:
+        set_head(model, step)
+        expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+        pusher.push(model, step=step, metrics={"reward": step / 10})
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(100.0)
+            model.load_state_dict(expected)
+    pusher.flush()
+    new = pusher.pushed[before:]
+    steps = [checkpoint.step for checkpoint in new]
+    assert steps == sorted(steps)
+    assert steps[-1] == 5
+    assert sorted([*steps, *pusher.skipped]) == numbers
+    assert pusher.skipped
+    commits = {commit.oid: commit for commit in server.history(REPO)}
+    assert len(commits) == 1 + len(pusher.pushed)
+    for checkpoint in new:
+        commit = commits[checkpoint.commit]
+        assert commit.title == f"Step {checkpoint.step}: reward={checkpoint.step / 10:g}"
+        assert head_of(commit) == checkpoint.step
+    weights = load(server.files(REPO)["model.safetensors"])
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_there_are_never_more_than_two_copies_of_the_weights(server, pusher):
+    server.faults.append(Fault(route="lfs_upload", delay=0.5))
+    for step in range(60, 66):
+        pusher.push(make_tiny_model(seed=step), step=step)
+        assert sum(type(found) is Snapshot for found in gc.get_objects()) <= 2
+        time.sleep(0.02)
+    pusher.flush()
+
+
+def test_metrics_reach_the_model_index(server, pusher):
+    pusher.push(
+        make_tiny_model(seed=2), step=10, metrics={"reward": 0.9, "kl": float("nan"), "loss": torch.tensor(2.0)}
+    )
+    pusher.flush()
+    assert server.history(REPO)[0].title == "Step 10: reward=0.9, kl=nan, loss=2"
+    data = huggingface_hub.ModelCard(server.files(REPO)["README.md"].decode()).data
+    assert data.model_name == "value"
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {"reward": 0.9, "loss": 2.0}
+    assert {result.dataset_name for result in data.eval_results} == {"imdb"}
+    pusher.push(make_tiny_model(seed=3), step=11)
+    pusher.flush()
+    data = huggingface_hub.ModelCard(server.files(REPO)["README.md"].decode()).data
+    assert data.eval_results == [], "an older checkpoint's metrics are not this one's"
+
+
+def test_the_tag_is_on_the_best(server, pusher):
+    for step, reward in ((20, 5.0), (21, 7.0), (22, 6.0), (23, float("nan"))):
+        pusher.push(make_tiny_model(seed=step), step=step, metrics={"reward": reward})
+        pusher.flush()
+    assert [checkpoint.best for checkpoint in pusher.pushed[-4:]] == [True, True, False, False]
+    assert server.repos[REPO].refs["refs/tags/best"] == pusher.pushed[-3].commit
+
+
+def test_a_hub_that_is_down_never_stops_training_and_the_newest_lands_once_it_is_back(server, pusher):
+    server.faults.append(Fault(route="commit", status=503))
+    model = make_tiny_model()
+    for step in (30, 31, 32):
+        set_head(model, step)
+        pusher.push(model, step=step)
+        before = server.routes().count("commit")
+        wait_for(lambda before=before: server.routes().count("commit") > before + 1)
+    server.faults.clear()
+    pusher.flush()
+    assert pusher.pushed[-1].step == 32
+    assert head_of(server.history(REPO)[0]) == 32
+
+
+def test_only_flush_gives_up_on_a_hub_that_is_down(server, pusher):
+    server.faults.append(Fault(route="commit", status=503))
+    pusher.push(make_tiny_model(seed=33), step=33)
+    with pytest.raises(CheckpointPushError, match="step 33") as failed:
+        pusher.flush()
+    assert isinstance(failed.value.__cause__, HubUnavailableError)
+    assert failed.value.step == 33
+    pusher.flush()  # told once
+
+
+def test_what_waiting_does_not_mend_is_raised_by_the_next_call_which_loses_nothing(server, pusher):
+    server.faults.append(Fault(route="commit", status=403, nth=1))
+    pusher.push(make_tiny_model(seed=40), step=40)
+    wait_for(lambda: server.faults[0].hits and pusher._failures)
+    with pytest.raises(CheckpointPushError, match="step 40") as failed:
+        pusher.push(make_tiny_model(seed=41), step=41)
+    assert isinstance(failed.value.__cause__, NoAccessError)
+    assert "lfs_upload" in server.routes()
+    pusher.flush()
+    assert pusher.pushed[-1].step == 41
+
+
+def test_weights_that_are_not_finite_are_not_pushed(server, pusher):
+    model, before = make_tiny_model(), server.history(REPO)[0].oid
+    set_head(model, float("nan"))
+    pusher.push(model, step=50)
+    with pytest.raises(CheckpointPushError, match=HEAD) as failed:
+        pusher.flush()
+    assert isinstance(failed.value.__cause__, NonFiniteWeightsError)
+    assert server.history(REPO)[0].oid == before
+
+
+def test_somebody_elses_push_in_between_is_kept_and_ours_is_on_top(server, pusher):
+    class TheyPush(Fault):
+        def strikes(self, request):
+            if request.route == self.route and not self.hits:
+                self.hits = 1
+                server.commit(server.repos[REPO], "refs/heads/main", "theirs", {"verification.json": None})
+            return False
+
+    server.faults.append(TheyPush(route="lfs_upload"))
+    pusher.push(make_tiny_model(seed=51), step=51)
+    pusher.flush()
+    assert [commit.title for commit in server.history(REPO)][:2] == ["Step 51", "theirs"]
+    assert "verification.json" in server.files(REPO)
+
+
+def test_a_forked_process_cannot_use_it_and_does_not_disturb_it(pusher):
+    child = os.fork()
+    if child == 0:
+        try:
+            pusher.push(make_tiny_model(), step=0)
+        except PusherClosedError:
+            pusher.close()
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    pusher.push(make_tiny_model(seed=53), step=53)
+    pusher.flush()
+
+
+def test_a_trainer_pushes_what_it_saves(server, pusher, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = make_tiny_model().train()
+    data = [{"input_ids": torch.arange(i, i + 8), "labels": torch.arange(i, i + 8)} for i in range(16)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        label_names=["labels"],
+    )
+    before = len(pusher.pushed)
+    Trainer(
+        model,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data[:2],
+        callbacks=[CheckpointPusherCallback(pusher)],
+        compute_metrics=None,
+    ).train()
+    new = pusher.pushed[before:]
+    assert new[-1].step == 4
+    assert {"loss", "eval_loss", "learning_rate"} <= set(new[-1].metrics)
+    pushed = load(server.files(REPO)["model.safetensors"])
+    trained = model.state_dict()
+    assert all(torch.equal(pushed[name], trained[name]) for name in pushed)
+
+
+def test_metrics_of_a_step_are_those_that_the_trainer_logged_at_it():
+    history = [
+        {"loss": 3.0, "epoch": 0.1, "step": 1},
+        {"loss": 2.0, "learning_rate": 0.1, "epoch": 0.2, "step": 2},
+        {"eval_loss": 2.5, "eval_runtime": 1.0, "eval_steps_per_second": 3.0, "epoch": 0.2, "step": 2},
+    ]
+    assert metrics_at(2, history) == {"loss": 2.0, "learning_rate": 0.1, "eval_loss": 2.5}
+    assert metrics_at(3, history) == {}
+
+
+# Without a process beside
+
+
+def checkpoint_of(model, folder, *, step=1, **fields):
+    snapshot = Snapshot(places_of(model.state_dict()))
+    snapshot.fill(model.state_dict())
+    snapshot.write(folder / "snapshot")
+    whole = {"metrics": {}, "generation_config": model.generation_config, "tokenizer": None, **fields}
+    return Checkpoint(
+        step=step, places=snapshot.places, config=model.config.to_dict(), snapshot=folder / "snapshot", **whole
+    )
+
+
+def settings(**fields):
+    defaults = {
+        "repo_id": "alice/worker",
+        "token": None,
+        "revision": None,
+        "private": None,
+        "metric_for_best_model": "loss",
+        "greater_is_better": False,
+        "best_tag": "best",
+        "dataset": "imdb",
+        "base_model": None,
+        "license": None,
+        "tags": (),
+        "max_shard_size": "5GB",
+        "patience": 5.0,
+    }
+    return Settings(**defaults | fields)
+
+
+@pytest.fixture
+def verified(monkeypatch):
+    """The folders that were verified in full, which takes an interpreter's start and is not done here."""
+    folders = []
+    monkeypatch.setattr(checkpoint_worker, "verify_package", folders.append)
+    return folders
+
+
+def test_what_is_new_but_the_weights_is_verified_in_full(server, tmp_path, verified, tiny_model, tiny_tokenizer):
+    worker = Worker(settings(), tmp_path)
+    worker.push(checkpoint_of(tiny_model, tmp_path))
+    worker.push(checkpoint_of(make_tiny_model(seed=1), tmp_path, step=2))
+    assert len(verified) == 1
+    worker.push(checkpoint_of(tiny_model, tmp_path, step=3, tokenizer=pickle.dumps(tiny_tokenizer)))
+    assert len(verified) == 2
+    assert "tokenizer.json" in server.files("alice/worker")
+    tiny_model.generation_config.max_new_tokens = 7
+    worker.push(checkpoint_of(tiny_model, tmp_path, step=4))
+    worker.push(checkpoint_of(make_tiny_model(n_layer=1), tmp_path, step=5))
+    assert len(verified) == 4
+
+
+def test_a_run_that_is_resumed_knows_the_best_so_far(server, tmp_path, verified):
+    first = Worker(settings(), tmp_path)
+    best = first.push(checkpoint_of(make_tiny_model(seed=1), tmp_path, metrics={"loss": 1.0}))
+    second = Worker(settings(), tmp_path)
+    assert not second.push(checkpoint_of(make_tiny_model(seed=2), tmp_path, metrics={"loss": 2.0})).best
+    assert server.repos["alice/worker"].refs["refs/tags/best"] == best.commit
+    assert second.push(checkpoint_of(make_tiny_model(seed=3), tmp_path, metrics={"loss": 0.5})).best
+
+
+def test_a_snapshot_is_bit_equal_ties_included_in_every_dtype(tmp_path):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = make_tiny_model().to(dtype)
+        checkpoint = checkpoint_of(model, tmp_path)
+        mapped = map_snapshot(checkpoint.snapshot, checkpoint.places)
+        state = model.state_dict()
+        assert set(mapped) == set(state)
+        assert all(torch.equal(mapped[name], state[name]) and mapped[name].dtype == state[name].dtype for name in state)
+        assert mapped["lm_head.weight"].data_ptr() == mapped["transformer.wte.weight"].data_ptr()
+
+
+def test_what_cannot_be_right_is_refused_before_training_starts(running, tmp_path):
+    with pytest.raises(AuthenticationError):
+        CheckpointPusher(REPO, token="hf_wrong")
+    with pytest.raises(PushOptionsError, match="without metric_for_best_model"):
+        CheckpointPusher(REPO, greater_is_better=True)
+
+
+def test_what_cannot_be_a_checkpoint_is_refused_at_once(pusher, tiny_model):
+    with pytest.raises(MissingHeadError):
+        pusher.push(plain_twin(tiny_model), step=0)
+    with pytest.raises(CardMetadataError, match="'kl' is 'low'"):
+        pusher.push(tiny_model, step=0, metrics={"kl": "low"})
+
+
+def test_a_hub_that_does_not_answer_is_no_reason_not_to_start(server, tiny_model):
+    server.faults.append(Fault(route="whoami", status=503))
+    with (
+        mock.patch.object(checkpoint_worker, "MAIN", "main"),
+        mock.patch("hub_tools.checkpoint_pusher.FIRST_LOOK", 0.1),
+    ):
+        pusher = CheckpointPusher(REPO)
+    pusher.close()
+    pusher.close()
+    with pytest.raises(PusherClosedError):
+        pusher.push(tiny_model, step=0)
+
+
+def test_what_the_dead_left_on_the_disk_is_removed(running, temporary):
+    dead = temporary / "gpt2-value-checkpoints-dead"
+    dead.mkdir()
+    (dead / "snapshot-1").write_bytes(b"weights")
+    (dead / "lock").touch()
+    CheckpointPusher(REPO).close()
+    assert not dead.exists()
+    assert list(temporary.iterdir()), "those of the living stay"
+
+
+# In processes of their own
+
+
+def start(server, temporary, repo_id, how):
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_TOKEN": server.token,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "TMPDIR": str(temporary),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+    }
+    command = [sys.executable, str(HERE / "trains_and_pushes.py"), repo_id, how]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three training processes at once: one is killed, one fails, one fails and may not push."""
+    with HubServer() as server:
+        server.faults += [Fault(every=7, status=503), Fault(route="lfs_upload", delay=0.3)]
+        places = {
+            repo_id: tmp_path_factory.mktemp("temporary") for repo_id in ("alice/killed", "alice/fails", "bob/no")
+        }
+        processes = {
+            repo_id: start(server, place, repo_id, "forever" if repo_id == "alice/killed" else "fails")
+            for repo_id, place in places.items()
+        }
+        yield server, processes, places
+        for process in processes.values():
+            process.kill()
+            process.communicate()
+
+
+def test_a_killed_run_leaves_the_repository_loadable_and_the_disk_clean(runs, tmp_path):
+    server, processes, places = runs
+    wait_for(lambda: "alice/killed" in server.repos and len(server.history("alice/killed")) >= 4, 60)
+    processes["alice/killed"].kill()
+    wait_for(lambda: not list(places["alice/killed"].iterdir()))
+    server.faults.clear()
+    made = [commit for commit in server.history("alice/killed") if commit.title.startswith("Step")]
+    assert all(set(commit.files) == set(made[0].files) for commit in made)
+    assert [f"Step {head_of(commit):.0f}" for commit in made] == [commit.title for commit in made]
+    script = (
+        "from transformers import AutoModel\nimport torch\n"
+        "model = AutoModel.from_pretrained('alice/killed', trust_remote_code=True)\n"
+        "assert model(input_ids=torch.tensor([[1]])).value.isfinite()\n"
+        "print(model.v_head.summary.bias.item())"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == head_of(made[0])
+
+
+def test_an_uncaught_exception_leaves_the_last_checkpoint_pushed_or_says_that_it_is_not(runs):
+    server, processes, places = runs
+    _, printed = processes["alice/fails"].communicate(timeout=60)
+    assert "RuntimeError: training failed" in printed
+    assert server.history("alice/fails")[0].title == "Step 3"
+    _, printed = processes["bob/no"].communicate(timeout=60)
+    assert "RuntimeError: training failed" in printed
+    assert "the checkpoint of step 3 is not on bob/no" in printed
+    assert not list(places["alice/fails"].iterdir())
+    assert not list(places["bob/no"].iterdir())
