@@ -3,7 +3,7 @@ PYTHON ?= python3
 BASE ?=
 BIN := .venv/bin
 
-.PHONY: help demo test check bench matrix compare-trl faults wheel clean
+.PHONY: help demo test check bench matrix compare-trl faults fuzz release-hashes wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,6 +45,9 @@ compare-trl: .venv/.done .trl/.done  ## converted checkpoints against the number
 
 faults: .venv/.done  ## fail every request of a push in every way; prints request x fault -> outcome
 	$(BIN)/python tests/fault_sweep.py
+
+fuzz: .venv/.done  ## spoil packages in 3,000 ways; prints mutation x outcome
+	$(BIN)/python tests/fuzz_packages.py
 
 release-hashes: .venv/.done  ## add this version's code to the list of releases, before it is released
 	$(BIN)/python -m hub_tools.releases

@@ -255,7 +255,7 @@ def _logits(model: GPT2LMHeadModel, drawn: Rollout) -> torch.Tensor:
 def _finding(
     own: torch.Tensor, logprobs: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor, audit: SamplerAudit
 ) -> Finding:
-    """Of n tokens: their log-probabilities `[n]` as reported, and all of the vocabulary's `[n, V]` under both models."""
+    """Of n tokens: their log-probabilities `[n]` as reported; the whole vocabulary, `[n, V]`, under both models."""
     estimates = own - reference.gather(-1, tokens[:, None]).squeeze(-1)
     ratios = torch.where(logprobs == -math.inf, 0.0, logprobs - reference)
     exact = (logprobs.exp() * ratios).sum(-1)

@@ -4,13 +4,13 @@ Imports typer and, inside the functions that need them, the rooms of hub_tools; 
 start at once.
 
 Exit status, for scripts: 0 done; 1 refused or failed, with the reason and the next step on stderr; 2 wrong
-usage; 3 (`inspect` only) the package can be read, but `verify` would refuse it.
+usage; 3 (`inspect` only) the package can be read, but `verify` would refuse it. `audit` exits with 1 for a
+dishonest sampler too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from . import console, layout
-from .errors import GPT2ValueHubError, SourceError
+from . import cli_audit, console, layout
+from .cli_loading import at, load_model, load_tokenizer, quiet_transformers
+from .errors import GPT2ValueHubError
 
 if TYPE_CHECKING:
     from .inspection import PackageReport
@@ -96,8 +97,8 @@ def create(
     from .save import save_package
 
     with console.working(f"loading {base}"):
-        model = _load_model(base, revision=revision, dtype=dtype.value)
-        loaded = _load_tokenizer(base, revision=revision) if tokenizer else None
+        model = load_model(base, revision=revision, dtype=dtype.value)
+        loaded = load_tokenizer(base, revision=revision) if tokenizer else None
     with console.working(f"writing {out}"):
         package = save_package(
             model,
@@ -137,8 +138,8 @@ def respond(
             from .inspection import inspect_package
 
             inspect_package(package)
-        model = _load_model(package, revision=revision)
-        tokenizer = _load_tokenizer(package, revision=revision)
+        model = load_model(package, revision=revision)
+        tokenizer = load_tokenizer(package, revision=revision)
     generator = torch.Generator()
     if seed is not None:
         generator.manual_seed(seed)
@@ -186,7 +187,7 @@ def inspect(
     from .inspection import inspect_package
 
     if revision is not None:
-        _at(package, revision)
+        at(package, revision)
     with console.working(f"inspecting {package}"):
         report = inspect_package(package, revision=revision, hash_weights=hash_weights)
     findings = _findings(report)
@@ -256,7 +257,7 @@ def convert(
     """
     from .convert import convert_checkpoint
 
-    _quiet_transformers()
+    quiet_transformers()
     with console.working(f"converting {source}"):
         conversion = convert_checkpoint(
             source,
@@ -285,7 +286,7 @@ def export(
     """Write a package's policy as a plain GPT-2, without head and code, for any runtime that knows GPT-2."""
     from .export import export_policy
 
-    _quiet_transformers()
+    quiet_transformers()
     with console.working(f"exporting {package}"):
         exported = export_policy(package, out, overwrite=overwrite)
     if json:
@@ -341,6 +342,9 @@ def push(
         console.show_push(report)
 
 
+app.command()(cli_audit.audit)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; always ends in `SystemExit` with one of the documented statuses."""
     try:
@@ -372,67 +376,6 @@ def _response(tokenizer: Any, prompt: str, rollout: Any) -> dict[str, Any]:
             for id, logprob, value in zip(ids, logprobs, values, strict=True)
         ],
     }
-
-
-def _load_model(source: str, *, revision: str | None, dtype: str = "auto") -> Any:
-    """A model by this installation's code, whatever code comes with it."""
-    from modeling_gpt2_value import GPT2ValueModel
-
-    with _translated(source, revision):
-        return GPT2ValueModel.from_pretrained(source, dtype=dtype, **_at(source, revision)).eval()
-
-
-def _load_tokenizer(source: str, *, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    hint = "if it has none, leave it out of the package: create --no-tokenizer"
-    with _translated(source, revision, what="a tokenizer", hint=hint):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **_at(source, revision))
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers 5 makes where there are no files
-        raise SourceError(f"{source} has no tokenizer", expected="a tokenizer's files", next_step=hint)
-    return tokenizer
-
-
-def _at(source: str, revision: str | None) -> dict[str, str]:
-    if revision is not None and Path(source).is_dir():
-        raise typer.BadParameter(f"{source} is a folder, which has no revisions: leave --revision out")
-    return {} if revision is None else {"revision": revision}
-
-
-def _quiet_transformers() -> None:
-    """No progress bars or warnings of transformers' among the command's own output."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-@contextmanager
-def _translated(source: str, revision: str | None, what: str = "a GPT-2 model", hint: str = "") -> Iterator[None]:
-    """What transformers says when it cannot load something, as an error of ours, without a traceback."""
-    import pickle
-
-    from huggingface_hub.errors import HfHubHTTPError
-    from safetensors import SafetensorError
-
-    _quiet_transformers()
-    try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        HfHubHTTPError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise SourceError(
-            f"{source}{at} does not load: {str(error).strip() or type(error).__name__}",
-            expected=f"{what}, in a folder or on the Hub",
-            next_step=hint or "check the name, the revision, and for a private repository the login: hf auth login",
-        ) from error
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from .errors import GPT2ValueHubError
 from .releases import diff_command
 
 if TYPE_CHECKING:
+    from sampler_audit import SamplerAudit
+
     from .convert import Conversion
     from .export import ExportedPolicy
     from .inspection import PackageReport
@@ -123,6 +125,18 @@ def show_verification(report: VerificationReport) -> None:
     if report.peak_memory_bytes is not None:
         table.add_row("peak memory", size(report.peak_memory_bytes))
     out.print(Text.assemble((str(report.folder), "bold"), (" verified", "bold green")))
+    out.print(table)
+
+
+def show_audit(audit: SamplerAudit, *, sampler: str, claim: str) -> None:
+    table = _facts()
+    table.add_row("sampler", visible(sampler))
+    table.add_row("claim", visible(claim))
+    table.add_row("tokens", f"{audit.tokens:,}" + (f", {audit.impossible:,} impossible" if audit.impossible else ""))
+    table.add_row("statistic", f"G = {audit.statistic:.1f}, {audit.degrees_of_freedom} degrees of freedom")
+    table.add_row("p-value", f"{audit.p_value:.2g} (dishonest below {audit.alpha:g})")
+    table.add_row("KL bias", f"{audit.bias_nats:+.4f} ± {audit.standard_error:.4f} nats per token")
+    out.print(Text(audit.verdict, "bold green" if audit.honest else "bold red"))
     out.print(table)
 
 

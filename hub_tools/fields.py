@@ -78,11 +78,24 @@ def check_config(config: dict[str, Any]) -> None:
         expect(alias, alias not in config, "GPT-2's own names: n_embd, n_positions, n_head, n_layer")
     # transformers makes a label for each
     expect("num_labels", type(config.get("num_labels", 1)) is int and config.get("num_labels", 1) == 1, "1")
-    most = math.isqrt(MASKS_LIMIT // config["n_layer"])
-    expect("n_positions", config["n_positions"] <= most, f"at most {most:,} with {config['n_layer']:,} layers")
     for name in REFUSED:
         expect(name, name not in config, "no such field in a value-head package")
     expect("pruned_heads", not config.get("pruned_heads"), "none: the weights have the shapes that the fields say")
+
+
+def check_memory(config: Mapping[str, Any]) -> None:
+    """Refuse a config from which a loader would make far more than the weights are.
+
+    Raises:
+        CorruptFileError.
+    """
+    layers, most = config["n_layer"], math.isqrt(MASKS_LIMIT // config["n_layer"])
+    if config["n_positions"] > most:
+        raise CorruptFileError(
+            f"config.json: 'n_positions' is {config['n_positions']:,}",
+            expected=f"at most {most:,} with {layers:,} layers: transformers 4 keeps a mask of its square in each",
+            next_step=AGAIN,
+        )
 
 
 def tied(config: Mapping[str, Any]) -> bool:

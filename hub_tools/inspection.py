@@ -26,7 +26,7 @@ from .errors import (
     UnusedOptionError,
     WeightsMismatchError,
 )
-from .fields import check_config, expected_shapes, tied
+from .fields import check_config, check_memory, expected_shapes, tied
 from .reading import AGAIN, MIB, Tensor, file_in, read_json, read_safetensors_header
 from .record import Record, read_record
 from .releases import releases, versions_of
@@ -346,6 +346,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
             expected="12 tensors or more for each layer",
             next_step=AGAIN,
         )
+    check_memory(config)
     expected = expected_shapes(config)
     head_names = {name for name in expected if name.startswith(layout.HEAD_PREFIX)}
     unknown = sorted(set(tensors) - set(expected))

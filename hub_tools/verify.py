@@ -1,8 +1,8 @@
 """Load a package in a fresh interpreter, strictly, and compare what it computes with its record.
 
-Imports the standard library and of hub_tools `inspection`, `record`, `releases` and what these import; `probe.py` is run,
-not imported. The fresh interpreter is isolated (`python -I`): no checkout, no PYTHONPATH, no caches, no
-token, no network.
+Imports the standard library and of hub_tools `inspection`, `record`, `releases` and what these import;
+`probe.py` is run, not imported. The fresh interpreter is isolated (`python -I`): no checkout, no PYTHONPATH,
+no caches, no token, no network.
 """
 
 from __future__ import annotations

@@ -48,8 +48,35 @@ def temporary(tmp_path_factory):
         yield folder
 
 
+def start(server, temporary, how):
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_TOKEN": server.token,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "TMPDIR": str(temporary),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+    }
+    command = [sys.executable, str(HERE / "trains_and_pushes.py"), f"alice/{how}", how]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture(scope="module")
-def running(temporary):
+def runs(tmp_path_factory):
+    """Training processes, one that is killed and one that fails. They run while the other tests do."""
+    with HubServer() as server:
+        server.faults += [Fault(every=29, status=503), Fault(route="lfs_upload", delay=0.3)]
+        places = {how: tmp_path_factory.mktemp("temporary") for how in ("killed", "fails")}
+        processes = {how: start(server, place, how) for how, place in places.items()}
+        yield server, processes, places
+        for process in processes.values():
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def running(temporary, runs):
     """A server and a pusher, whose process takes seconds to start, for many tests."""
     environment = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "TMPDIR": str(temporary)}
     with serving(xet=False) as server, mock.patch.dict(os.environ, environment):
@@ -390,43 +417,11 @@ def test_what_the_dead_left_on_the_disk_is_removed(running, temporary):
 # In processes of their own
 
 
-def start(server, temporary, repo_id, how):
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": server.url,
-        "HF_TOKEN": server.token,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "TMPDIR": str(temporary),
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
-    }
-    command = [sys.executable, str(HERE / "trains_and_pushes.py"), repo_id, how]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Three training processes at once: one is killed, one fails, one fails and may not push."""
-    with HubServer() as server:
-        server.faults += [Fault(every=7, status=503), Fault(route="lfs_upload", delay=0.3)]
-        places = {
-            repo_id: tmp_path_factory.mktemp("temporary") for repo_id in ("alice/killed", "alice/fails", "bob/no")
-        }
-        processes = {
-            repo_id: start(server, place, repo_id, "forever" if repo_id == "alice/killed" else "fails")
-            for repo_id, place in places.items()
-        }
-        yield server, processes, places
-        for process in processes.values():
-            process.kill()
-            process.communicate()
-
-
 def test_a_killed_run_leaves_the_repository_loadable_and_the_disk_clean(runs, tmp_path):
     server, processes, places = runs
-    wait_for(lambda: "alice/killed" in server.repos and len(server.history("alice/killed")) >= 4, 60)
-    processes["alice/killed"].kill()
-    wait_for(lambda: not list(places["alice/killed"].iterdir()))
+    wait_for(lambda: "alice/killed" in server.repos and len(server.history("alice/killed")) >= 3, 60)
+    processes["killed"].kill()
+    wait_for(lambda: not list(places["killed"].iterdir()))
     server.faults.clear()
     made = [commit for commit in server.history("alice/killed") if commit.title.startswith("Step")]
     assert all(set(commit.files) == set(made[0].files) for commit in made)
@@ -443,13 +438,10 @@ def test_a_killed_run_leaves_the_repository_loadable_and_the_disk_clean(runs, tm
     assert float(done.stdout) == head_of(made[0])
 
 
-def test_an_uncaught_exception_leaves_the_last_checkpoint_pushed_or_says_that_it_is_not(runs):
+def test_an_uncaught_exception_leaves_the_last_checkpoint_pushed_and_says_which_one_is_not(runs):
     server, processes, places = runs
-    _, printed = processes["alice/fails"].communicate(timeout=60)
+    _, printed = processes["fails"].communicate(timeout=60)
     assert "RuntimeError: training failed" in printed
-    assert server.history("alice/fails")[0].title == "Step 3"
-    _, printed = processes["bob/no"].communicate(timeout=60)
-    assert "RuntimeError: training failed" in printed
-    assert "the checkpoint of step 3 is not on bob/no" in printed
-    assert not list(places["alice/fails"].iterdir())
-    assert not list(places["bob/no"].iterdir())
+    assert [commit.title for commit in server.history("alice/fails")] == ["Step 3", "initial commit"]
+    assert "the checkpoint of step 2 is not on alice/fails" in printed
+    assert not list(places["fails"].iterdir())

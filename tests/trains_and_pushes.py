@@ -1,8 +1,10 @@
-"""A training loop in a process of its own, which is killed, or fails. Run as `python trains_and_pushes.py REPO HOW`.
+"""A training loop in a process of its own. Run as `python trains_and_pushes.py REPO HOW`.
 
-HOW is `forever` (until killed) or `fails` (an uncaught exception, and no `with` block).
+HOW is `killed` (it goes on until it is) or `fails`: a checkpoint with a NaN, a whole one, and an uncaught exception,
+without a `with` block.
 """
 
+import math
 import sys
 import time
 
@@ -16,10 +18,9 @@ model = make_tiny_model()
 pusher = CheckpointPusher(repo_id, patience=20.0)
 for step in range(1, 1_000_000):
     with torch.no_grad():
-        model.v_head.summary.bias.fill_(step)
-    if how == "forever":
+        model.v_head.summary.bias.fill_(math.nan if how == "fails" and step == 2 else step)
+    if how == "killed" or step > 1:
         pusher.push(model, step=step)
-        time.sleep(0.02)
-    elif step == 3:
-        pusher.push(model, step=step)
+    if how == "fails" and step == 3:
         raise RuntimeError("training failed")
+    time.sleep(0.5)  # also time for the first checkpoint to be on its way
