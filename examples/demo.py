@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["My most favourite movie is", "My least favourite movie is"]  # those of the seed notebook
 STRANGER = ROOT / "examples" / "answer_prompts.py"
 LENGTH = {"small": 80, "base": 40}  # tokens of a response at most; the small model's reviews end before that
-SEED = 71  # in both of its answers the reviewer has a second thought, and the values show it
+SEED = 54  # in both of its answers the reviewer has a second thought, and the values show it
 FIT_BUDGET = 20_000_000_000  # parameters times reviews: less than a minute on two cores, whatever the model's size
 ANOTHER_BASE = "give a GPT-2 with its tokenizer: make demo BASE=FOLDER or BASE=openai-community/gpt2, or no BASE at all"
 

@@ -1,6 +1,6 @@
 """Push checkpoints while training goes on: a snapshot between two steps, and all the rest in a process beside.
 
-Imports the standard library, huggingface_hub, torch, and of hub_tools `checkpoint_worker`, `errors`, `hub`, `save`,
+Imports the standard library, huggingface_hub, torch, and of hub_tools `checkpoint_process`, `errors`, `hub`, `save`,
 `snapshot` and what these import. What happens to a checkpoint after it left this process is in `checkpoint_worker`.
 """
 
@@ -10,9 +10,6 @@ import atexit
 import logging
 import os
 import pickle
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,19 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from torch import nn
 
-from . import errors
-from .checkpoint_worker import (
-    Checkpoint,
-    Failure,
-    PushedCheckpoint,
-    Settings,
-    command_of_worker,
-    environment_of_worker,
-)
+from .checkpoint_process import Home, WorkerProcess
+from .checkpoint_worker import Checkpoint, PushedCheckpoint, Settings
 from .errors import (
     CardMetadataError,
     CheckpointPushError,
@@ -46,12 +35,12 @@ from .errors import (
 )
 from .hub import Hub
 from .push import PATIENCE
-from .save import check_class
+from .save import installed_shell
 from .snapshot import Snapshot, places_of
 
 logger = logging.getLogger(__name__)
 
-HOME = "gpt2-value-checkpoints-"  # folders of this name in the system's folder for temporary files are ours
+BEST = "best"  # the tag of the best checkpoint
 FIRST_LOOK = 5.0  # seconds that a Hub may take to answer before training starts without having asked it
 # How often a checkpoint is tried again after what may pass; a Hub that does not answer is tried again for ever.
 TRIES = {ConcurrentPushError: 5, WorkerDiedError: 2}
@@ -115,7 +104,7 @@ class CheckpointPusher:
     Raises:
         AuthenticationError, NoAccessError: the token, asked about before training starts. (A Hub that does not answer
             within some seconds is no reason not to start.)
-        PushOptionsError: `repo_id` cannot be a repository's id, or `greater_is_better` is given without a metric.
+        PushOptionsError: `repo_id` cannot be a repository's id, or `greater_is_better` or `best_tag` has no metric.
         HubUnavailableError: offline mode is on.
     """
 
@@ -128,7 +117,7 @@ class CheckpointPusher:
         token: str | None = None,
         metric_for_best_model: str | None = None,
         greater_is_better: bool | None = None,
-        best_tag: str = "best",
+        best_tag: str = BEST,
         dataset: str = "the training run",
         base_model: str | None = None,
         license: str | None = None,
@@ -136,10 +125,10 @@ class CheckpointPusher:
         max_shard_size: int | str = "5GB",
         patience: float = PATIENCE,
     ) -> None:
-        if metric_for_best_model is None and greater_is_better is not None:
+        if metric_for_best_model is None and (greater_is_better is not None or best_tag != BEST):
             raise PushOptionsError(
-                f"greater_is_better={greater_is_better} without metric_for_best_model",
-                next_step="name the metric, or leave out greater_is_better",
+                f"greater_is_better={greater_is_better}, best_tag={best_tag!r} without metric_for_best_model",
+                next_step="name the metric, or leave out these two",
             )
         if greater_is_better is None:
             greater_is_better = metric_for_best_model is None or not metric_for_best_model.endswith("loss")
@@ -167,8 +156,8 @@ class CheckpointPusher:
             patience=patience,
         )
         self._owner = os.getpid()
-        self._home = _Home()
-        self._process = _Process(self._home.folder, self._settings, hub.api.endpoint)
+        self._home = Home()
+        self._process = WorkerProcess(self._home.folder, self._settings, hub.api.endpoint)
         self._changed = threading.Condition()
         # All of these are read and written while holding _changed.
         self._waiting: _Waiting | None = None
@@ -199,22 +188,19 @@ class CheckpointPusher:
             tokenizer: a transformers tokenizer, to travel with the model.
 
         Raises:
-            WrongModelError, MissingHeadError, UnsavableWeightsError: this model cannot be a package's.
+            WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
             CardMetadataError: a metric that is no number.
             CheckpointPushError: an earlier checkpoint did not reach the Hub.
             PusherClosedError: after `close`, or in a forked process.
         """
         self._check_usable()
-        check_class(model)
-        numbers = _numbers(metrics or {})
-        state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        config: Any = model.config
+        shell, state = installed_shell(model)
         checkpoint = Checkpoint(
             step=step,
-            metrics=numbers,
+            metrics=_numbers(metrics or {}),
             places=places_of(state),
-            config=config.to_dict(),
-            generation_config=pickle.loads(pickle.dumps(getattr(model, "generation_config", None))),
+            config=shell.config.to_dict(),
+            generation_config=shell.generation_config,
             tokenizer=None if tokenizer is None else pickle.dumps(tokenizer),
         )
         with self._changed:
@@ -421,93 +407,6 @@ class CheckpointPusher:
             self._failures.append(error)
         if not closed:  # what an interrupt stopped, `close` tells
             logger.error("%s", error)
-
-
-class _Process:
-    """The process beside: started with the first checkpoint, and again where it died."""
-
-    def __init__(self, home: Path, settings: Settings, endpoint: str) -> None:
-        self._home = home
-        self._settings = settings
-        self._endpoint = endpoint
-        self._running: subprocess.Popen[bytes] | None = None
-        self._ended = False
-
-    def ask(self, checkpoint: Checkpoint) -> PushedCheckpoint:
-        """Have a checkpoint pushed.
-
-        Raises:
-            WorkerDiedError: the process ended instead of answering.
-            Everything that `push_to_hub` raises.
-        """
-        running = self._running or self._start()
-        assert running.stdin is not None
-        assert running.stdout is not None
-        try:
-            pickle.dump(checkpoint, running.stdin)
-            running.stdin.flush()
-            answer: PushedCheckpoint | Failure = pickle.load(running.stdout)
-        except (OSError, EOFError, ValueError) as error:
-            self._running = None
-            ended = running.wait()
-            raise WorkerDiedError(
-                f"the process that pushes checkpoints ended with "
-                f"{f'signal {-ended}' if ended < 0 else f'exit status {ended}'}",
-                next_step="read what it printed to the standard error; make sure that there is enough memory",
-            ) from error
-        if isinstance(answer, Failure):
-            kind: type[GPT2ValueHubError] = getattr(errors, answer.kind)
-            raise kind(answer.found, expected=answer.expected, next_step=answer.next_step)
-        return answer
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        if self._ended:
-            raise WorkerDiedError("the pusher was closed in the meantime", next_step="wait for close() to return")
-        running = subprocess.Popen(
-            command_of_worker(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment_of_worker(self._endpoint, self._home),
-            start_new_session=True,  # a terminal's Ctrl-C is not for it
-        )
-        self._running = running
-        assert running.stdin is not None
-        pickle.dump((os.getpid(), self._home, self._settings), running.stdin)
-        return running
-
-    def end(self, *, at_once: bool) -> None:
-        """End it: when it has nothing to do, or in the middle of whatever it does."""
-        self._ended = True
-        running, self._running = self._running, None
-        if running is None:
-            return
-        if at_once:
-            running.kill()
-        assert running.stdin is not None
-        running.stdin.close()
-        running.wait()
-
-
-class _Home:
-    """A folder for what is on its way, locked while this process lives; those of dead processes are removed."""
-
-    def __init__(self) -> None:
-        parent = Path(tempfile.gettempdir())
-        for folder in parent.glob(f"{HOME}*"):
-            lock = FileLock(folder / "lock", timeout=0)
-            try:
-                lock.acquire()
-            except (Timeout, NotImplementedError, OSError):  # at work, or somebody else's, or just gone
-                continue
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
-        self.folder = Path(tempfile.mkdtemp(prefix=HOME, dir=parent))
-        self._lock = FileLock(self.folder / "lock")
-        self._lock.acquire()
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -249,27 +249,6 @@ def _tokenizer(pickled: bytes | None) -> Any:
         ) from error
 
 
-def environment_of_worker(endpoint: str, home: Path) -> dict[str, str]:
-    """The environment to start this process in."""
-    own = {
-        "HF_ENDPOINT": endpoint,
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TMPDIR": str(home),  # of what is verified and merged; removed with it
-    }
-    return {**os.environ, **own}
-
-
-def command_of_worker() -> list[str]:
-    """The command line of this process: found where this one finds it, whatever the training script is."""
-    path = [entry or os.getcwd() for entry in sys.path]
-    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from hub_tools import checkpoint_worker as w"
-    return [sys.executable, "-c", f"{code}; w.main()", json.dumps(path)]
-
-
 def main() -> None:
     """Read (parent's process id, home, Settings) from the standard input, and then one `Checkpoint` after the other;
     answer each with a `PushedCheckpoint` or a `Failure` on the standard output. All of it is pickled."""

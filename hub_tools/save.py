@@ -177,10 +177,14 @@ def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
     return target
 
 
-def _installed_copy(model: nn.Module) -> GPT2ValueModel:
-    """This installed version's model, in eval mode on the CPU, around the same weights (shared, not copied,
-    where they are on the CPU), after checking that they are a whole model's."""
-    check_class(model)
+def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.Tensor]]:
+    """This installed version's model with the configs of `model`, on the meta device, and the weights of `model` that
+    belong in it, after checking that they are a whole model's. (Not whether they are finite.)
+
+    Raises:
+        WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
+    """
+    _check_class(model)
     config: Any = model.config
     try:
         config = GPT2ValueConfig.from_dict(config.to_dict())
@@ -196,8 +200,17 @@ def _installed_copy(model: nn.Module) -> GPT2ValueModel:
     with torch.device("meta"):
         installed = GPT2ValueModel(config)
     _check_state(state, installed)
+    if generation_config is not None:
+        installed.generation_config = generation_config
+    return installed, state
+
+
+def _installed_copy(model: nn.Module) -> GPT2ValueModel:
+    """This installed version's model, in eval mode on the CPU, around the same weights (shared, not copied,
+    where they are on the CPU), after checking that they are finite and a whole model's."""
+    installed, state = installed_shell(model)
     body = {name: tensor.cpu() for name, tensor in state.items() if name != "lm_head.weight"}
-    tied = config.tie_word_embeddings
+    tied = installed.config.tie_word_embeddings
     body["lm_head.weight"] = body["transformer.wte.weight"] if tied else state["lm_head.weight"].cpu()
     for name, tensor in body.items():
         if not torch.isfinite(tensor).all():
@@ -215,12 +228,10 @@ def _installed_copy(model: nn.Module) -> GPT2ValueModel:
     for name, _ in list(installed.named_buffers()):
         owner, _, attribute = name.rpartition(".")
         setattr(installed.get_submodule(owner), attribute, found[name].cpu())
-    if generation_config is not None:
-        installed.generation_config = generation_config
     return installed.eval()
 
 
-def check_class(model: nn.Module) -> None:
+def _check_class(model: nn.Module) -> None:
     """Refuse wrappers, and other models, each with the way out."""
 
     def refuse(found: str, next_step: str) -> WrongModelError:

@@ -1,6 +1,6 @@
 """A copy of a model's weights in one block of memory, and the same on the disk for another process to map.
 
-Imports the standard library, torch and `errors`. The copy is what training cannot tear: it is made between two
+Imports the standard library, torch. The copy is what training cannot tear: it is made between two
 steps, and the block is used again for the next one.
 """
 
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from .errors import UnsavableWeightsError
 
 ALIGNMENT = 64  # bytes; enough for every dtype and vector unit
 
@@ -65,19 +63,9 @@ class Snapshot:
 
 
 def places_of(state: Mapping[str, torch.Tensor]) -> tuple[Place, ...]:
-    """A layout for these weights; tensors that share their data share their place.
-
-    Raises:
-        UnsavableWeightsError: a weight without data.
-    """
+    """A layout for these weights; tensors that share their data share their place."""
     places, offsets, end = [], dict[object, int](), 0
     for name, tensor in state.items():
-        if tensor.is_meta:
-            raise UnsavableWeightsError(
-                f"{name} is on the meta device, without data",
-                expected="weights in memory",
-                next_step="load the model without device_map='auto' or offloading",
-            )
         identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         offset = offsets.setdefault(identity if tensor.numel() else name, end)
         places.append(Place(name, tensor.dtype, tuple(tensor.shape), offset))

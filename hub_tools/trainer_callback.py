@@ -20,13 +20,14 @@ BOOKKEEPING = re.compile(r"step|epoch|total_flos|.*_(runtime|per_second)|num_inp
 class CheckpointPusherCallback(TrainerCallback):
     """Each time a Trainer saves, the model goes to the Hub as well; and once more at the end of training.
 
-        Trainer(..., callbacks=[CheckpointPusherCallback(CheckpointPusher("me/model", metric_for_best_model="loss"))])
+        pusher = CheckpointPusher("me/model", metric_for_best_model="eval_loss")
+        Trainer(..., callbacks=[CheckpointPusherCallback(pusher)])
 
     Each checkpoint has what the Trainer logged at its step (training loss, learning rate, `eval_` metrics) as its
-    metrics; and the Trainer's `processing_class`, if that is a tokenizer. At the end of training the branch holds
-    what `trainer.model` then is, with `load_best_model_at_end` the best model under the number of its step, and
-    everything is on the Hub, or `CheckpointPushError` is raised. What failed for good before (see `CheckpointPusher`)
-    is raised at the next step.
+    metrics, under these names; and the Trainer's `processing_class`, if that is a tokenizer. At the end of training
+    the branch holds what `trainer.model` then is (with `load_best_model_at_end` the best model, under the number of
+    its step), and everything is on the Hub, or `CheckpointPushError` is raised. What failed for good before (see
+    `CheckpointPusher`) is raised at the next step.
 
     In a run of several processes only the main one pushes; there the model must be whole (not sharded by FSDP or
     DeepSpeed's third stage). The pusher stays open, for further training; Python closes it at exit.

@@ -1,0 +1,143 @@
+"""A training run's end of the pipe to the process beside it, and the folder through which the weights go.
+
+Imports the standard library, filelock and of hub_tools `checkpoint_worker` and `errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from . import errors
+from .checkpoint_worker import Checkpoint, Failure, PushedCheckpoint, Settings
+from .errors import GPT2ValueHubError, WorkerDiedError
+
+HOME = "gpt2-value-checkpoints-"  # folders of this name in the system's folder for temporary files are ours
+
+
+class WorkerProcess:
+    """The process beside: started with the first checkpoint, and again where it died."""
+
+    def __init__(self, home: Path, settings: Settings, endpoint: str) -> None:
+        self._home = home
+        self._settings = settings
+        self._endpoint = endpoint
+        self._running: subprocess.Popen[bytes] | None = None
+        self._ended = False
+
+    def ask(self, checkpoint: Checkpoint) -> PushedCheckpoint:
+        """Have a checkpoint pushed.
+
+        Raises:
+            WorkerDiedError: the process ended instead of answering.
+            Everything that `push_to_hub` raises.
+        """
+        running = self._running or self._start()
+        assert running.stdin is not None
+        assert running.stdout is not None
+        try:
+            pickle.dump(checkpoint, running.stdin)
+            running.stdin.flush()
+            answer: PushedCheckpoint | Failure = pickle.load(running.stdout)
+        except (OSError, EOFError, ValueError) as error:
+            self._running = None
+            ended = running.wait()
+            raise WorkerDiedError(
+                f"the process that pushes checkpoints ended with "
+                f"{f'signal {-ended}' if ended < 0 else f'exit status {ended}'}",
+                next_step="read what it printed to the standard error; make sure that there is enough memory",
+            ) from error
+        if isinstance(answer, Failure):
+            kind: type[GPT2ValueHubError] = getattr(errors, answer.kind)
+            raise kind(answer.found, expected=answer.expected, next_step=answer.next_step)
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._ended:
+            raise WorkerDiedError("the pusher was closed in the meantime", next_step="wait for close() to return")
+        running = subprocess.Popen(
+            _command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(self._endpoint, self._home),
+            start_new_session=True,  # a terminal's Ctrl-C is not for it
+        )
+        self._running = running
+        assert running.stdin is not None
+        pickle.dump((os.getpid(), self._home, self._settings), running.stdin)
+        return running
+
+    def end(self, *, at_once: bool) -> None:
+        """End it: when it has nothing to do, or in the middle of whatever it does."""
+        self._ended = True
+        running, self._running = self._running, None
+        if running is None:
+            return
+        if at_once:
+            running.kill()
+        assert running.stdin is not None
+        running.stdin.close()
+        running.wait()
+
+
+class Home:
+    """A folder for what is on its way, locked while this process lives; those of dead processes are removed."""
+
+    def __init__(self) -> None:
+        parent = Path(tempfile.gettempdir())
+        for folder in parent.glob(f"{HOME}*"):
+            if folder.is_symlink() or not folder.is_dir():
+                continue
+            lock = FileLock(folder / "lock", timeout=0)
+            try:
+                lock.acquire()
+            except (Timeout, NotImplementedError, OSError):  # at work, or somebody else's, or just gone
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+        while True:  # once; again if another pusher saw the folder before it was locked, and removed it
+            self.folder = Path(tempfile.mkdtemp(prefix=HOME, dir=parent))
+            self._lock = FileLock(self.folder / "lock")
+            try:
+                self._lock.acquire()
+            except NotImplementedError:  # no locks on this file system: then nobody removes anything there
+                return
+            except FileNotFoundError:
+                continue
+            if (self.folder / "lock").exists():
+                return
+            self._lock.release()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+
+
+def _environment(endpoint: str, home: Path) -> dict[str, str]:
+    """The environment of the process beside."""
+    own = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TMPDIR": str(home),  # of what is verified and merged; removed with it
+        "TEMP": str(home),  # the same on Windows
+    }
+    return {**os.environ, **own}
+
+
+def _command() -> list[str]:
+    """The command line of the process beside: it finds what this one finds, whatever the training script is."""
+    path = [entry or os.getcwd() for entry in sys.path]
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from hub_tools import checkpoint_worker as w"
+    return [sys.executable, "-c", f"{code}; w.main()", json.dumps(path)]
