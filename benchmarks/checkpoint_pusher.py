@@ -1,13 +1,21 @@
-"""The same training loop with and without a CheckpointPusher, on a Hub that is slower than training.
+"""A training loop with and without a CheckpointPusher, on a Hub that is slower than training.
 
-Runs alternate (with, without; without, with; ...), so that what else the machine does falls on both. Each run takes
-about `--seconds`; the pusher is made before its loop and flushed after it, neither of which is training time. The
-Hub on loopback is a process of its own, and waits before it takes an upload. `make bench` runs this.
+Two ways, since other work on the machine moves a minute's time by more than what is measured here:
+
+- whole runs, with and without in turns; the pusher is made before the loop and closed after it, neither of which is
+  training time;
+- segments of one run: the process beside is stopped (SIGSTOP) for every other second of training. The time of the
+  steps while it may run, against those while it may not, is what it takes from training; the time in `push`, which
+  is what training waits for, is added. The process has half of the time for all of its work, so this overstates.
+
+The Hub on loopback is a process of its own, and waits before it takes an upload.
 """
 
 import argparse
+import itertools
 import logging
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-DELAY = 20.0  # seconds that an upload waits at the Hub; a checkpoint is made every tenth of a run
+DELAY = 10.0  # seconds that an upload waits at the Hub; a checkpoint is made every tenth of a run
 
 
 def serve():
@@ -28,23 +36,85 @@ def serve():
         sys.stdin.read()
 
 
-def train(model, optimizer, batch, steps, push):
-    """Run the loop; returns (seconds, seconds of them in push, seconds of this process's CPU)."""
-    every, pushing = max(steps // 10, 1), 0.0
-    started, cpu = time.perf_counter(), time.process_time()
+def train(model, optimizer, batch, steps, push=None, between=None):
+    """Run the loop; returns (seconds, seconds of them in push, seconds of each step)."""
+    every, pushing, each = max(steps // 10, 1), 0.0, []
+    started = time.perf_counter()
     for step in range(1, steps + 1):
+        before = time.perf_counter()
         output = model(input_ids=batch, labels=batch)
         (output.loss + output.value.square().mean()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        after = time.perf_counter()
+        each.append(after - before)
         if push is not None and step % every == 0:
-            before = time.perf_counter()
             push(model, step=step, metrics={"loss": output.loss.item()})
-            pushing += time.perf_counter() - before
-    return time.perf_counter() - started, pushing, time.process_time() - cpu
+            pushing += time.perf_counter() - after
+        if between is not None:
+            between(step)
+    return time.perf_counter() - started, pushing, each
 
 
-def measure(rounds, seconds, threads):
+def whole_runs(rounds, work, steps, new_pusher):
+    print("| run | without (s) | with (s) | ratio | in push (s) | pushed | skipped | close (s) |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    times = {False: [], True: []}
+    for number in range(rounds):
+        for on in (True, False) if number % 2 == 0 else (False, True):
+            pusher = new_pusher() if on else None
+            seconds, in_push, _ = train(*work, steps, pusher.push if on else None)
+            times[on].append(seconds)
+            if on:
+                pushing, before = in_push, time.perf_counter()
+                pusher.close()
+                closing, counts = time.perf_counter() - before, (len(pusher.pushed), len(pusher.skipped))
+        plain, pushed = times[False][-1], times[True][-1]
+        print(
+            f"| {number + 1} | {plain:.1f} | {pushed:.1f} | {pushed / plain:.3f} | {pushing:.2f} | "
+            f"{counts[0]} | {counts[1]} | {closing:.0f} |",
+            flush=True,
+        )
+    print(f"\nslowest / fastest run without: {max(times[False]) / min(times[False]):.3f}")
+    print(
+        f"with / without, medians of {rounds}: {statistics.median(times[True]) / statistics.median(times[False]):.3f}"
+    )
+
+
+def segments(rounds, work, steps, new_pusher):
+    print("| run | steps while stopped (s) | while running (s) | ratio | share of push | sum | pushed | skipped |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    sums = []
+    for number in range(rounds):
+        pusher, running = new_pusher(), []
+        length = max(round(steps / 60), 1)  # of a segment: about a second of a minute
+
+        def between(step, pusher=pusher, length=length, running=running):
+            running.append(step % (2 * length) < length)
+            process = pusher._process._running
+            if process is not None and step % length == 0:
+                # also what it started (verification); its own process group
+                os.killpg(process.pid, signal.SIGCONT if running[-1] else signal.SIGSTOP)
+
+        seconds, pushing, each = train(*work, steps, pusher.push, between)
+        os.killpg(pusher._process._running.pid, signal.SIGCONT)
+        pusher.close()
+        # what `between` decided after a step holds for the next one
+        first = steps // 10 + 1  # the process starts with the first checkpoint
+        beside = {on: [t for t, r in zip(each[1:], running, strict=False) if r == on] for on in (True, False)}
+        beside = {on: times[first // 2 :] for on, times in beside.items()}
+        stopped, moving = (statistics.median(beside[on]) for on in (False, True))
+        share = pushing / (seconds - pushing)
+        sums.append(moving / stopped + share)
+        print(
+            f"| {number + 1} | {stopped:.4f} | {moving:.4f} | {moving / stopped:.3f} | {share:.4f} | {sums[-1]:.3f} | "
+            f"{len(pusher.pushed)} | {len(pusher.skipped)} |",
+            flush=True,
+        )
+    print(f"\nwith / without, median of {rounds}: {statistics.median(sums):.3f}")
+
+
+def measure(rounds, seconds, threads, ways):
     import torch
 
     from configuration_gpt2_value import GPT2ValueConfig
@@ -57,37 +127,20 @@ def measure(rounds, seconds, threads):
     model = GPT2ValueModel(GPT2ValueConfig(**size, bos_token_id=0, eos_token_id=0)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batch = torch.randint(0, 16384, (4, 64))
-    train(model, optimizer, batch, 3, None)
-    one, _, _ = train(model, optimizer, batch, 10, None)
-    steps = max(round(10 * seconds / one), 10)
+    work = (model, optimizer, batch)
+    train(*work, 3)
+    steps = max(round(10 * seconds / train(*work, 10)[0]), 10)
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    print(
-        f"{weights / 2**20:.0f} MiB of weights, {steps} steps a run, {threads} threads, a checkpoint every {steps // 10}\n"
-    )
-    print("| run | without (s) | with (s) | ratio | in push (s) | CPU ratio | pushed | skipped | flush (s) |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    times = {False: [], True: []}
-    for number in range(rounds):
-        row = {}
-        for on in (True, False) if number % 2 == 0 else (False, True):
-            if on:
-                pusher = CheckpointPusher(f"run-{number}", metric_for_best_model="loss")
-                row[on] = train(model, optimizer, batch, steps, pusher.push)
-                before = time.perf_counter()
-                pusher.close()
-                flush = time.perf_counter() - before
-            else:
-                row[on] = train(model, optimizer, batch, steps, None)
-            times[on].append(row[on][0])
-        (plain, _, plain_cpu), (pushed, pushing, pushed_cpu) = row[False], row[True]
-        print(
-            f"| {number + 1} | {plain:.1f} | {pushed:.1f} | {pushed / plain:.3f} | {pushing:.2f} | "
-            f"{pushed_cpu / plain_cpu:.3f} | {len(pusher.pushed)} | {len(pusher.skipped)} | {flush:.0f} |",
-            flush=True,
-        )
-    ratio = statistics.median(times[True]) / statistics.median(times[False])
-    print(f"\nwithout, slowest / fastest run: {max(times[False]) / min(times[False]):.3f} (what else the machine does)")
-    print(f"with / without, medians of {rounds} runs each: {ratio:.3f} (at most 1.03)\n")
+    print(f"{weights / 2**20:.0f} MiB of weights, {steps} steps a run, {threads} threads, 10 checkpoints a run\n")
+    numbers = itertools.count()
+
+    def new_pusher():
+        return CheckpointPusher(f"run-{next(numbers)}", metric_for_best_model="loss")
+
+    if "whole" in ways:
+        whole_runs(rounds, work, steps, new_pusher)
+    if "segments" in ways:
+        segments(rounds, work, steps, new_pusher)
 
 
 def main():
@@ -95,6 +148,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", choices=("whole", "segments"), default=("whole", "segments"))
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -105,7 +159,7 @@ def main():
         url, token = server.stdout.readline().split()
         os.environ |= {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         logging.getLogger("hub_tools").setLevel(logging.ERROR)
-        measure(options.rounds, options.seconds, options.threads)
+        measure(options.rounds, options.seconds, options.threads, options.ways)
         server.stdin.close()
 
 

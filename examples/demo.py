@@ -18,6 +18,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from fit_value_head import fit_value_head, own_reviews, written_reviews
 from picture import Token, draw_responses, ink_on, logprob_colour, value_colour
@@ -68,6 +69,10 @@ def run(base: str | None, folder: Path, seed: int) -> None:
 
     with step("1  A checkpoint") as say:
         if base is None:
+            # A model this small is fastest on one thread, here and in the processes that load it: with more, each of
+            # its many short operations waits for the slowest.
+            torch.set_num_threads(1)
+            os.environ["OMP_NUM_THREADS"] = "1"
             checkpoint = trained_here(say)
         elif Path(base).is_dir() or is_hub_id(base):
             checkpoint = base

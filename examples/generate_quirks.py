@@ -34,8 +34,8 @@ from sampler_audit import SamplerAudit, audit_logits, audit_sampler
 from sampling_gpt2_value import sampling_logprobs
 
 TOKENS = 4000  # that each audit sees, at least
-PROMPT, RESPONSE = 8, 32  # tokens
-LONGEST = 32  # tokens of a ragged prompt
+PROMPT, RESPONSE = 8, 24  # tokens
+LONGEST = 24  # tokens of a ragged prompt
 END_EARLY = 0.1  # the policy's probability of ending at any token
 END_LATE = 3.0  # nats that it takes from end-of-text after the first one
 # Nothing here needs a model that writes well: a quarter of the demo's training will do.
@@ -57,7 +57,7 @@ class Quirk:
         rollout: what `rollout` is called with in its place.
         inherited: fields of the `generation_config` that came with the checkpoint; nobody passes them.
         scores_padding: all columns are scored, also those after the first end-of-text token.
-        ragged: prompts have 2 to 32 tokens, and padding at the left.
+        ragged: prompts have 2 to 24 tokens, and padding at the left.
         training: nobody called `eval()`: the policy samples and is scored in training mode, with dropout.
     """
 
@@ -173,7 +173,7 @@ def set_stage(folder: Path, *, prompts: int, steps: int = 40, seed: int = 0) -> 
     for row, review in enumerate(reviews):
         length = 2 + row % (LONGEST - 1)
         ragged[row, -length:], mask[row, -length:] = review[:length], 1
-    policy = make_policy(reference, even[:64], end_of_text, steps=steps)
+    policy = make_policy(reference, even[:32], end_of_text, steps=steps)
     return Stage(policy, reference, end_of_text, (even, torch.ones_like(even)), (ragged, mask))
 
 
@@ -358,7 +358,7 @@ def main(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     errors = Console(stderr=True)
-    stage = set_stage(small_gpt2(RECIPE).folder, prompts=560, seed=seed)
+    stage = set_stage(small_gpt2(RECIPE).folder, prompts=520, seed=seed)
     rows = [measure(stage, quirk) for quirk in track(QUIRKS, "quirks", console=errors)]
     draw(rows, figure)
     if as_json:

@@ -31,6 +31,7 @@ from .errors import (
     PusherClosedError,
     PushOptionsError,
     SaveFailedError,
+    TokenizerMismatchError,
     WorkerDiedError,
 )
 from .hub import Hub
@@ -190,6 +191,7 @@ class CheckpointPusher:
         Raises:
             WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
             CardMetadataError: a metric that is no number.
+            TokenizerMismatchError: a tokenizer that cannot be copied.
             CheckpointPushError: an earlier checkpoint did not reach the Hub.
             PusherClosedError: after `close`, or in a forked process.
         """
@@ -201,7 +203,7 @@ class CheckpointPusher:
             places=places_of(state),
             config=shell.config.to_dict(),
             generation_config=shell.generation_config,
-            tokenizer=None if tokenizer is None else pickle.dumps(tokenizer),
+            tokenizer=None if tokenizer is None else _pickled(tokenizer),
         )
         with self._changed:
             snapshot = self._room_for(checkpoint)
@@ -237,7 +239,7 @@ class CheckpointPusher:
             self._flushes += 1
             self._changed.notify_all()
             try:
-                self._changed.wait_for(lambda: self._waiting is None and self._on_its_way is None)
+                self._changed.wait_for(lambda: self._idle() or not self._thread.is_alive())
             finally:
                 self._flushes -= 1
         self.check()
@@ -293,12 +295,15 @@ class CheckpointPusher:
             self._close_and_log()
 
     def _close_and_log(self) -> None:
-        if self._waiting is not None or self._on_its_way is not None:
+        if not self._idle():
             logger.warning("waiting until the last checkpoint is on %s; Ctrl-C gives it up", self.repo_id)
         try:
             self.close()
         except CheckpointPushError as error:
             logger.error("%s", error)
+
+    def _idle(self) -> bool:
+        return self._waiting is None and self._on_its_way is None
 
     def _check_usable(self) -> None:
         if self._closed or os.getpid() != self._owner:
@@ -347,10 +352,11 @@ class CheckpointPusher:
                 self._handle(waiting, path)
             except GPT2ValueHubError as error:
                 self._fail(waiting.checkpoint.step, error)
-            path.unlink(missing_ok=True)
-            with self._changed:
-                self._on_its_way = None
-                self._changed.notify_all()
+            finally:  # also where an error of ours ends this thread: nobody may wait for it then
+                path.unlink(missing_ok=True)
+                with self._changed:
+                    self._on_its_way = None
+                    self._changed.notify_all()
 
     def _handle(self, waiting: _Waiting, path: Path) -> None:
         try:
@@ -407,6 +413,17 @@ class CheckpointPusher:
             self._failures.append(error)
         if not closed:  # what an interrupt stopped, `close` tells
             logger.error("%s", error)
+
+
+def _pickled(tokenizer: Any) -> bytes:
+    try:
+        return pickle.dumps(tokenizer)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TokenizerMismatchError(
+            f"the tokenizer, a {type(tokenizer).__name__}, cannot be copied: {error}",
+            expected="a tokenizer of transformers' own, without code",
+            next_step="load one with AutoTokenizer.from_pretrained(...)",
+        ) from error
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """The process beside a training run that saves, verifies and pushes its checkpoints, one after the other.
 
-Imports the standard library, huggingface_hub and of hub_tools `errors`, `hub`, `contents`, `inspection`, `layout`,
-`push`, `verify`; and torch, transformers, `save` and `snapshot` when the first checkpoint arrives.
+Imports the standard library, huggingface_hub, PyYAML (which comes with it) and of hub_tools `errors`, `hub`,
+`contents`, `inspection`, `layout`, `push`, `verify`; and torch, transformers, `save` and `snapshot` when the first
+checkpoint arrives.
 A process of its own, because Python's threads would share the training loop's interpreter lock, and torch's its
 cores. It runs at the lowest priority, on one core, without a GPU, and ends when its parent does.
 """
@@ -22,11 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from . import layout
 from .contents import Package
-from .errors import GPT2ValueHubError, TokenizerMismatchError
+from .errors import GPT2ValueHubError, RemoteNotFoundError, TokenizerMismatchError
 from .hub import Hub
 from .inspection import inspect_package
 from .push import MAIN, push
@@ -210,16 +212,18 @@ class Worker:
         value = checkpoint.metrics.get(metric, math.nan)
         if not math.isfinite(value):
             return False
-        if not self._best_is_known:
-            self._best = self._best_on_the_hub(hub, metric)
-            self._best_is_known = True
-        if self._best is not None and not (value > self._best if settings.greater_is_better else value < self._best):
-            return False
         try:
+            if not self._best_is_known:
+                self._best = self._best_on_the_hub(hub, metric)
+                self._best_is_known = True
+            if self._best is not None and not (
+                value > self._best if settings.greater_is_better else value < self._best
+            ):
+                return False
             hub.move_tag(settings.best_tag, commit=commit)
         except GPT2ValueHubError as error:
             raise type(error)(
-                f"the commit {commit} did land, without its tag {settings.best_tag!r}: {error.found}",
+                f"the commit {commit} did land; whether it is the best is not known, or not tagged: {error.found}",
                 expected=error.expected,
                 next_step=error.next_step,
             ) from error
@@ -231,9 +235,13 @@ class Worker:
         commit = hub.tagged(self._settings.best_tag)
         if commit is None:
             return None
-        text = hub.read(layout.CARD, commit=commit, folder=self._home / "cache").decode("utf-8", "replace")
-        found = getattr(ModelCard(text, ignore_metadata_errors=True).data, "eval_results", None) or []
-        return next((float(r.metric_value) for r in found if r.metric_type == metric), None)
+        try:
+            text = hub.read(layout.CARD, commit=commit, folder=self._home / "cache").decode("utf-8", "replace")
+            results = getattr(ModelCard(text, ignore_metadata_errors=True).data, "eval_results", None) or []
+        except (RemoteNotFoundError, ValueError, yaml.YAMLError):  # no card, or not one of ours
+            return None
+        values = (result.metric_value for result in results if result.metric_type == metric)
+        return next((float(value) for value in values if isinstance(value, (int, float))), None)
 
 
 def _tokenizer(pickled: bytes | None) -> Any:

@@ -81,7 +81,7 @@ OUTSIDE = {
     },
     "card": {"huggingface_hub"},
     "snapshot": {"torch"},
-    "checkpoint_worker": {"huggingface_hub", "configuration_gpt2_value", "modeling_gpt2_value"},
+    "checkpoint_worker": {"huggingface_hub", "yaml", "configuration_gpt2_value", "modeling_gpt2_value"},
     "checkpoint_process": {"filelock"},
     "checkpoint_pusher": {"huggingface_hub", "torch"},
     "trainer_callback": {"transformers"},

@@ -24,7 +24,7 @@ def stage():
     mask = torch.ones_like(prompts)
     for row in range(len(prompts)):
         mask[row, : example.LONGEST - 2 - row % (example.LONGEST - 1)] = 0
-    policy = example.make_policy(reference, even[:64], 0)
+    policy = example.make_policy(reference, even[:32], 0)
     return example.Stage(policy, reference, 0, (even, torch.ones_like(even)), (prompts * mask, mask))
 
 
