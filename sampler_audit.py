@@ -1,10 +1,10 @@
 """Is this sampler honest? A test whether tokens are draws from the distribution that they are scored by.
 
 Imports torch, the remote code and `sampler_claim`; matplotlib only to plot. Method: the randomised probability integral
-transform of every drawn token (Brockwell, 2007, "Universal residuals", Statistics & Probability Letters 77; Czado,
-Gneiting & Held, 2009, "Predictive model assessment for count data", Biometrics 65). Along a sequence the transforms
-are independent and uniform if each token is a draw from its claimed distribution (Rosenblatt, 1952, "Remarks on a
-multivariate transformation", Annals of Mathematical Statistics 23).
+transform of every drawn token (Brockwell, 2007, "Universal residuals: a multivariate transformation", Statistics &
+Probability Letters 77; Czado, Gneiting & Held, 2009, "Predictive model assessment for count data", Biometrics 65).
+Along a sequence the transforms are independent and uniform if each token is a draw from its claimed distribution
+(Rosenblatt, 1952, "Remarks on a multivariate transformation", Annals of Mathematical Statistics 23).
 """
 
 from __future__ import annotations

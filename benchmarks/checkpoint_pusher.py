@@ -4,9 +4,10 @@ Two ways, since other work on the machine moves a minute's time by more than wha
 
 - whole runs, with and without in turns; the pusher is made before the loop and closed after it, neither of which is
   training time;
-- segments of one run: the process beside is stopped (SIGSTOP) for every other second of training. The time of the
-  steps while it may run, against those while it may not, is what it takes from training; the time in `push`, which
-  is what training waits for, is added. The process has half of the time for all of its work, so this overstates.
+- segments of one run: the process beside is stopped (SIGSTOP) for every other half second of training. The median
+  step while it may run, against the median step while it may not, is what it takes from training; the time in `push`,
+  for which training waits, is added. The process has half of the time for all of its work, so this overstates. The
+  same without a pusher (`control`) shows what the machine's other work does to this figure.
 
 The Hub on loopback is a process of its own, and waits before it takes an upload.
 """
@@ -30,6 +31,7 @@ DELAY = 10.0  # seconds that an upload waits at the Hub; a checkpoint is made ev
 def serve():
     from hub_server import Fault, HubServer
 
+    os.nice(19)  # a Hub does not take its time from the machine that trains
     with HubServer() as server:
         server.faults.append(Fault(route="lfs_upload", delay=DELAY))
         print(server.url, server.token, flush=True)
@@ -84,34 +86,36 @@ def whole_runs(rounds, work, steps, new_pusher):
 def segments(rounds, work, steps, new_pusher):
     print("| run | steps while stopped (s) | while running (s) | ratio | share of push | sum | pushed | skipped |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    sums = []
-    for number in range(rounds):
-        pusher, running = new_pusher(), []
-        length = max(round(steps / 60), 1)  # of a segment: about a second of a minute
+    sums = {True: [], False: []}
+    for number in range(2 * rounds):
+        pushes = number % 2 == 1
+        pusher, running = new_pusher() if pushes else None, []
+        length = max(round(steps / 120), 1)  # of a segment: about half a second of a minute
 
         def between(step, pusher=pusher, length=length, running=running):
-            running.append(step % (2 * length) < length)
-            process = pusher._process._running
+            running.append(step % (2 * length) < length)  # in the next step
+            process = None if pusher is None else pusher._process._running
             if process is not None and step % length == 0:
-                # also what it started (verification); its own process group
+                # also what it started (verification): its own process group
                 os.killpg(process.pid, signal.SIGCONT if running[-1] else signal.SIGSTOP)
 
-        seconds, pushing, each = train(*work, steps, pusher.push, between)
-        os.killpg(pusher._process._running.pid, signal.SIGCONT)
-        pusher.close()
-        # what `between` decided after a step holds for the next one
+        seconds, pushing, each = train(*work, steps, pusher.push if pushes else None, between)
+        if pushes:
+            os.killpg(pusher._process._running.pid, signal.SIGCONT)
+            pusher.close()
         first = steps // 10 + 1  # the process starts with the first checkpoint
-        beside = {on: [t for t, r in zip(each[1:], running, strict=False) if r == on] for on in (True, False)}
-        beside = {on: times[first // 2 :] for on, times in beside.items()}
-        stopped, moving = (statistics.median(beside[on]) for on in (False, True))
+        pairs = list(zip(each[1:], running, strict=False))[first:]
+        stopped, moving = (statistics.median(t for t, r in pairs if r == on) for on in (False, True))
         share = pushing / (seconds - pushing)
-        sums.append(moving / stopped + share)
+        sums[pushes].append(moving / stopped + share)
+        counts = f"{len(pusher.pushed)} | {len(pusher.skipped)}" if pushes else "- | -"
         print(
-            f"| {number + 1} | {stopped:.4f} | {moving:.4f} | {moving / stopped:.3f} | {share:.4f} | {sums[-1]:.3f} | "
-            f"{len(pusher.pushed)} | {len(pusher.skipped)} |",
+            f"| {'with' if pushes else 'control'} | {stopped:.4f} | {moving:.4f} | {moving / stopped:.3f} | "
+            f"{share:.4f} | {sums[pushes][-1]:.3f} | {counts} |",
             flush=True,
         )
-    print(f"\nwith / without, median of {rounds}: {statistics.median(sums):.3f}")
+    print(f"\ncontrol, median of {rounds}: {statistics.median(sums[False]):.3f}")
+    print(f"with / without, median of {rounds}: {statistics.median(sums[True]):.3f}")
 
 
 def measure(rounds, seconds, threads, ways):
@@ -126,7 +130,7 @@ def measure(rounds, seconds, threads, ways):
     size = {"n_layer": 4, "n_embd": 384, "n_head": 6, "vocab_size": 16384, "n_positions": 128}
     model = GPT2ValueModel(GPT2ValueConfig(**size, bos_token_id=0, eos_token_id=0)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    batch = torch.randint(0, 16384, (4, 64))
+    batch = torch.randint(0, 16384, (2, 64))
     work = (model, optimizer, batch)
     train(*work, 3)
     steps = max(round(10 * seconds / train(*work, 10)[0]), 10)
@@ -157,6 +161,8 @@ def main():
     command = [sys.executable, __file__, "--serve"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         url, token = server.stdout.readline().split()
+        # threads that wait by spinning make a busy machine's other work look like ours
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ |= {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         logging.getLogger("hub_tools").setLevel(logging.ERROR)
         measure(options.rounds, options.seconds, options.threads, options.ways)
