@@ -169,11 +169,11 @@ def _is_plain_gpt2(model):
     known = PLAIN | {nn.ModuleList, type(ACT2FN[config.activation_function])}
     plain = [type(module) in known for module in (model.lm_head, *model.transformer.modules())]
     whole = [block.attn.c_attn.weight.shape == (config.n_embd, 3 * config.n_embd) for block in model.transformer.h]
-    altered = [_is_altered(module) for module in (model, model.lm_head, *model.transformer.modules())]
+    altered = [is_altered(module) for module in (model, model.lm_head, *model.transformer.modules())]
     return all(plain) and all(whole) and not any(altered)
 
 
-def _is_altered(module):
+def is_altered(module):
     """Whether calling the module does more than its class says: a hook, or a forward of its own (accelerate's)."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     # transformers 5 leaves hooks that record hidden states, and change nothing, behind a call that asked for them.

@@ -10,17 +10,15 @@ import math
 from typing import Optional
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 try:
-    from .decoding_gpt2_value import as_scored, decoder_for, last_states, without_dropout
-    from .sampling_gpt2_value import draw, sampling_distribution, sampling_logprobs, token_logprob
+    from .decoding_gpt2_value import as_scored, decoder_for, last_states
+    from .sampling_gpt2_value import draw, sampling_distribution
+    from .scoring_gpt2_value import finite, score, score_in_chunks
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
-    from decoding_gpt2_value import as_scored, decoder_for, last_states, without_dropout
-    from sampling_gpt2_value import draw, sampling_distribution, sampling_logprobs, token_logprob
-
-# Scoring holds the logits of so many (token, vocabulary) pairs at a time: 32 MiB in float32.
-CHUNK = 2**23
+    from decoding_gpt2_value import as_scored, decoder_for, last_states
+    from sampling_gpt2_value import draw, sampling_distribution
+    from scoring_gpt2_value import finite, score, score_in_chunks
 
 
 @dataclasses.dataclass
@@ -171,7 +169,7 @@ def rollout(
             logprob = step.logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) - normaliser
             drawn = index if step.tokens is None else step.tokens.gather(-1, index.unsqueeze(-1)).squeeze(-1)
             now = running[rows]
-            bad[rows, t] = now & ~_finite(logits)
+            bad[rows, t] = now & ~finite(logits)
             tokens[rows, P + t] = torch.where(now, drawn, pad)
             mask[rows, P + t] = now.long()
             logprobs[rows, t] = torch.where(now, logprob.float(), 0.0)
@@ -233,25 +231,23 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
     rollout = rollout.to(model.device)
     drawn, T = rollout.response_mask, rollout.response_mask.shape[1]
     states = last_states(model, rollout.sequences, rollout.attention_mask, T)
-    inputs = {"inputs": states.inputs, "tokens": rollout.responses, "support": rollout.support}
+    others = {"tokens": rollout.responses, "support": rollout.support}
     if rollout.min_new_tokens:
-        inputs["early"] = (torch.arange(T, device=drawn.device) < rollout.min_new_tokens).expand_as(drawn)
-    score = functools.partial(_score, rollout=rollout, head=states.head, with_entropy=with_entropy)
+        others["early"] = (torch.arange(T, device=drawn.device) < rollout.min_new_tokens).expand_as(drawn)
+    reference_head = None
     if reference is not None:
         with torch.no_grad():
             elsewhere = rollout.to(reference.device)
-            other = last_states(reference, elsewhere.sequences, elsewhere.attention_mask, T)
-        inputs["reference_inputs"] = other.inputs.to(drawn.device)
-        score = functools.partial(score, reference_head=other.head)
-    if torch.is_grad_enabled():
-        score = functools.partial(without_dropout(states.head, checkpoint), score, use_reentrant=False)
-
-    rows = max(1, CHUNK // _vocabulary(model))
-    chunks = {name: tensor[drawn].split(rows) for name, tensor in inputs.items() if tensor is not None}
-    scores = [score(dict(zip(chunks, chunk, strict=True))) for chunk in zip(*chunks.values(), strict=True)]
-    logprobs, entropy, kl, finite = (torch.cat(column) for column in zip(*scores, strict=True))  # [N] each
-    if not finite.all():
-        raise _not_finite(*drawn.nonzero()[~finite][0].tolist())
+            others["reference_inputs"], reference_head, _ = last_states(
+                reference, elsewhere.sequences, elsewhere.attention_mask, T
+            )
+    others = {name: tensor[drawn.to(tensor.device)] for name, tensor in others.items() if tensor is not None}
+    scores = functools.partial(score, rollout=rollout, with_entropy=with_entropy, reference_head=reference_head)
+    logprobs, entropy, kl, finite_logits = score_in_chunks(
+        scores, states.head, states.inputs[drawn], others, _vocabulary(model)
+    )
+    if not finite_logits.all():
+        raise _not_finite(*drawn.nonzero()[~finite_logits][0].tolist())
 
     def spread(column):
         return torch.zeros(drawn.shape, dtype=column.dtype, device=drawn.device).masked_scatter(drawn, column)
@@ -267,35 +263,6 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
 def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
     """The seed notebook's helper: `[batch, txt_len]` tokens drawn after the prompts `queries [batch, tokens]`."""
     return rollout(model, queries, max_new_tokens=txt_len, top_k=top_k, top_p=top_p).responses
-
-
-def _score(chunk, *, rollout, head, with_entropy, reference_head=None):
-    """Log-probability, entropy, KL and finiteness `[n]` of n drawn tokens; what was not asked for is 0."""
-    logits = head(chunk["inputs"])  # [n, V]
-    tokens, suppress = chunk["tokens"], None
-    if "early" in chunk:
-        suppress = chunk["early"].unsqueeze(-1) & _is_one_of(rollout.eos_token_id, logits.shape[-1], logits.device)
-    settings = {"temperature": rollout.temperature, "suppress": suppress}
-    cut = {"top_k": rollout.top_k, "top_p": rollout.top_p, "support": chunk.get("support")}
-    distribution = sampling_distribution(logits, **settings, **cut)
-    logprob = token_logprob(distribution, logits, tokens, **settings)
-    entropy = kl = torch.zeros_like(logprob)
-    if with_entropy:
-        possible = distribution.logits.masked_fill(distribution.logits == -math.inf, 0.0)
-        entropy = distribution.logits.logsumexp(-1) - (distribution.logits.softmax(-1) * possible).sum(-1)
-    if reference_head is not None:
-        own = sampling_logprobs(logits, **settings, **cut)
-        with torch.no_grad():
-            other = sampling_logprobs(reference_head(chunk["reference_inputs"]).to(logits.device), **settings, **cut)
-        never = own == -math.inf
-        ratio = own.masked_fill(never, 0.0) - other.masked_fill(never, 0.0)
-        kl = (own.exp() * ratio).sum(-1)
-    return logprob, entropy, kl, _finite(logits)
-
-
-def _finite(logits):
-    """Whether all of `logits [..., V]` are finite: their sum is so exactly when each of them is."""
-    return logits.detach().sum(-1, dtype=torch.float32).isfinite()
 
 
 def _not_finite(row, step):

@@ -21,11 +21,13 @@ try:
     from .decoding_gpt2_value import decoder_for
     from .generation_gpt2_value import rescore, rollout
     from .sampling_gpt2_value import sampling_distribution
+    from .scoring_gpt2_value import score
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from configuration_gpt2_value import GPT2ValueConfig
     from decoding_gpt2_value import decoder_for  # noqa: F401
     from generation_gpt2_value import rescore, rollout
     from sampling_gpt2_value import sampling_distribution  # noqa: F401
+    from scoring_gpt2_value import score  # noqa: F401
 
 # transformers 4 can mask attention heads, transformers 5 cannot.
 TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters

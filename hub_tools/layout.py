@@ -32,6 +32,7 @@ REMOTE_CODE = (
     "generation_gpt2_value.py",
     "modeling_gpt2_value.py",
     "sampling_gpt2_value.py",
+    "scoring_gpt2_value.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2_value.GPT2ValueConfig",

@@ -125,14 +125,14 @@ def test_checkpoints_arrive_in_order_whole_and_the_last_one_always(server, pushe
     """Also where training is faster than the network, and goes on in place right after `push` has returned."""
     server.faults.append(Fault(route="lfs_upload", delay=0.3))
     before, model, numbers = len(pusher.pushed), make_tiny_model(), list(range(1, 6))
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
     for step in numbers:
+        model.load_state_dict(start)
         set_head(model, step)
-        expected = {name: weight.clone() for name, weight in model.state_dict().items()}
         pusher.push(model, step=step, metrics={"reward": step / 10})
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_(100.0)
-            model.load_state_dict(expected)
     pusher.flush()
     new = pusher.pushed[before:]
     steps = [checkpoint.step for checkpoint in new]
@@ -147,7 +147,7 @@ def test_checkpoints_arrive_in_order_whole_and_the_last_one_always(server, pushe
         assert commit.title == f"Step {checkpoint.step}: reward={checkpoint.step / 10:g}"
         assert head_of(commit) == checkpoint.step
     weights = load(server.files(REPO)["model.safetensors"])
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert all(torch.equal(weights[name], start[name]) for name in weights if name != HEAD)
 
 
 def test_there_are_never_more_than_two_copies_of_the_weights(server, pusher):
@@ -258,7 +258,7 @@ def test_a_forked_process_cannot_use_it_and_does_not_disturb_it(pusher):
     pusher.flush()
 
 
-def test_a_trainer_pushes_what_it_saves(server, pusher, tmp_path):
+def test_a_trainer_pushes_what_it_saves_and_ends_with_what_it_holds(server, pusher, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     model = make_tiny_model().train()
@@ -270,6 +270,10 @@ def test_a_trainer_pushes_what_it_saves(server, pusher, tmp_path):
         logging_steps=1,
         eval_strategy="steps",
         eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the loss falls, so the first one is the "best", and is loaded at the end
+        learning_rate=1e-2,
         per_device_train_batch_size=2,
         report_to=[],
         disable_tqdm=True,
@@ -277,16 +281,12 @@ def test_a_trainer_pushes_what_it_saves(server, pusher, tmp_path):
         label_names=["labels"],
     )
     before = len(pusher.pushed)
-    Trainer(
-        model,
-        arguments,
-        train_dataset=data,
-        eval_dataset=data[:2],
-        callbacks=[CheckpointPusherCallback(pusher)],
-        compute_metrics=None,
-    ).train()
+    callback = CheckpointPusherCallback(pusher)
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=[callback])
+    trainer.train()
     new = pusher.pushed[before:]
-    assert new[-1].step == 4
+    assert {checkpoint.step for checkpoint in new} <= {2, 4}
+    assert new[-1].step == trainer.state.best_global_step == 2
     assert {"loss", "eval_loss", "learning_rate"} <= set(new[-1].metrics)
     pushed = load(server.files(REPO)["model.safetensors"])
     trained = model.state_dict()

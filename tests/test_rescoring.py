@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_tiny_model, plain_twin
 
-import generation_gpt2_value
+import scoring_gpt2_value
 from generation_gpt2_value import rescore, rollout
 from sampling_gpt2_value import sampling_logprobs
 
@@ -22,7 +22,7 @@ SETTINGS = [
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(generation_gpt2_value, "CHUNK", 96 * 7)  # 7 tokens at a time
+    monkeypatch.setattr(scoring_gpt2_value, "CHUNK", 96 * 7)  # 7 tokens at a time
 
 
 def plainly(model, drawn, with_reference=None):
@@ -40,9 +40,12 @@ def plainly(model, drawn, with_reference=None):
     return {name: torch.where(drawn.response_mask, numbers, 0.0) for name, numbers in found.items()}
 
 
+@pytest.mark.parametrize("road", ["plain", "hooked"])  # a hooked output layer takes checkpoint's road
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_lean_scoring_gives_the_numbers_and_gradients_of_full_logits(settings):
+def test_lean_scoring_gives_the_numbers_and_gradients_of_full_logits(settings, road):
     model = make_tiny_model()
+    if road == "hooked":
+        model.lm_head.register_forward_hook(lambda module, args, output: None)
     drawn = rollout(model, RAGGED, max_new_tokens=10, **settings)
     gradients = []
     for scored in (vars(rescore(model, drawn, with_entropy=True)), plainly(model, drawn)):
@@ -75,12 +78,21 @@ def test_gradients_are_exact_in_float64():
         assert analytic[place].item() == pytest.approx(numeric, abs=1e-7, rel=1e-6)
 
 
+@pytest.mark.parametrize("road", ["plain", "hooked"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_the_output_layer_never_sees_more_than_a_chunk(grad):
+def test_no_more_than_a_chunk_of_logits_is_held(grad, road, monkeypatch):
     model = make_tiny_model()
     drawn = rollout(model, RAGGED, max_new_tokens=10, eos_token_id=EOS)
+    if road == "hooked":
+        model.lm_head.register_forward_hook(lambda module, args, output: None)
     seen = []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    original = scoring_gpt2_value.sampling_distribution
+
+    def watched(logits, **settings):
+        seen.append(tuple(logits.shape))
+        return original(logits, **settings)
+
+    monkeypatch.setattr(scoring_gpt2_value, "sampling_distribution", watched)
     with torch.set_grad_enabled(grad):
         scored = rescore(model, drawn)
     assert max(rows for rows, _ in seen) == 7
