@@ -99,9 +99,12 @@ def segments(rounds, work, steps, new_pusher):
                 # also what it started (verification): its own process group
                 os.killpg(process.pid, signal.SIGCONT if running[-1] else signal.SIGSTOP)
 
-        seconds, pushing, each = train(*work, steps, pusher.push if pushes else None, between)
+        try:
+            seconds, pushing, each = train(*work, steps, pusher.push if pushes else None, between)
+        finally:
+            if pushes:
+                os.killpg(pusher._process._running.pid, signal.SIGCONT)
         if pushes:
-            os.killpg(pusher._process._running.pid, signal.SIGCONT)
             pusher.close()
         first = steps // 10 + 1  # the process starts with the first checkpoint
         pairs = list(zip(each[1:], running, strict=False))[first:]

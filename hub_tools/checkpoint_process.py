@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -47,8 +48,9 @@ class WorkerProcess:
             pickle.dump(checkpoint, running.stdin)
             running.stdin.flush()
             answer: PushedCheckpoint | Failure = pickle.load(running.stdout)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
             self._running = None
+            _close(running)
             ended = running.wait()
             raise WorkerDiedError(
                 f"the process that pushes checkpoints ended with "
@@ -82,10 +84,17 @@ class WorkerProcess:
         if running is None:
             return
         if at_once:
-            running.kill()
-        assert running.stdin is not None
-        running.stdin.close()
+            running.kill()  # the thread that waits for its answer closes the pipes
+        else:
+            _close(running)
         running.wait()
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        with suppress(BrokenPipeError):  # what a dead process did not read any more
+            if pipe is not None:
+                pipe.close()
 
 
 class Home:
