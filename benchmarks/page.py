@@ -14,12 +14,12 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 SECTIONS = (
     (
         "Rollouts, float32",
-        "rollout.py --rounds 3 --seed-loop --shapes 16x16x48",
+        "rollout.py --rounds 2 --seed-loop --shapes 16x16x48",
         "Tokens, log-probabilities and values for PPO. `generate(output_scores=True)` gives no values, `generate()` "
         "alone neither; the seed's loop ran once.",
     ),
-    ("Rollouts, other shapes", "rollout.py --rounds 2 --shapes 1x16x48 64x16x48 16x16x128", ""),
-    ("Scoring with gradients", "rescore.py --rounds 2", "Memory of processes of their own; time interleaved in one."),
+    ("Rollouts, other shapes", "rollout.py --rounds 1 --shapes 1x16x48 64x16x16 16x16x128", ""),
+    ("Scoring with gradients", "rescore.py --rounds 1", "Memory of processes of their own; time interleaved in one."),
     (
         "Rollouts, bfloat16",
         "rollout.py --rounds 2 --dtype bfloat16 --shapes 16x16x12",
@@ -27,8 +27,8 @@ SECTIONS = (
     ),
     (
         "Rollouts of torch.compile(model)",
-        "rollout.py --rounds 2 --compile --shapes 16x16x12",
-        "A compiled model takes the plain road: transformers' forward pass and cache, compiled.",
+        "rollout.py --rounds 2 --compile --layers 2 --shapes 16x16x12",
+        "Two layers only, since compiling takes long. A compiled model takes the plain road: transformers' forward pass and cache, compiled.",
     ),
 )
 INTRODUCTION = """# Benchmarks
@@ -69,8 +69,8 @@ def main():
             *([remark, ""] if remark else []),
             done.stdout,
         ]
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"wrote {PAGE}")
 
 
