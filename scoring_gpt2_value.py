@@ -19,8 +19,8 @@ except ImportError:  # a checkout or a wheel, where these files are top-level mo
     from decoding_gpt2_value import is_altered, without_dropout
     from sampling_gpt2_value import sampling_distribution, sampling_logprobs, token_logprob
 
-# The logits of so many (token, vocabulary) pairs are held at a time: 128 MiB in float32. Smaller products run slower.
-CHUNK = 2**25
+# The logits of so many (token, vocabulary) pairs are held at a time: 100 MB in float32. Smaller products run slower.
+CHUNK = 25_000_000
 
 
 def score_in_chunks(score, head, inputs, others, vocabulary):
