@@ -19,7 +19,7 @@ except ImportError:  # a checkout or a wheel, where these files are top-level mo
     from decoding_gpt2_value import is_altered, without_dropout
     from sampling_gpt2_value import sampling_distribution, sampling_logprobs, token_logprob
 
-# The logits of so many (token, vocabulary) pairs are held at a time: 100 MB in float32. Smaller products run slower.
+# So many (token, vocabulary) logits are held at a time: 100 MB in float32. Smaller products run slower.
 CHUNK = 25_000_000
 
 
