@@ -28,8 +28,8 @@ SECTIONS = (
     (
         "Rollouts of torch.compile(model)",
         "rollout.py --rounds 2 --compile --layers 2 --shapes 16x16x12",
-        "Two layers only, since compiling takes long. A compiled model takes the plain road: transformers' forward pass "
-        "and cache, compiled.",
+        "Two layers only, since compiling takes long. A compiled model takes the plain road: transformers' forward "
+        "pass and cache, compiled.",
     ),
 )
 INTRODUCTION = """# Benchmarks
