@@ -49,8 +49,11 @@ def logits_of(model):
     return model(PROMPT, return_dict=True).logits
 
 
-@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False}], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [({}, torch.float32), ({"tie_word_embeddings": False}, torch.bfloat16)],
+    ids=["tied float32", "untied bfloat16"],
+)
 def test_a_stranger_loads_the_export_and_gets_the_same_logits_bit_for_bit(fields, dtype, tmp_path):
     save_package(make_tiny_model(**fields).to(dtype), tmp_path / "package")
     model = GPT2ValueModel.from_pretrained(tmp_path / "package", dtype="auto").eval()

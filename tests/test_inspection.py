@@ -527,7 +527,8 @@ def test_an_interrupted_save_is_explained(package):
 def test_every_error_says_what_to_do_next():
     for name, kind in vars(errors).items():
         if isinstance(kind, type) and issubclass(kind, errors.GPT2ValueHubError):
-            error = kind("found this", expected="that", next_step="do so")
+            more = {"step": 1} if kind is errors.CheckpointPushError else {}
+            error = kind("found this", expected="that", next_step="do so", **more)
             assert str(error) == "found this\n  expected: that\n  next: do so", name
             assert kind.__doc__, name
 
