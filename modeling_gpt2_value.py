@@ -123,6 +123,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
             config = GPT2ValueConfig.from_gpt2(config)
         # GPT2LMHeadModel's own __init__ would run post_init() before the head exists.
         super(GPT2LMHeadModel, self).__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers tells it by the class's name, and warns where it cannot
         self.transformer = GPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.v_head = ValueHead(config)

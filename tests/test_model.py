@@ -72,6 +72,11 @@ def test_every_argument_of_gpt2_gives_what_gpt2_gives(tiny_model):
         assert ours.value.shape == IDS.shape
 
 
+def test_a_loss_is_computed_without_a_word(tiny_model, transformers_log):
+    tiny_model(IDS, labels=IDS).loss.backward()
+    assert not transformers_log.records
+
+
 def test_attentions_are_gpt2s():
     model = make_tiny_model(attn_implementation="eager")
     ours = model(IDS, output_attentions=True).attentions
