@@ -13,11 +13,11 @@ import torch
 
 try:
     from .decoding_gpt2_value import as_scored, decoder_for, last_states
-    from .sampling_gpt2_value import draw, sampling_distribution
+    from .sampling_gpt2_value import draw, is_one_of, sampling_distribution
     from .scoring_gpt2_value import finite, score, score_in_chunks
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from decoding_gpt2_value import as_scored, decoder_for, last_states
-    from sampling_gpt2_value import draw, sampling_distribution
+    from sampling_gpt2_value import draw, is_one_of, sampling_distribution
     from scoring_gpt2_value import finite, score, score_in_chunks
 
 
@@ -151,7 +151,7 @@ def rollout(
     mask = torch.zeros((B, P + T), dtype=torch.long, device=device)
     mask[:, :P] = prompt_mask.to(device).repeat_interleave(num_return_sequences, 0)
     uniforms = _uniforms(T, B, generator, device)
-    is_eos = _is_one_of(eos, vocabulary, device)
+    is_eos = is_one_of(eos, vocabulary, device)
     logprobs = torch.zeros((B, T), device=device)
     values = torch.zeros((B, T), device=device)
     support = torch.zeros((B, T), dtype=torch.long, device=device) if top_p < 1.0 else None
@@ -277,13 +277,6 @@ def _uniforms(T, B, generator, device):
     where = device if generator is None else generator.device
     dtype = torch.float32 if where.type == "mps" else torch.float64
     return torch.rand((T, B), generator=generator, device=where, dtype=dtype).to(device)
-
-
-def _is_one_of(tokens, vocabulary, device):
-    """`[V]` bool, True for these tokens."""
-    found = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-    found[list(tokens)] = True
-    return found
 
 
 def _as_tuple(eos_token_id):

@@ -91,6 +91,13 @@ def token_logprob(distribution, logits, tokens, *, temperature=1.0, suppress=Non
     return logprob.masked_fill(own < last - ROUNDING, -math.inf)
 
 
+def is_one_of(tokens, vocabulary, device):
+    """`[V]` bool, True for these tokens."""
+    found = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    found[list(tokens)] = True
+    return found
+
+
 def draw(logits, uniform):
     """One index for each row of `logits [B, K]`, by inversion of `uniform [B]` in [0, 1).
 

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from .decoding_gpt2_value import is_altered, without_dropout
-    from .sampling_gpt2_value import sampling_distribution, sampling_logprobs, token_logprob
+    from .sampling_gpt2_value import is_one_of, sampling_distribution, sampling_logprobs, token_logprob
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from decoding_gpt2_value import is_altered, without_dropout
-    from sampling_gpt2_value import sampling_distribution, sampling_logprobs, token_logprob
+    from sampling_gpt2_value import is_one_of, sampling_distribution, sampling_logprobs, token_logprob
 
 # So many (token, vocabulary) logits are held at a time: 100 MB in float32. Smaller products run slower.
 CHUNK = 25_000_000
@@ -91,9 +91,7 @@ def score(logits, chunk, *, rollout, with_entropy, reference_head=None):
     """Log-probability, entropy, KL and finiteness `[n]` of n drawn tokens with logits `[n, V]`; 0 if not asked for."""
     suppress = None
     if "early" in chunk:
-        ends = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        ends[list(rollout.eos_token_id)] = True
-        suppress = chunk["early"].unsqueeze(-1) & ends
+        suppress = chunk["early"].unsqueeze(-1) & is_one_of(rollout.eos_token_id, logits.shape[-1], logits.device)
     settings = {"temperature": rollout.temperature, "suppress": suppress}
     cut = {"top_k": rollout.top_k, "top_p": rollout.top_p, "support": chunk.get("support")}
     distribution = sampling_distribution(logits, **settings, **cut)

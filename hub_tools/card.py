@@ -52,15 +52,17 @@ def is_hub_id(text: str) -> bool:
     )
 
 
-def load_lines(where: str, *, tokenizer: bool) -> str:
-    """The lines that load a package: `where` is a folder, or a repository's id."""
+def load_lines(where: str, *, tokenizer: bool, revision: str | None = None) -> str:
+    """The lines that load a package: `where` is a folder, or a repository's id, whose `revision` may be pinned."""
+    pinned = "" if revision is None else f", revision={json.dumps(revision)}"
+    arguments = f"{json.dumps(where)}{pinned}, trust_remote_code=True"
     lines = [
         f"from transformers import AutoModel{', AutoTokenizer' if tokenizer else ''}",
-        f"model = AutoModel.from_pretrained({json.dumps(where)}, trust_remote_code=True)",
+        f"model = AutoModel.from_pretrained({arguments})",
     ]
     if tokenizer:
         # transformers 5 reads the config first, whose class is in the package, and stops to ask without this
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(where)}, trust_remote_code=True)")
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({arguments})")
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ Imports the standard library, huggingface_hub, and of hub_tools `contents`, `hub
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitOperationDelete
 
 from . import layout
-from .card import addressed
+from .card import addressed, load_lines
 from .contents import Package, merge_cards
 from .errors import GPT2ValueHubError, PushOptionsError, TagExistsError
 from .hub import Branch, Hub, Landed
@@ -254,7 +253,7 @@ def push(
         url=f"{hub.url}/commit/{landed.commit}",
         committed=not nothing,
         pr_url=f"{hub.url}/discussions/{landed.pr_number}" if landed.pr_number is not None else None,
-        load_lines=_load_lines(hub.repo_id, landed.commit, tokenizer=layout.TOKENIZER_CONFIG in package.files),
+        load_lines=load_lines(hub.repo_id, revision=landed.commit, tokenizer=layout.TOKENIZER_CONFIG in package.files),
     )
     if tag is not None:
         try:
@@ -338,14 +337,3 @@ def _with_remote_card(package: Package, hub: Hub, base: Branch, scratch: Path) -
     if theirs is not None and not ours.is_as(theirs):
         data = merge_cards(data, hub.read(layout.CARD, commit=base.commit, folder=scratch / "cache"), scratch)
     return replace(package, files={**package.files, layout.CARD: replace(ours, data=data, size=len(data))})
-
-
-def _load_lines(repo_id: str, commit: str, *, tokenizer: bool) -> str:
-    arguments = f"{json.dumps(repo_id)}, revision={json.dumps(commit)}, trust_remote_code=True"
-    lines = [
-        f"from transformers import AutoModel{', AutoTokenizer' if tokenizer else ''}",
-        f"model = AutoModel.from_pretrained({arguments})",
-    ]
-    if tokenizer:  # transformers 5 reads config.json by the package's code to find the tokenizer's class, and asks
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({arguments})")
-    return "\n".join(lines)
