@@ -46,6 +46,7 @@ compare-trl: .venv/.done .trl/.done  ## converted checkpoints against the number
 
 faults: .venv/.done  ## fail every request of a push in every way; prints request x fault -> outcome
 	$(BIN)/python tests/fault_sweep.py
+	env -u HF_HUB_DISABLE_XET $(BIN)/python tests/fault_sweep.py --xet
 
 fuzz: .venv/.done  ## spoil packages in 3,000 ways; prints mutation x outcome
 	$(BIN)/python tests/fuzz_packages.py

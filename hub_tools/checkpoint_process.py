@@ -23,6 +23,18 @@ from .errors import GPT2ValueHubError, WorkerDiedError
 
 HOME = "gpt2-value-checkpoints-"  # folders of this name in the system's folder for temporary files are ours
 
+# A process group of its own, since a terminal's Ctrl-C is not for the process beside. Not a session of its own: Linux
+# shares the cores between sessions before it looks at priorities (sched(7), "The autogroup feature"), so the lowest
+# priority in a session of its own takes half of a busy core from the training.
+START = """
+import json, os, sys
+if hasattr(os, "setpgid"):
+    os.setpgid(0, 0)
+sys.path[:] = json.loads(sys.argv[1])
+from hub_tools import checkpoint_worker
+checkpoint_worker.main()
+"""
+
 
 class WorkerProcess:
     """The process beside: started with the first checkpoint, and again where it died."""
@@ -70,7 +82,6 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=_environment(self._endpoint, self._home),
-            start_new_session=True,  # a terminal's Ctrl-C is not for it
         )
         self._running = running
         assert running.stdin is not None
@@ -148,5 +159,4 @@ def _environment(endpoint: str, home: Path) -> dict[str, str]:
 def _command() -> list[str]:
     """The command line of the process beside: it finds what this one finds, whatever the training script is."""
     path = [entry or os.getcwd() for entry in sys.path]
-    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from hub_tools import checkpoint_worker as w"
-    return [sys.executable, "-c", f"{code}; w.main()", json.dumps(path)]
+    return [sys.executable, "-c", START, json.dumps(path)]

@@ -261,8 +261,7 @@ def main() -> None:
     """Read (parent's process id, home, Settings) from the standard input, and then one `Checkpoint` after the other;
     answer each with a `PushedCheckpoint` or a `Failure` on the standard output. All of it is pickled."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training loop, which then closes us
-    if hasattr(os, "nice"):
-        os.nice(19)
+    _give_way()
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     parent, home, settings = pickle.load(jobs)
@@ -279,6 +278,16 @@ def main() -> None:
         busy.clear()
         pickle.dump(answer, answers)
         answers.flush()
+
+
+def _give_way() -> None:
+    """Run only while a core has nothing else to do. On Linux by SCHED_IDLE, which leaves a core at once when somebody
+    needs it; the lowest nice value, as elsewhere, keeps it for some milliseconds, for which all threads of a training
+    step wait."""
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    elif hasattr(os, "nice"):
+        os.nice(19)
 
 
 def _receive(jobs: BinaryIO, inbox: queue.SimpleQueue[Checkpoint | None], busy: threading.Event, home: Path) -> None:

@@ -53,6 +53,9 @@ TRLX_HEAD = re.compile(r"v_head\.([02]\.(weight|bias)|(decoder_blocks|final_norm
 # The upper layers of trlx's reference model, for the KL term.
 TRLX_REFERENCE = "frozen_head."
 
+# What PEFT puts around a layer's own name while an adapter is on top of it.
+UNMERGED = ".base_layer."
+
 # Causal masks, which GPT-2 checkpoints carried as buffers until 2023.
 OLD_MASK = re.compile(r"transformer\.h\.\d+\.(attn|crossattention)\.(bias|masked_bias)")
 
@@ -318,8 +321,11 @@ def _refuse_mismatch(
         raise WeightsMismatchError(
             f"{where} has {'; '.join(what)}",
             expected="the tensors of a GPT-2 and of a value head that this package knows, and no others",
-            next_step="remove what does not belong to the model from the state dict, or save the model again "
-            "in its own library; if layers do not fit, pass the config.json that belongs to them: config=",
+            next_step="the adapter is not merged: load it in its own library, call merge_and_unload() on the PEFT model "
+            "and save that, or convert the folder that the PEFT model's save_pretrained wrote"
+            if any(UNMERGED in key for key in unknown)
+            else "remove what does not belong to the model from the state dict, or save the model again in its own "
+            "library; if layers do not fit, pass the config.json that belongs to them: config=",
         )
     for key, name in mapped.items():
         if tuple(state[key].shape) != shapes[name]:

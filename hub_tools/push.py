@@ -131,12 +131,10 @@ def push_package(
     _check_options(revision=revision, create_pr=create_pr, tag=tag)
     hub = Hub(repo_id, token=token, patience=patience)
     hub.check_token()
-    package = Package.read(Path(folder))
-    package.refuse_secrets(hub, commit_message)
-    verify_package(folder, trust_remote_code=trust_remote_code)
-    return push(
-        package,
+    return _push_folder(
+        Path(folder),
         hub,
+        trust_remote_code=trust_remote_code,
         branch=revision or MAIN,
         private=private,
         create_pr=create_pr,
@@ -191,11 +189,8 @@ def push_to_hub(
             repo_id=hub.repo_id,
             max_shard_size=max_shard_size,
         )
-        package = Package.read(folder)
-        package.refuse_secrets(hub, commit_message)
-        verify_package(folder)
-        return push(
-            package,
+        return _push_folder(
+            folder,
             hub,
             branch=revision or MAIN,
             private=private,
@@ -204,6 +199,14 @@ def push_to_hub(
             message=commit_message,
             dry_run=dry_run,
         )
+
+
+def _push_folder(folder: Path, hub: Hub, *, message: str, trust_remote_code: bool = False, **how: Any) -> PushReport:
+    """Refuse what must not leave, verify, and push. `how`: the other arguments of `push`."""
+    package = Package.read(folder)
+    package.refuse_secrets(hub, message)
+    verify_package(folder, trust_remote_code=trust_remote_code)
+    return push(package, hub, message=message, **how)
 
 
 def push(

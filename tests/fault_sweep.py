@@ -1,13 +1,14 @@
 """Fail every single request of a push, one at a time, in every way; print request x fault -> outcome.
 
     python tests/fault_sweep.py            # all scenarios, a fault once and a fault that stays
-    python tests/fault_sweep.py --xet      # with hf_xet left on, as users have it
+    python tests/fault_sweep.py --xet      # with hf_xet left on, as users have it, on a Hub without Xet storage
 
 After each: is the branch at the old commit or at one complete new one, and does running the push again complete it?
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ if __name__ == "__main__":
 import huggingface_hub
 from hub_server import GITATTRIBUTES, Fault, HubServer
 from huggingface_hub import file_download
+from huggingface_hub.utils import disable_progress_bars
 
 from hub_tools import patience
 from hub_tools.errors import GPT2ValueHubError
@@ -207,9 +209,11 @@ def main() -> None:
 
     bad = total = 0
     xet = "--xet" in sys.argv
+    disable_progress_bars()
     with tempfile.TemporaryDirectory() as home, serving(xet=xet) as server, hurried():
         folder = Path(home, "package")
         save_package(make_tiny_model(), folder, repo_id=REPO)
+        logging.getLogger("hub_tools").setLevel(logging.ERROR)
         for stays in (False,) if xet else (False, True):  # hf_xet keeps trying for half a minute on its own
             for scenario in SCENARIOS:
                 print(f"\n{scenario.name}; each fault {'stays' if stays else 'strikes once'}")

@@ -86,6 +86,21 @@ def test_a_half_precision_base_keeps_its_dtype_and_the_record_says_that_merging_
     assert any("rounds" in note for note in record.notes)
 
 
+@pytest.mark.parametrize("prefix", ["", "pretrained_model."])
+def test_the_dump_of_an_unmerged_model_is_refused_and_the_way_out_is_named(prefix, tmp_path):
+    """What `torch.save(ppo_model.state_dict())` writes while the adapter is on top of the base."""
+    adapted = Adapted(tmp_path)
+    dump = {prefix + name: weight for name, weight in adapted.original.body.state_dict().items()}
+    folder = tmp_path / "dump"
+    folder.mkdir()
+    torch.save({**dump, **adapted.original.head_state()}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_bytes((adapted.base / "config.json").read_bytes())
+    with pytest.raises(errors.WeightsMismatchError, match="merge_and_unload") as refusal:
+        convert_checkpoint(folder, tmp_path / "ours", source_format="trl")
+    assert "base_layer" in str(refusal.value) or "lora_A" in str(refusal.value)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_an_adapter_without_a_head_needs_a_word(tmp_path):
     adapted = Adapted(tmp_path, head=False)
     with pytest.raises(errors.MissingHeadError, match="init_value_head"):
