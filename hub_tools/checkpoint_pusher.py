@@ -62,10 +62,10 @@ class CheckpointPusher:
                 if step % 500 == 0:
                     pusher.push(model, step=step, metrics={"reward": reward, "kl": kl}, tokenizer=tokenizer)
 
-    `push` copies the weights and returns: the next training step cannot tear them. One process beside this one, at the
-    lowest priority, on one core and without a GPU, saves, verifies and pushes, in order. Where the network is slower
-    than training, only the newest checkpoint waits, and those that it replaced are `skipped`; the last one is never
-    dropped.
+    `push` copies the weights and returns: the next training step cannot tear them. One process beside this one, without
+    a GPU, saves, verifies and pushes, in order, on one core and (on Linux) only while that core is idle: where training
+    leaves none idle, checkpoints take longer, and training does not. Where pushing is slower than training, only the
+    newest checkpoint waits, and those that it replaced are `skipped`; the last one is never dropped.
 
     Memory and disk: this process holds at most two copies of the weights, one waiting and one being written to the
     disk, in main memory, and uses them again; the process beside maps its copy from the disk and needs about 0.5 GB

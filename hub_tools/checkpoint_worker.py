@@ -4,7 +4,7 @@ Imports the standard library, huggingface_hub, PyYAML (which comes with it) and 
 `contents`, `inspection`, `layout`, `push`, `verify`; and torch, transformers, `save` and `snapshot` when the first
 checkpoint arrives.
 A process of its own, because Python's threads would share the training loop's interpreter lock, and torch's its
-cores. It runs at the lowest priority, on one core, without a GPU, and ends when its parent does.
+cores. It runs while a core is idle, on one, without a GPU, and ends when its parent does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .snapshot import Place
 
 TASK = "text-generation"
+VERIFY_TIMEOUT = 24 * 3600.0  # seconds: it gets the time that training leaves
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Worker:
         generation = None if checkpoint.generation_config is None else checkpoint.generation_config.to_dict()
         facts = (checkpoint.places, json.dumps([checkpoint.config, generation], default=str), checkpoint.tokenizer)
         if facts != self._proven:
-            verify_package(folder)
+            verify_package(folder, timeout=VERIFY_TIMEOUT)
             self._proven = facts
             return
         for problem in problems(inspect_package(folder)):
@@ -281,13 +283,16 @@ def main() -> None:
 
 
 def _give_way() -> None:
-    """Run only while a core has nothing else to do. On Linux by SCHED_IDLE, which leaves a core at once when somebody
-    needs it; the lowest nice value, as elsewhere, keeps it for some milliseconds, for which all threads of a training
-    step wait."""
-    if hasattr(os, "sched_setscheduler"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    elif hasattr(os, "nice"):
+    """Run only while a core has nothing else to do.
+
+    On Linux by SCHED_IDLE (sched(7)), which leaves a core at once when somebody needs it. The lowest nice value, as
+    elsewhere, keeps it for some milliseconds, for which all threads of a training step wait.
+    """
+    if hasattr(os, "nice"):
         os.nice(19)
+    if sys.platform == "linux":
+        with suppress(PermissionError):  # in a sandbox
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _receive(jobs: BinaryIO, inbox: queue.SimpleQueue[Checkpoint | None], busy: threading.Event, home: Path) -> None:

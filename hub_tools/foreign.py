@@ -321,8 +321,8 @@ def _refuse_mismatch(
         raise WeightsMismatchError(
             f"{where} has {'; '.join(what)}",
             expected="the tensors of a GPT-2 and of a value head that this package knows, and no others",
-            next_step="the adapter is not merged: load it in its own library, call merge_and_unload() on the PEFT model "
-            "and save that, or convert the folder that the PEFT model's save_pretrained wrote"
+            next_step="the adapter is not merged: load it in its own library, call merge_and_unload() on the PEFT "
+            "model and save that, or convert the folder that the PEFT model's save_pretrained wrote"
             if any(UNMERGED in key for key in unknown)
             else "remove what does not belong to the model from the state dict, or save the model again in its own "
             "library; if layers do not fit, pass the config.json that belongs to them: config=",
