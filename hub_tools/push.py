@@ -107,7 +107,8 @@ def push_package(
         repo_id: `name` or `owner/name`. The repository is created if there is none.
         revision: the branch to push to (default: main); created from main if there is none.
         private: visibility of a repository that is created. For one that exists it must be as it is.
-        create_pr: open a pull request instead of committing to main.
+        create_pr: open a pull request instead of committing to main. (Pull requests name no parent: where the Hub acts
+            on a request only after it has answered that it failed, there can be two.)
         tag: a tag for the commit; it must be free, or on this commit already.
         commit_message: the commit's title.
         token: a user access token; default is the one that huggingface_hub knows.
