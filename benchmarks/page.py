@@ -32,10 +32,15 @@ SECTIONS = (
         "pass and cache, compiled.",
     ),
     (
-        "Training with a CheckpointPusher",
+        "Training with a CheckpointPusher: whole runs",
         "checkpoint_pusher.py --ways whole --rounds 3",
         "A Hub on loopback that takes ten seconds for each upload. On Linux the process beside runs only while a core "
         "is idle; where training leaves none, fewer checkpoints leave in the same time.",
+    ),
+    (
+        "Training with a CheckpointPusher: within one run",
+        "checkpoint_pusher.py --ways segments --rounds 3",
+        "The process beside is stopped for every other half second of training. `control`: the same without a pusher.",
     ),
 )
 INTRODUCTION = """# Benchmarks
