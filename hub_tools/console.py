@@ -99,12 +99,14 @@ def show_inspection(package: PackageReport, findings: Sequence[str]) -> None:
     for file in package.code:
         released = f"version {', '.join(file.releases)}'s, not this version's" if file.releases else ""
         state = ("this version's", "green") if file.installed else (released or "NOT a released version's", "red")
-        table.add_row("code", Text.assemble(visible(file.name), "  ", state, f"\n{file.sha256}"))
+        table.add_row("code", Text.assemble(visible(file.name), "  ", state))
     versions = ", ".join(f"{visible(name)} {visible(version)}" for name, version in package.versions.items())
     table.add_row("written with", versions or "not recorded")
     at = f" at {visible(package.commit)}" if package.commit else ""
     out.print(Text.assemble((visible(package.source), "bold"), at))
     out.print(table)
+    for file in package.code:  # as `sha256sum` writes it, and not in the table, which would fold it
+        out.print(Text.assemble((file.sha256, "dim"), "  ", visible(file.name)))
     for finding in findings:
         out.print(Text.assemble(("! ", "bold yellow"), visible(finding)))
     for file in package.code:
