@@ -69,10 +69,13 @@ def _translated(source: str, revision: str | None, what: str = "a GPT-2 model", 
         HfHubHTTPError,
         SafetensorError,
         pickle.UnpicklingError,
+        ImportError,  # these three of transformers 4.57, which tries one kind of tokenizer after the other
+        TypeError,
+        AttributeError,
     ) as error:
         at = f" at revision {revision}" if revision else ""
         raise SourceError(
-            f"{source}{at} does not load: {str(error).strip() or type(error).__name__}",
+            f"{source}{at} does not load: {' '.join(str(error).split()) or type(error).__name__}",
             expected=f"{what}, in a folder or on the Hub",
             next_step=hint or "check the name, the revision, and for a private repository the login: hf auth login",
         ) from error
