@@ -135,3 +135,19 @@ def transformers_log(caplog, monkeypatch):
     monkeypatch.setattr(root, "propagate", True)
     transformers_logging.set_verbosity_warning()
     return caplog
+
+
+@pytest.fixture
+def gpt2_value(capsys, monkeypatch):
+    """Run the `gpt2-value` command in this process; returns (exit status, stdout, stderr)."""
+    from hub_tools import cli, console
+
+    monkeypatch.setattr(console.out, "_color_system", None)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run

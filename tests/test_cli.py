@@ -13,23 +13,9 @@ from conftest import make_tiny_model, write_published_checkpoint
 from fault_sweep import serving
 from huggingface_hub import ModelCard
 
-from hub_tools import cli, console, layout
+from hub_tools import layout
 from hub_tools.save import save_package
 from modeling_gpt2_value import GPT2ValueModel
-
-
-@pytest.fixture
-def gpt2_value(capsys, monkeypatch):
-    """Run the command in this process; returns (exit status, stdout, stderr)."""
-    monkeypatch.setattr(console.out, "_color_system", None)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

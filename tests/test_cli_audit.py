@@ -6,22 +6,13 @@ import pytest
 import torch
 from conftest import make_tiny_model
 
-from hub_tools import cli, console
 from hub_tools.save import save_package
 
 
 @pytest.fixture
-def audit(capsys, monkeypatch):
-    """Run the command in this process; returns (exit status, stdout, stderr)."""
-    monkeypatch.setattr(console.out, "_color_system", None)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["audit", *map(str, arguments), "--seed", "0"])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
+def audit(gpt2_value):
+    """Run `gpt2-value audit`; returns (exit status, stdout, stderr)."""
+    return lambda *arguments: gpt2_value("audit", *arguments, "--seed", 0)
 
 
 @pytest.fixture

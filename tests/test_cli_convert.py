@@ -2,25 +2,9 @@
 
 import json
 
-import pytest
 import torch
 from test_convert import Original, assert_same_numbers, write_trl, write_trlx
 from transformers import GPT2LMHeadModel
-
-from hub_tools import cli
-
-
-@pytest.fixture
-def gpt2_value(capsys):
-    """Run the command in this process; returns (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def test_convert_writes_a_package_and_says_what_was_kept(gpt2_value, tmp_path):
