@@ -27,6 +27,7 @@ import huggingface_hub
 from hub_server import GITATTRIBUTES, Fault, HubServer
 from huggingface_hub import file_download
 from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
 
 from hub_tools import patience
 from hub_tools.errors import GPT2ValueHubError
@@ -210,11 +211,12 @@ def main() -> None:
     bad = total = 0
     xet = "--xet" in sys.argv
     disable_progress_bars()
+    hub_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as home, serving(xet=xet) as server, hurried():
         folder = Path(home, "package")
         save_package(make_tiny_model(), folder, repo_id=REPO)
         logging.getLogger("hub_tools").setLevel(logging.ERROR)
-        for stays in (False,) if xet else (False, True):  # hf_xet keeps trying for half a minute on its own
+        for stays in (False,) if xet else (False, True):  # against one that stays hf_xet tries for minutes
             for scenario in SCENARIOS:
                 print(f"\n{scenario.name}; each fault {'stays' if stays else 'strikes once'}")
                 print(f"{'request':<20}" + "".join(f"{name:<21}" for name in FAULTS))
