@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from . import errors
 from .checkpoint_worker import Checkpoint, Failure, PushedCheckpoint, Settings
 from .errors import GPT2ValueHubError, WorkerDiedError
 
+GRACE = 10.0  # seconds that a process which has stopped answering may take to end
 HOME = "gpt2-value-checkpoints-"  # folders of this name in the system's folder for temporary files are ours
 
 # A process group of its own, since a terminal's Ctrl-C is not for the process beside. Not a session of its own: Linux
@@ -62,8 +64,7 @@ class WorkerProcess:
             answer: PushedCheckpoint | Failure = pickle.load(running.stdout)
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
             self._running = None
-            _close(running)
-            ended = running.wait()
+            ended = _ended(running)
             raise WorkerDiedError(
                 f"the process that pushes checkpoints ended with "
                 f"{f'signal {-ended}' if ended < 0 else f'exit status {ended}'}",
@@ -95,10 +96,31 @@ class WorkerProcess:
         if running is None:
             return
         if at_once:
-            running.kill()  # the thread that waits for its answer closes the pipes
+            _kill(running)  # the thread that waits for its answer closes the pipes
         else:
+            assert running.stdin is not None
+            pickle.dump(None, running.stdin)  # not the pipe's end alone: that it sees too when this process dies
             _close(running)
         running.wait()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a process that has closed its end of a pipe, or sent what is no answer."""
+    try:
+        return process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return process.wait()
+    finally:
+        _close(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill it, and the interpreter in which it verifies."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):  # it has not come to making its group
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:

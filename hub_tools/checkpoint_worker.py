@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .snapshot import Place
 
 TASK = "text-generation"
+_VANISHING = threading.Lock()  # by whichever thread is the first to see that the parent is gone
 VERIFY_TIMEOUT = 24 * 3600.0  # seconds: it gets the time that training leaves
 
 
@@ -269,17 +270,18 @@ def main() -> None:
     parent, home, settings = pickle.load(jobs)
     threading.Thread(target=_end_with, args=(parent, home), daemon=True).start()
     inbox: queue.SimpleQueue[Checkpoint | None] = queue.SimpleQueue()
-    busy = threading.Event()
-    threading.Thread(target=_receive, args=(jobs, inbox, busy, home), daemon=True).start()
+    threading.Thread(target=_receive, args=(jobs, inbox, home), daemon=True).start()
     worker = Worker(settings, home)
     while (checkpoint := inbox.get()) is not None:
         try:
             answer: PushedCheckpoint | Failure = worker.push(checkpoint)
         except GPT2ValueHubError as error:
             answer = Failure.of(error)
-        busy.clear()
-        pickle.dump(answer, answers)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers)
+            answers.flush()
+        except BrokenPipeError:
+            _vanish(home)
 
 
 def _give_way() -> None:
@@ -295,17 +297,14 @@ def _give_way() -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _receive(jobs: BinaryIO, inbox: queue.SimpleQueue[Checkpoint | None], busy: threading.Event, home: Path) -> None:
-    """Hand on what arrives. The parent closes the pipe when nothing is on its way, or dies."""
+def _receive(jobs: BinaryIO, inbox: queue.SimpleQueue[Checkpoint | None], home: Path) -> None:
+    """Hand on what arrives, until None. Where the pipe ends without it, the parent has died."""
     try:
-        while True:
-            checkpoint = pickle.load(jobs)
-            busy.set()
+        while (checkpoint := pickle.load(jobs)) is not None:
             inbox.put(checkpoint)
-    except EOFError:
-        if busy.is_set():
-            _vanish(home)
-        inbox.put(None)
+    except (EOFError, pickle.UnpicklingError):  # in the middle of a checkpoint, too
+        _vanish(home)
+    inbox.put(None)
 
 
 def _end_with(parent: int, home: Path) -> None:
@@ -316,5 +315,14 @@ def _end_with(parent: int, home: Path) -> None:
 
 
 def _vanish(home: Path) -> None:
-    shutil.rmtree(home, ignore_errors=True)
-    os._exit(1)
+    """Remove `home` and end, with the interpreter that verifies, if there is one. Both that and our main thread may
+    still be writing there, so what was removed can be there again."""
+    with _VANISHING:
+        for _ in range(100):
+            shutil.rmtree(home, ignore_errors=True)
+            if not home.exists():
+                break
+            time.sleep(0.05)
+        if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)

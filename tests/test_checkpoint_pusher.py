@@ -59,15 +59,15 @@ def start(server, temporary, how):
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
     }
     command = [sys.executable, str(HERE / "trains_and_pushes.py"), f"alice/{how}", how]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Training processes, one that is killed and one that fails. They run while the other tests do."""
+    """Training processes: two that are killed and one that fails. They run while the other tests do."""
     with HubServer() as server:
         server.faults += [Fault(every=29, status=503), Fault(route="lfs_upload", delay=0.3)]
-        places = {how: tmp_path_factory.mktemp("temporary") for how in ("killed", "fails")}
+        places = {how: tmp_path_factory.mktemp("temporary") for how in ("killed", "idle", "fails")}
         processes = {how: start(server, place, how) for how, place in places.items()}
         yield server, processes, places
         for process in processes.values():
@@ -447,6 +447,15 @@ def test_a_killed_run_leaves_the_repository_loadable_and_the_disk_clean(runs, tm
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == head_of(made[0])
+
+
+def test_a_run_that_is_killed_while_nothing_is_on_its_way_leaves_the_disk_clean(runs):
+    server, processes, places = runs
+    assert processes["idle"].stdout.readline() == "idle\n"
+    assert list(places["idle"].iterdir())
+    processes["idle"].kill()
+    wait_for(lambda: not list(places["idle"].iterdir()))
+    assert [commit.title for commit in server.history("alice/idle")] == ["Step 1", "initial commit"]
 
 
 def test_an_uncaught_exception_leaves_the_last_checkpoint_pushed_and_says_which_one_is_not(runs):
