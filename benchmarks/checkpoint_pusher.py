@@ -13,6 +13,7 @@ The Hub on loopback is a process of its own, and waits before it takes an upload
 """
 
 import argparse
+import contextlib
 import itertools
 import logging
 import os
@@ -83,6 +84,14 @@ def whole_runs(rounds, work, steps, new_pusher):
     print(f"with / without, median of the {rounds} ratios: {statistics.median(ratios):.3f}")
 
 
+def tell(pusher, number):
+    """Send a signal to the process beside and to what it started (verification): its own process group."""
+    process = None if pusher is None else pusher._process._running
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError):  # it has not come to making its group
+            os.killpg(process.pid, number)
+
+
 def segments(rounds, work, steps, new_pusher):
     print("| run | steps while stopped (s) | while running (s) | ratio | share of push | sum | pushed | skipped |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
@@ -94,16 +103,13 @@ def segments(rounds, work, steps, new_pusher):
 
         def between(step, pusher=pusher, length=length, running=running):
             running.append(step % (2 * length) < length)  # in the next step
-            process = None if pusher is None else pusher._process._running
-            if process is not None and step % length == 0:
-                # also what it started (verification): its own process group
-                os.killpg(process.pid, signal.SIGCONT if running[-1] else signal.SIGSTOP)
+            if step % length == 0:
+                tell(pusher, signal.SIGCONT if running[-1] else signal.SIGSTOP)
 
         try:
             seconds, pushing, each = train(*work, steps, pusher.push if pushes else None, between)
         finally:
-            if pushes:
-                os.killpg(pusher._process._running.pid, signal.SIGCONT)
+            tell(pusher, signal.SIGCONT)
         if pushes:
             pusher.close()
         first = steps // 10 + 1  # the process starts with the first checkpoint

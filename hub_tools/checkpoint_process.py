@@ -25,7 +25,8 @@ from .errors import GPT2ValueHubError, WorkerDiedError
 GRACE = 10.0  # seconds that a process which has stopped answering may take to end
 HOME = "gpt2-value-checkpoints-"  # folders of this name in the system's folder for temporary files are ours
 
-# A process group of its own, since a terminal's Ctrl-C is not for the process beside. Not a session of its own: Linux
+# A process group of its own, since a terminal's Ctrl-C is not for the process beside. (One in its first moment ends it,
+# and another is started: Popen's `process_group` needs Python 3.11.) Not a session of its own: Linux
 # shares the cores between sessions before it looks at priorities (sched(7), "The autogroup feature"), so the lowest
 # priority in a session of its own takes half of a busy core from the training.
 START = """
@@ -109,16 +110,18 @@ def _ended(process: subprocess.Popen[bytes]) -> int:
     try:
         return process.wait(GRACE)
     except subprocess.TimeoutExpired:
-        _kill(process)
+        process.kill()
         return process.wait()
     finally:
+        _kill(process)  # what it started may live on
         _close(process)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill it, and the interpreter in which it verifies."""
     if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError):  # it has not come to making its group
+        # it has not come to making its group; or (macOS) nobody but itself is in it, dead
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()
 

@@ -265,11 +265,13 @@ class CheckpointPusher:
                 self._changed.notify_all()
             if lost:
                 logger.error("interrupted: not pushed to %s: step %s", self.repo_id, ", ".join(map(str, lost)))
-            self._process.end(at_once=bool(lost))
-            if self._thread.is_alive():
-                self._thread.join()
-            self._home.remove()
-            atexit.unregister(self._at_exit)
+            try:
+                self._process.end(at_once=bool(lost))
+                if self._thread.is_alive():
+                    self._thread.join()
+            finally:
+                self._home.remove()
+                atexit.unregister(self._at_exit)
 
     @property
     def pushed(self) -> tuple[PushedCheckpoint, ...]:

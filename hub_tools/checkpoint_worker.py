@@ -264,6 +264,8 @@ def main() -> None:
     """Read (parent's process id, home, Settings) from the standard input, and then one `Checkpoint` after the other;
     answer each with a `PushedCheckpoint` or a `Failure` on the standard output. All of it is pickled."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training loop, which then closes us
+    if hasattr(signal, "SIGTTOU"):  # a terminal under `stty tostop` stops whoever writes to it from the background
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     _give_way()
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -293,7 +295,7 @@ def _give_way() -> None:
     if hasattr(os, "nice"):
         os.nice(19)
     if sys.platform == "linux":
-        with suppress(PermissionError):  # in a sandbox
+        with suppress(OSError):  # sandboxes refuse it, some as if it did not exist
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
@@ -304,7 +306,8 @@ def _receive(jobs: BinaryIO, inbox: queue.SimpleQueue[Checkpoint | None], home: 
             inbox.put(checkpoint)
     except (EOFError, pickle.UnpicklingError):  # in the middle of a checkpoint, too
         _vanish(home)
-    inbox.put(None)
+    finally:
+        inbox.put(None)  # where unpickling fails in another way, too: we end then, and the parent hears of it
 
 
 def _end_with(parent: int, home: Path) -> None:

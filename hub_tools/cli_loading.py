@@ -28,7 +28,9 @@ def load_tokenizer(source: str, *, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     hint = "if it has none, leave it out of the package: create --no-tokenizer"
-    with _translated(source, revision, what="a tokenizer", hint=hint):
+    # transformers 4.57 tries one kind of tokenizer after the other, and fails by what the last of them lacks
+    also = (ImportError, TypeError, AttributeError)
+    with _translated(source, revision, what="a tokenizer", hint=hint, also=also):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **at(source, revision))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers 5 makes where there are no files
         raise SourceError(f"{source} has no tokenizer", expected="a tokenizer's files", next_step=hint)
@@ -51,7 +53,13 @@ def quiet_transformers() -> None:
 
 
 @contextmanager
-def _translated(source: str, revision: str | None, what: str = "a GPT-2 model", hint: str = "") -> Iterator[None]:
+def _translated(
+    source: str,
+    revision: str | None,
+    what: str = "a GPT-2 model",
+    hint: str = "",
+    also: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
     """What transformers says when it cannot load something, as an error of ours, without a traceback."""
     import pickle
 
@@ -59,20 +67,11 @@ def _translated(source: str, revision: str | None, what: str = "a GPT-2 model", 
     from safetensors import SafetensorError
 
     quiet_transformers()
+    known: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, EOFError, HfHubHTTPError, SafetensorError)
+    known += (pickle.UnpicklingError, *also)
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        HfHubHTTPError,
-        SafetensorError,
-        pickle.UnpicklingError,
-        ImportError,  # these three of transformers 4.57, which tries one kind of tokenizer after the other
-        TypeError,
-        AttributeError,
-    ) as error:
+    except known as error:
         at = f" at revision {revision}" if revision else ""
         raise SourceError(
             f"{source}{at} does not load: {' '.join(str(error).split()) or type(error).__name__}",

@@ -18,8 +18,9 @@ from conftest import make_tiny_model, plain_twin
 from fault_sweep import serving
 from hub_server import Fault, HubServer
 from safetensors.torch import load
+from transformers import GenerationConfig
 
-from hub_tools import CheckpointPusher, CheckpointPusherCallback, checkpoint_worker
+from hub_tools import CheckpointPusher, CheckpointPusherCallback, checkpoint_process, checkpoint_worker
 from hub_tools.checkpoint_worker import Checkpoint, Settings, Worker
 from hub_tools.errors import (
     AuthenticationError,
@@ -106,6 +107,24 @@ def set_head(model, value):
         model.v_head.summary.bias.fill_(value)
 
 
+class Unreadable(GenerationConfig):
+    """As one whose class stands in the training script is for another process."""
+
+    def __deepcopy__(self, _):
+        return self
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+def ended(pid):
+    """Whether a process, whoever has to reap it, has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def wait_for(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
@@ -130,6 +149,36 @@ def test_the_process_beside_takes_only_what_is_left_of_the_cores(server, pusher)
     assert os.sched_getscheduler(beside) == os.SCHED_IDLE
     assert os.getsid(beside) == os.getsid(0)
     assert os.getpgid(beside) == beside, "a terminal's Ctrl-C is not for it"
+
+
+def test_a_sandbox_that_refuses_the_idle_class_does_not_stop_the_process_beside():
+    script = (
+        "import os\nfrom hub_tools import checkpoint_worker\n"
+        "def refuse(*_): raise OSError(22, 'Invalid argument')\n"
+        "os.sched_setscheduler = refuse\ncheckpoint_worker._give_way()\nprint(os.nice(0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout == "19\n"
+
+
+def test_what_the_process_beside_started_ends_with_it():
+    """An interpreter that verifies holds as much memory as the one beside, for which there may not be enough."""
+    script = (
+        "import os, subprocess, sys\nos.setpgid(0, 0)\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)']).pid, flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    started = int(process.stdout.readline())
+    assert checkpoint_process._ended(process) == 0
+    wait_for(lambda: ended(started))
+
+
+def test_a_checkpoint_that_the_process_beside_cannot_read_is_a_failure_and_no_silence(server, pusher):
+    model = make_tiny_model()
+    model.generation_config = Unreadable()
+    pusher.push(model, step=2)
+    with pytest.raises(CheckpointPushError, match="step 2"):
+        pusher.flush()
 
 
 def test_checkpoints_arrive_in_order_whole_and_the_last_one_always(server, pusher):
