@@ -1,6 +1,6 @@
 """A training run's end of the pipe to the process beside it, and the folder through which the weights go.
 
-Imports the standard library, filelock and of hub_tools `checkpoint_worker` and `errors`.
+Imports the standard library and of hub_tools `checkpoint_worker`, `errors` and `locked_folders`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,19 +15,18 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from . import errors
 from .checkpoint_worker import Checkpoint, Failure, PushedCheckpoint, Settings
 from .errors import GPT2ValueHubError, WorkerDiedError
+from .locked_folders import discard, left_behind, locked_folder
 
 GRACE = 10.0  # seconds that a process which has stopped answering may take to end
 HOME = "gpt2-value-checkpoints-"  # folders of this name in the system's folder for temporary files are ours
 
 # A process group of its own, since a terminal's Ctrl-C is not for the process beside. (One in its first moment ends it,
-# and another is started: Popen's `process_group` needs Python 3.11.) Not a session of its own: Linux
-# shares the cores between sessions before it looks at priorities (sched(7), "The autogroup feature"), so the lowest
-# priority in a session of its own takes half of a busy core from the training.
+# and another is started: Popen's `process_group` needs Python 3.11.) Not a session of its own: Linux shares the cores
+# between sessions before it looks at priorities (sched(7), "The autogroup feature"), so the lowest priority in a
+# session of its own takes half of a busy core from the training.
 START = """
 import json, os, sys
 if hasattr(os, "setpgid"):
@@ -107,14 +105,11 @@ class WorkerProcess:
 
 def _ended(process: subprocess.Popen[bytes]) -> int:
     """The exit status of a process that has closed its end of a pipe, or sent what is no answer."""
-    try:
-        return process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-    finally:
-        _kill(process)  # what it started may live on
-        _close(process)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    _kill(process)  # where it has ended, what it started may live on
+    _close(process)
+    return process.wait()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -138,32 +133,12 @@ class Home:
 
     def __init__(self) -> None:
         parent = Path(tempfile.gettempdir())
-        for folder in parent.glob(f"{HOME}*"):
-            if folder.is_symlink() or not folder.is_dir():
-                continue
-            lock = FileLock(folder / "lock", timeout=0)
-            try:
-                lock.acquire()
-            except (Timeout, NotImplementedError, OSError):  # at work, or somebody else's, or just gone
-                continue
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
-        while True:  # once; again if another pusher saw the folder before it was locked, and removed it
-            self.folder = Path(tempfile.mkdtemp(prefix=HOME, dir=parent))
-            self._lock = FileLock(self.folder / "lock")
-            try:
-                self._lock.acquire()
-            except NotImplementedError:  # no locks on this file system: then nobody removes anything there
-                return
-            except FileNotFoundError:
-                continue
-            if (self.folder / "lock").exists():
-                return
-            self._lock.release()
+        for folder, lock in left_behind(parent.glob(f"{HOME}*")):
+            discard(folder, lock)
+        self.folder, self._lock = locked_folder(HOME, parent)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
+        discard(self.folder, self._lock)
 
 
 def _environment(endpoint: str, home: Path) -> dict[str, str]:

@@ -134,6 +134,7 @@ def _draw(
 ) -> tuple[list[Any], list[int]]:
     """Rows (prompt and response, without the prompt's padding) that have so many drawn tokens, and prompt lengths."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     from generation_gpt2_value import rollout
 
@@ -141,8 +142,8 @@ def _draw(
     ends = torch.tensor([] if end is None else end, dtype=torch.long).reshape(-1)
     pad = int(ends[0]) if len(ends) else 0
     batch = [queries[row % len(queries)] for row in range(max(BATCH, len(queries)))]
-    prompts = torch.stack([torch.nn.functional.pad(query, (longest - len(query), 0), value=pad) for query in batch])
-    mask = torch.stack([torch.arange(longest) >= longest - len(query) for query in batch]).long()
+    prompts = pad_sequence(batch, batch_first=True, padding_value=pad, padding_side="left")
+    mask = pad_sequence([torch.ones_like(query) for query in batch], batch_first=True, padding_side="left")
     rows: list[Any] = []
     lengths: list[int] = []
     found = 0

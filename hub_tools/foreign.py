@@ -318,14 +318,19 @@ def _refuse_mismatch(
     if unknown or missing:
         what = [f"unknown tensors: {listed(sorted(unknown))}"] if unknown else []
         what += [f"missing tensors: {listed(missing)}"] if missing else []
+        way_out = (
+            "remove what does not belong to the model from the state dict, or save the model again in its own "
+            "library; if layers do not fit, pass the config.json that belongs to them: config="
+        )
+        if any(UNMERGED in key for key in unknown):
+            way_out = (
+                "the adapter is not merged: load it in its own library, call merge_and_unload() on the PEFT model and "
+                "save that, or convert the folder that the PEFT model's save_pretrained wrote"
+            )
         raise WeightsMismatchError(
             f"{where} has {'; '.join(what)}",
             expected="the tensors of a GPT-2 and of a value head that this package knows, and no others",
-            next_step="the adapter is not merged: load it in its own library, call merge_and_unload() on the PEFT "
-            "model and save that, or convert the folder that the PEFT model's save_pretrained wrote"
-            if any(UNMERGED in key for key in unknown)
-            else "remove what does not belong to the model from the state dict, or save the model again in its own "
-            "library; if layers do not fit, pass the config.json that belongs to them: config=",
+            next_step=way_out,
         )
     for key, name in mapped.items():
         if tuple(state[key].shape) != shapes[name]:

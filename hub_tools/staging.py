@@ -1,6 +1,6 @@
 """Replace a folder by another in one step: a process killed at any moment leaves the old or the new one.
 
-Imports the standard library, filelock, `errors` and `layout`. The new folder is prepared beside the old one,
+Imports the standard library, `layout` and `locked_folders`. The new folder is prepared beside the old one,
 in `.<name>.saving-xxxxxxxx/package`, synced to the disk, and then exchanged with it: renameat2(2) with
 RENAME_EXCHANGE on Linux, renamex_np(2) with RENAME_SWAP on macOS. Where the file system knows no exchange,
 the old folder is renamed to `previous` in the staging folder, and the new one to its place; between these two
@@ -15,14 +15,12 @@ import errno
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from . import layout
+from .locked_folders import discard, left_behind, locked_folder
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h; macOS's RENAME_SWAP, in sys/stdio.h, is 2 as well
@@ -82,55 +80,30 @@ def staged(target: Path) -> Iterator[Staging]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     clean(target)
-    home, lock = _locked_home(target)
+    home, lock = locked_folder(f".{target.name}.saving-", target.parent)
     try:
         yield Staging(home, target)
     finally:
-        previous = home / "previous"
-        if previous.is_dir() and not target.exists():
-            os.rename(previous, target)
-        _discard(home, lock)
+        _put_back(home, target)
+        discard(home, lock)
 
 
 def clean(target: Path) -> None:
     """Put back a package that a killed save of `target` had moved, and remove what such saves left."""
     pattern = layout.staging_name(target)
-    for home in sorted(target.parent.iterdir()):
-        if not pattern.fullmatch(home.name) or home.is_symlink() or not home.is_dir():
-            continue
-        lock = FileLock(home / "lock", timeout=0)
+    homes = (home for home in sorted(target.parent.iterdir()) if pattern.fullmatch(home.name))
+    for home, lock in left_behind(homes):
         try:
-            lock.acquire()
-        except (Timeout, NotImplementedError, OSError):  # at work, or no locks here, or just gone
-            continue
-        try:
-            previous = home / "previous"
-            if previous.is_dir() and not target.exists():
-                os.rename(previous, target)
+            _put_back(home, target)
         finally:
-            _discard(home, lock)
+            discard(home, lock)
 
 
-def _discard(home: Path, lock: FileLock) -> None:
-    shutil.rmtree(home, ignore_errors=True)  # what cannot be removed now, the next save removes
-    lock.release()
-    if os.name == "nt":  # Windows removes no file that is open
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def _locked_home(target: Path) -> tuple[Path, FileLock]:
-    while True:  # once; again if somebody's clean() saw the folder before it was locked, and removed it
-        home = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
-        lock = FileLock(home / "lock")
-        try:
-            lock.acquire()
-        except NotImplementedError:
-            return home, lock
-        except FileNotFoundError:
-            continue
-        if (home / "lock").exists():
-            return home, lock
-        lock.release()
+def _put_back(home: Path, target: Path) -> None:
+    """Where a save was stopped between its two renames, what was there comes back."""
+    previous = home / "previous"
+    if previous.is_dir() and not target.exists():
+        os.rename(previous, target)
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -26,6 +26,7 @@ ORDER = [
     "download",
     "inspection",
     "card",
+    "locked_folders",
     "staging",
     "save",
     "verify",
@@ -69,7 +70,8 @@ OUTSIDE = {
     "inspection": set(),
     "verify": set(),
     "probe": {"torch", "transformers"},
-    "staging": {"filelock"},
+    "locked_folders": {"filelock"},
+    "staging": set(),
     "download": {"huggingface_hub"},
     "load": {
         "torch",
@@ -82,7 +84,7 @@ OUTSIDE = {
     "card": {"huggingface_hub"},
     "snapshot": {"torch"},
     "checkpoint_worker": {"huggingface_hub", "yaml", "configuration_gpt2_value", "modeling_gpt2_value"},
-    "checkpoint_process": {"filelock"},
+    "checkpoint_process": set(),
     "checkpoint_pusher": {"huggingface_hub", "torch"},
     "trainer_callback": {"transformers"},
     "console": {"rich", "sampler_audit"},  # the latter for its type only
