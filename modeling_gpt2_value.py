@@ -18,16 +18,16 @@ from transformers.utils import ModelOutput
 # what generation needs must be named too.
 try:
     from .configuration_gpt2_value import GPT2ValueConfig
-    from .decoding_gpt2_value import decoder_for
-    from .generation_gpt2_value import rescore, rollout
-    from .sampling_gpt2_value import sampling_distribution
-    from .scoring_gpt2_value import score
+    from .decoding_gpt2_value import as_scalars, without_dropout
+    from .generation_gpt2_value import rollout
+    from .sampling_gpt2_value import Sampling
+    from .scoring_gpt2_value import rescore
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from configuration_gpt2_value import GPT2ValueConfig
-    from decoding_gpt2_value import decoder_for  # noqa: F401
-    from generation_gpt2_value import rescore, rollout
-    from sampling_gpt2_value import sampling_distribution  # noqa: F401
-    from scoring_gpt2_value import score  # noqa: F401
+    from decoding_gpt2_value import as_scalars, without_dropout
+    from generation_gpt2_value import rollout
+    from sampling_gpt2_value import Sampling  # noqa: F401
+    from scoring_gpt2_value import rescore
 
 # transformers 4 can mask attention heads, transformers 5 cannot.
 TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters
@@ -69,15 +69,16 @@ class GPT2ValueOutput(ModelOutput):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32, also when its weights were cast to another dtype with the body's."""
+    """A linear layer that computes in its input's dtype, also when its weights were cast to another with the body's."""
 
     def forward(self, hidden_states):
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(hidden_states.float(), self.weight.float(), bias)
+        bias = None if self.bias is None else self.bias.to(hidden_states.dtype)
+        return nn.functional.linear(hidden_states, self.weight.to(hidden_states.dtype), bias)
 
 
 class ValueHead(nn.Module):
-    """Dropout, projection, activation, dropout: hidden states `[..., n_embd]` of any dtype to float32 `[..., 1]`.
+    """Dropout, projection, activation, dropout: hidden states `[..., n_embd]` of any dtype to float32 `[..., 1]`
+    (float64 from float64).
 
     The last dimension is `n_embd` instead of 1 when `summary_use_proj` or `summary_proj_to_labels` is off.
     """
@@ -95,7 +96,7 @@ class ValueHead(nn.Module):
         if self.config.detach_value_head:
             hidden_states = hidden_states.detach()
         with torch.autocast(hidden_states.device.type, enabled=False):
-            output = self.first_dropout(hidden_states.float())
+            output = self.first_dropout(hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)))
             output = self.activation(self.summary(output))
             return self.last_dropout(output)
 
@@ -197,6 +198,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         use_cache=None,
         logits_to_keep=0,
         return_dict=None,
+        score=None,
         **kwargs,
     ):
         """`GPT2LMHeadModel.forward`, plus the value of every token. Arguments are those of `GPT2LMHeadModel`.
@@ -204,8 +206,13 @@ class GPT2ValueModel(GPT2LMHeadModel):
         Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask` admits, so that padding
         on either side changes nothing. The mask covers the cached tokens too.
 
+        Args:
+            score: a `ScoreRequest`. `rescore` asks in this way for the scores of given tokens in the place of logits,
+                so that whatever wraps the model sees the call. Dropout is then off.
+
         Returns:
-            `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False.
+            `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False; `Rescored` for a
+            request.
 
         Raises:
             TypeError: an argument that this model cannot honour, by name.
@@ -224,7 +231,11 @@ class GPT2ValueModel(GPT2LMHeadModel):
             tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
             position_ids = _positions(attention_mask, tokens, past_key_values)
 
-        body = self.transformer(
+        transformer, lm_head, v_head = self.transformer, self.lm_head, self.v_head
+        if score is not None:
+            quiet = [without_dropout(layer, checkpointing=True) for layer in (transformer, lm_head, v_head)]
+            transformer, lm_head, v_head = quiet
+        body = transformer(
             input_ids=input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
@@ -238,9 +249,12 @@ class GPT2ValueModel(GPT2LMHeadModel):
             **kwargs,
         )
         hidden_states = body.last_hidden_state  # [batch, tokens, n_embd]
+        if score is not None:
+            hidden_states = hidden_states[:, -score.tokens.shape[1] :]
+            return score.answer(hidden_states, lm_head, as_scalars(v_head(hidden_states).squeeze(-1)))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept, :])
-        value = self.v_head(hidden_states).squeeze(-1)  # [batch, tokens]
+        logits = lm_head(hidden_states[:, kept, :])
+        value = v_head(hidden_states).squeeze(-1)  # [batch, tokens]
         loss = None
         if labels is not None:
             counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
@@ -257,6 +271,10 @@ class GPT2ValueModel(GPT2LMHeadModel):
         if return_dict is None:
             return_dict = self.config.return_dict if self.returns_dict is None else self.returns_dict
         return output if return_dict else output.to_tuple()
+
+    own_forward = (
+        forward  # a subclass that overrides forward still has this one: it is then sampled and scored by its own
+    )
 
 
 class GPT2HeadWithValueModel(GPT2ValueModel):

@@ -1,115 +1,217 @@
-"""Scores of drawn tokens, a chunk of them at a time: the logits of all of them are never held.
+"""Scoring given tokens under a model: log-probabilities, values, entropy and KL, without holding all logits at once.
 
-Remote code: this file is copied into every package, so it imports only torch and its siblings. The backward pass
-computes each chunk again instead of keeping it (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
+Remote code: this file is copied into every package, so it imports only torch, transformers and its siblings. It draws
+nothing and cuts nothing off: it scores a token over the very set that it was drawn from. Logits are computed a chunk of
+tokens at a time, and again in the backward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
 arXiv:1604.06174).
 """
 
+import dataclasses
 import math
+from typing import Any, Optional
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 try:
-    from .decoding_gpt2_value import is_altered, without_dropout
-    from .sampling_gpt2_value import is_one_of, sampling_distribution, sampling_logprobs, token_logprob
+    from .decoding_gpt2_value import (
+        check_tokens,
+        innermost,
+        is_unaltered,
+        run,
+        takes_requests,
+        unwrapped,
+        without_dropout,
+    )
+    from .sampling_gpt2_value import Sampling, is_finite, sampling_distribution
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
-    from decoding_gpt2_value import is_altered, without_dropout
-    from sampling_gpt2_value import is_one_of, sampling_distribution, sampling_logprobs, token_logprob
+    from decoding_gpt2_value import (
+        check_tokens,
+        innermost,
+        is_unaltered,
+        run,
+        takes_requests,
+        unwrapped,
+        without_dropout,
+    )
+    from sampling_gpt2_value import Sampling, is_finite, sampling_distribution
 
 # So many (token, vocabulary) logits are held at a time: 100 MB in float32. Smaller products run slower.
 CHUNK = 25_000_000
 
 
-def score_in_chunks(score, head, inputs, others, vocabulary):
-    """`score(head(inputs), others)` for N drawn tokens, in chunks.
+@dataclasses.dataclass
+class Rescored(ModelOutput):
+    """The tokens of a rollout under a model. All `[B, T]` float32 (float64 from a float64 model), 0 where masked.
+
+    Attributes:
+        logprobs: of the tokens, over the tokens that each draw chose among.
+        values: of the state before each token; None for a model without a value head.
+        entropy: of the same distributions, in nats; None unless asked for.
+        kl: KL(model || reference) of the same distributions, in nats, summed over the tokens; None without a reference.
+    """
+
+    logprobs: Optional[torch.Tensor] = None
+    values: Optional[torch.Tensor] = None
+    entropy: Optional[torch.Tensor] = None
+    kl: Optional[torch.Tensor] = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScoreRequest:
+    """What `forward(score=...)` is asked: the scores of T tokens, the first of which follows column -T of the input.
+
+    Attributes:
+        tokens: `[B, T]` int64.
+        drawn: `[B, T]` bool, which of them to score.
+        sampling, kept: of the rollout.
+        with_entropy: also the entropy.
+        reference: for the KL: `inputs [B, T, ...]`, and an output layer that turns them into logits.
+    """
+
+    tokens: torch.Tensor
+    drawn: torch.Tensor
+    sampling: Sampling
+    kept: Optional[torch.Tensor]
+    with_entropy: bool
+    reference: Any
+
+    def answer(self, inputs, head, values):
+        """The `Rescored` of a model with the logits `head(inputs [B, T, ...])` and `values [B, T]` or None."""
+        drawn, T = self.drawn, self.drawn.shape[1]
+        early = torch.arange(T, device=drawn.device) < self.sampling.min_new_tokens
+        columns = {"inputs": inputs, "tokens": self.tokens, "kept": self.kept, "early": early.expand_as(drawn)}
+        if not self.sampling.min_new_tokens:
+            del columns["early"]
+        if self.reference is not None:
+            columns["reference_inputs"] = self.reference[0]
+        columns = {name: column[drawn.to(column.device)] for name, column in columns.items() if column is not None}
+        vocabulary = getattr(head, "out_features", inputs.shape[-1])
+        rows = max(1, CHUNK // vocabulary)
+        pieces = zip(*(column.split(rows) for column in columns.values()), strict=True)
+        parts = []
+        for piece in pieces:
+            chunk = dict(zip(columns, piece, strict=True))
+            # Nothing in a chunk is random. The model's caller may be in a checkpoint of its own.
+            parts.append(checkpoint(self._score, head, chunk, use_reentrant=False, preserve_rng_state=False))
+        logprobs, entropy, kl = (torch.cat(column) for column in zip(*parts, strict=True))
+
+        def spread(column):
+            return torch.zeros(drawn.shape, dtype=column.dtype, device=drawn.device).masked_scatter(drawn, column)
+
+        return Rescored(
+            logprobs=spread(logprobs),
+            values=None if values is None else torch.where(drawn, values, 0.0),
+            entropy=spread(entropy) if self.with_entropy else None,
+            kl=spread(kl) if self.reference is not None else None,
+        )
+
+    def _score(self, head, chunk):
+        """Log-probability, entropy and KL `[n]` of n drawn tokens; NaN where logits are not finite, 0 if not asked."""
+        logits = head(chunk["inputs"])  # [n, V]
+        how = {"early": chunk.get("early"), "kept": chunk.get("kept")}
+        distribution = sampling_distribution(logits, self.sampling, **how)
+        normaliser = distribution.logits.logsumexp(-1)
+        logprob = distribution.logits_of(chunk["tokens"]) - normaliser
+        logprob = logprob.masked_fill(~is_finite(logits), math.nan)
+        entropy = kl = torch.zeros_like(logprob)
+        if self.with_entropy or self.reference is not None:
+            possible = distribution.logits > -math.inf
+            logprobs = (distribution.logits - normaliser.unsqueeze(-1)).masked_fill(~possible, 0.0)
+            probs = logprobs.exp() * possible
+            if self.with_entropy:
+                entropy = -(probs * logprobs).sum(-1)
+            if self.reference is not None:
+                with torch.no_grad():
+                    other = self.reference[1](chunk["reference_inputs"]).to(logits.device)
+                    other = sampling_distribution(other, self.sampling, **how).logits.log_softmax(-1)
+                kl = (probs * (logprobs - other.masked_fill(~possible, 0.0))).sum(-1)
+        return logprob, entropy, kl
+
+
+def rescore(model, rollout, *, with_entropy=False, reference=None):
+    """Score the rollout's tokens under this model, over the tokens that each draw chose among; differentiable.
+
+    With the model that made the rollout, the log-probabilities and values are those in it (in float32 within 1e-5, or
+    1e-6 * max |logit| / temperature where that is more). With any other, the mean of exp(logprobs - rollout.logprobs)
+    is 1 within its error.
+    Dropout is off, whatever mode the model is in; gradient checkpointing stays as it is.
+
+    | model | how |
+    |---|---|
+    | `GPT2ValueModel`, also in DistributedDataParallel, FSDP2, peft, Accelerate or `torch.compile` | one call of what was
+      passed, which asks the model's own forward for scores; never all logits at once |
+    | a plain `GPT2LMHeadModel` | its body, then its output layer; never all logits at once |
+    | any other causal language model; a forward that was overridden, replaced or hooked | one call of what was passed,
+      and its logits `[B, T, vocabulary]` |
 
     Args:
-        score: from logits `[n, V]` and a dict of tensors `[n, ...]` to a tuple of tensors `[n]`.
-        head: the output layer.
-        inputs: `[N, width]`, what it is applied to.
-        others: dict of tensors `[N, ...]`, split in the same way.
+        model: any causal language model of transformers with the rollout's vocabulary.
+        rollout: a `Rollout` of B rows and T response columns.
+        with_entropy: also give the entropy of the sampling distribution at each token.
+        reference: a second model; also give the KL divergence to it at each token. It receives no gradient.
 
     Returns:
-        The tuple, of tensors `[N]`; floating ones are differentiable in the inputs and in the head's weights.
+        `Rescored`.
+
+    Raises:
+        TypeError, ValueError: the rollout does not fit the model, or its logits are NaN or infinite.
     """
-    rows = max(1, CHUNK // vocabulary)
-    pieces = {name: tensor.split(rows) for name, tensor in others.items()}
-    chunks = [dict(zip(pieces, piece, strict=True)) for piece in zip(*pieces.values(), strict=True)]
-    plain = type(head) is nn.Linear and head.bias is None and not is_altered(head)
-    if plain and not torch.is_autocast_enabled(inputs.device.type):
-        return _Scores.apply(score, chunks, rows, inputs, head.weight)
-
-    def scores(inputs, chunk):
-        return score(head(inputs), chunk)
-
-    if torch.is_grad_enabled():
-        again = without_dropout(head, checkpoint)
-        columns = [again(scores, *chunk, use_reentrant=False) for chunk in zip(inputs.split(rows), chunks, strict=True)]
-    else:
-        columns = [scores(*chunk) for chunk in zip(inputs.split(rows), chunks, strict=True)]
-    return tuple(torch.cat(column) for column in zip(*columns, strict=True))
-
-
-class _Scores(torch.autograd.Function):
-    """The chunks through a plain output layer, whose gradient is summed in place: one copy of it, not one a chunk."""
-
-    @staticmethod
-    def forward(ctx, score, chunks, rows, inputs, weight):
-        ctx.save_for_backward(inputs, weight)
-        ctx.score, ctx.chunks, ctx.rows = score, chunks, rows
-        columns = zip(*(score(x @ weight.t(), c) for x, c in zip(inputs.split(rows), chunks, strict=True)), strict=True)
-        found = tuple(torch.cat(column) for column in columns)
-        ctx.mark_non_differentiable(*(column for column in found if not column.is_floating_point()))
-        return found
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients):
-        inputs, weight = ctx.saved_tensors
-        to_inputs = torch.empty_like(inputs)
-        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[4] else None
-        start = 0
-        for x, chunk in zip(inputs.split(ctx.rows), ctx.chunks, strict=True):
-            at = slice(start, start + len(x))
-            start += len(x)
-            logits = (x @ weight.t()).requires_grad_()
-            with torch.enable_grad():
-                columns = ctx.score(logits, chunk)
-            pairs = [(c, g[at]) for c, g in zip(columns, gradients, strict=True) if c.requires_grad]
-            scored, weights = zip(*pairs, strict=True)
-            (to_logits,) = torch.autograd.grad(scored, logits, weights)
-            to_inputs[at] = to_logits @ weight
-            if to_weight is not None:
-                to_weight.addmm_(to_logits.t(), x)
-        return None, None, None, to_inputs, to_weight
-
-
-def score(logits, chunk, *, rollout, with_entropy, reference_head=None):
-    """Log-probability, entropy, KL and finiteness `[n]` of n drawn tokens with logits `[n, V]`; 0 if not asked for."""
-    suppress = None
-    if "early" in chunk:
-        suppress = chunk["early"].unsqueeze(-1) & is_one_of(rollout.eos_token_id, logits.shape[-1], logits.device)
-    settings = {"temperature": rollout.temperature, "suppress": suppress}
-    cut = {"top_k": rollout.top_k, "top_p": rollout.top_p, "support": chunk.get("support")}
-    distribution = sampling_distribution(logits, **settings, **cut)
-    logprob = token_logprob(distribution, logits, chunk["tokens"], **settings)
-    entropy = kl = torch.zeros_like(logprob)
-    if with_entropy:
-        possible = distribution.logits.masked_fill(distribution.logits == -math.inf, 0.0)
-        entropy = distribution.logits.logsumexp(-1) - (distribution.logits.softmax(-1) * possible).sum(-1)
-    if reference_head is not None:
-        own = sampling_logprobs(logits, **settings, **cut)
+    if type(rollout).__name__ != "Rollout" or not hasattr(rollout, "sampling"):
+        # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
+        raise TypeError(
+            f"rescore() got a {type(rollout).__name__}; expected the Rollout that rollout() of this version returned."
+        )
+    scorers = [model] if reference is None else [model, reference]
+    vocabularies = [check_tokens(scorer, rollout.sequences, rollout.attention_mask) for scorer in scorers]
+    rollout.sampling.check_vocabulary(vocabularies[0])
+    if len(set(vocabularies)) > 1:
+        raise ValueError(
+            f"the model's vocabulary has {vocabularies[0]} tokens, the reference's {vocabularies[1]}; expected the same "
+            "for a KL divergence: pass a reference with the model's tokenizer."
+        )
+    rollout = rollout.to(unwrapped(model)[-1].device)
+    tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
+    seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
+    request = ScoreRequest(
+        tokens=rollout.responses.masked_fill(~rollout.response_mask, 0),
+        drawn=rollout.response_mask,
+        sampling=rollout.sampling,
+        kept=rollout.kept,
+        with_entropy=with_entropy,
+        reference=None,
+    )
+    if reference is not None:
+        device = unwrapped(reference)[-1].device
+        elsewhere = tokens.to(device), rollout.attention_mask.to(device), seen[-1]
         with torch.no_grad():
-            other = reference_head(chunk["reference_inputs"]).to(logits.device)
-            other = sampling_logprobs(other, **settings, **cut)
-        never = own == -math.inf
-        kl = (own.exp() * (own.masked_fill(never, 0.0) - other.masked_fill(never, 0.0))).sum(-1)
-    return logprob, entropy, kl, finite(logits)
+            inputs, head, _ = _inputs_and_head(innermost(reference), elsewhere, rollout.responses.shape[1])
+        request = dataclasses.replace(request, reference=(inputs, head))
+    if takes_requests(model):
+        scored, _ = run(model, *seen, score=request, use_cache=False)
+    else:
+        scored = request.answer(*_inputs_and_head(model, seen, rollout.responses.shape[1]))
+    not_finite = scored.logprobs.isnan().nonzero()
+    if len(not_finite):
+        raise not_finite_error(*not_finite[0].tolist())
+    return scored
 
 
-def finite(logits):
-    """Whether all of `logits [..., V]` are finite: their sum is so exactly when each of them is."""
-    return logits.detach().sum(-1, dtype=torch.float32).isfinite()
+def not_finite_error(row, step):
+    """What to raise where logits are not finite."""
+    return ValueError(
+        f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them. Check "
+        "the weights (a diverged training step?), or use bfloat16 instead of float16."
+    )
+
+
+def _inputs_and_head(model, seen, T):
+    """Inputs `[B, T, ...]` of an output layer, that layer, and values `[B, T]` or None, for the last T columns."""
+    quiet = without_dropout(model, checkpointing=True)
+    if is_unaltered(model):  # its forward is its body, then its output layer
+        body, _ = run(quiet.transformer, *seen, use_cache=False)
+        return body.last_hidden_state[:, -T:], quiet.lm_head, None
+    output, values = run(quiet, *seen, logits_to_keep=T, use_cache=False)
+    return output.logits[:, -T:], nn.Identity(), None if values is None else values[:, -T:]

@@ -1,4 +1,4 @@
-"""The fast road and the plain one give the same numbers, and the fast one is taken only where it may be."""
+"""Both decoders give the same numbers, and the fast one is chosen only where it may be."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from conftest import make_tiny_model
 from torch import nn
 
 import generation_gpt2_value
-from decoding_gpt2_value import Decoder, GPT2Decoder, decoder_for, last_states
+from decoding_gpt2_value import Decoder, GPT2Decoder, decoder_for
 from generation_gpt2_value import rescore, rollout
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
@@ -18,27 +18,19 @@ def decoder_of(model):
     return type(decoder_for(model, tokens, torch.ones_like(tokens)))
 
 
-class FixedShapes(GPT2Decoder):
-    """What a GPU records as a graph, run step by step on the CPU."""
-
+class WithoutPacking(GPT2Decoder):
     def __init__(self, *args):
         super().__init__(*args)
-        self.fixed_shapes = True
-
-
-class WithoutOneDNN(GPT2Decoder):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.onednn = False
+        self.packs = False
 
 
 @pytest.mark.parametrize("fields", [{}, {"activation_function": "relu"}, {"n_inner": 48}])
-@pytest.mark.parametrize("road", [GPT2Decoder, FixedShapes, WithoutOneDNN])
-def test_every_road_gives_the_same_rollout(road, fields, monkeypatch):
+@pytest.mark.parametrize("decoder", [GPT2Decoder, WithoutPacking])
+def test_every_decoder_gives_the_same_rollout(decoder, fields, monkeypatch):
     model = make_tiny_model(**fields)
     assert decoder_of(model) is GPT2Decoder
     rollouts = []
-    for kind in (Decoder, road):
+    for kind in (Decoder, decoder):
         monkeypatch.setattr(generation_gpt2_value, "decoder_for", kind)
         seeded = torch.Generator().manual_seed(0)
         rollouts.append(rollout(model, RAGGED * 3, max_new_tokens=14, eos_token_id=EOS, generator=seeded))
@@ -49,18 +41,18 @@ def test_every_road_gives_the_same_rollout(road, fields, monkeypatch):
     torch.testing.assert_close(rescore(model, fast).logprobs, fast.logprobs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("road", [Decoder, GPT2Decoder])
-def test_rows_that_have_ended_are_left_out_and_change_nothing(road, monkeypatch):
+@pytest.mark.parametrize("decoder", [Decoder, GPT2Decoder])
+def test_rows_that_have_ended_are_left_out_and_change_nothing(decoder, monkeypatch):
     model = make_tiny_model()
     sizes = []
 
-    class Watched(road):
+    class Watched(decoder):
         def logits_and_values(self, columns):
             logits, values = super().logits_and_values(columns)
             sizes.append(len(logits))
             return logits, values
 
-    class WithEveryRow(road):
+    class WithEveryRow(decoder):
         def keep(self, rows):
             return False
 
@@ -121,7 +113,7 @@ def adapted(model):
     ],
     ids=["hook", "forward", "adapter", "no scaling", "inverse layer scaling", "upcast attention"],
 )
-def test_a_model_that_computes_something_else_takes_the_plain_road(altered):
+def test_a_model_that_computes_something_else_is_decoded_by_its_own_forward(altered):
     model = altered()
     assert decoder_of(model) is Decoder
     drawn = model.rollout(RAGGED, max_new_tokens=10)
@@ -131,14 +123,14 @@ def test_a_model_that_computes_something_else_takes_the_plain_road(altered):
     torch.testing.assert_close(drawn.logprobs, expected, atol=1e-5, rtol=0)
 
 
-def test_recording_hidden_states_leaves_the_fast_road_open():
+def test_recording_hidden_states_leaves_the_fast_decoder_in_place():
     """transformers 5 keeps its recording hooks installed after a call with output_hidden_states=True."""
     model = make_tiny_model()
     model(RAGGED[0][None], output_hidden_states=True, output_attentions=False)
     assert decoder_of(model) is GPT2Decoder
 
 
-def test_autocast_takes_the_plain_road():
+def test_autocast_is_decoded_by_the_model_s_own_forward():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert decoder_of(make_tiny_model()) is Decoder
 
@@ -168,6 +160,6 @@ def test_a_head_that_gives_no_scalar_is_refused(fields):
     model = make_tiny_model(**fields)
     with pytest.raises(ValueError, match="one scalar for each token"):
         model.rollout(RAGGED, max_new_tokens=2)
-    sequences = torch.tensor([[1, 2, 3]])
+    drawn = make_tiny_model().rollout(RAGGED, max_new_tokens=2)
     with pytest.raises(ValueError, match="one scalar for each token"):
-        last_states(model, sequences, torch.ones_like(sequences), 1)
+        model.rescore(drawn)

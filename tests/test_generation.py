@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from generation_gpt2_value import Rollout, rescore, respond_to_batch, rollout
-from sampling_gpt2_value import draw, sampling_distribution, sampling_logprobs
+from sampling_gpt2_value import Sampling, draw, kept_tokens, sampling_distribution, sampling_logprobs
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 EOS = [1, 2, 3, 4, 5, 6, 7, 8]  # several, so that rows of a random model end early
@@ -205,9 +205,10 @@ def test_drawing_is_the_exact_inverse_of_the_distribution_function(width):
     possible = (logits[0] > -math.inf).nonzero().squeeze(-1)
     possible = possible[:: max(1, len(possible) // 500)]
     middle = (edges[possible] + torch.cat([torch.zeros(1).double(), edges])[possible]) / 2
-    indices, normaliser = draw(logits.expand(len(possible), -1), middle)
+    shifted = (logits - logits.max()).expand(len(possible), -1)
+    indices, logprobs = draw(shifted, middle)
     assert torch.equal(indices, possible)
-    torch.testing.assert_close(normaliser, logits.logsumexp(-1).expand(len(possible)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logprobs, logits[0].log_softmax(-1)[possible], atol=1e-5, rtol=0)
 
 
 def test_an_impossible_index_is_never_drawn_whatever_the_uniform():
@@ -242,36 +243,31 @@ def test_truncation_keeps_exactly_the_tokens_it_should():
         ({"top_k": 99}, 4),
         ({}, 4),
     ):
-        probs = sampling_logprobs(logits, **settings).exp()
+        probs = sampling_logprobs(logits, Sampling(**settings)).exp()
         assert (probs > 0).sum() == kept
         assert probs.sum() == pytest.approx(1.0)
         torch.testing.assert_close(probs[:kept] / probs[0], logits[:kept].exp() / 0.4)
 
 
 def test_ties_are_cut_to_exactly_top_k():
-    probs = sampling_logprobs(torch.zeros(5, 100), top_k=7).exp()
+    probs = sampling_logprobs(torch.zeros(5, 100), Sampling(top_k=7)).exp()
     assert ((probs > 0).sum(-1) == 7).all()
 
 
-def test_rescoring_decides_on_the_edge_of_top_p_as_sampling_did():
-    """Rounding moves logits by 1e-6 and so a token over the edge of top_p; the rollout's count settles it."""
-    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    sampled = sampling_distribution(probs.log(), top_p=0.8 - 1e-7)
-    nudged = (probs + torch.tensor([[-4e-7, 2e-7, 1e-7, 1e-7]])).log()
-    alone = sampling_distribution(nudged, top_p=0.8 - 1e-7)
-    assert (sampled.support.item(), alone.support.item()) == (2, 3)
-    settled = sampling_distribution(nudged, top_p=0.8 - 1e-7, support=sampled.support)
-    assert settled.support.item() == 2
-    other_model = torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log()
-    assert sampling_distribution(other_model, top_p=0.6, support=torch.tensor([1])).support.item() == 3
-
-
-def test_a_token_that_another_model_excludes_has_no_probability_there():
-    model, other = make_tiny_model(seed=0), make_tiny_model(seed=1)
-    drawn = model.rollout(RAGGED, max_new_tokens=10, top_k=3)
-    scored = rescore(other, drawn).logprobs
-    assert scored.isneginf().any()
-    assert not rescore(model, drawn).logprobs.isneginf().any()
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 3}, {"top_k": 40, "top_p": 0.6}, {"top_p": 0.6}, {"top_p": 1e-9}], ids=str
+)
+@pytest.mark.parametrize("vocabulary", [50, 2000])
+def test_what_was_kept_is_kept_by_whoever_scores_it(settings, vocabulary):
+    """A model that ranks the tokens otherwise gives these tokens a probability, and no others; as ids or as bits."""
+    torch.manual_seed(0)
+    mine, other = torch.randn(2, 5, vocabulary) * 2
+    sampling = Sampling(**settings)
+    possible = sampling_logprobs(mine, sampling) > -math.inf
+    kept = kept_tokens(sampling_distribution(mine, sampling), vocabulary)
+    assert torch.equal(sampling_logprobs(other, sampling, kept=kept) > -math.inf, possible)
+    expected = other.double().masked_fill(~possible, -math.inf).log_softmax(-1)
+    torch.testing.assert_close(sampling_logprobs(other, sampling, kept=kept).double(), expected, atol=1e-5, rtol=0)
 
 
 # What a rollout says of itself
@@ -335,6 +331,7 @@ def test_rows_can_be_selected():
     model = make_tiny_model()
     drawn = model.rollout(RAGGED, max_new_tokens=6, top_p=0.9)
     whole = rescore(model, drawn).logprobs
+    torch.testing.assert_close(rescore(model, drawn.repeat(3)).logprobs, whole.repeat(3, 1), atol=1e-5, rtol=0)
     for rows in (slice(1, 3), [3, 0], torch.tensor([2]), torch.tensor([True, False, False, True])):
         part = drawn[rows]
         assert isinstance(part, Rollout)
@@ -509,8 +506,31 @@ TWO = torch.tensor([[1, 2], [3, 4]])
         (TWO, {"min_new_tokens": 30, "eos_token_id": 1}, ValueError, "min_new_tokens=30; expected 0 to"),
         (TWO, {"min_new_tokens": 3}, ValueError, "no effect without eos_token_id"),
         (TWO, {"eos_token_id": 96}, ValueError, "eos_token_id=96 is not in the vocabulary"),
-        (TWO, {"pad_token_id": -1}, ValueError, "pad_token_id=-1 is not in the vocabulary"),
+        (TWO, {"pad_token_id": -1}, ValueError, "pad_token_id=-1"),
         (TWO, {"num_return_sequences": 0}, ValueError, "num_return_sequences=0"),
+        (TWO, {"num_return_sequences": 1.5}, ValueError, "num_return_sequences=1.5"),
+        (TWO, {"max_new_tokens": "3"}, ValueError, "max_new_tokens='3'"),
+        (TWO, {"temperature": 1e-320}, ValueError, "temperature=1e-320"),
+        (TWO, {"temperature": 1e308}, ValueError, "temperature=1e\\+308"),
+        (TWO, {"temperature": "1"}, ValueError, "temperature='1'"),
+        (TWO, {"temperature": True}, ValueError, "temperature=True"),
+        (TWO, {"temperature": 1j}, ValueError, "temperature=1j"),
+        (TWO, {"top_p": "0.5"}, ValueError, "top_p='0.5'"),
+        (TWO, {"top_k": True}, ValueError, "top_k=True"),
+        (TWO, {"top_k": "5"}, ValueError, "top_k='5'"),
+        (TWO, {"eos_token_id": 3.7}, ValueError, "eos_token_id=3.7"),
+        (TWO, {"eos_token_id": 3.0}, ValueError, "eos_token_id=3.0"),
+        (TWO, {"eos_token_id": "3"}, ValueError, "eos_token_id='3'"),
+        (TWO, {"eos_token_id": True}, ValueError, "eos_token_id=True"),
+        (TWO, {"eos_token_id": [1, 2.5]}, ValueError, "eos_token_id=2.5"),
+        (TWO, {"eos_token_id": -1}, ValueError, "eos_token_id=-1"),
+        (TWO, {"pad_token_id": 96}, ValueError, "pad_token_id=96 is not in the vocabulary"),
+        (TWO, {"pad_token_id": 1.5}, ValueError, "pad_token_id=1.5"),
+        (TWO, {"eos_token_id": list(range(96)), "min_new_tokens": 1}, ValueError, "leaves nothing to draw"),
+        (TWO * 1j, {}, TypeError, "complex64; expected token ids"),
+        (TWO > 0, {}, TypeError, "bool; expected token ids"),
+        ([TWO[0] * 1j], {}, TypeError, "expected token ids"),
+        ([TWO[0] > 0], {}, TypeError, "expected token ids"),
     ],
 )
 def test_bad_input_is_refused_before_any_compute(unused_model, queries, arguments, error, message):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -21,11 +22,13 @@ from test_inspection import edit_json
 from test_verify import record_again
 from transformers import AutoModel
 
-from hub_tools import errors, inspect_package, layout, load, load_package, releases, save_package
+from generation_gpt2_value import rescore, rollout
+from hub_tools import errors, inspect_package, layout, load, load_package, releases, save_package, verify_package
 from modeling_gpt2_value import GPT2ValueModel
 
 REPO = "alice/value"
 MODELING = "modeling_gpt2_value.py"
+RELEASED = Path(__file__).parent / "released"
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +165,18 @@ def test_code_of_another_release_runs_as_it_was_released(package, tiny_model, mo
     known = {file.name: (file.installed, file.releases) for file in loaded.package.code}
     assert known[MODELING] == (False, ("0.0.9",))
     assert known["sampling_gpt2_value.py"] == (True, (layout.__version__, "0.0.9"))
+
+
+def test_a_package_that_0_1_0_wrote_is_loaded_as_that_release(tmp_path):
+    """The archive was written by the code of 0.1.0 itself; its record holds the numbers that it computed."""
+    zipfile.ZipFile(RELEASED / "gpt2-value-0.1.0.zip").extractall(tmp_path / "old")
+    loaded = load_package(tmp_path / "old")
+    assert loaded.code_version == "0.1.0"
+    assert verify_package(tmp_path / "old", trust_remote_code=True).max_logit_difference <= 1e-6
+    drawn = rollout(loaded.model, [torch.tensor([5, 17, 3])], max_new_tokens=8, top_p=0.9)
+    torch.testing.assert_close(rescore(loaded.model, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+    of_its_own = loaded.model.rollout([torch.tensor([5, 17, 3])], max_new_tokens=8)
+    torch.testing.assert_close(loaded.model.rescore(of_its_own).values, of_its_own.values, atol=1e-5, rtol=0)
 
 
 def test_a_release_is_recorded_once(tmp_path):

@@ -29,10 +29,8 @@ def plainly(model, drawn, with_reference=None):
     """Log-probabilities, values, entropy and KL by full logits of the whole sequences, in one piece."""
     T = drawn.responses.shape[1]
     output = model(drawn.sequences, attention_mask=drawn.attention_mask)
-    suppress = torch.zeros((T, 96), dtype=torch.bool)
-    suppress[: drawn.min_new_tokens, list(drawn.eos_token_id)] = True
-    cut = {"temperature": drawn.temperature, "top_k": drawn.top_k, "top_p": drawn.top_p, "suppress": suppress}
-    logprobs = sampling_logprobs(output.logits[:, -T - 1 : -1], **cut, support=drawn.support)
+    early = (torch.arange(T) < drawn.sampling.min_new_tokens).expand(len(drawn), T)
+    logprobs = sampling_logprobs(output.logits[:, -T - 1 : -1], drawn.sampling, early=early, kept=drawn.kept)
     taken = logprobs.gather(-1, drawn.responses[..., None]).squeeze(-1)
     possible = logprobs.exp() > 0
     entropy = -(logprobs.exp() * logprobs.masked_fill(~possible, 0.0)).sum(-1)
@@ -40,11 +38,11 @@ def plainly(model, drawn, with_reference=None):
     return {name: torch.where(drawn.response_mask, numbers, 0.0) for name, numbers in found.items()}
 
 
-@pytest.mark.parametrize("road", ["plain", "hooked"])  # a hooked output layer takes checkpoint's road
+@pytest.mark.parametrize("head", ["plain", "hooked"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_lean_scoring_gives_the_numbers_and_gradients_of_full_logits(settings, road):
+def test_lean_scoring_gives_the_numbers_and_gradients_of_full_logits(settings, head):
     model = make_tiny_model()
-    if road == "hooked":
+    if head == "hooked":
         model.lm_head.register_forward_hook(lambda module, args, output: None)
     drawn = rollout(model, RAGGED, max_new_tokens=10, **settings)
     gradients = []
@@ -78,19 +76,19 @@ def test_gradients_are_exact_in_float64():
         assert analytic[place].item() == pytest.approx(numeric, abs=1e-7, rel=1e-6)
 
 
-@pytest.mark.parametrize("road", ["plain", "hooked"])
+@pytest.mark.parametrize("head", ["plain", "hooked"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_no_more_than_a_chunk_of_logits_is_held(grad, road, monkeypatch):
+def test_no_more_than_a_chunk_of_logits_is_held(grad, head, monkeypatch):
     model = make_tiny_model()
     drawn = rollout(model, RAGGED, max_new_tokens=10, eos_token_id=EOS)
-    if road == "hooked":
+    if head == "hooked":
         model.lm_head.register_forward_hook(lambda module, args, output: None)
     seen = []
     original = scoring_gpt2_value.sampling_distribution
 
-    def watched(logits, **settings):
+    def watched(logits, *settings, **more):
         seen.append(tuple(logits.shape))
-        return original(logits, **settings)
+        return original(logits, *settings, **more)
 
     monkeypatch.setattr(scoring_gpt2_value, "sampling_distribution", watched)
     with torch.set_grad_enabled(grad):
@@ -110,24 +108,38 @@ def test_the_divergence_to_a_reference_is_the_sum_over_the_vocabulary(settings):
     kl = rescore(model, drawn, reference=other).kl
     T = 10
     suppress = torch.zeros((T, 96), dtype=torch.bool)
-    suppress[: drawn.min_new_tokens, list(drawn.eos_token_id)] = True
+    suppress[: drawn.sampling.min_new_tokens, list(drawn.sampling.eos_token_id)] = True
     positions = (drawn.attention_mask.cumsum(-1) - 1).clamp(min=0)
     p, q = (
         m(drawn.sequences, attention_mask=drawn.attention_mask, position_ids=positions).logits[:, -T - 1 : -1].double()
         for m in (model, other)
     )
-    p, q = ((logits.masked_fill(suppress, -1e9) / drawn.temperature).log_softmax(-1) for logits in (p, q))
+    p, q = ((logits.masked_fill(suppress, -1e9) / drawn.sampling.temperature).log_softmax(-1) for logits in (p, q))
     expected = torch.where(drawn.response_mask, (p.exp() * (p - q)).sum(-1), 0.0)
     torch.testing.assert_close(kl.double(), expected, atol=1e-4, rtol=1e-4)
     assert (kl[drawn.response_mask] > 0).all()
     assert rescore(model, drawn, reference=plain_twin(model)).kl.abs().max() < 1e-5
 
 
-def test_the_divergence_is_infinite_where_truncation_leaves_the_reference_no_room():
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 20, "top_p": 0.8}], ids=str)
+def test_the_divergence_is_over_the_tokens_that_were_kept(settings):
     model, other = make_tiny_model(seed=0), make_tiny_model(seed=1)
-    drawn = rollout(model, RAGGED, max_new_tokens=6, top_k=2)
-    assert rescore(model, drawn, reference=other).kl.isinf().any()
-    assert rescore(model, drawn, reference=model).kl.abs().max() < 1e-5
+    drawn = rollout(model, RAGGED, max_new_tokens=6, **settings)
+    scored = rescore(model, drawn, reference=other, with_entropy=True)
+    p, q = (
+        sampling_logprobs(
+            m(drawn.sequences, attention_mask=drawn.attention_mask).logits[:, -7:-1].double(),
+            drawn.sampling,
+            kept=drawn.kept,
+        )
+        for m in (model, other)
+    )
+    kept = p.exp() > 0
+    assert torch.equal(kept, q.exp() > 0)
+    p_kept, q_kept = p.masked_fill(~kept, 0.0), q.masked_fill(~kept, 0.0)
+    torch.testing.assert_close(scored.kl.double(), (p.exp() * (p_kept - q_kept)).sum(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored.entropy.double(), -(p.exp() * p_kept).sum(-1), atol=1e-5, rtol=0)
+    assert rescore(model, drawn, reference=plain_twin(model)).kl.abs().max() < 1e-5
 
 
 def test_the_divergence_teaches_the_model_and_not_the_reference():

@@ -1,0 +1,152 @@
+"""Rollouts and scores switch dropout off without writing to the model: threads and interrupts find it as it was."""
+
+import functools
+import itertools
+import random
+import signal
+import threading
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from torch import nn
+
+from generation_gpt2_value import rescore, rollout
+
+RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
+
+
+def make_training_model(*, checkpointing=True, plain=True):
+    """In train mode, with dropout everywhere; without `plain`, it is decoded by its own forward."""
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"), 0.5)
+    model = make_tiny_model(**dropouts, summary_last_dropout=0.5).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not plain:
+        model.transformer.h[1].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
+    return model
+
+
+def state_of(model):
+    """Everything that a module has of its own, but for its weights and children."""
+    return {
+        name: {key: repr(value) for key, value in vars(module).items() if key not in ("_parameters", "_modules")}
+        for name, module in model.named_modules()
+    }
+
+
+def gradient_of(model, scored):
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.autograd.grad(scored.logprobs.sum() + scored.values.sum(), weights)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_threads_do_not_disturb_each_other(plain):
+    """4 threads, each with 50 rollouts and rescores of one model in train mode, 3 of them with gradients."""
+    model = make_training_model(plain=plain)
+    before = state_of(model)
+
+    def once(seed, with_gradient):
+        drawn = rollout(model, RAGGED, max_new_tokens=4, top_p=0.9, generator=torch.Generator().manual_seed(seed))
+        scored = rescore(model, drawn)
+        found = [drawn.sequences, drawn.logprobs, drawn.values, scored.logprobs.detach(), scored.values.detach()]
+        return found + list(gradient_of(model, scored) if with_gradient else ())
+
+    expected = [once(seed, seed % 16 == 0) for seed in range(50)]
+    mismatches = []
+
+    def work():
+        for seed in range(50):
+            found = once(seed, seed % 16 == 0)
+            if not all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected[seed], strict=True)):
+                mismatches.append(seed)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert mismatches == []
+    assert state_of(model) == before
+
+
+def test_a_thread_that_trains_keeps_its_dropout():
+    model = make_training_model(checkpointing=False)
+    stop = threading.Event()
+
+    def score():
+        while not stop.is_set():
+            rescore(model, rollout(model, RAGGED, max_new_tokens=2))
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    try:
+        tokens = torch.tensor([[5, 17, 3, 8]])
+        outputs = [model(tokens).logits.detach() for _ in range(40)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(outputs))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no interval timers")
+@pytest.mark.parametrize("plain", [True, False])
+def test_an_interrupt_leaves_nothing_changed(plain):
+    """100 interrupts at random moments of a rollout, a rescore and its backward pass."""
+    model = make_training_model(plain=plain)
+    before = state_of(model)
+    drawn = rollout(model, RAGGED, max_new_tokens=4)
+    expected = gradient_of(model, rescore(model, drawn))
+    random.seed(0)
+
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(signum, frame):
+        raise Interrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        for _ in range(100):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0005, 0.03))
+                while True:
+                    gradient_of(model, rescore(model, rollout(model, RAGGED, max_new_tokens=4)))
+            except Interrupt:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert interrupted == 100
+    assert state_of(model) == before
+    for found, wanted in zip(gradient_of(model, rescore(model, drawn)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+def test_a_forward_that_the_copy_cannot_run_is_refused_with_the_way_out():
+    model = make_training_model(checkpointing=False)
+    mlp = model.transformer.h[0].mlp
+    mlp.forward = functools.wraps(mlp.forward)(lambda x, original=mlp.forward: original(x))
+    drawn = rollout(model.eval(), RAGGED, max_new_tokens=2)
+    for use in (lambda: rollout(model, RAGGED, max_new_tokens=2), lambda: rescore(model, drawn)):
+        model.train()
+        with pytest.raises(TypeError, match=r"GPT2MLP.*model\.eval\(\)"):
+            use()
+        model.eval()
+        use()
+
+
+def test_dropout_that_is_written_as_a_number_is_switched_off_too():
+    class Noisy(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.dropout = inner, 0.9
+
+        def forward(self, x):
+            return nn.functional.dropout(self.inner(x), self.dropout, self.training)
+
+    model = make_training_model()
+    model.transformer.h[0].mlp = Noisy(model.transformer.h[0].mlp)
+    drawn = rollout(model, RAGGED, max_new_tokens=6)
+    torch.testing.assert_close(rescore(model, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
