@@ -17,82 +17,64 @@ from transformers.activations import ACT2FN
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
-# The modules that `GPT2Decoder` computes itself, by their weights. A subclass (an adapter, a quantised or parametrised
-# layer) computes something else.
+# What `GPT2Decoder` computes itself. A subclass (an adapter, a quantised or parametrised layer) does something else.
 PLAIN = {GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, Conv1D, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout}
-# Their wrappers and hooks hand arguments and outputs through.
+# Their wrappers and hooks hand arguments and outputs through; transformers 5 leaves hooks on every model.
 LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.")
 
 
 def unwrapped(model):
     """The model and what it wraps, outermost first: `torch.compile`, DistributedDataParallel, FSDP, DeepSpeed, peft.
 
-    Raises:
-        TypeError: there is no causal language model inside, or it cannot be sampled and scored through its wrapper.
+    Raises TypeError where there is no causal language model inside, or its wrapper cannot be sampled and scored.
     """
     models = [model]
     while True:
         children = getattr(models[-1], "_modules", {})
         if isinstance(models[-1], nn.DataParallel):
-            raise TypeError(
-                "DataParallel splits a batch, and not what rescore() asks about it. Wrap the model in "
-                "DistributedDataParallel, or pass the model inside it: model.module"
-            )
+            way_out = "Wrap the model in DistributedDataParallel, or pass the model inside it: model.module"
+            raise TypeError(f"DataParallel splits a batch, and not what rescore() asks about it. {way_out}")
         if "_orig_mod" in children or "module" in children:
             models.append(children.get("_orig_mod", children.get("module")))
         elif hasattr(models[-1], "get_base_model"):
             adapter = models[-1].active_peft_config
             if adapter.is_prompt_learning:
-                raise TypeError(
-                    f"the virtual tokens of a {type(adapter).__name__} are not part of a rollout; pass a model whose "
-                    "adapter changes weights, such as LoRA."
-                )
+                what = f"the virtual tokens of a {type(adapter).__name__} are not part of a rollout"
+                raise TypeError(f"{what}; pass a model whose adapter changes weights, such as LoRA.")
             models.append(models[-1].get_base_model())
         elif hasattr(models[-1], "get_input_embeddings"):
             return models
         else:
-            raise TypeError(
-                f"got a {type(model).__name__}; expected a causal language model of transformers. If this is a "
-                "wrapper, pass the model inside it."
-            )
+            expected = "expected a causal language model of transformers. If this is a wrapper, pass the model inside."
+            raise TypeError(f"got a {type(model).__name__}; {expected}")
 
 
 def innermost(model):
     """The model to run where no gradient is wanted: without the wrappers that then change nothing, unless hooked."""
     for wrapper in unwrapped(model):
         is_wrapper = isinstance(wrapper, nn.parallel.DistributedDataParallel) or hasattr(wrapper, "get_base_model")
-        if not (is_wrapper or "_orig_mod" in wrapper._modules) or _is_hooked(wrapper, LIBRARIES):
+        if not (is_wrapper or "_orig_mod" in wrapper._modules) or _is_altered(wrapper, LIBRARIES):
             return wrapper
 
 
 def check_tokens(model, tokens, mask, new_tokens=0):
-    """Raise TypeError or ValueError where the model cannot run on `tokens [B, P]` under `mask [B, P]`.
-
-    Returns:
-        How many tokens its vocabulary has.
-    """
+    """The size of the model's vocabulary. TypeError or ValueError where it cannot run on `tokens`, `mask [B, P]`."""
     model = unwrapped(model)[-1]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not are_ids(tokens):
         raise TypeError(f"queries are {tokens.dtype}; expected token ids, an integer dtype: try queries.long().")
     lengths = mask.sum(1)
-    if len(tokens) == 0 or (lengths == 0).any():
-        row = int((lengths == 0).nonzero()[0]) if len(tokens) else 0
+    if len(tokens) == 0 or not lengths.all():
+        row = int(lengths.argmin()) if len(tokens) else 0
         raise ValueError(f"prompt {row} is empty; expected at least one token, such as the end-of-text token.")
-    outside = ((tokens < 0) | (tokens >= vocabulary)) & mask.bool()
-    if outside.any():
-        row, column = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"prompt {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens; "
-            "was it made by this model's tokenizer? Padding needs an attention_mask."
-        )
+    for row, column in (((tokens < 0) | (tokens >= vocabulary)) & mask.bool()).nonzero().tolist():
+        what = f"prompt {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens"
+        raise ValueError(f"{what}; was it made by this model's tokenizer? Padding needs an attention_mask.")
     positions = getattr(model.config, "max_position_embeddings", None)
     longest = int(lengths.max()) + new_tokens
     if positions is not None and longest > positions:
-        raise ValueError(
-            f"the longest prompt with its new tokens has {longest} tokens, this model's positions end at {positions}; "
-            "shorten the prompts, or lower max_new_tokens."
-        )
+        what = f"the longest prompt with its new tokens has {longest} tokens, this model's positions end at {positions}"
+        raise ValueError(f"{what}; shorten the prompts, or lower max_new_tokens.")
     return vocabulary
 
 
@@ -102,10 +84,9 @@ def are_ids(tokens):
 
 
 def run(model, tokens, mask, columns, *, logits_to_keep=None, **kwargs):
-    """Run the model on these columns (a slice) of `tokens [B, P+T]`, given all columns up to their end.
+    """Run the model on a slice of the columns of `tokens [B, P+T]`, given all columns up to its end.
 
-    Returns:
-        its output, and the values in it `[B, columns]`, float32 at least, or None without a value head.
+    Returns its output, and the values in it `[B, columns]`, or None without a value head.
     """
     accepted = _forward_parameters(unwrapped(model)[-1])
     if "position_ids" in accepted:
@@ -115,6 +96,19 @@ def run(model, tokens, mask, columns, *, logits_to_keep=None, **kwargs):
     output = model(input_ids=tokens[:, columns], attention_mask=mask[:, : columns.stop], return_dict=True, **kwargs)
     values = getattr(output, "value", None)
     return output, None if values is None else as_scalars(values)
+
+
+def inputs_and_head(model, tokens, mask, columns, T):
+    """As `run`, of the last T of these columns: inputs `[B, T, ...]` of an output layer, that layer, values or None.
+
+    A plain GPT-2's inputs are its hidden states, so that nobody has to hold all logits; any other's are the logits.
+    """
+    quiet = without_dropout(model, checkpointing=True)
+    if is_unaltered(model):
+        body, _ = run(quiet.transformer, tokens, mask, columns, use_cache=False)
+        return body.last_hidden_state[:, -T:], quiet.lm_head, None
+    output, values = run(quiet, tokens, mask, columns, logits_to_keep=T, use_cache=False)
+    return output.logits[:, -T:], nn.Identity(), None if values is None else values[:, -T:]
 
 
 def _forward_parameters(model):
@@ -137,18 +131,16 @@ def _positions(mask):
 def as_scalars(values):
     """`values [B, columns]` as float32 at least. Raises ValueError where there are several for each token."""
     if values.dim() != 2:
-        raise ValueError(
-            f"this model's value has the shape {list(values.shape)}; expected [batch, tokens], one scalar for each "
-            "token: set summary_use_proj and summary_proj_to_labels in its config."
-        )
+        what = f"this model's value has the shape {list(values.shape)}; expected [batch, tokens], one scalar for each token"
+        raise ValueError(f"{what}: set summary_use_proj and summary_proj_to_labels in its config.")
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def takes_requests(model):
     """Whether a call of the model reaches `GPT2ValueModel.forward` with its `score`, and nobody changes its output."""
-    models = unwrapped(model)
-    known = hasattr(models[-1], "own_forward") and is_unaltered(models[-1], but_by=LIBRARIES)
-    return known and not any(_is_hooked(wrapper, LIBRARIES) for wrapper in models)
+    *wrappers, inner = unwrapped(model)
+    known = hasattr(inner, "own_forward") and is_unaltered(inner, but_by=LIBRARIES)
+    return known and not any(_is_altered(wrapper, LIBRARIES) for wrapper in wrappers)
 
 
 def is_unaltered(model, *, but_by=("transformers.",)):
@@ -157,22 +149,16 @@ def is_unaltered(model, *, but_by=("transformers.",)):
     return own and not _is_altered(model, but_by)
 
 
-def _is_altered(module, but_by):
-    """Whether calling the module does more than its class says: a hook, or a forward that was put on the module."""
+def _is_altered(module, but_by=("transformers.",)):
+    """Whether a hook, or a forward that was put on the module, changes what calling it does; but by these libraries."""
     found = [vars(module).get(name) for name in ("forward", "_original_forward")]  # Accelerate keeps what it wraps
-    replaced = [f for f in found if f is not None and getattr(f, "__func__", None) is not type(module).forward]
-    return _is_hooked(module, but_by) or not all(_is_written_in(f, but_by) for f in replaced)
-
-
-def _is_hooked(module, but_by):
-    """Whether a hook of others may change what the module takes or returns. (transformers 5 leaves recorders behind.)"""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return not all(_is_written_in(hook, but_by) for hook in hooks)
-
-
-def _is_written_in(function, libraries):
-    """Where the code of a function stands; its `__module__` may be that of a function which it wraps."""
-    return getattr(getattr(function, "__func__", function), "__globals__", {}).get("__name__", "").startswith(libraries)
+    found = [f for f in found if f is not None and getattr(f, "__func__", None) is not type(module).forward]
+    for function in [*found, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+        # Where its code stands: `__module__` may be that of a function which it wraps.
+        code = getattr(getattr(function, "__func__", function), "__globals__", {})
+        if not code.get("__name__", "").startswith(but_by):
+            return True
+    return False
 
 
 def without_dropout(model, *, checkpointing=False):
@@ -180,9 +166,7 @@ def without_dropout(model, *, checkpointing=False):
 
     (`nn.Module._replicate_for_data_parallel` copies in this way.) A model that has nothing to switch off is returned as
     it is. With `checkpointing`, layers whose activations are checkpointed still are; without, they can use a cache.
-
-    Raises:
-        TypeError: there is dropout where the copy cannot reach it.
+    Raises TypeError where there is dropout that the copy cannot reach.
     """
     if not (_has_dropout(model) if checkpointing else any(module.training for module in model.modules())):
         return model
@@ -208,10 +192,8 @@ def _bound_to_copies(function, copies, module):
     if isinstance(function, MethodType) and function.__self__ in copies:
         return MethodType(function.__func__, copies[function.__self__])
     if _has_dropout(module):
-        raise TypeError(
-            f"the forward of a {type(module).__name__} was replaced by a function whose dropout cannot be switched off "
-            "from outside: call model.eval() first."
-        )
+        what = f"the forward of a {type(module).__name__} was replaced by a function whose dropout"
+        raise TypeError(f"{what} cannot be switched off from outside: call model.eval() first.")
     return function
 
 
@@ -229,24 +211,24 @@ def _dropouts(module):
 
 
 def decoder_for(model, tokens, mask):
-    """A decoder of the columns of `tokens [B, P+T]` and `mask [B, P+T]`, which the caller fills as it goes.
-
-    A `GPT2Decoder` where that is provably the same function as the model's forward, else a `Decoder`.
-    """
+    """A `GPT2Decoder` where that provably computes what the model's forward does, else a `Decoder`."""
     model = innermost(model)
     return (GPT2Decoder if _is_plain_gpt2(model) else Decoder)(model, tokens, mask)
 
 
 class Decoder:
-    """Logits and values for one more column at a time, by any causal language model's own forward pass and cache."""
+    """Logits and values for one more column at a time, by any causal language model's own forward pass and cache.
+
+    The caller fills `tokens [B, P+T]` and `mask [B, P+T]` as it goes.
+    """
 
     def __init__(self, model, tokens, mask):
         self.model, self.tokens, self.mask = without_dropout(model), tokens, mask
-        self.rows = slice(None)
+        self.rows = torch.arange(len(tokens), device=tokens.device)  # those that are still computed, b of B
         self.cache: Any = None
 
     def logits_and_values(self, columns):
-        """After so many columns, of the current rows: logits `[b, V]`, and values `[b]` or None."""
+        """Logits `[b, V]` and values `[b]` or None after so many columns, of the current rows."""
         new = slice(0 if self.cache is None else columns - 1, columns)
         settings = {"logits_to_keep": 1, "past_key_values": self.cache, "use_cache": True}
         output, values = run(self.model, self.tokens[self.rows], self.mask[self.rows], new, **settings)
@@ -254,12 +236,10 @@ class Decoder:
         return output.logits[:, -1], None if values is None else values[:, -1]
 
     def keep(self, rows):
-        """Go on with these of the current rows only, a 1-D tensor of indices; False if the cache cannot do it."""
-        if not hasattr(self.cache, "batch_select_indices"):
-            return False
-        self.cache.batch_select_indices(rows)
-        self.rows = rows if isinstance(self.rows, slice) else self.rows[rows]
-        return True
+        """Go on with these of the current rows only, a 1-D tensor of indices, where the cache can do so."""
+        if hasattr(self.cache, "batch_select_indices"):
+            self.cache.batch_select_indices(rows)
+            self.rows = self.rows[rows]
 
 
 class GPT2Decoder(Decoder):
@@ -270,13 +250,11 @@ class GPT2Decoder(Decoder):
     """
 
     def __init__(self, model, tokens, mask):
-        self.model, self.tokens, self.mask = model, tokens, mask
-        self.rows = slice(None)
-        config = model.config
+        super().__init__(model, tokens, mask)
+        config, on_cpu = model.config, tokens.device.type == "cpu"
         shape = (config.n_layer, 2, len(tokens), config.n_head, tokens.shape[1], config.n_embd // config.n_head)
         # Zeros and not empty: what is masked is still multiplied by 0, and must not be NaN.
         # On a CPU attention is faster in float32, whatever the weights are.
-        on_cpu = tokens.device.type == "cpu"
         dtype = torch.promote_types(model.dtype, torch.float32) if on_cpu else model.dtype
         self.past = torch.zeros(shape, dtype=dtype, device=tokens.device)
         self.seen = 0
@@ -284,12 +262,9 @@ class GPT2Decoder(Decoder):
         self.packed: dict = {}
         gelu = config.activation_function == "gelu_new"  # transformers computes it in eight steps
         self.activation = nn.GELU(approximate="tanh") if gelu else model.transformer.h[0].mlp.act
-        self.v_head = without_dropout(model.v_head) if hasattr(model, "v_head") else None
 
     def keep(self, rows):
-        self.past = self.past[:, :, rows]
-        self.rows = rows if isinstance(self.rows, slice) else self.rows[rows]
-        return True
+        self.past, self.rows = self.past[:, :, rows], self.rows[rows]
 
     def logits_and_values(self, columns):
         new, self.seen = slice(self.seen, columns), columns
@@ -309,18 +284,21 @@ class GPT2Decoder(Decoder):
             x = x + self._linear(heads.transpose(1, 2).reshape(b, n, -1), block.attn.c_proj)
             x = x + self._linear(self._linear(block.ln_2(x), block.mlp.c_fc, self.activation), block.mlp.c_proj)
         last = body.ln_f(x[:, -1])  # [b, n_embd]
-        value = None if self.v_head is None else as_scalars(self.v_head(last[:, None]).squeeze(-1))[:, 0]
+        head = getattr(self.model, "v_head", None)
+        value = None if head is None else as_scalars(head(last[:, None]).squeeze(-1))[:, 0]  # [b]
         return self._linear(last, self.model.lm_head), value
 
     def _linear(self, x, layer, activation=None):
+        fuses = self.packs and isinstance(activation, nn.GELU)
         if not self.packs:
-            return layer(x) if activation is None else activation(layer(x))
-        if layer not in self.packed:  # Conv1D keeps its weight as [in, out]; oneDNN wants [out, in]
-            weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-            self.packed[layer] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), len(x))
-        fused = ("gelu", [], "tanh") if isinstance(activation, nn.GELU) else ("none", [], "")
-        x = torch.ops.mkldnn._linear_pointwise(x, self.packed[layer], layer.bias, *fused)
-        return x if activation is None or fused[0] == "gelu" else activation(x)
+            x = layer(x)
+        else:
+            if layer not in self.packed:  # Conv1D keeps its weight as [in, out]; oneDNN wants [out, in]
+                weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+                self.packed[layer] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), len(x))
+            then = ("gelu", [], "tanh") if fuses else ("none", [], "")
+            x = torch.ops.mkldnn._linear_pointwise(x, self.packed[layer], layer.bias, *then)
+        return x if activation is None or fuses else activation(x)
 
 
 @functools.lru_cache
@@ -347,7 +325,7 @@ def _is_plain_gpt2(model):
         return False
     known = PLAIN | {nn.ModuleList, type(ACT2FN[config.activation_function])}
     modules = [model.lm_head, *model.transformer.modules()]
-    plain = [type(module) in known and not _is_altered(module, ("transformers.",)) for module in modules]
+    plain = [type(module) in known and not _is_altered(module) for module in modules]
     plain += [type(weight) is nn.Parameter for module in modules for weight in module.parameters(recurse=False)]
     whole = [block.attn.c_attn.weight.shape == (config.n_embd, 3 * config.n_embd) for block in model.transformer.h]
     return all(plain) and all(whole)

@@ -1,4 +1,4 @@
-"""Sampling that is honest: a rollout's tokens are draws from exactly the distribution whose log-probabilities it reports.
+"""Sampling that is honest: a rollout's tokens are draws from the very distribution whose log-probabilities it reports.
 
 Remote code: this file is copied into every package, so it imports only torch and its siblings. It works with any
 causal language model of transformers, and reads nothing of the model's `generation_config`.
@@ -8,14 +8,15 @@ import dataclasses
 from typing import Optional
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 try:
     from .decoding_gpt2_value import are_ids, check_tokens, decoder_for, unwrapped
     from .sampling_gpt2_value import (
         Sampling,
+        compact,
         draw,
-        fewest_bytes,
         is_finite,
         kept_tokens,
         sampling_distribution,
@@ -24,15 +25,7 @@ try:
     from .scoring_gpt2_value import Rescored, not_finite_error, rescore
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from decoding_gpt2_value import are_ids, check_tokens, decoder_for, unwrapped
-    from sampling_gpt2_value import (
-        Sampling,
-        draw,
-        fewest_bytes,
-        is_finite,
-        kept_tokens,
-        sampling_distribution,
-        whole_number,
-    )
+    from sampling_gpt2_value import Sampling, compact, draw, is_finite, kept_tokens, sampling_distribution, whole_number
     from scoring_gpt2_value import Rescored, not_finite_error, rescore
 
 __all__ = ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"]
@@ -51,12 +44,10 @@ class Rollout:
         response_mask: `[B, T]` bool, this token was drawn from the model (a row's first end-of-text token was).
         logprobs: `[B, T]` float32 (float64 from a float64 model), natural logarithm, of the drawn tokens under the
             sampling distribution; 0 where masked.
-        values: `[B, T]` of the same dtype, the value of the state before each token; 0 where masked; None without a
-            head.
+        values: as `logprobs`, the value of the state before each token; None without a value head.
         truncated: `[B]` bool, the row ran out of `max_new_tokens` before an end-of-text token was drawn.
-        kept: which tokens each draw chose among, for whoever scores the rollout; None where top-k and top-p cut nothing
-            off. `[B, T, K]` int32, their ids, and -1 in unused places; or `[B, T, ceil(V / 8)]` uint8, one bit for each
-            token of the vocabulary, the lowest first, where that is smaller.
+        kept: which tokens each draw chose among, as `kept_tokens` stores them: `[B, T, K]` int32 ids, -1 in unused
+            places, or `[B, T, ceil(V / 8)]` uint8 bits, whichever is smaller; None where nothing was cut off.
         sampling: the `Sampling` that it was drawn by.
     """
 
@@ -88,8 +79,8 @@ class Rollout:
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, function):
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+        tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
 
 
 @torch.inference_mode(False)
@@ -146,29 +137,26 @@ def rollout(
     device = unwrapped(model)[-1].device
     prompts, prompt_mask = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
     B, P = prompts.shape
-    tokens = torch.cat([prompts, prompts.new_full((B, T), pad)], 1)
-    mask = torch.cat([prompt_mask, prompt_mask.new_zeros((B, T))], 1)
-    uniforms = _uniforms(T, B, generator, device)
+    tokens, mask = nn.functional.pad(prompts, (0, T), value=pad), nn.functional.pad(prompt_mask, (0, T))  # [B, P+T]
+    # float64, so that rare tokens are drawn as often as they should.
+    where = device if generator is None else generator.device
+    uniforms = torch.rand((T, B), generator=generator, device=where, dtype=torch.float64).to(device)
     ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
     early = torch.arange(T, device=device) < sampling.min_new_tokens if sampling.min_new_tokens else None
     running, bad = torch.ones_like(mask[:, 0], dtype=torch.bool), torch.zeros_like(mask[:, P:], dtype=torch.bool)
-    rows = torch.arange(B, device=device)  # those that are still computed
     found = {}  # logprobs, values and kept, [B, T, ...]
 
     decoder = decoder_for(model, tokens, mask)
     for t in range(T):
+        rows = decoder.rows  # [b], those that are still computed
         logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
         step = sampling_distribution(logits, sampling, early=None if early is None else early[t])
-        drawn, logprob = draw(step.logits, uniforms[t, rows])
-        columns = {"logprobs": logprob, "values": value}
-        if step.tokens is not None:
-            drawn = step.tokens.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-            columns["kept"] = kept_tokens(step, vocabulary)
+        drawn, logprob = draw(step, uniforms[t, rows])
         now = running[rows]
         bad[rows, t] = now & ~is_finite(logits)
         tokens[rows, P + t] = torch.where(now, drawn, pad)
         mask[rows, P + t] = now.long()
-        for name, column in columns.items():
+        for name, column in (("logprobs", logprob), ("values", value), ("kept", kept_tokens(step, sampling))):
             if column is not None:
                 nothing = -1 if column.dtype == torch.int32 else 0
                 if t == 0:
@@ -182,18 +170,19 @@ def rollout(
             left = running[rows].nonzero().squeeze(-1)
             if len(left) == 0:
                 break
-            if 2 * len(left) <= len(rows) and decoder.keep(left):
-                rows = rows[left]
+            if 2 * len(left) <= len(rows):
+                decoder.keep(left)
 
+    kept, values = found.get("kept"), found.get("values")
     return Rollout(
         sequences=tokens,
         attention_mask=mask,
         responses=tokens[:, P:],
         response_mask=mask[:, P:].bool(),
         logprobs=found["logprobs"],
-        values=found.get("values"),
+        values=values,
         truncated=running,
-        kept=fewest_bytes(found["kept"], vocabulary) if "kept" in found else None,
+        kept=None if kept is None else compact(kept, vocabulary),
         sampling=sampling,
     )
 
@@ -203,38 +192,29 @@ def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
     return rollout(model, queries, max_new_tokens=txt_len, top_k=top_k, top_p=top_p).responses
 
 
-def _uniforms(T, B, generator, device):
-    """Numbers in [0, 1) `[T, B]`, float64 so that rare tokens are drawn as often as they should."""
-    where = device if generator is None else generator.device
-    return torch.rand((T, B), generator=generator, device=where, dtype=torch.float64).to(device)
-
-
 def _left_pad(queries, attention_mask, pad):
     """Prompts `[B, P]` with their tokens at the right, and their mask, from a tensor or from ragged 1-D tensors."""
-    if isinstance(queries, torch.Tensor):
-        if queries.dim() != 2:
-            raise ValueError(f"queries has shape {list(queries.shape)}; expected [batch, tokens]: try queries[None].")
-        mask = torch.ones_like(queries, dtype=torch.long) if attention_mask is None else attention_mask
-        if mask.shape != queries.shape:
-            raise ValueError(
-                f"attention_mask has shape {list(mask.shape)}, queries {list(queries.shape)}; expected the same."
-            )
-        if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
-        mask = mask.long().to(queries.device)
-        order = mask.argsort(dim=1, stable=True)  # padding first; tokens stay in their order
-        return queries.masked_fill(mask == 0, pad).gather(1, order), mask.gather(1, order)
-    if attention_mask is not None:
-        raise ValueError("attention_mask goes with a [batch, tokens] tensor of queries; a list needs none.")
-    rows = [torch.as_tensor(query) for query in queries]
-    if not rows:
-        raise ValueError("queries is empty; expected at least one prompt.")
-    for row, query in enumerate(rows):
-        if query.dim() != 1:
-            raise ValueError(f"queries[{row}] has shape {list(query.shape)}; expected a 1-D tensor of token ids.")
-        if len(query) and not are_ids(query):
-            raise TypeError(f"queries[{row}] is {query.dtype}; expected token ids, an integer dtype: try .long().")
-    rows = [query.long() for query in rows]  # torch makes an empty list a float tensor
-    masks = [torch.ones_like(query) for query in rows]
-    left = {"batch_first": True, "padding_side": "left"}
-    return pad_sequence(rows, padding_value=pad, **left), pad_sequence(masks, **left)
+    if not isinstance(queries, torch.Tensor):
+        if attention_mask is not None:
+            raise ValueError("attention_mask goes with a [batch, tokens] tensor of queries; a list needs none.")
+        rows = [torch.as_tensor(query) for query in queries]
+        if not rows:
+            raise ValueError("queries is empty; expected at least one prompt.")
+        for row, query in enumerate(rows):
+            if query.dim() != 1:
+                raise ValueError(f"queries[{row}] has shape {list(query.shape)}; expected a 1-D tensor of token ids.")
+            if len(query) and not are_ids(query):  # torch makes an empty list a float tensor
+                raise TypeError(f"queries[{row}] is {query.dtype}; expected token ids, an integer dtype: try .long().")
+        queries = pad_sequence([query.long() for query in rows], batch_first=True)
+        attention_mask = pad_sequence([torch.ones_like(query).long() for query in rows], batch_first=True)
+    if queries.dim() != 2:
+        raise ValueError(f"queries has shape {list(queries.shape)}; expected [batch, tokens]: try queries[None].")
+    mask = torch.ones_like(queries, dtype=torch.long) if attention_mask is None else attention_mask
+    if mask.shape != queries.shape:
+        shapes = f"attention_mask has shape {list(mask.shape)}, queries {list(queries.shape)}"
+        raise ValueError(f"{shapes}; expected the same.")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
+    mask = mask.long().to(queries.device)
+    order = mask.argsort(dim=1, stable=True)  # padding first; tokens stay in their order
+    return queries.masked_fill(mask == 0, pad).gather(1, order), mask.gather(1, order)

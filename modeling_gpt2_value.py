@@ -1,8 +1,17 @@
 """GPT-2 with a value head: next-token logits and one value per token, in one forward pass.
 
-Remote code: this file is copied into every package, so it imports only torch, transformers and its siblings.
-The model descends from the one that TRL began with: a linear layer on GPT-2's last hidden state, as in
-"Fine-Tuning Language Models from Human Preferences" (Ziegler et al., 2019, arXiv:1909.08593).
+The head is a linear layer on GPT-2's last hidden state, as in "Fine-Tuning Language Models from Human Preferences"
+(Ziegler et al., 2019, arXiv:1909.08593). Six files are copied into every package. They import the standard library,
+torch, transformers and each other, and nothing else. The order in which to read them:
+
+1. `configuration_gpt2_value`: the fields, checked. Copies these six files when a config is saved.
+2. `sampling_gpt2_value`: settings and logits to the distribution, and the draw. Knows nothing of models.
+3. `decoding_gpt2_value`: runs a model as it is scored, one step at a time. Never writes to a module.
+4. `scoring_gpt2_value`: `rescore`. Draws nothing, and cuts off nothing that the draw did not.
+5. `generation_gpt2_value`: `rollout`. Reads nothing of a `generation_config`.
+6. This file: the model. Its logits are those of `GPT2LMHeadModel`.
+
+A log-probability comes from `draw` in a rollout and from `_score` in `rescore`, both over `sampling_distribution`.
 """
 
 import inspect
@@ -32,31 +41,18 @@ except ImportError:  # a checkout or a wheel, where these files are top-level mo
 # transformers 4 can mask attention heads, transformers 5 cannot.
 TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters
 
-# What transformers' own generation, Trainer and attention kernels send through a model's **kwargs.
-PASSED_ON = (
-    "cache_position",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "output_attentions",
-    "output_hidden_states",
-)
+# How names begin that transformers' own generation, Trainer and attention kernels send through a model's **kwargs.
+PASSED_ON = ("cache_position", "cu_seq_lens_", "max_length_", "output_attentions", "output_hidden_states")
 
 
 @dataclass
 class GPT2ValueOutput(ModelOutput):
     """What one forward pass gives.
 
-    Args:
-        loss: `[]`, the language-model loss, when `labels` were given.
-        logits: `[batch, tokens, vocab_size]` (or the positions that `logits_to_keep` asked for), before the softmax.
-        past_key_values: the cache, when `use_cache`.
-        hidden_states: on request, `n_layer + 1` tensors `[batch, tokens, n_embd]`.
-        attentions: on request, `n_layer` tensors `[batch, n_head, tokens, past + tokens]`.
-        cross_attentions: on request, from a body with cross-attention.
-        value: `[batch, tokens]` float32, the value of the state after each token (all of them, whatever
-            `logits_to_keep` says).
+    `loss []` of the language model, where `labels` were given; `logits [batch, tokens, vocab_size]` before the softmax,
+    of the positions that `logits_to_keep` asked for; `past_key_values`, the cache; on request `n_layer + 1` times
+    `hidden_states [batch, tokens, n_embd]` and `n_layer` times `attentions [batch, n_head, tokens, past + tokens]`;
+    `value [batch, tokens]` float32, of the state after each token, whatever `logits_to_keep` says.
     """
 
     loss: Optional[torch.Tensor] = None
@@ -146,12 +142,10 @@ class GPT2ValueModel(GPT2LMHeadModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, init_value_head=False, **kwargs):
-        """As in transformers, from a package of this model or from a plain GPT-2 checkpoint.
+        """As in transformers, from a package of this model or from a plain GPT-2 checkpoint, which gets a new head.
 
-        A plain checkpoint gets a new head. A package must bring its own, unless `init_value_head=True`.
-
-        Raises:
-            ValueError: a package's head is missing or has other shapes, or the checkpoint is not a GPT-2.
+        Raises ValueError where the checkpoint is not a GPT-2, or where a package's head is missing or has other shapes,
+        unless `init_value_head=True`.
         """
         if pretrained_model_name_or_path is not None and not init_value_head:
             names = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -161,17 +155,14 @@ class GPT2ValueModel(GPT2LMHeadModel):
         wants_info = kwargs.pop("output_loading_info", False)
         if init_value_head:
             model_args = (*model_args, True)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        kwargs["output_loading_info"] = True
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
         lost = [key for key in [*info["missing_keys"], *mismatched] if key.startswith("v_head.")]
         if lost and not init_value_head:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a value-head package without its head: {sorted(lost)} not found "
-                "in its weights, or of another shape. Ask for a complete package, or pass init_value_head=True to "
-                "start with a new head."
-            )
+            what = f"{pretrained_model_name_or_path} is a value-head package without its head: {sorted(lost)} not found"
+            way_out = "Ask for a complete package, or pass init_value_head=True to start with a new head."
+            raise ValueError(f"{what} in its weights, or of another shape. {way_out}")
         return (model, info) if wants_info else model
 
     def detach_value_head(self):
@@ -201,18 +192,16 @@ class GPT2ValueModel(GPT2LMHeadModel):
         score=None,
         **kwargs,
     ):
-        """`GPT2LMHeadModel.forward`, plus the value of every token. Arguments are those of `GPT2LMHeadModel`.
+        """`GPT2LMHeadModel.forward` with its arguments, plus the value of every token.
 
         Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask` admits, so that padding
         on either side changes nothing. The mask covers the cached tokens too.
 
-        Args:
-            score: a `ScoreRequest`. `rescore` asks in this way for the scores of given tokens in the place of logits,
-                so that whatever wraps the model sees the call. Dropout is then off.
+        `rescore` passes a `ScoreRequest` as `score`, and gets its `Rescored` in the place of logits: so whatever wraps
+        the model sees the call. Dropout is then off.
 
         Returns:
-            `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False; `Rescored` for a
-            request.
+            `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False.
 
         Raises:
             TypeError: an argument that this model cannot honour, by name.
@@ -225,7 +214,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         for name in kwargs:
-            if name not in PASSED_ON and not (name == "head_mask" and TAKES_HEAD_MASK):
+            if not name.startswith(PASSED_ON) and not (name == "head_mask" and TAKES_HEAD_MASK):
                 raise TypeError(f"{type(self).__name__}.forward() {_why_not(name)}")
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
@@ -259,22 +248,13 @@ class GPT2ValueModel(GPT2LMHeadModel):
         if labels is not None:
             counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **counted)
-        output = GPT2ValueOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=body.past_key_values,
-            hidden_states=body.hidden_states,
-            attentions=body.attentions,
-            cross_attentions=body.cross_attentions,
-            value=value,
-        )
+        extras = body.past_key_values, body.hidden_states, body.attentions, body.cross_attentions
+        output = GPT2ValueOutput(loss, logits, *extras, value)
         if return_dict is None:
             return_dict = self.config.return_dict if self.returns_dict is None else self.returns_dict
         return output if return_dict else output.to_tuple()
 
-    own_forward = (
-        forward  # a subclass that overrides forward still has this one: it is then sampled and scored by its own
-    )
+    own_forward = forward  # tells a subclass that overrides forward: it is sampled and scored by its own logits
 
 
 class GPT2HeadWithValueModel(GPT2ValueModel):
@@ -293,10 +273,8 @@ def _positions(attention_mask, tokens, past_key_values):
     """Position ids `[batch, tokens]` of the last `tokens` columns of a mask `[batch, past + tokens]`."""
     past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else None
     if isinstance(past, int) and attention_mask.shape[1] != past + tokens:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns; expected {past + tokens}, one for each of the "
-            f"{past} cached tokens and the {tokens} of the input. Pass the mask of the whole sequence."
-        )
+        what = f"attention_mask has {attention_mask.shape[1]} columns; expected {past + tokens}, one for each of the "
+        raise ValueError(f"{what}{past} cached tokens and the {tokens} of the input: pass that of the whole sequence.")
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
 
 

@@ -2,7 +2,7 @@
 
 Remote code: this file is copied into every package, so it imports only torch. It computes no logits, and reads nothing
 of a model. Sampling and scoring both call `sampling_distribution`, and so cannot disagree. What top-k and top-p cut off
-is decided once, when a token is drawn, and kept: a policy that has learnt since, a reference, or another dtype ranks the
+is decided once, when a token is drawn, and kept: a policy that has learnt since, a reference, or another dtype ranks
 tokens otherwise, and cutting off again would leave drawn tokens without probability ("keep sampling mask" in
 DeepSeek-V3.2, 2025, arXiv:2512.02556, section 3.1).
 """
@@ -10,12 +10,11 @@ DeepSeek-V3.2, 2025, arXiv:2512.02556, section 3.1).
 import dataclasses
 import math
 import numbers
-from typing import NamedTuple, Optional
 
 import torch
 from torch import nn
 
-TEMPERATURES = (1e-30, 1e30)  # beyond these, float32 logits that are divided by them are no longer finite
+SMALLEST = 1e-30  # of a temperature, or its inverse: beyond, float32 logits divided by it are no longer finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,56 +39,36 @@ class Sampling:
     eos_token_id: tuple = ()
 
     def __post_init__(self):
-        low, high = TEMPERATURES
-        settings = {
-            "temperature": number("temperature", self.temperature, low, high),
-            "top_k": whole_number("top_k", self.top_k, 0),
-            "top_p": number("top_p", self.top_p, 0, 1),
-            "min_new_tokens": whole_number("min_new_tokens", self.min_new_tokens, 0),
-        }
-        if settings["top_p"] == 0:
-            raise ValueError(f"top_p={self.top_p!r}; expected a number above 0, and at most 1 (1.0 is off).")
         ids = _plain(self.eos_token_id)
         ids = () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
-        settings["eos_token_id"] = tuple(whole_number("eos_token_id", token, 0) for token in ids)
-        if settings["min_new_tokens"] and not ids:
-            raise ValueError(
-                f"min_new_tokens={self.min_new_tokens} has no effect without eos_token_id; pass both or neither."
-            )
+        settings = {
+            "temperature": number("temperature", self.temperature, SMALLEST, 1 / SMALLEST),
+            "top_k": whole_number("top_k", self.top_k, 0),
+            "top_p": number("top_p", self.top_p, SMALLEST, 1),
+            "min_new_tokens": whole_number("min_new_tokens", self.min_new_tokens, 0),
+            "eos_token_id": tuple(whole_number("eos_token_id", token, 0) for token in ids),
+        }
         for name, value in settings.items():
             object.__setattr__(self, name, value)  # plain int, float and tuple, whatever number types came in
+        if self.min_new_tokens and not ids:
+            what = f"min_new_tokens={self.min_new_tokens} has no effect without eos_token_id"
+            raise ValueError(f"{what}; pass both or neither.")
+
+    def cuts_off(self, vocabulary):
+        """Whether top-k or top-p leave any of so many tokens out."""
+        return self.top_p < 1.0 or 0 < self.top_k < vocabulary
 
     def check_vocabulary(self, vocabulary):
         """Raise ValueError where these settings cannot draw from a vocabulary of so many tokens."""
-        outside = [token for token in self.eos_token_id if token >= vocabulary]
-        if outside:
-            raise ValueError(
-                f"eos_token_id={outside[0]} is not in the vocabulary of {vocabulary} tokens; pass an id below that."
-            )
+        for token in self.eos_token_id:
+            if token >= vocabulary:
+                what = f"eos_token_id={token} is not in the vocabulary of {vocabulary} tokens"
+                raise ValueError(f"{what}; pass an id below that.")
         if self.min_new_tokens and len(set(self.eos_token_id)) == vocabulary:
-            raise ValueError(
-                f"min_new_tokens={self.min_new_tokens} leaves nothing to draw: eos_token_id names every token of the "
-                "vocabulary. Pass fewer end-of-text tokens, or min_new_tokens=0."
+            what = (
+                f"min_new_tokens={self.min_new_tokens} leaves nothing to draw: eos_token_id names every token there is"
             )
-
-
-class Distribution(NamedTuple):
-    """What a token is drawn from.
-
-    Attributes:
-        logits: `[..., K]` float32 (float64 from float64 logits), divided by the temperature and shifted so that the
-            largest is 0; -inf for what cannot be drawn.
-        tokens: `[..., K]` int64, which token each logit is of; None where they stand in the order of the vocabulary.
-    """
-
-    logits: torch.Tensor
-    tokens: Optional[torch.Tensor]
-
-    def logits_of(self, tokens):
-        """The logits `[...]` of `tokens [...]`; -inf for one that cannot be drawn."""
-        if self.tokens is None:
-            return self.logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        return self.logits.masked_fill(self.tokens != tokens.unsqueeze(-1), -math.inf).amax(-1)
+            raise ValueError(f"{what}. Pass fewer end-of-text tokens, or min_new_tokens=0.")
 
 
 def sampling_distribution(logits, sampling, *, early=None, kept=None):
@@ -107,80 +86,71 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
             nothing more off.
 
     Returns:
-        `Distribution`.
+        `[..., V]` float32 (float64 from float64): logits divided by the temperature and shifted so that the largest is
+        0; -inf for what cannot be drawn. `log_softmax(-1)` gives the log-probabilities.
     """
-    vocabulary, tokens = logits.shape[-1], None
+    vocabulary = logits.shape[-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if early is not None:
         ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=logits.device)
         logits = torch.where(early.unsqueeze(-1), logits.index_fill(-1, ends, -math.inf), logits)
-    if kept is not None and kept.dtype == torch.uint8:
+    if kept is not None:
         logits = logits.masked_fill(~_as_mask(kept, vocabulary), -math.inf)
-    elif kept is not None:
-        tokens = kept.clamp(min=0).long()
-        logits = logits.gather(-1, tokens).masked_fill(kept < 0, -math.inf)
     # Shifted before it is divided: at a low temperature the rounding of large quotients would show.
     logits = logits - logits.detach().amax(-1, keepdim=True)
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature
-    if kept is not None:
-        return Distribution(logits, tokens)
-    if 0 < sampling.top_k < vocabulary:
-        logits, tokens = logits.topk(sampling.top_k, sorted=True)
-    elif sampling.top_p < 1.0:
-        logits, tokens = logits.sort(descending=True)
+    if kept is not None or not sampling.cuts_off(vocabulary):
+        return logits
+    cuts_k = 0 < sampling.top_k < vocabulary
+    highest, tokens = logits.topk(sampling.top_k) if cuts_k else logits.sort(descending=True)
     if sampling.top_p < 1.0:
-        probs = logits.softmax(-1)
+        probs = highest.softmax(-1)
         of_more_probable = probs.cumsum(-1, dtype=torch.float64) - probs
-        logits = logits.masked_fill(of_more_probable >= sampling.top_p, -math.inf)
-    return Distribution(logits, tokens)
+        highest = highest.masked_fill(of_more_probable >= sampling.top_p, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter(-1, tokens, highest)
 
 
-def sampling_logprobs(logits, sampling, *, early=None, kept=None):
-    """Log-probabilities `[..., V]` of every token of the vocabulary, -inf for what cannot be drawn."""
-    distribution = sampling_distribution(logits, sampling, early=early, kept=kept)
-    logprobs = distribution.logits.log_softmax(-1)
-    if distribution.tokens is None:
-        return logprobs
-    nowhere = torch.full(logits.shape, -math.inf, dtype=logprobs.dtype, device=logits.device)
-    return nowhere.scatter_reduce(-1, distribution.tokens, logprobs, "amax")
+def kept_tokens(logits, sampling):
+    """Which tokens the distribution `logits [..., V]` leaves to be drawn, in the fewer bytes; None if all of them.
 
-
-def kept_tokens(distribution, vocabulary):
-    """Which tokens can be drawn, for a distribution of known `tokens [..., K]`, in the fewer bytes.
-
-    Returns:
-        `[..., K]` int32, their ids, and -1 in the place of a token that cannot be drawn; or `[..., ceil(V / 8)]` uint8,
-        one bit for each token of the vocabulary, the lowest first.
+    They are `[..., top_k]` int32, ids, and -1 in unused places; or `[..., ceil(V / 8)]` uint8, one bit for each token of
+    the vocabulary, the lowest first.
     """
-    possible, tokens = distribution.logits > -math.inf, distribution.tokens
-    width = -(-vocabulary // 8)
-    if 4 * tokens.shape[-1] <= width:
-        return tokens.masked_fill(~possible, -1).int()
-    mask = torch.zeros((*tokens.shape[:-1], 8 * width), dtype=torch.uint8, device=tokens.device)
-    mask.scatter_(-1, tokens, possible.byte())
+    vocabulary = logits.shape[-1]
+    if not sampling.cuts_off(vocabulary):
+        return None
+    mask, width = logits > -math.inf, -(-vocabulary // 8)
+    if 0 < 4 * sampling.top_k <= width:
+        return _as_ids(mask, sampling.top_k)
+    mask = nn.functional.pad(mask.byte(), (0, 8 * width - vocabulary))
     return (mask.unflatten(-1, (width, 8)) << _bits(mask)).sum(-1, dtype=torch.uint8)
 
 
-def fewest_bytes(kept, vocabulary):
-    """The same sets `[B, T, ...]`, as ids where these are smaller than a bit mask, without unused columns."""
-    if kept.dtype != torch.uint8:
-        longest = int((kept >= 0).sum(-1).amax())
-        return kept[..., :longest].clone()
-    sizes = [_as_mask(row, vocabulary).sum(-1).amax() for row in kept]
+def compact(kept, vocabulary):
+    """The sets `kept [B, T, ...]` without unused columns, as ids where these are smaller than a bit mask."""
+    is_bits = kept.dtype == torch.uint8
+    sizes = [(_as_mask(row, vocabulary) if is_bits else row >= 0).sum(-1).amax() for row in kept]
     longest = int(torch.stack(sizes).amax())
+    if not is_bits:
+        return kept[..., :longest].clone()
     if 4 * longest > kept.shape[-1]:
         return kept
-    rows = []
-    for row in kept:  # [T, width]; the sorted ones of a mask stand first, and are its tokens
-        is_kept, tokens = _as_mask(row, vocabulary).byte().topk(longest)
-        rows.append(tokens.masked_fill(is_kept == 0, -1).int())
-    return torch.stack(rows)
+    return torch.stack([_as_ids(_as_mask(row, vocabulary), longest) for row in kept])
+
+
+def _as_ids(mask, size):
+    """A mask `[..., V]` bool with at most `size` tokens as their ids `[..., size]` int32, and -1 in unused places."""
+    is_kept, tokens = mask.byte().topk(size)
+    return tokens.masked_fill(is_kept == 0, -1).int()
 
 
 def _as_mask(kept, vocabulary):
-    """A bit mask `[..., ceil(V / 8)]` uint8 as `[..., V]` bool."""
-    return (kept.unsqueeze(-1) >> _bits(kept)).bitwise_and(1).flatten(-2)[..., :vocabulary].bool()
+    """What `kept_tokens` returned, as a mask `[..., V]` bool."""
+    if kept.dtype == torch.uint8:
+        return (kept.unsqueeze(-1) >> _bits(kept)).bitwise_and(1).flatten(-2)[..., :vocabulary].bool()
+    mask = kept.new_zeros((*kept.shape[:-1], vocabulary + 1), dtype=torch.bool)
+    return mask.scatter(-1, kept.long() % (vocabulary + 1), True)[..., :vocabulary]  # -1 is put in the column cut off
 
 
 def _bits(like):
@@ -195,8 +165,7 @@ def draw(logits, uniform):
     vocabulary cost more than the rest of the step. Sums are float64, so that no tail is lost to rounding; an index of
     probability zero is never returned.
 
-    Returns:
-        indices `[B]` int64 and their log-probabilities `[B]`, of the logits' dtype (NaN where a logit is NaN).
+    Returns the indices `[B]` int64 and their log-probabilities `[B]`, of the logits' dtype (NaN where a logit is NaN).
     """
     rows, width = logits.shape
     block = math.isqrt(width - 1) + 1
@@ -204,7 +173,7 @@ def draw(logits, uniform):
     blocks = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, K / block]
     total = blocks[:, -1:]
     target = uniform.to(torch.float64).unsqueeze(-1) * total
-    # The first block whose cumulative weight exceeds the target has weight; `_last_positive` guards against rounding up.
+    # The first block whose cumulative weight exceeds the target; `_last_positive` guards against rounding up.
     chosen = torch.minimum((blocks <= target).sum(-1, keepdim=True), _last_positive(weights.amax(-1)))
     below = torch.where(chosen > 0, blocks.gather(-1, (chosen - 1).clamp(min=0)), 0.0)
     inside = weights.gather(1, chosen.unsqueeze(-1).expand(-1, -1, block)).squeeze(1)  # [B, block]

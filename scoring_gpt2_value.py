@@ -11,31 +11,14 @@ import math
 from typing import Any, Optional
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 try:
-    from .decoding_gpt2_value import (
-        check_tokens,
-        innermost,
-        is_unaltered,
-        run,
-        takes_requests,
-        unwrapped,
-        without_dropout,
-    )
+    from .decoding_gpt2_value import check_tokens, innermost, inputs_and_head, run, takes_requests, unwrapped
     from .sampling_gpt2_value import Sampling, is_finite, sampling_distribution
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
-    from decoding_gpt2_value import (
-        check_tokens,
-        innermost,
-        is_unaltered,
-        run,
-        takes_requests,
-        unwrapped,
-        without_dropout,
-    )
+    from decoding_gpt2_value import check_tokens, innermost, inputs_and_head, run, takes_requests, unwrapped
     from sampling_gpt2_value import Sampling, is_finite, sampling_distribution
 
 # So many (token, vocabulary) logits are held at a time: 100 MB in float32. Smaller products run slower.
@@ -61,22 +44,14 @@ class Rescored(ModelOutput):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScoreRequest:
-    """What `forward(score=...)` is asked: the scores of T tokens, the first of which follows column -T of the input.
+    """What `forward(score=...)` is asked: the scores of T tokens, the first of which follows column -T of the input."""
 
-    Attributes:
-        tokens: `[B, T]` int64.
-        drawn: `[B, T]` bool, which of them to score.
-        sampling, kept: of the rollout.
-        with_entropy: also the entropy.
-        reference: for the KL: `inputs [B, T, ...]`, and an output layer that turns them into logits.
-    """
-
-    tokens: torch.Tensor
-    drawn: torch.Tensor
+    tokens: torch.Tensor  # [B, T] int64
+    drawn: torch.Tensor  # [B, T] bool, which of them to score
     sampling: Sampling
-    kept: Optional[torch.Tensor]
+    kept: Optional[torch.Tensor]  # as in the rollout
     with_entropy: bool
-    reference: Any
+    reference: Any  # for the KL: inputs [B, T, ...], and the output layer that turns them into logits
 
     def answer(self, inputs, head, values):
         """The `Rescored` of a model with the logits `head(inputs [B, T, ...])` and `values [B, T]` or None."""
@@ -112,21 +87,21 @@ class ScoreRequest:
         """Log-probability, entropy and KL `[n]` of n drawn tokens; NaN where logits are not finite, 0 if not asked."""
         logits = head(chunk["inputs"])  # [n, V]
         how = {"early": chunk.get("early"), "kept": chunk.get("kept")}
-        distribution = sampling_distribution(logits, self.sampling, **how)
-        normaliser = distribution.logits.logsumexp(-1)
-        logprob = distribution.logits_of(chunk["tokens"]) - normaliser
+        scaled = sampling_distribution(logits, self.sampling, **how)
+        normaliser = scaled.logsumexp(-1)
+        logprob = scaled.gather(-1, chunk["tokens"].unsqueeze(-1)).squeeze(-1) - normaliser
         logprob = logprob.masked_fill(~is_finite(logits), math.nan)
         entropy = kl = torch.zeros_like(logprob)
         if self.with_entropy or self.reference is not None:
-            possible = distribution.logits > -math.inf
-            logprobs = (distribution.logits - normaliser.unsqueeze(-1)).masked_fill(~possible, 0.0)
+            possible = scaled > -math.inf
+            logprobs = (scaled - normaliser.unsqueeze(-1)).masked_fill(~possible, 0.0)
             probs = logprobs.exp() * possible
             if self.with_entropy:
                 entropy = -(probs * logprobs).sum(-1)
             if self.reference is not None:
                 with torch.no_grad():
                     other = self.reference[1](chunk["reference_inputs"]).to(logits.device)
-                    other = sampling_distribution(other, self.sampling, **how).logits.log_softmax(-1)
+                    other = sampling_distribution(other, self.sampling, **how).log_softmax(-1)
                 kl = (probs * (logprobs - other.masked_fill(~possible, 0.0))).sum(-1)
         return logprob, entropy, kl
 
@@ -141,8 +116,8 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
 
     | model | how |
     |---|---|
-    | `GPT2ValueModel`, also in DistributedDataParallel, FSDP2, peft, Accelerate or `torch.compile` | one call of what was
-      passed, which asks the model's own forward for scores; never all logits at once |
+    | `GPT2ValueModel`, also in DistributedDataParallel, FSDP2, peft, Accelerate or `torch.compile` | one call of what
+      was passed, which asks the model's own forward for scores; never all logits at once |
     | a plain `GPT2LMHeadModel` | its body, then its output layer; never all logits at once |
     | any other causal language model; a forward that was overridden, replaced or hooked | one call of what was passed,
       and its logits `[B, T, vocabulary]` |
@@ -164,15 +139,14 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         raise TypeError(
             f"rescore() got a {type(rollout).__name__}; expected the Rollout that rollout() of this version returned."
         )
-    scorers = [model] if reference is None else [model, reference]
-    vocabularies = [check_tokens(scorer, rollout.sequences, rollout.attention_mask) for scorer in scorers]
-    rollout.sampling.check_vocabulary(vocabularies[0])
-    if len(set(vocabularies)) > 1:
-        raise ValueError(
-            f"the model's vocabulary has {vocabularies[0]} tokens, the reference's {vocabularies[1]}; expected the same "
-            "for a KL divergence: pass a reference with the model's tokenizer."
-        )
-    rollout = rollout.to(unwrapped(model)[-1].device)
+    vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
+    rollout.sampling.check_vocabulary(vocabulary)
+    if reference is not None:
+        other = check_tokens(reference, rollout.sequences, rollout.attention_mask)
+        if other != vocabulary:
+            sizes = f"the model's vocabulary has {vocabulary} tokens, the reference's {other}"
+            raise ValueError(f"{sizes}; expected the same: pass a reference with the model's tokenizer.")
+    rollout, T = rollout.to(unwrapped(model)[-1].device), rollout.responses.shape[1]
     tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
     seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
     request = ScoreRequest(
@@ -185,14 +159,13 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
     )
     if reference is not None:
         device = unwrapped(reference)[-1].device
-        elsewhere = tokens.to(device), rollout.attention_mask.to(device), seen[-1]
         with torch.no_grad():
-            inputs, head, _ = _inputs_and_head(innermost(reference), elsewhere, rollout.responses.shape[1])
+            inputs, head, _ = inputs_and_head(innermost(reference), *(x.to(device) for x in seen[:2]), seen[2], T)
         request = dataclasses.replace(request, reference=(inputs, head))
     if takes_requests(model):
         scored, _ = run(model, *seen, score=request, use_cache=False)
     else:
-        scored = request.answer(*_inputs_and_head(model, seen, rollout.responses.shape[1]))
+        scored = request.answer(*inputs_and_head(model, *seen, T))
     not_finite = scored.logprobs.isnan().nonzero()
     if len(not_finite):
         raise not_finite_error(*not_finite[0].tolist())
@@ -205,13 +178,3 @@ def not_finite_error(row, step):
         f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them. Check "
         "the weights (a diverged training step?), or use bfloat16 instead of float16."
     )
-
-
-def _inputs_and_head(model, seen, T):
-    """Inputs `[B, T, ...]` of an output layer, that layer, and values `[B, T]` or None, for the last T columns."""
-    quiet = without_dropout(model, checkpointing=True)
-    if is_unaltered(model):  # its forward is its body, then its output layer
-        body, _ = run(quiet.transformer, *seen, use_cache=False)
-        return body.last_hidden_state[:, -T:], quiet.lm_head, None
-    output, values = run(quiet, *seen, logits_to_keep=T, use_cache=False)
-    return output.logits[:, -T:], nn.Identity(), None if values is None else values[:, -T:]

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import make_tiny_model, plain_twin
+from conftest import make_tiny_model, plain_twin, sampling_logprobs
 from scipy import stats
 from torch.nn.functional import log_softmax
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from generation_gpt2_value import Rollout, rescore, respond_to_batch, rollout
-from sampling_gpt2_value import Sampling, draw, kept_tokens, sampling_distribution, sampling_logprobs
+from sampling_gpt2_value import Sampling, draw, kept_tokens, sampling_distribution
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 EOS = [1, 2, 3, 4, 5, 6, 7, 8]  # several, so that rows of a random model end early
@@ -264,7 +264,7 @@ def test_what_was_kept_is_kept_by_whoever_scores_it(settings, vocabulary):
     mine, other = torch.randn(2, 5, vocabulary) * 2
     sampling = Sampling(**settings)
     possible = sampling_logprobs(mine, sampling) > -math.inf
-    kept = kept_tokens(sampling_distribution(mine, sampling), vocabulary)
+    kept = kept_tokens(sampling_distribution(mine, sampling), sampling)
     assert torch.equal(sampling_logprobs(other, sampling, kept=kept) > -math.inf, possible)
     expected = other.double().masked_fill(~possible, -math.inf).log_softmax(-1)
     torch.testing.assert_close(sampling_logprobs(other, sampling, kept=kept).double(), expected, atol=1e-5, rtol=0)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_tiny_model, plain_twin
+from conftest import make_tiny_model, plain_twin, sampling_logprobs
 
 import scoring_gpt2_value
 from generation_gpt2_value import rescore, rollout
-from sampling_gpt2_value import sampling_logprobs
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 EOS = [1, 2, 3, 4, 5, 6, 7, 8]
