@@ -23,19 +23,17 @@ class GPT2ValueConfig(GPT2Config):
 
     Args:
         num_labels (`int`, defaults to 1): outputs of the head's projection. A value is a scalar: only 1 is accepted.
-        summary_type (`str`, defaults to `"cls_index"`): GPT-2's field. The head gives a value for *every* token, so
-            the choice of a token has no effect; `"attn"` is refused, as it is in transformers.
-        summary_use_proj (`bool`, defaults to `True`): project the hidden state. If `False` the head has no weights and
-            `value` is the hidden state itself, `[batch, tokens, n_embd]`.
-        summary_proj_to_labels (`bool`, defaults to `True`): project to `num_labels`; if `False`, to `n_embd`, and
-            `value` is `[batch, tokens, n_embd]`.
+        summary_type (`str`, defaults to `"cls_index"`): GPT-2's field, of no effect here since every token has a value;
+            `"attn"` is refused, as it is in transformers.
+        summary_use_proj (`bool`, defaults to `True`): project the hidden state. If `False` the head has no weights.
+        summary_proj_to_labels (`bool`, defaults to `True`): project to `num_labels`, else to `n_embd`. If either of the
+            two is `False`, `value` is `[batch, tokens, n_embd]`.
         summary_activation (`str`, *optional*): `"tanh"`, or `None` for no activation.
         summary_first_dropout (`float`, defaults to 0.1): dropout before the projection, in training mode.
         summary_last_dropout (`float`, defaults to 0.0): dropout after the activation, in training mode.
         detach_value_head (`bool`, defaults to `False`): stop the value loss's gradient at the head.
-        value_head_initializer_range (`float`, defaults to 0.0): standard deviation of the projection's initial
-            weights. 0 starts every value at exactly 0 (source: "The N Implementation Details of RLHF with PPO",
-            Huang et al. 2023, and its code, vwxyzjn/lm-human-preference-details).
+        value_head_initializer_range (`float`, defaults to 0.0): std of the projection's initial weights. 0 starts every
+            value at exactly 0 ("The N Implementation Details of RLHF with PPO", Huang et al., 2023).
 
     Raises:
         ValueError: a field has the wrong type or is out of range; the message names it, and what was expected.
@@ -45,14 +43,9 @@ class GPT2ValueConfig(GPT2Config):
     model_type = "gpt2_value"
 
     def __init__(
-        self,
-        num_labels=1,
-        summary_last_dropout=0.0,
-        detach_value_head=False,
-        value_head_initializer_range=0.0,
-        **kwargs,
+        self, *, summary_last_dropout=0.0, detach_value_head=False, value_head_initializer_range=0.0, **kwargs
     ):
-        super().__init__(num_labels=num_labels, **kwargs)
+        super().__init__(**{"num_labels": 1, **kwargs})
         self.summary_last_dropout = summary_last_dropout
         self.detach_value_head = detach_value_head
         self.value_head_initializer_range = value_head_initializer_range
@@ -60,9 +53,8 @@ class GPT2ValueConfig(GPT2Config):
 
     def _check(self):
         def expect(name, holds, expected):
-            value = getattr(self, name)
-            if not holds(value):
-                raise ValueError(f"GPT2ValueConfig: {name}={value!r}; expected {expected}.")
+            if not holds(getattr(self, name)):
+                raise ValueError(f"GPT2ValueConfig: {name}={getattr(self, name)!r}; expected {expected}.")
 
         def is_number(value):
             return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -71,8 +63,7 @@ class GPT2ValueConfig(GPT2Config):
             expect(name, lambda v: type(v) is int and v > 0, "a positive int")
         expect("n_embd", lambda v: v % self.n_head == 0, f"a multiple of n_head={self.n_head}")
         expect("n_inner", lambda v: v is None or (type(v) is int and v > 0), "a positive int, or None for 4 * n_embd")
-        dropouts = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout")
-        for name in dropouts:
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout"):
             expect(name, lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)")
         expect("layer_norm_epsilon", lambda v: is_number(v) and v > 0, "a positive number")
         for name in ("initializer_range", "value_head_initializer_range"):
@@ -96,10 +87,8 @@ class GPT2ValueConfig(GPT2Config):
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = fields.get("model_type", GPT2Config.model_type)
         if model_type not in (cls.model_type, GPT2Config.model_type):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a checkpoint of type {model_type!r}; expected "
-                f"{GPT2Config.model_type!r} or {cls.model_type!r}. Pass a GPT-2 checkpoint or a package of this model."
-            )
+            what = f"{pretrained_model_name_or_path} is a checkpoint of type {model_type!r}; expected 'gpt2'"
+            raise ValueError(f"{what} or {cls.model_type!r}. Pass a GPT-2 checkpoint or a package of this model.")
         return (fields if model_type == cls.model_type else _as_value_fields(fields)), unused
 
     def to_dict(self):

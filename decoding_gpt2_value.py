@@ -1,7 +1,7 @@
 """Running a causal language model as it is scored: without dropout, at positions that count its own tokens, by step.
 
-Remote code: this file is copied into every package, so it imports only torch and transformers. It never writes to a
-module: other threads may train, sample or score the same model meanwhile.
+Remote code, which imports only torch and transformers. It never writes to a module: other threads may train, sample or
+score the same model meanwhile.
 """
 
 import functools
@@ -32,8 +32,7 @@ def unwrapped(model):
     while True:
         children = getattr(models[-1], "_modules", {})
         if isinstance(models[-1], nn.DataParallel):
-            way_out = "Wrap the model in DistributedDataParallel, or pass the model inside it: model.module"
-            raise TypeError(f"DataParallel splits a batch, and not what rescore() asks about it. {way_out}")
+            raise TypeError("got a DataParallel: pass model.module, or use DistributedDataParallel instead.")
         if "_orig_mod" in children or "module" in children:
             models.append(children.get("_orig_mod", children.get("module")))
         elif hasattr(models[-1], "get_base_model"):
@@ -45,8 +44,7 @@ def unwrapped(model):
         elif hasattr(models[-1], "get_input_embeddings"):
             return models
         else:
-            expected = "expected a causal language model of transformers. If this is a wrapper, pass the model inside."
-            raise TypeError(f"got a {type(model).__name__}; {expected}")
+            raise TypeError(f"got a {type(model).__name__}; expected a causal language model, or a wrapper of one.")
 
 
 def innermost(model):
@@ -84,13 +82,10 @@ def are_ids(tokens):
 
 
 def run(model, tokens, mask, columns, *, logits_to_keep=None, **kwargs):
-    """Run the model on a slice of the columns of `tokens [B, P+T]`, given all columns up to its end.
-
-    Returns its output, and the values in it `[B, columns]`, or None without a value head.
-    """
+    """Run the model on a slice of the columns of `tokens [B, P+T]`: its output, and `[B, columns]` values or None."""
     accepted = _forward_parameters(unwrapped(model)[-1])
     if "position_ids" in accepted:
-        kwargs["position_ids"] = _positions(mask)[:, columns]
+        kwargs["position_ids"] = positions(mask)[:, columns]
     if "logits_to_keep" in accepted and logits_to_keep is not None:
         kwargs["logits_to_keep"] = logits_to_keep
     output = model(input_ids=tokens[:, columns], attention_mask=mask[:, : columns.stop], return_dict=True, **kwargs)
@@ -113,26 +108,26 @@ def inputs_and_head(model, tokens, mask, columns, T):
 
 def _forward_parameters(model):
     """Names that the forward of the model's class takes, those included that its `**kwargs` hand to a base class."""
-    names = set()
+    names: set = set()
     for kind in type(model).__mro__:
         if "forward" in vars(kind):
-            parameters = inspect.signature(vars(kind)["forward"]).parameters.values()
-            names |= {parameter.name for parameter in parameters}
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            parameters = inspect.signature(vars(kind)["forward"]).parameters
+            names |= parameters.keys()
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                 break
     return names
 
 
-def _positions(mask):
+def positions(mask):
     """Positions `[B, columns]` that count the tokens of `mask [B, columns]`, so that padding changes nothing."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def as_scalars(values):
     """`values [B, columns]` as float32 at least. Raises ValueError where there are several for each token."""
     if values.dim() != 2:
-        what = f"this model's value has the shape {list(values.shape)}; expected [batch, tokens], one scalar for each token"
-        raise ValueError(f"{what}: set summary_use_proj and summary_proj_to_labels in its config.")
+        what = f"this model's value has the shape {list(values.shape)}; expected one scalar for each token"
+        raise ValueError(f"{what}, [batch, tokens]: set summary_use_proj and summary_proj_to_labels in its config.")
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -210,20 +205,11 @@ def _dropouts(module):
             yield name
 
 
-def decoder_for(model, tokens, mask):
-    """A `GPT2Decoder` where that provably computes what the model's forward does, else a `Decoder`."""
-    model = innermost(model)
-    return (GPT2Decoder if _is_plain_gpt2(model) else Decoder)(model, tokens, mask)
-
-
 class Decoder:
-    """Logits and values for one more column at a time, by any causal language model's own forward pass and cache.
-
-    The caller fills `tokens [B, P+T]` and `mask [B, P+T]` as it goes.
-    """
+    """Logits and values for one more column at a time, by any causal language model's own forward pass and cache."""
 
     def __init__(self, model, tokens, mask):
-        self.model, self.tokens, self.mask = without_dropout(model), tokens, mask
+        self.model, self.tokens, self.mask = without_dropout(model), tokens, mask  # the caller fills both [B, P+T]
         self.rows = torch.arange(len(tokens), device=tokens.device)  # those that are still computed, b of B
         self.cache: Any = None
 
@@ -269,7 +255,7 @@ class GPT2Decoder(Decoder):
     def logits_and_values(self, columns):
         new, self.seen = slice(self.seen, columns), columns
         body, mask = self.model.transformer, self.mask[self.rows, :columns]
-        x = body.wte(self.tokens[self.rows, new]) + body.wpe(_positions(mask)[:, new])  # [b, n, n_embd]
+        x = body.wte(self.tokens[self.rows, new]) + body.wpe(positions(mask)[:, new])  # [b, n, n_embd]
         b, n, _ = x.shape
         allowed = mask.bool()[:, None, None]  # [b, 1, 1, columns]
         if n > 1:  # padding sees itself: a query without any key is NaN
@@ -315,17 +301,17 @@ def _can_pack(dtype):
     return torch.allclose(found, F.linear(x, weight), rtol=0, atol=64 * torch.finfo(dtype).eps)
 
 
-def _is_plain_gpt2(model):
-    """Whether `GPT2Decoder` computes what this model's own forward pass does."""
-    if not is_unaltered(model) or torch.is_autocast_enabled(model.device.type):
-        return False
-    config = model.config
-    unusual = config.scale_attn_by_inverse_layer_idx, config.reorder_and_upcast_attn, config.add_cross_attention
-    if any(unusual) or not config.scale_attn_weights:
-        return False
-    known = PLAIN | {nn.ModuleList, type(ACT2FN[config.activation_function])}
-    modules = [model.lm_head, *model.transformer.modules()]
-    plain = [type(module) in known and not _is_altered(module) for module in modules]
-    plain += [type(weight) is nn.Parameter for module in modules for weight in module.parameters(recurse=False)]
-    whole = [block.attn.c_attn.weight.shape == (config.n_embd, 3 * config.n_embd) for block in model.transformer.h]
-    return all(plain) and all(whole)
+def decoder_for(model, tokens, mask):
+    """A `GPT2Decoder` where that provably computes what the model's forward does, else a `Decoder`."""
+    model = innermost(model)
+    plain = is_unaltered(model) and not torch.is_autocast_enabled(model.device.type)
+    if plain:
+        config, modules = model.config, [model.lm_head, *model.transformer.modules()]
+        odd = config.scale_attn_by_inverse_layer_idx, config.reorder_and_upcast_attn, config.add_cross_attention
+        known = PLAIN | {nn.ModuleList, type(ACT2FN[config.activation_function])}
+        plain = config.scale_attn_weights and not any(odd)
+        plain &= all(type(module) in known and not _is_altered(module) for module in modules)
+        # Quantised weights, sharded ones and pruned heads are of another class or shape.
+        plain &= all(type(weight) is nn.Parameter for module in modules for weight in module.parameters(recurse=False))
+        plain &= all(block.attn.c_attn.weight.shape[1] == 3 * config.n_embd for block in model.transformer.h)
+    return (GPT2Decoder if plain else Decoder)(model, tokens, mask)

@@ -1,10 +1,11 @@
 """Sampling that is honest: a rollout's tokens are draws from the very distribution whose log-probabilities it reports.
 
-Remote code: this file is copied into every package, so it imports only torch and its siblings. It works with any
-causal language model of transformers, and reads nothing of the model's `generation_config`.
+Remote code, which imports only torch and its siblings. It works with any causal language model of transformers, and
+reads nothing of the model's `generation_config`.
 """
 
 import dataclasses
+import math
 from typing import Optional
 
 import torch
@@ -22,11 +23,11 @@ try:
         sampling_distribution,
         whole_number,
     )
-    from .scoring_gpt2_value import Rescored, not_finite_error, rescore
+    from .scoring_gpt2_value import Rescored, check_finite, rescore
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from decoding_gpt2_value import are_ids, check_tokens, decoder_for, unwrapped
     from sampling_gpt2_value import Sampling, compact, draw, is_finite, kept_tokens, sampling_distribution, whole_number
-    from scoring_gpt2_value import Rescored, not_finite_error, rescore
+    from scoring_gpt2_value import Rescored, check_finite, rescore
 
 __all__ = ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"]
 
@@ -116,11 +117,7 @@ def rollout(
         num_return_sequences: responses for each prompt; rows of one prompt stand together.
         generator: where the random numbers come from; default: torch's global generator of the model's device.
 
-    Returns:
-        `Rollout`.
-
-    Raises:
-        TypeError, ValueError: bad input (before any compute), or NaN or infinite logits (naming row and step).
+    Returns a `Rollout`. Raises TypeError or ValueError for bad input, before any compute, and for logits not finite.
     """
     sampling = Sampling(temperature, top_k, top_p, min_new_tokens, eos_token_id)
     T = whole_number("max_new_tokens", max_new_tokens, 1)
@@ -142,18 +139,18 @@ def rollout(
     where = device if generator is None else generator.device
     uniforms = torch.rand((T, B), generator=generator, device=where, dtype=torch.float64).to(device)
     ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
-    early = torch.arange(T, device=device) < sampling.min_new_tokens if sampling.min_new_tokens else None
-    running, bad = torch.ones_like(mask[:, 0], dtype=torch.bool), torch.zeros_like(mask[:, P:], dtype=torch.bool)
+    early = torch.arange(T, device=device) < sampling.min_new_tokens
+    running = torch.ones_like(mask[:, 0], dtype=torch.bool)
     found = {}  # logprobs, values and kept, [B, T, ...]
 
     decoder = decoder_for(model, tokens, mask)
     for t in range(T):
         rows = decoder.rows  # [b], those that are still computed
         logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
-        step = sampling_distribution(logits, sampling, early=None if early is None else early[t])
+        step = sampling_distribution(logits, sampling, early=early[t])
         drawn, logprob = draw(step, uniforms[t, rows])
+        logprob = logprob.masked_fill(~is_finite(logits), math.nan)
         now = running[rows]
-        bad[rows, t] = now & ~is_finite(logits)
         tokens[rows, P + t] = torch.where(now, drawn, pad)
         mask[rows, P + t] = now.long()
         for name, column in (("logprobs", logprob), ("values", value), ("kept", kept_tokens(step, sampling))):
@@ -165,26 +162,16 @@ def rollout(
         running[rows] = now & ~torch.isin(drawn, ends)
         # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
         if device.type == "cpu" or t % 16 == 15 or t == T - 1:
-            if bad.any():
-                raise not_finite_error(*bad.nonzero()[0].tolist())
+            check_finite(found["logprobs"])
             left = running[rows].nonzero().squeeze(-1)
             if len(left) == 0:
                 break
             if 2 * len(left) <= len(rows):
                 decoder.keep(left)
 
-    kept, values = found.get("kept"), found.get("values")
-    return Rollout(
-        sequences=tokens,
-        attention_mask=mask,
-        responses=tokens[:, P:],
-        response_mask=mask[:, P:].bool(),
-        logprobs=found["logprobs"],
-        values=values,
-        truncated=running,
-        kept=None if kept is None else compact(kept, vocabulary),
-        sampling=sampling,
-    )
+    kept = compact(found["kept"], vocabulary) if "kept" in found else None
+    drawn = tokens[:, P:], mask[:, P:].bool(), found["logprobs"], found.get("values")
+    return Rollout(tokens, mask, *drawn, truncated=running, kept=kept, sampling=sampling)
 
 
 def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
@@ -211,8 +198,7 @@ def _left_pad(queries, attention_mask, pad):
         raise ValueError(f"queries has shape {list(queries.shape)}; expected [batch, tokens]: try queries[None].")
     mask = torch.ones_like(queries, dtype=torch.long) if attention_mask is None else attention_mask
     if mask.shape != queries.shape:
-        shapes = f"attention_mask has shape {list(mask.shape)}, queries {list(queries.shape)}"
-        raise ValueError(f"{shapes}; expected the same.")
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected {list(queries.shape)}, as queries.")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
     mask = mask.long().to(queries.device)

@@ -27,20 +27,18 @@ from transformers.utils import ModelOutput
 # what generation needs must be named too.
 try:
     from .configuration_gpt2_value import GPT2ValueConfig
-    from .decoding_gpt2_value import as_scalars, without_dropout
+    from .decoding_gpt2_value import as_scalars, positions, without_dropout
     from .generation_gpt2_value import rollout
     from .sampling_gpt2_value import Sampling
     from .scoring_gpt2_value import rescore
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from configuration_gpt2_value import GPT2ValueConfig
-    from decoding_gpt2_value import as_scalars, without_dropout
+    from decoding_gpt2_value import as_scalars, positions, without_dropout
     from generation_gpt2_value import rollout
     from sampling_gpt2_value import Sampling  # noqa: F401
     from scoring_gpt2_value import rescore
 
-# transformers 4 can mask attention heads, transformers 5 cannot.
-TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters
-
+TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters  # transformers 4 does
 # How names begin that transformers' own generation, Trainer and attention kernels send through a model's **kwargs.
 PASSED_ON = ("cache_position", "cu_seq_lens_", "max_length_", "output_attentions", "output_hidden_states")
 
@@ -73,8 +71,7 @@ class Float32Linear(nn.Linear):
 
 
 class ValueHead(nn.Module):
-    """Dropout, projection, activation, dropout: hidden states `[..., n_embd]` of any dtype to float32 `[..., 1]`
-    (float64 from float64).
+    """Dropout, projection, activation, dropout: hidden states `[..., n_embd]` to `[..., 1]`, in float32 at least.
 
     The last dimension is `n_embd` instead of 1 when `summary_use_proj` or `summary_proj_to_labels` is off.
     """
@@ -93,8 +90,7 @@ class ValueHead(nn.Module):
             hidden_states = hidden_states.detach()
         with torch.autocast(hidden_states.device.type, enabled=False):
             output = self.first_dropout(hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)))
-            output = self.activation(self.summary(output))
-            return self.last_dropout(output)
+            return self.last_dropout(self.activation(self.summary(output)))
 
 
 class GPT2ValueModel(GPT2LMHeadModel):
@@ -107,6 +103,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
     config_class = GPT2ValueConfig
     is_parallelizable = False  # transformers 4 offers a deprecated `parallelize()` that knows nothing of the head
     returns_dict: Optional[bool] = None  # what `forward` does when neither the caller nor, if None, the config says
+    head_std = "value_head_initializer_range"  # the config's field
 
     _keep_in_fp32_modules_strict: Optional[list] = ["v_head"]
     # Buffers that GPT-2 checkpoints had until 2023: causal masks, which nothing reads any more.
@@ -134,11 +131,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, Float32Linear):
-            nn.init.normal_(module.weight, std=self._value_head_std())
+            nn.init.normal_(module.weight, std=getattr(self.config, self.head_std))
             nn.init.zeros_(module.bias)
-
-    def _value_head_std(self):
-        return self.config.value_head_initializer_range
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, init_value_head=False, **kwargs):
@@ -195,17 +189,11 @@ class GPT2ValueModel(GPT2LMHeadModel):
         """`GPT2LMHeadModel.forward` with its arguments, plus the value of every token.
 
         Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask` admits, so that padding
-        on either side changes nothing. The mask covers the cached tokens too.
+        on either side changes nothing. The mask covers the cached tokens too. `rescore` passes a `ScoreRequest` as
+        `score`, and gets its `Rescored`, computed without dropout: so whatever wraps the model sees the call.
 
-        `rescore` passes a `ScoreRequest` as `score`, and gets its `Rescored` in the place of logits: so whatever wraps
-        the model sees the call. Dropout is then off.
-
-        Returns:
-            `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False.
-
-        Raises:
-            TypeError: an argument that this model cannot honour, by name.
-            ValueError: the attention mask does not cover the cache and the input.
+        Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises TypeError
+        for an argument that this model cannot honour, ValueError for a mask that leaves out the cache or the input.
         """
         if "lm_labels" in kwargs:  # the seed's word
             if labels is not None:
@@ -215,10 +203,15 @@ class GPT2ValueModel(GPT2LMHeadModel):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         for name in kwargs:
             if not name.startswith(PASSED_ON) and not (name == "head_mask" and TAKES_HEAD_MASK):
-                raise TypeError(f"{type(self).__name__}.forward() {_why_not(name)}")
+                why = "transformers 5 removed it" if name == "head_mask" else "it is no argument of this model"
+                raise TypeError(f"{type(self).__name__}.forward() cannot honour {name}: {why}. Leave it out.")
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
-            position_ids = _positions(attention_mask, tokens, past_key_values)
+            past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else None
+            if isinstance(past, int) and attention_mask.shape[1] != past + tokens:
+                what = f"attention_mask has {attention_mask.shape[1]} columns; expected {past + tokens}"
+                raise ValueError(f"{what}, {past} of the cache and {tokens} of the input: pass the whole sequence's.")
+            position_ids = positions(attention_mask)[:, -tokens:]
 
         transformer, lm_head, v_head = self.transformer, self.lm_head, self.v_head
         if score is not None:
@@ -264,23 +257,4 @@ class GPT2HeadWithValueModel(GPT2ValueModel):
     """
 
     returns_dict = False
-
-    def _value_head_std(self):
-        return self.config.initializer_range
-
-
-def _positions(attention_mask, tokens, past_key_values):
-    """Position ids `[batch, tokens]` of the last `tokens` columns of a mask `[batch, past + tokens]`."""
-    past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else None
-    if isinstance(past, int) and attention_mask.shape[1] != past + tokens:
-        what = f"attention_mask has {attention_mask.shape[1]} columns; expected {past + tokens}, one for each of the "
-        raise ValueError(f"{what}{past} cached tokens and the {tokens} of the input: pass that of the whole sequence.")
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-
-
-def _why_not(name):
-    if name == "head_mask":
-        return "cannot honour head_mask: transformers 5 removed it from GPT-2. Leave it out, or use transformers 4."
-    if name in ("mc_token_ids", "mc_labels"):
-        return f"cannot honour {name}: there is no multiple-choice head here. Leave it out."
-    return f"got an unexpected keyword argument {name!r}. Leave it out, or correct its name."
+    head_std = "initializer_range"

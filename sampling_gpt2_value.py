@@ -1,10 +1,9 @@
 """The settings that tokens are drawn by, the distribution that they make of logits, and the draw.
 
-Remote code: this file is copied into every package, so it imports only torch. It computes no logits, and reads nothing
-of a model. Sampling and scoring both call `sampling_distribution`, and so cannot disagree. What top-k and top-p cut off
-is decided once, when a token is drawn, and kept: a policy that has learnt since, a reference, or another dtype ranks
-tokens otherwise, and cutting off again would leave drawn tokens without probability ("keep sampling mask" in
-DeepSeek-V3.2, 2025, arXiv:2512.02556, section 3.1).
+Remote code, which imports only torch and knows nothing of models. Sampling and scoring both call
+`sampling_distribution`, and cannot disagree. What top-k and top-p cut off is decided when a token is drawn, and kept:
+a policy that has learnt since, a reference, or another dtype ranks tokens otherwise, and cutting off again would leave
+drawn tokens without probability ("keep sampling mask" in DeepSeek-V3.2, 2025, arXiv:2512.02556, section 3.1).
 """
 
 import dataclasses
@@ -28,8 +27,7 @@ class Sampling:
         min_new_tokens: end-of-text tokens cannot be drawn before so many others were.
         eos_token_id: the end-of-text tokens, as a tuple; an int, a list, a tensor or None are accepted.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range; the message names it, and what was expected.
+    Raises ValueError where a setting has the wrong type or is out of range, naming it and what was expected.
     """
 
     temperature: float = 1.0
@@ -42,17 +40,16 @@ class Sampling:
         ids = _plain(self.eos_token_id)
         ids = () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
         settings = {
-            "temperature": number("temperature", self.temperature, SMALLEST, 1 / SMALLEST),
+            "temperature": float(number("temperature", self.temperature, SMALLEST, 1 / SMALLEST)),
             "top_k": whole_number("top_k", self.top_k, 0),
-            "top_p": number("top_p", self.top_p, SMALLEST, 1),
+            "top_p": float(number("top_p", self.top_p, SMALLEST, 1)),
             "min_new_tokens": whole_number("min_new_tokens", self.min_new_tokens, 0),
             "eos_token_id": tuple(whole_number("eos_token_id", token, 0) for token in ids),
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)  # plain int, float and tuple, whatever number types came in
         if self.min_new_tokens and not ids:
-            what = f"min_new_tokens={self.min_new_tokens} has no effect without eos_token_id"
-            raise ValueError(f"{what}; pass both or neither.")
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} has no effect without eos_token_id; pass both.")
 
     def cuts_off(self, vocabulary):
         """Whether top-k or top-p leave any of so many tokens out."""
@@ -62,12 +59,9 @@ class Sampling:
         """Raise ValueError where these settings cannot draw from a vocabulary of so many tokens."""
         for token in self.eos_token_id:
             if token >= vocabulary:
-                what = f"eos_token_id={token} is not in the vocabulary of {vocabulary} tokens"
-                raise ValueError(f"{what}; pass an id below that.")
+                raise ValueError(f"eos_token_id={token} is not in the vocabulary of {vocabulary} tokens.")
         if self.min_new_tokens and len(set(self.eos_token_id)) == vocabulary:
-            what = (
-                f"min_new_tokens={self.min_new_tokens} leaves nothing to draw: eos_token_id names every token there is"
-            )
+            what = f"min_new_tokens={self.min_new_tokens} leaves nothing to draw: eos_token_id names every token"
             raise ValueError(f"{what}. Pass fewer end-of-text tokens, or min_new_tokens=0.")
 
 
@@ -81,17 +75,16 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
     Args:
         logits: `[..., V]`, any float dtype.
         sampling: the `Sampling`.
-        early: `[...]` bool, True where `min_new_tokens` still suppresses the end-of-text tokens.
+        early: `[...]` bool, True where fewer than `min_new_tokens` tokens were drawn before; None: nowhere.
         kept: `[..., K]`, which tokens an earlier draw chose among, as `kept_tokens` returned it; the settings cut
             nothing more off.
 
-    Returns:
-        `[..., V]` float32 (float64 from float64): logits divided by the temperature and shifted so that the largest is
-        0; -inf for what cannot be drawn. `log_softmax(-1)` gives the log-probabilities.
+    Returns `[..., V]` float32 (float64 from float64): logits divided by the temperature and shifted so that the largest
+    is 0; -inf for what cannot be drawn. Their `log_softmax(-1)` are log-probabilities.
     """
     vocabulary = logits.shape[-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if early is not None:
+    if sampling.min_new_tokens and early is not None:
         ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=logits.device)
         logits = torch.where(early.unsqueeze(-1), logits.index_fill(-1, ends, -math.inf), logits)
     if kept is not None:
@@ -114,8 +107,8 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
 def kept_tokens(logits, sampling):
     """Which tokens the distribution `logits [..., V]` leaves to be drawn, in the fewer bytes; None if all of them.
 
-    They are `[..., top_k]` int32, ids, and -1 in unused places; or `[..., ceil(V / 8)]` uint8, one bit for each token of
-    the vocabulary, the lowest first.
+    `[..., top_k]` int32 ids, and -1 in unused places; or `[..., ceil(V / 8)]` uint8, one bit for each token of the
+    vocabulary, the lowest first.
     """
     vocabulary = logits.shape[-1]
     if not sampling.cuts_off(vocabulary):
@@ -124,7 +117,8 @@ def kept_tokens(logits, sampling):
     if 0 < 4 * sampling.top_k <= width:
         return _as_ids(mask, sampling.top_k)
     mask = nn.functional.pad(mask.byte(), (0, 8 * width - vocabulary))
-    return (mask.unflatten(-1, (width, 8)) << _bits(mask)).sum(-1, dtype=torch.uint8)
+    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (mask.unflatten(-1, (width, 8)) << bits).sum(-1, dtype=torch.uint8)
 
 
 def compact(kept, vocabulary):
@@ -146,47 +140,42 @@ def _as_ids(mask, size):
 
 
 def _as_mask(kept, vocabulary):
-    """What `kept_tokens` returned, as a mask `[..., V]` bool."""
+    """What `kept_tokens` or `compact` returned, as a mask `[..., V]` bool."""
     if kept.dtype == torch.uint8:
-        return (kept.unsqueeze(-1) >> _bits(kept)).bitwise_and(1).flatten(-2)[..., :vocabulary].bool()
+        bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
+        return (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)[..., :vocabulary].bool()
     mask = kept.new_zeros((*kept.shape[:-1], vocabulary + 1), dtype=torch.bool)
     return mask.scatter(-1, kept.long() % (vocabulary + 1), True)[..., :vocabulary]  # -1 is put in the column cut off
-
-
-def _bits(like):
-    return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
 def draw(logits, uniform):
     """Draw one index for each row of `logits [B, K]`, the largest of which is 0, by inversion of `uniform [B]`.
 
     One uniform number in [0, 1) is used for each draw (Devroye, "Non-Uniform Random Variate Generation", 1986, chapter
-    III). Blocks of sqrt(K) are summed first and the index is found inside one block: cumulative sums over a whole
-    vocabulary cost more than the rest of the step. Sums are float64, so that no tail is lost to rounding; an index of
-    probability zero is never returned.
+    III). Blocks of sqrt(K) are summed first and the index is found inside one block, since cumulative sums over a whole
+    vocabulary are slow. Sums are float64, so that no tail is lost to rounding. An index of probability zero is never
+    returned.
 
     Returns the indices `[B]` int64 and their log-probabilities `[B]`, of the logits' dtype (NaN where a logit is NaN).
     """
     rows, width = logits.shape
     block = math.isqrt(width - 1) + 1
     weights = nn.functional.pad(logits.exp(), (0, -width % block)).view(rows, -1, block)
-    blocks = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, K / block]
-    total = blocks[:, -1:]
-    target = uniform.to(torch.float64).unsqueeze(-1) * total
-    # The first block whose cumulative weight exceeds the target; `_last_positive` guards against rounding up.
-    chosen = torch.minimum((blocks <= target).sum(-1, keepdim=True), _last_positive(weights.amax(-1)))
-    below = torch.where(chosen > 0, blocks.gather(-1, (chosen - 1).clamp(min=0)), 0.0)
+    blocks = weights.sum(-1, dtype=torch.float64)  # [B, K / block]
+    total = blocks.sum(-1, keepdim=True)
+    chosen, target = _invert(blocks, uniform.to(torch.float64).unsqueeze(-1) * total)
     inside = weights.gather(1, chosen.unsqueeze(-1).expand(-1, -1, block)).squeeze(1)  # [B, block]
-    running = inside.cumsum(-1, dtype=torch.float64)
-    index = chosen * block + torch.minimum((running <= target - below).sum(-1, keepdim=True), _last_positive(inside))
-    index = index.clamp(max=width - 1)  # a row of NaN has no index of positive probability
+    index = (chosen * block + _invert(inside, target)[0]).clamp(max=width - 1)  # of a row of NaN, any index
     return index.squeeze(-1), (logits.gather(-1, index) - total.log()).squeeze(-1).to(logits.dtype)
 
 
-def _last_positive(weights):
-    """The last index `[B, 1]` with a positive weight, 0 where there is none (a row of NaN)."""
+def _invert(weights, target):
+    """The first index `[B, 1]` at which the sum of `weights [B, n]` exceeds `target [B, 1]`, and what is left of it."""
+    running = weights.cumsum(-1, dtype=torch.float64)
     places = torch.arange(weights.shape[-1], device=weights.device)
-    return (places * (weights > 0)).amax(-1, keepdim=True)
+    last = (places * (weights > 0)).amax(-1, keepdim=True)  # rounding up must not lead beyond the last with weight
+    index = torch.minimum((running <= target).sum(-1, keepdim=True), last)
+    return index, (target - (running - weights).gather(-1, index)).clamp(min=0)
 
 
 def is_finite(logits):
@@ -196,18 +185,16 @@ def is_finite(logits):
 
 def whole_number(name, value, low):
     """`value` as an int; ValueError where it is no whole number of at least `low`."""
-    plain = _plain(value)
-    if isinstance(plain, bool) or not isinstance(plain, numbers.Integral) or plain < low:
-        raise ValueError(f"{name}={value!r}; expected an int >= {low}.")
-    return int(plain)
+    return int(number(name, value, low, math.inf, numbers.Integral))
 
 
-def number(name, value, low, high):
-    """`value` as a float; ValueError where it is no number from `low` to `high`."""
+def number(name, value, low, high, kind=numbers.Real):
+    """`value` as a Python number; ValueError where it is none of this kind, from `low` to `high`."""
     plain = _plain(value)
-    if isinstance(plain, bool) or not isinstance(plain, numbers.Real) or not low <= plain <= high:
-        raise ValueError(f"{name}={value!r}; expected a number from {low} to {high}.")
-    return float(plain)
+    if isinstance(plain, bool) or not isinstance(plain, kind) or not low <= plain <= high:
+        expected = f"an int >= {low}" if kind is numbers.Integral else f"a number from {low} to {high}"
+        raise ValueError(f"{name}={value!r}; expected {expected}.")
+    return plain
 
 
 def _plain(value):

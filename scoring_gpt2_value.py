@@ -1,9 +1,8 @@
 """Scoring given tokens under a model: log-probabilities, values, entropy and KL, without holding all logits at once.
 
-Remote code: this file is copied into every package, so it imports only torch, transformers and its siblings. It draws
-nothing and cuts nothing off: it scores a token over the very set that it was drawn from. Logits are computed a chunk of
-tokens at a time, and again in the backward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
-arXiv:1604.06174).
+Remote code, which imports only torch, transformers and its siblings. It draws nothing and cuts nothing off: it scores a
+token over the very set that it was drawn from. Logits are computed a chunk of tokens at a time, and again in the
+backward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174).
 """
 
 import dataclasses
@@ -55,38 +54,31 @@ class ScoreRequest:
 
     def answer(self, inputs, head, values):
         """The `Rescored` of a model with the logits `head(inputs [B, T, ...])` and `values [B, T]` or None."""
-        drawn, T = self.drawn, self.drawn.shape[1]
-        early = torch.arange(T, device=drawn.device) < self.sampling.min_new_tokens
+        drawn = self.drawn
+        early = torch.arange(drawn.shape[1], device=drawn.device) < self.sampling.min_new_tokens
         columns = {"inputs": inputs, "tokens": self.tokens, "kept": self.kept, "early": early.expand_as(drawn)}
-        if not self.sampling.min_new_tokens:
-            del columns["early"]
         if self.reference is not None:
             columns["reference_inputs"] = self.reference[0]
         columns = {name: column[drawn.to(column.device)] for name, column in columns.items() if column is not None}
-        vocabulary = getattr(head, "out_features", inputs.shape[-1])
-        rows = max(1, CHUNK // vocabulary)
+        rows = max(1, CHUNK // getattr(head, "out_features", inputs.shape[-1]))
         pieces = zip(*(column.split(rows) for column in columns.values()), strict=True)
-        parts = []
-        for piece in pieces:
-            chunk = dict(zip(columns, piece, strict=True))
-            # Nothing in a chunk is random. The model's caller may be in a checkpoint of its own.
-            parts.append(checkpoint(self._score, head, chunk, use_reentrant=False, preserve_rng_state=False))
+        chunks = [dict(zip(columns, piece, strict=True)) for piece in pieces]
+        # Nothing in a chunk is random. The model's caller may be in a checkpoint of its own.
+        settings = {"use_reentrant": False, "preserve_rng_state": False}
+        parts = [checkpoint(self._score, head, chunk, **settings) for chunk in chunks]
         logprobs, entropy, kl = (torch.cat(column) for column in zip(*parts, strict=True))
 
         def spread(column):
             return torch.zeros(drawn.shape, dtype=column.dtype, device=drawn.device).masked_scatter(drawn, column)
 
-        return Rescored(
-            logprobs=spread(logprobs),
-            values=None if values is None else torch.where(drawn, values, 0.0),
-            entropy=spread(entropy) if self.with_entropy else None,
-            kl=spread(kl) if self.reference is not None else None,
-        )
+        values = None if values is None else torch.where(drawn, values, 0.0)
+        entropy = spread(entropy) if self.with_entropy else None
+        return Rescored(spread(logprobs), values, entropy, spread(kl) if self.reference is not None else None)
 
     def _score(self, head, chunk):
         """Log-probability, entropy and KL `[n]` of n drawn tokens; NaN where logits are not finite, 0 if not asked."""
         logits = head(chunk["inputs"])  # [n, V]
-        how = {"early": chunk.get("early"), "kept": chunk.get("kept")}
+        how = {"early": chunk["early"], "kept": chunk.get("kept")}
         scaled = sampling_distribution(logits, self.sampling, **how)
         normaliser = scaled.logsumexp(-1)
         logprob = scaled.gather(-1, chunk["tokens"].unsqueeze(-1)).squeeze(-1) - normaliser
@@ -110,17 +102,13 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
     """Score the rollout's tokens under this model, over the tokens that each draw chose among; differentiable.
 
     With the model that made the rollout, the log-probabilities and values are those in it (in float32 within 1e-5, or
-    1e-6 * max |logit| / temperature where that is more). With any other, the mean of exp(logprobs - rollout.logprobs)
-    is 1 within its error.
-    Dropout is off, whatever mode the model is in; gradient checkpointing stays as it is.
+    1e-6 * max |logit| / temperature where that is more). With any other, exp(logprobs - rollout.logprobs) is 1 in the
+    mean, within its error. Dropout is off, whatever mode the model is in; gradient checkpointing stays as it is.
 
-    | model | how |
-    |---|---|
-    | `GPT2ValueModel`, also in DistributedDataParallel, FSDP2, peft, Accelerate or `torch.compile` | one call of what
-      was passed, which asks the model's own forward for scores; never all logits at once |
-    | a plain `GPT2LMHeadModel` | its body, then its output layer; never all logits at once |
-    | any other causal language model; a forward that was overridden, replaced or hooked | one call of what was passed,
-      and its logits `[B, T, vocabulary]` |
+    A `GPT2ValueModel`, also in DistributedDataParallel, FSDP2, peft, Accelerate or `torch.compile`, is called once, as
+    it was passed, and its own forward gives the scores. Of a plain `GPT2LMHeadModel` the body is called, and the output
+    layer. Neither holds all logits at once. Any other model, or a forward that was overridden, replaced or hooked, is
+    called for its logits `[B, T, vocabulary]`.
 
     Args:
         model: any causal language model of transformers with the rollout's vocabulary.
@@ -128,53 +116,39 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         with_entropy: also give the entropy of the sampling distribution at each token.
         reference: a second model; also give the KL divergence to it at each token. It receives no gradient.
 
-    Returns:
-        `Rescored`.
-
-    Raises:
-        TypeError, ValueError: the rollout does not fit the model, or its logits are NaN or infinite.
+    Returns `Rescored`. Raises TypeError or ValueError if the rollout does not fit the model, or logits are not finite.
     """
     if type(rollout).__name__ != "Rollout" or not hasattr(rollout, "sampling"):
         # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
-        raise TypeError(
-            f"rescore() got a {type(rollout).__name__}; expected the Rollout that rollout() of this version returned."
-        )
+        what = f"rescore() got a {type(rollout).__name__}"
+        raise TypeError(f"{what}; expected the Rollout that rollout() of this version returned.")
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
     rollout.sampling.check_vocabulary(vocabulary)
     if reference is not None:
-        other = check_tokens(reference, rollout.sequences, rollout.attention_mask)
-        if other != vocabulary:
-            sizes = f"the model's vocabulary has {vocabulary} tokens, the reference's {other}"
+        its = check_tokens(reference, rollout.sequences, rollout.attention_mask)
+        if its != vocabulary:
+            sizes = f"the model's vocabulary has {vocabulary} tokens, the reference's {its}"
             raise ValueError(f"{sizes}; expected the same: pass a reference with the model's tokenizer.")
     rollout, T = rollout.to(unwrapped(model)[-1].device), rollout.responses.shape[1]
     tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
     seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
-    request = ScoreRequest(
-        tokens=rollout.responses.masked_fill(~rollout.response_mask, 0),
-        drawn=rollout.response_mask,
-        sampling=rollout.sampling,
-        kept=rollout.kept,
-        with_entropy=with_entropy,
-        reference=None,
-    )
+    other = None
     if reference is not None:
         device = unwrapped(reference)[-1].device
         with torch.no_grad():
-            inputs, head, _ = inputs_and_head(innermost(reference), *(x.to(device) for x in seen[:2]), seen[2], T)
-        request = dataclasses.replace(request, reference=(inputs, head))
+            other = inputs_and_head(innermost(reference), *(x.to(device) for x in seen[:2]), seen[2], T)[:2]
+    asked = rollout.responses.masked_fill(~rollout.response_mask, 0)
+    request = ScoreRequest(asked, rollout.response_mask, rollout.sampling, rollout.kept, with_entropy, other)
     if takes_requests(model):
         scored, _ = run(model, *seen, score=request, use_cache=False)
     else:
         scored = request.answer(*inputs_and_head(model, *seen, T))
-    not_finite = scored.logprobs.isnan().nonzero()
-    if len(not_finite):
-        raise not_finite_error(*not_finite[0].tolist())
+    check_finite(scored.logprobs)
     return scored
 
 
-def not_finite_error(row, step):
-    """What to raise where logits are not finite."""
-    return ValueError(
-        f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them. Check "
-        "the weights (a diverged training step?), or use bfloat16 instead of float16."
-    )
+def check_finite(logprobs):
+    """Raise ValueError where logits were not finite: these `logprobs [B, T]` are NaN."""
+    for row, step in logprobs.isnan().nonzero().tolist():
+        what = f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them"
+        raise ValueError(f"{what}. Check the weights (a diverged training step?), or use bfloat16 instead of float16.")
