@@ -3,7 +3,7 @@ PYTHON ?= python3
 BASE ?=
 BIN := .venv/bin
 
-.PHONY: help demo test check bench matrix compare-trl faults fuzz release-hashes wheel clean
+.PHONY: help demo test check bench matrix compare-trl faults fuzz release-hashes tree wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -54,6 +54,9 @@ fuzz: .venv/.done  ## spoil packages in 3,000 ways; prints mutation x outcome
 
 release-hashes: .venv/.done  ## add this version's code to the list of releases, before it is released
 	$(BIN)/python -m hub_tools.package.releases
+
+tree: .venv/.done  ## draw the tree in CONTRIBUTING.md
+	$(BIN)/python docs/tree.py
 
 wheel: .venv/.done  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --quiet
