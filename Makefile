@@ -3,7 +3,7 @@ PYTHON ?= python3
 BASE ?=
 BIN := .venv/bin
 
-.PHONY: help demo test check bench matrix compare-trl faults fuzz release-hashes wheel clean
+.PHONY: help demo test check bench matrix compare-trl faults fuzz release-hashes tree wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -23,10 +23,11 @@ test: .venv/.done  ## the test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py
 	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py  # alone: its process beside gives way to everything
 
-check: .venv/.done  ## lint, format and types
+check: .venv/.done  ## lint, format, types and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: .venv/.done  ## speed and memory, side by side; writes docs/benchmarks.md (slow)
 	$(BIN)/python benchmarks/page.py
@@ -41,18 +42,21 @@ matrix: .venv/.done  ## packages saved and loaded across transformers 4.57.6, 5.
 
 compare-trl: .venv/.done .trl/.done  ## converted checkpoints against the numbers of TRL 1.12.0 itself (slow)
 	rm -rf .trl/checkpoints
-	.trl/bin/python tests/compare_with_trl.py write .trl/checkpoints
-	$(BIN)/python tests/compare_with_trl.py compare .trl/checkpoints
+	.trl/bin/python tests/slow/compare_with_trl.py write .trl/checkpoints
+	$(BIN)/python tests/slow/compare_with_trl.py compare .trl/checkpoints
 
 faults: .venv/.done  ## fail every request of a push in every way; prints request x fault -> outcome
-	$(BIN)/python tests/fault_sweep.py
-	env -u HF_HUB_DISABLE_XET $(BIN)/python tests/fault_sweep.py --xet
+	$(BIN)/python tests/slow/fault_sweep.py
+	env -u HF_HUB_DISABLE_XET $(BIN)/python tests/slow/fault_sweep.py --xet
 
 fuzz: .venv/.done  ## spoil packages in 3,000 ways; prints mutation x outcome
-	$(BIN)/python tests/fuzz_packages.py
+	$(BIN)/python tests/slow/fuzz_packages.py
 
 release-hashes: .venv/.done  ## add this version's code to the list of releases, before it is released
-	$(BIN)/python -m hub_tools.releases
+	$(BIN)/python -m hub_tools.package.releases
+
+tree: .venv/.done  ## draw the tree in CONTRIBUTING.md
+	$(BIN)/python docs/tree.py
 
 wheel: .venv/.done  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --quiet

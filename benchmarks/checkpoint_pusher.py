@@ -30,7 +30,7 @@ DELAY = 10.0  # seconds that an upload waits at the Hub; a checkpoint is made ev
 
 
 def serve():
-    from hub_server import Fault, HubServer
+    from support.hub_server import Fault, HubServer
 
     os.nice(19)  # a Hub does not take its time from the machine that trains
     with HubServer() as server:

@@ -32,9 +32,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from hub_tools import cli, layout, save_package, verify_package
-from hub_tools.card import is_hub_id
-from hub_tools.console import show_error, visible
+from hub_tools.cli.console import show_error, visible
 from hub_tools.errors import GPT2ValueHubError, LoadError, SaveFailedError, SourceError
+from hub_tools.package.card import is_hub_id
 from modeling_gpt2_value import GPT2ValueModel
 
 ROOT = Path(__file__).resolve().parent.parent

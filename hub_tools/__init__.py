@@ -1,4 +1,4 @@
-"""What happens between a model in memory and a repository on the Hub: save, inspect, verify.
+"""From a model in memory to a repository on the Hub: save, inspect, verify, load, push, convert, export.
 
 Names are imported when they are first used, so that looking into a package needs neither torch nor
 transformers.
@@ -12,38 +12,38 @@ from typing import TYPE_CHECKING, Any
 from .layout import __version__
 
 if TYPE_CHECKING:
-    from .checkpoint_pusher import CheckpointPusher
-    from .checkpoint_worker import PushedCheckpoint
-    from .convert import Conversion, convert_checkpoint
+    from .convert.convert import Conversion, convert_checkpoint
+    from .convert.export import ExportedPolicy, export_policy
     from .errors import GPT2ValueHubError
-    from .export import ExportedPolicy, export_policy
-    from .inspection import PackageReport, inspect_package
-    from .load import LoadedPackage, load_package
-    from .push import PushReport, push_package, push_to_hub
-    from .save import SavedPackage, save_package
-    from .trainer_callback import CheckpointPusherCallback
-    from .verify import VerificationReport, verify_package
+    from .package.inspection import PackageReport, inspect_package
+    from .package.load import LoadedPackage, load_package
+    from .package.save import SavedPackage, save_package
+    from .package.verify import VerificationReport, verify_package
+    from .publish.checkpoints.pusher import CheckpointPusher
+    from .publish.checkpoints.trainer_callback import CheckpointPusherCallback
+    from .publish.checkpoints.worker import PushedCheckpoint
+    from .publish.push import PushReport, push_package, push_to_hub
 
 _HOMES = {
-    "CheckpointPusher": "checkpoint_pusher",
-    "CheckpointPusherCallback": "trainer_callback",
-    "PushedCheckpoint": "checkpoint_worker",
-    "Conversion": "convert",
-    "convert_checkpoint": "convert",
-    "ExportedPolicy": "export",
-    "export_policy": "export",
+    "CheckpointPusher": "publish.checkpoints.pusher",
+    "CheckpointPusherCallback": "publish.checkpoints.trainer_callback",
+    "PushedCheckpoint": "publish.checkpoints.worker",
+    "Conversion": "convert.convert",
+    "convert_checkpoint": "convert.convert",
+    "ExportedPolicy": "convert.export",
+    "export_policy": "convert.export",
     "GPT2ValueHubError": "errors",
-    "LoadedPackage": "load",
-    "PackageReport": "inspection",
-    "inspect_package": "inspection",
-    "load_package": "load",
-    "PushReport": "push",
-    "push_package": "push",
-    "push_to_hub": "push",
-    "SavedPackage": "save",
-    "save_package": "save",
-    "VerificationReport": "verify",
-    "verify_package": "verify",
+    "LoadedPackage": "package.load",
+    "PackageReport": "package.inspection",
+    "inspect_package": "package.inspection",
+    "load_package": "package.load",
+    "PushReport": "publish.push",
+    "push_package": "publish.push",
+    "push_to_hub": "publish.push",
+    "SavedPackage": "package.save",
+    "save_package": "package.save",
+    "VerificationReport": "package.verify",
+    "verify_package": "package.verify",
 }
 
 __all__ = [

@@ -15,13 +15,12 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import make_tiny_model, plain_twin
-from fault_sweep import serving
-from hub_server import Fault, HubServer
 from safetensors.torch import load
+from slow.fault_sweep import serving
+from support.hub_server import Fault, HubServer
 from transformers import GenerationConfig
 
-from hub_tools import CheckpointPusher, CheckpointPusherCallback, checkpoint_process, checkpoint_worker
-from hub_tools.checkpoint_worker import Checkpoint, Settings, Worker
+from hub_tools import CheckpointPusher, CheckpointPusherCallback
 from hub_tools.errors import (
     AuthenticationError,
     CardMetadataError,
@@ -33,8 +32,10 @@ from hub_tools.errors import (
     PusherClosedError,
     PushOptionsError,
 )
-from hub_tools.snapshot import Snapshot, map_snapshot, places_of
-from hub_tools.trainer_callback import metrics_at
+from hub_tools.publish.checkpoints import worker, worker_process
+from hub_tools.publish.checkpoints.snapshot import Snapshot, map_snapshot, places_of
+from hub_tools.publish.checkpoints.trainer_callback import metrics_at
+from hub_tools.publish.checkpoints.worker import Checkpoint, Settings, Worker
 
 HERE = Path(__file__).parent
 REPO = "alice/value"
@@ -59,7 +60,7 @@ def start(server, temporary, how):
         "TMPDIR": str(temporary),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
     }
-    command = [sys.executable, str(HERE / "trains_and_pushes.py"), f"alice/{how}", how]
+    command = [sys.executable, str(HERE / "support" / "trains_and_pushes.py"), f"alice/{how}", how]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -153,9 +154,9 @@ def test_the_process_beside_takes_only_what_is_left_of_the_cores(server, pusher)
 
 def test_a_sandbox_that_refuses_the_idle_class_does_not_stop_the_process_beside():
     script = (
-        "import os\nfrom hub_tools import checkpoint_worker\n"
+        "import os\nfrom hub_tools.publish.checkpoints import worker\n"
         "def refuse(*_): raise OSError(22, 'Invalid argument')\n"
-        "os.sched_setscheduler = refuse\ncheckpoint_worker._give_way()\nprint(os.nice(0))"
+        "os.sched_setscheduler = refuse\nworker._give_way()\nprint(os.nice(0))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=HERE.parent, capture_output=True, text=True, check=True)
     assert done.stdout == "19\n"
@@ -169,7 +170,7 @@ def test_what_the_process_beside_started_ends_with_it():
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     started = int(process.stdout.readline())
-    assert checkpoint_process._ended(process) == 0
+    assert worker_process._ended(process) == 0
     wait_for(lambda: ended(started))
 
 
@@ -399,7 +400,7 @@ def settings(**fields):
 def verified(monkeypatch):
     """The folders that were verified in full, which takes an interpreter's start and is not done here."""
     folders = []
-    monkeypatch.setattr(checkpoint_worker, "verify_package", lambda folder, **_: folders.append(folder))
+    monkeypatch.setattr(worker, "verify_package", lambda folder, **_: folders.append(folder))
     return folders
 
 
@@ -454,8 +455,8 @@ def test_what_cannot_be_a_checkpoint_is_refused_at_once(pusher, tiny_model):
 def test_a_hub_that_does_not_answer_is_no_reason_not_to_start(server, tiny_model):
     server.faults.append(Fault(route="whoami", status=503))
     with (
-        mock.patch.object(checkpoint_worker, "MAIN", "main"),
-        mock.patch("hub_tools.checkpoint_pusher.FIRST_LOOK", 0.1),
+        mock.patch.object(worker, "MAIN", "main"),
+        mock.patch("hub_tools.publish.checkpoints.pusher.FIRST_LOOK", 0.1),
     ):
         pusher = CheckpointPusher(REPO)
     pusher.close()

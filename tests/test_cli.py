@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_model, write_published_checkpoint
-from fault_sweep import serving
 from huggingface_hub import ModelCard
+from slow.fault_sweep import serving
 
 from hub_tools import layout
-from hub_tools.save import save_package
+from hub_tools.package.save import save_package
 from modeling_gpt2_value import GPT2ValueModel
 
 

@@ -1,3 +1,5 @@
+"""The fields of the config: kept by saving and loading, and checked when a config is built."""
+
 import json
 
 import pytest

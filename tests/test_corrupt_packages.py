@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-from fuzz_packages import GROWTH, LOADED, cases, fit_record, run_all, try_case, weights_in, write_bases
-from mutations import mutations
-from spoiling import CANARY, Mutation
+from slow.fuzz_packages import GROWTH, LOADED, cases, fit_record, run_all, try_case, weights_in, write_bases
+from support.mutations import mutations
+from support.spoiling import CANARY, Mutation
 
 from hub_tools import errors, verify_package
 

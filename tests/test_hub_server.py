@@ -7,8 +7,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from fault_sweep import serving
-from hub_server import Fault, HubServer, User
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -16,6 +14,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from slow.fault_sweep import serving
+from support.hub_server import Fault, HubServer, User
 
 REPO = "alice/model"
 

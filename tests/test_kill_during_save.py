@@ -16,7 +16,12 @@ pytestmark = pytest.mark.xdist_group("deaths")  # one process: the sweeps are sh
 def deaths(request, tmp_path_factory):
     """What was on the disk after each death: (how folders are replaced, the two packages, one entry per death)."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "saver_that_dies.py"), str(tmp_path_factory.mktemp("deaths")), request.param],
+        [
+            sys.executable,
+            str(HERE / "support" / "saver_that_dies.py"),
+            str(tmp_path_factory.mktemp("deaths")),
+            request.param,
+        ],
         env={**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

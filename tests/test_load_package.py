@@ -15,15 +15,16 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import make_tiny_model
-from fault_sweep import serving
-from hub_server import Fault
 from safetensors.torch import load_file, save_file
+from slow.fault_sweep import serving
+from support.hub_server import Fault
 from test_inspection import edit_json
 from test_verify import record_again
 from transformers import AutoModel
 
 from generation_gpt2_value import rescore, rollout
-from hub_tools import errors, inspect_package, layout, load, load_package, releases, save_package, verify_package
+from hub_tools import errors, inspect_package, layout, load_package, save_package, verify_package
+from hub_tools.package import load, releases
 from modeling_gpt2_value import GPT2ValueModel
 
 REPO = "alice/value"
@@ -466,7 +467,7 @@ def test_what_the_hub_does_not_give_is_a_typed_error(server, package, cache):
 
 
 def test_a_hub_that_is_unwell_for_a_moment_is_asked_again(server, package, cache, monkeypatch):
-    monkeypatch.setattr("hub_tools.patience.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("hub_tools.hub.retry.FIRST_WAIT", 0.01)
     server.create(REPO, contents(package))
     server.faults = [Fault(route="model_info", nth=1, status=503), Fault(route="resolve", nth=3, status=503)]
     assert load_package(REPO, cache_dir=cache).commit == server.history(REPO)[0].oid

@@ -10,10 +10,9 @@ import traceback
 import huggingface_hub
 import pytest
 from conftest import make_tiny_model
-from fault_sweep import FAULTS, SCENARIOS, hurried, requests_of, run_push, serving, set_up
-from hub_server import Fault, User
+from slow.fault_sweep import FAULTS, SCENARIOS, hurried, requests_of, run_push, serving, set_up
+from support.hub_server import Fault, User
 
-from hub_tools import patience
 from hub_tools.errors import (
     AuthenticationError,
     CardMetadataError,
@@ -27,9 +26,10 @@ from hub_tools.errors import (
     TagExistsError,
     UnsafeFileError,
 )
-from hub_tools.hub import Hub
-from hub_tools.push import Package, push, push_package, push_to_hub
-from hub_tools.save import save_package
+from hub_tools.hub import retry
+from hub_tools.hub.repository import Hub
+from hub_tools.package.save import save_package
+from hub_tools.publish.push import Package, push, push_package, push_to_hub
 
 REPO = "alice/value"
 STALE = {
@@ -92,7 +92,7 @@ def test_what_you_push_is_what_they_load(server, tmp_path, tiny_model, tiny_toke
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, atol=1e-6, rtol=0)
 
     server.requests.clear()
-    monkeypatch.setattr("hub_tools.push.verify_package", verified_before)
+    monkeypatch.setattr("hub_tools.publish.push.verify_package", verified_before)
     again = push_to_hub(tiny_model, REPO, tiny_tokenizer, license="mit")
     assert (again.committed, again.commit) == (False, report.commit)
     assert server.uploaded()["lfs_upload"] == server.uploaded()["commit"] == 0
@@ -380,7 +380,7 @@ def test_the_token_appears_nowhere(server, package, caplog, capfd):
 
 def test_a_hub_without_xet_is_pushed_to_by_lfs(package, monkeypatch):
     """With hf_xet installed and on, as users have it."""
-    monkeypatch.setattr(patience, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
     with serving(xet=True) as server:
         report = push_verified(package)
         assert server.history(REPO)[0].oid == report.commit
@@ -391,7 +391,7 @@ def test_a_hub_without_xet_is_pushed_to_by_lfs(package, monkeypatch):
 def test_the_command_pushes_and_prints_the_lines_that_load(server, package, capsys, monkeypatch):
     from hub_tools import cli
 
-    monkeypatch.setattr("hub_tools.push.verify_package", verified_before)
+    monkeypatch.setattr("hub_tools.publish.push.verify_package", verified_before)
 
     def run(*options):
         with pytest.raises(SystemExit) as ended:

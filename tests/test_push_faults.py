@@ -6,14 +6,14 @@ import shutil
 import threading
 
 import pytest
-from fault_sweep import FAULTS, REPO, SCENARIOS, hurried, requests_of, run_push, serving, set_up, sweep, try_fault
-from hub_server import Fault
+from slow.fault_sweep import FAULTS, REPO, SCENARIOS, hurried, requests_of, run_push, serving, set_up, sweep, try_fault
+from support.hub_server import Fault
 
-from hub_tools import patience
 from hub_tools.errors import ConcurrentPushError, GPT2ValueHubError, HubUnavailableError, PackageChangedError
-from hub_tools.hub import Hub
-from hub_tools.push import Package, push
-from hub_tools.save import save_package
+from hub_tools.hub import retry
+from hub_tools.hub.repository import Hub
+from hub_tools.package.save import save_package
+from hub_tools.publish.push import Package, push
 
 NEW_REPO, NEW_BRANCH, PULL_REQUEST = SCENARIOS
 
@@ -105,7 +105,7 @@ def test_a_push_of_somebody_else_in_the_meantime_is_reported_and_stands(server, 
 
 def test_retry_after_is_waited_for(server, package, monkeypatch):
     waits = []
-    monkeypatch.setattr(patience.time, "sleep", waits.append)
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
     set_up(server, NEW_REPO)
     server.faults.append(Fault(route="commit", nth=1, status=429, retry_after="17"))
     server.faults.append(Fault(route="tree", nth=1, status=429, retry_after="Wed, 21 Oct 2015 07:28:00 GMT"))
@@ -179,7 +179,7 @@ def test_concurrent_pushers_lose_and_duplicate_nothing(server, package, tmp_path
                         dry_run=False,
                     )
                 except ConcurrentPushError:
-                    patience.time.sleep(dice.random() * 10)
+                    retry.time.sleep(dice.random() * 10)
                     continue
                 except GPT2ValueHubError as error:
                     trouble.append(error)

@@ -1,0 +1,383 @@
+"""The `gpt2-value` command: thin, one function a subcommand. What it shows is in `console`.
+
+Imports typer and, inside the functions that need them, the rooms of hub_tools; so `--help` and `inspect`
+start at once.
+
+Exit status, for scripts: 0 done; 1 refused or failed, with the reason and the next step on stderr; 2 wrong
+usage; 3 (`inspect` only) the package can be read, but `verify` would refuse it. `audit` exits with 1 for a
+dishonest sampler too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from .. import layout
+from ..errors import GPT2ValueHubError
+from . import audit, console
+from .loading import at, load_model, load_tokenizer, quiet_transformers
+
+if TYPE_CHECKING:
+    from ..package.inspection import PackageReport
+
+EXIT_REFUSED = 1
+EXIT_FINDINGS = 3
+
+app = typer.Typer(
+    name="gpt2-value",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done; 1 refused or failed, the reason is on stderr; 2 wrong usage; "
+    "3 (inspect) readable, but verify would refuse it.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+
+
+class Dtype(str, Enum):
+    """Names of torch dtypes that a package can hold; `auto` is the checkpoint's own."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(layout.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """GPT-2 with a value head: make a package, look into it, prove that it loads, and let it answer.
+
+    A [bold]package[/] is a folder that one line of Python loads, wherever torch and transformers are:
+    AutoModel.from_pretrained(FOLDER, trust_remote_code=True). Start with:
+
+      gpt2-value create --base openai-community/gpt2 my-model
+
+      gpt2-value verify my-model
+
+      gpt2-value respond my-model "My most favourite movie is"
+    """
+
+
+@app.command()
+def create(
+    out: Annotated[Path, typer.Argument(help="Folder to write the package to: new, empty, or a package.")],
+    base: Annotated[str, typer.Option(help="A GPT-2 checkpoint or a package: a folder, or an id on the Hub.")],
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights in the package.")] = Dtype.auto,
+    license: Annotated[
+        Optional[str], typer.Option(help="License identifier for the card, as apache-2.0; none is assumed.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a package that is there already.")] = True,
+    tokenizer: Annotated[bool, typer.Option(help="Put the base's tokenizer into the package.")] = True,
+    json: Json = False,
+) -> None:
+    """Make a value-head package of a GPT-2 checkpoint.
+
+    The head is new unless the base has one, and starts at zero: every value is exactly 0 until you train it.
+    """
+    from ..package.card import is_hub_id
+    from ..package.save import save_package
+
+    with console.working(f"loading {base}"):
+        model = load_model(base, revision=revision, dtype=dtype.value)
+        loaded = load_tokenizer(base, revision=revision) if tokenizer else None
+    with console.working(f"writing {out}"):
+        package = save_package(
+            model,
+            out,
+            loaded,
+            overwrite=overwrite,
+            license=license,
+            base_model=base if is_hub_id(base) else None,
+        )
+    if json:
+        fields = {"folder": str(package.folder), "files": package.files, "parameters": package.parameters}
+        console.show_json({**fields, "replaced": package.replaced, "load_lines": package.load_lines})
+    else:
+        console.show_saved(package)
+
+
+@app.command()
+def respond(
+    package: Annotated[str, typer.Argument(help="A package: a folder, or an id on the Hub.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to respond to, one text each.")],
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a response, at most.")] = 20,
+    temperature: Annotated[float, typer.Option(help="Below 1 sharper, above 1 flatter; more than 0.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k most probable tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens of this mass; 1 is off.")] = 1.0,
+    seed: Annotated[Optional[int], typer.Option(help="Makes the draw repeatable.")] = None,
+    json: Json = False,
+) -> None:
+    """Respond to prompts, and show each token's log-probability and the value of the state before it.
+
+    The model runs with this installation's code; code that comes with the package is not run.
+    """
+    import torch
+
+    with console.working(f"loading {package}"):
+        if Path(package).is_dir():
+            from ..package.inspection import inspect_package
+
+            inspect_package(package)
+        model = load_model(package, revision=revision)
+        tokenizer = load_tokenizer(package, revision=revision)
+    generator = torch.Generator()
+    if seed is not None:
+        generator.manual_seed(seed)
+    else:
+        generator.seed()
+    try:
+        rollout = model.rollout(
+            [torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long) for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=tokenizer.eos_token_id,
+            generator=generator,
+        )
+    except (TypeError, ValueError) as error:  # every argument of the rollout is the user's
+        raise typer.BadParameter(str(error)) from error
+    responses = [_response(tokenizer, prompt, rollout[[row]]) for row, prompt in enumerate(prompts)]
+    if json:
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        console.show_json({"package": package, **settings, "seed": seed, "responses": responses})
+    else:
+        console.show_responses(responses)
+
+
+@app.command()
+def inspect(
+    package: Annotated[str, typer.Argument(help="A package: a folder, or an id on the Hub.")],
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")] = None,
+    hash_weights: Annotated[
+        bool, typer.Option("--hash-weights", help="Compare the weights with the record too, by SHA-256.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show what is inside a package, without running any of it.
+
+    Reads JSON, hashes code, and of the weights reads the headers, also on the Hub. Pickles are named and never
+    opened. Exits with 3 if the package can be read, but verify would refuse it.
+    """
+    from ..package.inspection import inspect_package
+
+    if revision is not None:
+        at(package, revision)
+    with console.working(f"inspecting {package}"):
+        report = inspect_package(package, revision=revision, hash_weights=hash_weights)
+    findings = _findings(report)
+    if json:
+        console.show_json({**report.to_json(), "findings": findings})
+    else:
+        console.show_inspection(report, findings)
+    if findings:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command()
+def verify(
+    package: Annotated[str, typer.Argument(help="A package's folder.")],
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the package's code though it is not this installation's."),
+    ] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that the fresh interpreter may take.")] = 600,
+    json: Json = False,
+) -> None:
+    """Prove that a package loads, and computes what it did when it was saved.
+
+    Loads it strictly in a fresh interpreter that has torch and transformers and cannot see this installation,
+    and compares logits and values on a probe with those recorded at save time.
+    """
+    from ..package.verify import verify_package
+
+    with console.working(f"verifying {package}"):
+        report = verify_package(package, trust_remote_code=trust_remote_code, timeout=timeout)
+    if json:
+        console.show_json(report.to_json())
+    else:
+        console.show_verification(report)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="Another library's checkpoint: a folder, or a weight file with its config.json.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write the package to: new, empty, or a package.")],
+    config: Annotated[
+        Optional[Path], typer.Option(help="GPT-2's config.json, or its folder, where none is beside the weights.")
+    ] = None,
+    source_format: Annotated[
+        Optional[str], typer.Option(help="The library that wrote it, where its files do not tell: seed, trl, ...")
+    ] = None,
+    base: Annotated[
+        Optional[Path], typer.Option(help="For an adapter: the folder of its base model, instead of the one it names.")
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path], typer.Option(help="Folder of a tokenizer, instead of the checkpoint's own.")
+    ] = None,
+    summary_first_dropout: Annotated[
+        Optional[float], typer.Option(help="Dropout before the head in training, which TRL does not record.")
+    ] = None,
+    init_value_head: Annotated[
+        bool, typer.Option("--init-value-head", help="Start a new head, at zero, where none can be kept.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a package that is there already.")] = True,
+    json: Json = False,
+) -> None:
+    """Make a package of TRL's, trlx's, the seed's or a reward model's checkpoint, with the numbers that it gave there.
+
+    No code that comes with the checkpoint is run. What could not be kept is listed.
+    """
+    from ..convert.convert import convert_checkpoint
+
+    quiet_transformers()
+    with console.working(f"converting {source}"):
+        conversion = convert_checkpoint(
+            source,
+            out,
+            config=config,
+            source_format=source_format,  # type: ignore[arg-type]  # checked there, by the list that is kept there
+            base=base,
+            tokenizer=tokenizer,
+            summary_first_dropout=summary_first_dropout,
+            init_value_head=init_value_head,
+            overwrite=overwrite,
+        )
+    if json:
+        console.show_json(conversion.to_json())
+    else:
+        console.show_conversion(conversion)
+
+
+@app.command()
+def export(
+    package: Annotated[Path, typer.Argument(help="A package's folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the plain GPT-2 to: new, or empty.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace a plain GPT-2 that is there already.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a package's policy as a plain GPT-2, without head and code, for any runtime that knows GPT-2."""
+    from ..convert.export import export_policy
+
+    quiet_transformers()
+    with console.working(f"exporting {package}"):
+        exported = export_policy(package, out, overwrite=overwrite)
+    if json:
+        console.show_json(exported.to_json())
+    else:
+        console.show_exported(exported)
+
+
+@app.command()
+def push(
+    package: Annotated[Path, typer.Argument(help="A package's folder.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to: owner/name, or a name in your own account.")],
+    revision: Annotated[Optional[str], typer.Option(help="Branch to push to; made if there is none.")] = None,
+    private: Annotated[
+        Optional[bool], typer.Option("--private/--public", help="Visibility of a repository that is created.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    tag: Annotated[Optional[str], typer.Option(help="Tag for the commit.")] = None,
+    message: Annotated[Optional[str], typer.Option("--message", "-m", help="Title of the commit.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be added, changed and deleted; change nothing.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the package's code though it is not this installation's."),
+    ] = False,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds for which one request may keep failing.")] = 300,
+    json: Json = False,
+) -> None:
+    """Verify a package, then push it to the Hub in exactly one commit, and print the lines that load it.
+
+    What the repository has already is not sent again. Faults that pass are retried; a push that failed left the
+    branch as it was, and can be run again. The token is the one of hf auth login, or HF_TOKEN.
+    """
+    from ..publish.push import MESSAGE, push_package
+
+    with console.working(f"pushing {package}"):
+        report = push_package(
+            package,
+            repo_id,
+            revision=revision,
+            private=private,
+            create_pr=create_pr,
+            tag=tag,
+            commit_message=MESSAGE if message is None else message,
+            dry_run=dry_run,
+            trust_remote_code=trust_remote_code,
+            patience=patience,
+        )
+    if json:
+        console.show_json(asdict(report))
+    else:
+        console.show_push(report)
+
+
+app.command()(audit.audit)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; always ends in `SystemExit` with one of the documented statuses."""
+    try:
+        app(list(arguments) if arguments is not None else None)
+    except GPT2ValueHubError as error:
+        console.show_error(error)
+        raise SystemExit(EXIT_REFUSED) from None
+
+
+def _findings(report: PackageReport) -> list[str]:
+    """Why `verify` would refuse a package that can be read."""
+    from ..package.verify import problems
+
+    return [problem.found for problem in problems(report)]
+
+
+def _response(tokenizer: Any, prompt: str, rollout: Any) -> dict[str, Any]:
+    """One row of a rollout, as plain values."""
+    drawn = rollout.response_mask[0]
+    ids = rollout.responses[0][drawn].tolist()
+    logprobs = rollout.logprobs[0][drawn].tolist()
+    values = [None] * len(ids) if rollout.values is None else rollout.values[0][drawn].tolist()
+    return {
+        "prompt": prompt,
+        "text": tokenizer.decode(ids),
+        "truncated": bool(rollout.truncated[0]),
+        "tokens": [
+            {"id": id, "text": tokenizer.decode([id]), "logprob": logprob, "value": value}
+            for id, logprob, value in zip(ids, logprobs, values, strict=True)
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""`gpt2-value audit`: is a sampler honest? Draws from a package, and tests the draws with `sampler_audit`.
+
+Imports typer, of hub_tools the command's loading and showing, and, inside the functions, torch and the audit.
+"""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from . import console
+from .loading import load_model, load_tokenizer
+
+EXIT_DISHONEST = 1
+BATCH = 64  # rows drawn at a time
+NEW_TOKENS = 32  # of a response, where --generate does not say
+
+
+def audit(
+    package: Annotated[str, typer.Argument(help="A package or a GPT-2: a folder, or an id on the Hub.")],
+    prompts: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[PROMPT...]", help="Texts to go on from; default: end-of-text.")
+    ] = None,
+    generate: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Draw with generate(KEY=VALUE) instead of with rollout; repeat it for more keys. do_sample is true, "
+            f"max_new_tokens {NEW_TOKENS}, all else as generate() and the package's generation_config have it.",
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="The claim: temperature.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="The claim: top-k; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="The claim: top-p; 1 is off.")] = 1.0,
+    min_new_tokens: Annotated[int, typer.Option(min=0, help="The claim: no end-of-text before so many tokens.")] = 0,
+    score_padding: Annotated[
+        bool, typer.Option("--score-padding", help="The claim: what follows a first end-of-text was drawn too.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=50, help="How many to draw, at least.")] = 4000,
+    alpha: Annotated[
+        float, typer.Option(help="Level of the verdict: honest samplers wrongly called dishonest.")
+    ] = 1e-3,
+    seed: Annotated[Optional[int], typer.Option(help="Makes the draw repeatable.")] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Write the histogram to this file, a PNG, SVG or PDF.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
+) -> None:
+    """Test whether tokens are draws from the distribution that they would be scored by.
+
+    The claim is the model's own distribution, or what --temperature, --top-k, --top-p and --min-new-tokens make of
+    it. Without --generate the tokens are this project's own rollout, by the claim. Exits with 1 if the sampler is
+    dishonest, and with 0 if it passes.
+
+      gpt2-value audit my-model --generate max_new_tokens=32
+
+      gpt2-value audit my-model --generate top_k=0 --generate temperature=0.7 --temperature 0.7
+    """
+    import torch
+
+    from sampler_audit import audit_sampler
+
+    options = _options(generate)
+    with console.working(f"loading {package}"):
+        model = load_model(package, revision=revision)
+        tokenizer = load_tokenizer(package, revision=revision) if prompts else None
+    if prompts and tokenizer is not None:
+        queries = [torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long) for prompt in prompts]
+    else:
+        start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
+        queries = [torch.tensor([0 if start is None else start])]
+    claim: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_new_tokens": min_new_tokens,
+    }
+    end = (options or {}).get("eos_token_id", model.generation_config.eos_token_id)
+    torch.manual_seed(torch.seed() if seed is None else seed)
+    try:
+        with console.working("drawing"):
+            rows, lengths = _draw(model, queries, claim, end, options, tokens)
+        if end is not None and (min_new_tokens or not score_padding):
+            claim["eos_token_id"] = end
+        asked: dict[str, Any] = {"prompt_length": lengths}
+        if score_padding and "eos_token_id" in claim:  # with prompt_length, a response would end there
+            is_response = [torch.arange(len(row)) >= length for row, length in zip(rows, lengths, strict=True)]
+            asked = {"response_mask": torch.nn.utils.rnn.pad_sequence(is_response, batch_first=True)}
+        with console.working("auditing"):
+            found = audit_sampler(model, rows, alpha=alpha, **asked, **claim)
+        if plot is not None:
+            found.plot(plot)
+    except (TypeError, ValueError, ImportError) as error:  # every argument above is the user's
+        raise typer.BadParameter(str(error)) from error
+    sampler = "rollout" if options is None else f"generate({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+    if json:
+        console.show_json(
+            {
+                "package": package,
+                "sampler": sampler,
+                "claim": {**claim, "score_padding": score_padding},
+                **found.to_json(),
+            }
+        )
+    else:
+        settings = ", ".join(f"{name}={value}" for name, value in claim.items())
+        console.show_audit(found, sampler=sampler, claim=settings + (", padding was drawn" if score_padding else ""))
+    if not found.honest:
+        raise typer.Exit(EXIT_DISHONEST)
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any] | None:
+    """`["top_k=50"]` as `{"top_k": 50}`, values read as JSON, or as text where they are none; None if not given."""
+    if not pairs:
+        return None
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise typer.BadParameter(f"--generate {pair}: expected KEY=VALUE, as in --generate top_k=50")
+        try:
+            options[name] = json_format.loads(value)
+        except ValueError:
+            if value in ("True", "False", "None"):
+                raise typer.BadParameter(f"--generate {pair}: write it as JSON does: true, false, null") from None
+            options[name] = value
+    return options
+
+
+def _draw(
+    model: Any, queries: list[Any], claim: dict[str, Any], end: Any, options: dict[str, Any] | None, tokens: int
+) -> tuple[list[Any], list[int]]:
+    """Rows (prompt and response, without the prompt's padding) that have so many drawn tokens, and prompt lengths."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    from generation_gpt2_value import rollout
+
+    longest = max(len(query) for query in queries)
+    ends = torch.tensor([] if end is None else end, dtype=torch.long).reshape(-1)
+    pad = int(ends[0]) if len(ends) else 0
+    batch = [queries[row % len(queries)] for row in range(max(BATCH, len(queries)))]
+    prompts = pad_sequence(batch, batch_first=True, padding_value=pad, padding_side="left")
+    mask = pad_sequence([torch.ones_like(query) for query in batch], batch_first=True, padding_side="left")
+    rows: list[Any] = []
+    lengths: list[int] = []
+    found = 0
+    while found < tokens:
+        if options is None:
+            eos = None if end is None else ends.tolist()
+            settings = {**claim, "eos_token_id": eos, "max_new_tokens": NEW_TOKENS}
+            sequences = rollout(model, prompts, attention_mask=mask, **settings).sequences
+        else:
+            always = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "pad_token_id": pad}
+            output = model.generate(prompts, attention_mask=mask, **{**always, **options})
+            sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        copies = len(sequences) // len(batch)
+        for row, sequence in enumerate(sequences):
+            length = len(batch[row // copies])
+            rows.append(sequence[longest - length :])
+            lengths.append(length)
+        responses = sequences[:, longest:]
+        is_end = torch.isin(responses, ends).long()
+        found += int((is_end.cumsum(-1) - is_end == 0).sum())
+    return rows, lengths

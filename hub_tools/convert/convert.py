@@ -1,0 +1,304 @@
+"""Other people's value-head checkpoints, as packages of this model.
+
+Imports torch, transformers, the remote code and the rooms of hub_tools below it: `state_files` reads files
+and runs nothing of them, `adapters` merges what PEFT wrote, `foreign` knows what each library's tensors
+mean.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from modeling_gpt2_value import GPT2ValueModel
+
+from ..errors import (
+    AmbiguousSourceError,
+    CorruptFileError,
+    FolderRefusedError,
+    MissingFileError,
+    TokenizerMismatchError,
+    UnusedOptionError,
+)
+from ..files import read_json
+from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, TOKENIZER
+from ..package.save import save_package
+from .formats import SourceFormat, translate
+from .lora import merge_adapter
+from .weight_files import ADAPTER_CONFIG, HEAD_WEIGHTS, MODEL_WEIGHTS, listed, only_one, read_state_dict
+
+_Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_checkpoint` found, and what became of it: every tensor is in `mapped` or in `dropped`."""
+
+    source: Path
+    folder: Path  # the package
+    source_format: SourceFormat
+    prefix: str  # what stood before the body's names: "", "pretrained_model." or "base_model."
+    files: tuple[Path, ...]  # the weight files that were read
+    adapter: bool  # a LoRA was merged into its base
+    mapped: dict[str, str]  # the source's tensor, of an adapter the merged model's -> the package's
+    dropped: dict[str, str]  # the source's tensor -> why it is not in the package
+    notes: tuple[str, ...]  # what the source left open and how it was decided
+    dtype: torch.dtype  # the body's; the head is float32
+    tokenizer: str | None  # the class of the package's tokenizer
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return {
+            **asdict(self),
+            "source": str(self.source),
+            "folder": str(self.folder),
+            "files": [str(file) for file in self.files],
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A checkpoint in memory, not understood yet."""
+
+    state: dict[str, torch.Tensor]
+    fields: dict[str, Any]  # config.json
+    files: list[Path]
+    homes: list[Path]  # where a tokenizer or a generation config may lie, the first that has one counts
+    adapter: bool
+    dropped: dict[str, str]
+
+
+def convert_checkpoint(
+    source: _Path,
+    folder: _Path,
+    *,
+    config: _Path | None = None,
+    source_format: SourceFormat | None = None,
+    base: _Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | _Path | None = None,
+    summary_first_dropout: float | None = None,
+    init_value_head: bool = False,
+    overwrite: bool = True,
+) -> Conversion:
+    """Write another library's GPT-2 checkpoint as a package of this model, with the same logits and values.
+
+    Understood are: the seed's `GPT2HeadWithValueModel` (which was TRL's until 0.1.0); TRL's
+    `AutoModelForCausalLMWithValueHead`, with plain names or below `pretrained_model.`; a PEFT LoRA folder
+    with TRL's head beside the adapter, which is merged; trlx's `AutoModelForCausalLMWithValueHead`, whose
+    head of two layers cannot be kept (see `init_value_head`); `GPT2ForSequenceClassification` and
+    `GPT2ForTokenClassification` with one label, whose classifier becomes the value head; and plain GPT-2,
+    with `init_value_head`.
+
+    The body keeps its dtype, the head is float32. Pickles are read with `torch.load(weights_only=True)` and
+    in no other way. No tensor is left out unless the record says so.
+
+    Args:
+        source: a folder, or a weight file: `*.safetensors`, the `*.index.json` of shards, or else a pickle.
+        folder: where the package goes, as for `save_package`.
+        config: GPT-2's `config.json`, or the folder that holds it; by default the one beside the weights.
+        source_format: the library that wrote the checkpoint, where its files do not tell.
+        base: the folder of an adapter's base model; by default the path, or the repository on the Hub, that
+            `adapter_config.json` names.
+        tokenizer: a tokenizer, or the folder of one; by default the source's, where it has one.
+        summary_first_dropout: probability of the dropout before the head, in training mode; by default the
+            source's. TRL does not record it: there the default is TRL's own, 0.1.
+        init_value_head: start with a new head, every value 0, where the source has none, or one that cannot
+            be kept.
+        overwrite: as for `save_package`.
+
+    Returns:
+        The record of what was found, mapped and dropped.
+
+    Raises:
+        MissingFileError: no weights or no `config.json`, or no base model for an adapter.
+        UnsafePickleError: the pickle asks for more than tensors. Nothing of it ran.
+        CorruptFileError, UnsafeFileError: a damaged file, or an index that points elsewhere.
+        AmbiguousSourceError: two readings that give different models; the message says how to choose.
+        UnsupportedModelError: the body is not a GPT-2, or is quantised, or the adapter is not a LoRA.
+        UnconvertibleHeadError: a head of several layers or outputs, without `init_value_head`.
+        MissingHeadError: no head, without `init_value_head`.
+        WeightsMismatchError: unknown or missing tensors, or other shapes than the configuration calls for.
+        NonFiniteWeightsError: NaN or infinity among the weights.
+        TokenizerMismatchError: the source's tokenizer cannot be loaded.
+        MissingDependencyError: an adapter, and peft is not installed.
+        UnusedOptionError: an argument that this source has no use for.
+        And what `save_package` raises.
+    """
+    source, folder = Path(source), Path(folder)
+    weights = _weights_of(source)
+    home = weights.parent
+    if folder.resolve() == home.resolve():
+        raise FolderRefusedError(
+            f"{folder} holds the checkpoint that is to be converted",
+            expected="another folder for the package",
+            next_step="name a folder that does not exist yet",
+        )
+    if weights.name == ADAPTER_CONFIG:
+        read = _read_adapter(home, config=config, base=base)
+    else:
+        read = _read_model(weights, config=config, base=base)
+    _add_head_file(read, home)
+
+    found = translate(
+        str(source),
+        read.state,
+        read.fields,
+        source_format=source_format,
+        summary_first_dropout=summary_first_dropout,
+        init_value_head=init_value_head,
+    )
+    model = GPT2ValueModel(found.config)
+    model.to(found.dtype)
+    model.v_head.float()
+    # strict: every tensor of the model is replaced, and nothing is left over
+    model.load_state_dict({"lm_head.weight": found.state["transformer.wte.weight"], **found.state})
+    model.eval()
+    _carry_generation_config(model, read.homes)
+    its_tokenizer = carried_tokenizer(tokenizer, read.homes)
+    save_package(model, folder, its_tokenizer, overwrite=overwrite)
+    return Conversion(
+        source=source,
+        folder=folder,
+        source_format=found.source_format,
+        prefix=found.prefix,
+        files=tuple(read.files),
+        adapter=read.adapter,
+        mapped=found.mapped,
+        dropped={**read.dropped, **found.dropped},
+        notes=found.notes + _merge_notes(read.adapter, found.dtype),
+        dtype=found.dtype,
+        tokenizer=None if its_tokenizer is None else type(its_tokenizer).__name__,
+    )
+
+
+def _weights_of(source: Path) -> Path:
+    """The file that `source` means: itself, an adapter's `adapter_config.json`, or the model's weights."""
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise MissingFileError(
+            f"there is no file or folder {source}",
+            expected="a checkpoint on this machine",
+            next_step="fetch it first: huggingface_hub.snapshot_download(REPO), which returns its folder",
+        )
+    if (source / ADAPTER_CONFIG).is_file():
+        return source / ADAPTER_CONFIG
+    weights = only_one(source, MODEL_WEIGHTS)
+    if weights is None:
+        names = sorted(path.name for path in source.iterdir())
+        raise MissingFileError(
+            f"{source} holds no weights under a name of transformers': {listed(names) or 'it is empty'}",
+            expected=" or ".join(MODEL_WEIGHTS),
+            next_step="where they are under another name, pass that file itself",
+        )
+    return weights
+
+
+def _fields(home: Path, config: _Path | None) -> dict[str, Any]:
+    """The configuration of a whole model."""
+    file = home / CONFIG if config is None else Path(config)
+    file = file / CONFIG if file.is_dir() else file
+    if not file.is_file():
+        raise MissingFileError(
+            f"there is no {file}: weights alone do not say how many attention heads they are for",
+            expected="the config.json of the GPT-2 that was trained",
+            next_step="pass it: config=FILE, or the folder of the model that the training began with",
+        )
+    return read_json(file.parent, file.name)
+
+
+def _read_model(weights: Path, *, config: _Path | None, base: _Path | None) -> _Read:
+    """A whole model, from its weight file."""
+    if base is not None:
+        raise UnusedOptionError(
+            f"base= is for an adapter; {weights} is a whole model",
+            next_step="leave base out, or pass an adapter's folder",
+        )
+    fields = _fields(weights.parent, config)
+    return _Read(read_state_dict(weights), fields, [weights], [weights.parent], adapter=False, dropped={})
+
+
+def _read_adapter(home: Path, *, config: _Path | None, base: _Path | None) -> _Read:
+    """An adapter's folder, merged into its base."""
+    if config is not None:
+        raise UnusedOptionError(
+            f"config= is for a whole model; {home} is an adapter, and its base has a config.json",
+            next_step="leave config out; to name another base: base=",
+        )
+    merged = merge_adapter(home, None if base is None else Path(base))
+    files, homes = list(merged.files), [home, merged.base]
+    return _Read(dict(merged.state), merged.fields, files, homes, adapter=True, dropped=merged.dropped)
+
+
+def _add_head_file(read: _Read, home: Path) -> None:
+    """Add the value head that lies in a file of its own, beside an adapter or beside a model without one."""
+    if any(key.startswith(HEAD_PREFIX) for key in read.state):
+        return
+    file = only_one(home, HEAD_WEIGHTS if read.adapter else HEAD_WEIGHTS[1:])
+    if file is None or file in read.files:
+        return
+    head = read_state_dict(file)
+    twice = sorted(set(head) & set(read.state))
+    if twice:
+        raise AmbiguousSourceError(
+            f"{file} and {read.files[0]} both hold {listed(twice)}",
+            expected="the value head alone in the separate file",
+            next_step="remove one of the two files, or pass the file of the whole model itself",
+        )
+    read.state.update(head)
+    read.files.append(file)
+
+
+def _merge_notes(adapter: bool, dtype: torch.dtype) -> tuple[str, ...]:
+    if not adapter or dtype == torch.float32:
+        return ()
+    return (f"the adapter is merged in {dtype}, which rounds: a float32 base keeps more of it",)
+
+
+def _carry_generation_config(model: GPT2ValueModel, homes: Sequence[Path]) -> None:
+    home = next((home for home in homes if (home / GENERATION_CONFIG).is_file()), None)
+    if home is None:
+        return
+    fields = read_json(home, GENERATION_CONFIG)
+    try:
+        model.generation_config = GenerationConfig.from_dict(fields)
+        model.generation_config.validate(strict=True)
+    except (ValueError, TypeError) as err:
+        raise CorruptFileError(
+            f"{home / GENERATION_CONFIG} is not valid: {err}",
+            next_step="correct the field, or remove the file: the model works without it",
+        ) from err
+
+
+def carried_tokenizer(
+    given: PreTrainedTokenizerBase | _Path | None, homes: Sequence[Path]
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was given, or the first that lies in one of `homes`; None where there is none.
+
+    Raises:
+        TokenizerMismatchError: its files cannot be loaded without running code of theirs.
+    """
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    folders = [Path(given)] if given is not None else homes
+    home = next((home for home in folders if any((home / name).is_file() for name in TOKENIZER)), None)
+    if home is None and given is None:
+        return None
+    home = home or folders[0]
+    try:
+        return AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as err:
+        # transformers raises any of these on tokenizer files that are not complete
+        gist = (str(err) or type(err).__name__).splitlines()[0]
+        raise TokenizerMismatchError(
+            f"the tokenizer in {home} cannot be loaded: {gist}",
+            expected="the files of a tokenizer of transformers' own",
+            next_step="pass a tokenizer: tokenizer=, or move its files out of the folder",
+        ) from err

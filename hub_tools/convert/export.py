@@ -1,0 +1,157 @@
+"""The policy alone, as a plain GPT-2 that any GPT-2 runtime loads.
+
+Imports torch, transformers, the remote code and the rooms of hub_tools below it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from modeling_gpt2_value import GPT2ValueModel
+
+from ..errors import FolderRefusedError, GPT2ValueHubError, SaveFailedError, WrongModelError
+from ..files import read_json
+from ..layout import CONFIG, HEAD_PREFIX, LITTER, kind_of
+from ..package.inspection import inspect_package
+from ..package.replace_folder import staged
+from .convert import carried_tokenizer
+from .weight_files import listed
+
+# Fields of a package's config.json that GPT-2's own does not have, or that say which class it is for.
+NOT_GPT2 = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "detach_value_head",
+    "id2label",
+    "label2id",
+    "model_type",
+    "num_labels",
+    "summary_last_dropout",
+    "transformers_version",
+    "value_head_initializer_range",
+)
+
+
+@dataclass(frozen=True)
+class ExportedPolicy:
+    """A plain GPT-2 that lies on the disk, whole."""
+
+    folder: Path
+    files: dict[str, int]  # name -> bytes
+    parameters: int
+    dtype: torch.dtype
+    tokenizer: str | None  # its class
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return {**asdict(self), "folder": str(self.folder), "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+def export_policy(
+    model: GPT2ValueModel | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> ExportedPolicy:
+    """Write the policy alone, as a `GPT2LMHeadModel` that any GPT-2 runtime loads: no head, and no code.
+
+    The weights are the model's own, so the logits are too, bit for bit. All or nothing, as `save_package`: a
+    process that is killed leaves what was there, or the whole new folder. The model is left as it is.
+
+    Args:
+        model: a `GPT2ValueModel`, or the folder of a package (none of whose code is run).
+        folder: where to: a new folder, or an empty one.
+        tokenizer: travels with the model; for a package, by default, its own.
+        overwrite: also replace a folder that holds a plain GPT-2 and nothing else.
+
+    Raises:
+        WrongModelError: `model` is not a value-head model.
+        TokenizerMismatchError: the package's tokenizer cannot be loaded.
+        FolderRefusedError: `folder` holds something that must not be lost.
+        SaveFailedError: the system refused a write. What was in `folder` is untouched.
+        And what `inspect_package` raises for a package that is not whole.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        report = inspect_package(model)
+        # a package without its head still has its policy
+        model = GPT2ValueModel.from_pretrained(report.folder, init_value_head=report.head is None, dtype="auto")
+        tokenizer = tokenizer or carried_tokenizer(None, [report.folder])
+    if not isinstance(model, GPT2ValueModel):
+        raise WrongModelError(
+            f"a {type(model).__name__}",
+            expected="a GPT2ValueModel, unwrapped, or the folder of a package",
+            next_step="save it with save_package, and export that folder",
+        )
+    target = _export_target(Path(folder), overwrite=overwrite)
+    plain = _plain_gpt2(model)
+    try:
+        with staged(target) as staging:
+            plain.save_pretrained(staging.package)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging.package)
+            files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
+            staging.commit()
+    except (OSError, SafetensorError) as err:
+        if isinstance(err, GPT2ValueHubError):
+            raise
+        raise SaveFailedError(
+            f"exporting to {target} failed: {err}",
+            expected=f"a folder in {target.parent} that can be written, and space for the model",
+            next_step="make room or choose another folder, and export again",
+        ) from err
+    return ExportedPolicy(
+        folder=target,
+        files=files,
+        parameters=sum(weight.numel() for weight in plain.parameters()),
+        dtype=plain.dtype,
+        tokenizer=None if tokenizer is None else type(tokenizer).__name__,
+    )
+
+
+def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
+    """A `GPT2LMHeadModel` around the same weights, which are not copied where they are on the CPU. Good for
+    saving alone: it has no memory of its own, and lacks the buffers that are in no state dict."""
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_GPT2}
+    with torch.device("meta"):
+        plain = GPT2LMHeadModel(GPT2Config.from_dict(fields))
+    state = {
+        name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if not name.startswith(HEAD_PREFIX)
+    }
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    if model.generation_config is not None:
+        plain.generation_config = model.generation_config
+    return plain
+
+
+def _export_target(folder: Path, *, overwrite: bool) -> Path:
+    """The folder to write, links resolved; refuses what an export must not replace."""
+    target = folder.resolve()
+
+    def refuse(found: str, next_step: str) -> FolderRefusedError:
+        return FolderRefusedError(f"{target} {found}", expected="a new folder, or an empty one", next_step=next_step)
+
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise refuse("is a file", "choose another name")
+    names = sorted(set(os.listdir(target)) - LITTER)
+    if not names:
+        return target
+    if not overwrite:
+        raise refuse(f"holds {listed(names)}", "choose another folder, or pass overwrite=True")
+    others = [name for name in names if kind_of(name) not in ("config", "weights", "tokenizer")]
+    if others:
+        raise refuse(f"holds {listed(others)}, which would be lost", "choose another folder")
+    if CONFIG not in names or read_json(target, CONFIG).get("model_type") != GPT2Config.model_type:
+        raise refuse("holds something else than a plain GPT-2, which would be lost", "choose another folder")
+    return target

@@ -1,0 +1,247 @@
+"""Fetch a package from a Hub without running any of it: all that a loader reads, or only what inspection reads.
+
+Imports the standard library, huggingface_hub (0.36 and newer), and of hub_tools `errors`, `layout`, `reading` and
+`patience`. Only files that belong to a package are fetched, and never a pickle. The Hub's cache and its offline mode
+are huggingface_hub's own: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+"""
+
+from __future__ import annotations
+
+import glob
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from huggingface_hub import HfApi, HfFileSystem, constants, get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .. import layout
+from ..errors import (
+    AuthenticationError,
+    CorruptFileError,
+    HubUnavailableError,
+    NoAccessError,
+    RemoteNotFoundError,
+    UnsafeFileError,
+)
+from ..files import HEADER_LIMIT, MIB
+from .retry import Patience, status_of
+
+PATIENCE = 60.0  # seconds for which a request may keep failing in ways that pass
+# What inspection reads whole. Nothing of it is larger in a sound package: a tokenizer of a million tokens.
+OUTLINE_LIMIT = 256 * MIB
+
+_TEXTS = [layout.CONFIG, layout.GENERATION_CONFIG, layout.WEIGHTS_INDEX, layout.RECORD, *sorted(layout.TOKENIZER)]
+_CODE = "*.py"
+_WEIGHTS = [layout.WEIGHTS, "model-*-of-*.safetensors"]
+_NOT_IN_FOLDERS = "*/*"  # a pattern's star takes slashes too
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files of one commit, in a folder."""
+
+    folder: Path
+    commit: str
+
+
+def offline() -> bool:
+    """Whether huggingface_hub was told to ask nobody (HF_HUB_OFFLINE)."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def fetch(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+) -> Snapshot:
+    """All files of a package that a loader reads, at one commit, in the Hub's cache.
+
+    Where the Hub cannot be reached, or in offline mode, the cache answers alone, as it does for transformers.
+
+    Raises:
+        RemoteNotFoundError: no such repository or revision, or not for this token.
+        AuthenticationError, NoAccessError: the Hub does not accept the token, or wants one.
+        HubUnavailableError: the Hub cannot be reached, or must not be asked, and the cache does not have it.
+    """
+    folder = _ask(
+        lambda: snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only or offline(),
+            allow_patterns=[*_TEXTS, layout.CARD, _CODE, *_WEIGHTS],
+            ignore_patterns=[_NOT_IN_FOLDERS],
+            library_name="gpt2-value",
+            library_version=layout.__version__,
+        ),
+        repo_id,
+        revision,
+        token,
+    )
+    return Snapshot(Path(folder), Path(folder).name)
+
+
+def fetch_outline(
+    repo_id: str,
+    into: Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+) -> Snapshot:
+    """What inspection reads of a package: JSON and code, and of the weights only the headers.
+
+    Args:
+        into: a new folder, which will hold one file for each of the repository's: JSON and code whole; weights with
+            their header and, instead of the data, a hole of its size; all others empty.
+
+    Returns:
+        where JSON and code are in the Hub's cache, to be read by people, and their commit.
+
+    Raises:
+        UnsafeFileError: a file's name leads out of the folder.
+        CorruptFileError: a file is far larger than any package's.
+        And what `fetch` raises.
+    """
+    api = HfApi(token=token, library_name="gpt2-value", library_version=layout.__version__)
+    info = _ask(
+        lambda: api.model_info(repo_id, revision=revision, files_metadata=True),
+        repo_id,
+        revision,
+        token,
+    )
+    commit = str(info.sha)
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    for name, size in sizes.items():
+        # a Hub serves what git can hold, which is neither; a server that claims to be one may say anything
+        if PurePosixPath(name).is_absolute() or not {"..", ""}.isdisjoint(name.split("/")) or "\0" in name:
+            raise UnsafeFileError(
+                f"{repo_id} has a file called {name[:200]!r}",
+                expected="names that stay in the repository",
+                next_step="do not use this repository",
+            )
+        if _read_whole(name) and size > OUTLINE_LIMIT:
+            raise CorruptFileError(
+                f"{name} has {size:,} bytes",
+                expected=f"at most {OUTLINE_LIMIT:,}",
+                next_step="ask the package's author",
+            )
+    folder = Path(
+        _ask(
+            lambda: snapshot_download(
+                repo_id,
+                revision=commit,
+                token=token,
+                cache_dir=cache_dir,
+                allow_patterns=[glob.escape(name) for name in sizes if _read_whole(name)],
+                library_name="gpt2-value",
+                library_version=layout.__version__,
+            ),
+            repo_id,
+            revision,
+            token,
+        )
+    )
+    files = HfFileSystem(token=token, skip_instance_cache=True)
+    try:
+        for name, size in sizes.items():
+            top, *below = name.split("/")
+            if below:
+                (into / top).mkdir(exist_ok=True)
+            elif _read_whole(name):
+                (into / name).write_bytes((folder / name).read_bytes())
+            elif layout.kind_of(name) == "weights":
+                place = f"{repo_id}@{commit}/{name}"
+                header = _ask(lambda place=place: _header(files, place), repo_id, revision, token)  # type: ignore[misc]
+                with open(into / name, "wb") as file:
+                    file.write(header)
+                    file.truncate(max(size, len(header)))
+            else:
+                (into / name).touch()
+    except OSError as error:
+        raise UnsafeFileError(
+            f"the files of {repo_id} cannot be laid out in {into}: {error.strerror or error}",
+            expected="names that this system can hold, and room for them",
+            next_step="look at its list of files on the Hub",
+        ) from None
+    return Snapshot(folder, commit)
+
+
+def _read_whole(name: str) -> bool:
+    return "/" not in name and (name in _TEXTS or name.endswith(".py"))
+
+
+def _header(files: HfFileSystem, place: str) -> bytes:
+    """The first bytes of a safetensors file, as far as its header goes: two requests for a range each."""
+    with files.open(place, "rb", cache_type="none") as file:  # no read-ahead, which is 5 MiB otherwise
+        length = bytes(file.read(8))
+        if len(length) < 8:
+            return length
+        (claimed,) = struct.unpack("<Q", length)
+        # an impossible length is left to inspection, which names it
+        return length + bytes(file.read(min(claimed, HEADER_LIMIT)))
+
+
+def _ask(request: Callable[[], T], repo_id: str, revision: str | None, token: str | None) -> T:
+    """A request's answer, with patience; what the Hub refuses comes as an error of ours, which holds no token."""
+    secret = token or get_token() or "\0"
+    patience = Patience(seconds=PATIENCE, token=secret, endpoint=HfApi().endpoint)
+    where = f"{repo_id} at revision {revision}" if revision else repo_id
+
+    def attempt() -> T:
+        refusal: Exception
+        try:
+            return request()
+        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
+            refusal = error
+        except LocalEntryNotFoundError as error:
+            if status_of(error) is not None:
+                raise
+            refusal = error
+        except OfflineModeIsEnabled as error:
+            refusal = error
+        raise _refusal(refusal, where, patience.text(refusal))
+
+    return patience.ask(f"download {where}", attempt)
+
+
+def _refusal(error: Exception, where: str, text: str) -> Exception:
+    """The typed error for what the Hub, or its cache, does not give."""
+    if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
+        return NoAccessError(
+            f"{where} is gated: {text}",
+            expected="a token of somebody who was given access",
+            next_step="ask for access on its page, and log in: hf auth login; or pass token=...",
+        )
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return HubUnavailableError(
+            f"{where} is not in the cache, and the Hub was not reached: {text}",
+            expected="a package that was downloaded before, or a connection",
+            next_step="leave out local_files_only, unset HF_HUB_OFFLINE, and check the connection; then run the same "
+            "again",
+        )
+    if status_of(error) == 401 and isinstance(error, RepositoryNotFoundError) and "credentials" in text.lower():
+        return AuthenticationError(
+            f"{where}: {text}", expected="a token that the Hub accepts", next_step="log in: hf auth login"
+        )
+    return RemoteNotFoundError(
+        f"{where} is not on the Hub, or not for this token: {text}",
+        expected="a folder, or owner/name of a repository with a package",
+        next_step="check the name and the revision; for a private repository log in: hf auth login",
+    )

@@ -1,0 +1,200 @@
+"""Ask a Hub until it answers, and say what is wrong when it does not.
+
+Imports the standard library, huggingface_hub (0.36 and newer) and `errors`. What is worth another attempt: 408, 409,
+425, 429, 5xx (RFC 9110, RFC 6585) and connections that broke; with exponentially growing, jittered waits.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import itertools
+import json
+import logging
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from ..errors import (
+    AuthenticationError,
+    GPT2ValueHubError,
+    HubRefusedError,
+    HubUnavailableError,
+    NoAccessError,
+    RemoteNotFoundError,
+)
+
+logger = logging.getLogger(__name__)
+
+FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further one
+LONGEST_WAIT = 30.0
+
+T = TypeVar("T")
+
+
+def _http_errors() -> tuple[type[Exception], tuple[type[Exception], ...]]:
+    """The base of all errors of the HTTP library under huggingface_hub, and those of a connection that broke.
+
+    huggingface_hub 0.36 stands on requests, later ones on httpx (under changing names): its own error says which.
+    """
+    base = [c for c in HfHubHTTPError.__mro__ if c.__module__.split(".")[0].startswith(("requests", "httpx"))][-1]
+    library: Any = sys.modules[base.__module__.split(".")[0]]
+    if hasattr(library, "TransportError"):
+        return base, (library.TimeoutException, library.NetworkError, library.RemoteProtocolError, library.ProxyError)
+    return base, (library.ConnectionError, library.Timeout, library.exceptions.ChunkedEncodingError)
+
+
+_HTTP_ERROR, _BROKEN_CONNECTION = _http_errors()
+
+
+class Patience:
+    """How requests are made: again and again for `seconds`, with errors that never show the token."""
+
+    def __init__(self, *, seconds: float, token: str, endpoint: str) -> None:
+        self._seconds = seconds
+        self._token = token
+        self._endpoint = endpoint
+
+    def ask(
+        self,
+        what: str,
+        request: Callable[..., T],
+        *args: Any,
+        look: Callable[[], T | None] | None = None,
+        **kwargs: Any,
+    ) -> T:
+        """Make a request until it succeeds, fails for good, or has kept failing for longer than our patience.
+
+        Args:
+            what: what the request is for, as in "could not {what}".
+            request: called with the other arguments.
+            look: finds out, after a wait, whether a request whose answer was lost has done its work all the same.
+                With it a failed precondition (412) counts as a lost answer.
+
+        Raises:
+            AuthenticationError, NoAccessError, RemoteNotFoundError, HubRefusedError: at once.
+            HubUnavailableError: after `seconds`; at once in offline mode.
+            Anything that is neither the Hub's nor the connection's doing, as it came.
+        """
+        started = None
+        for attempt in itertools.count():
+            try:
+                return request(*args, **kwargs)
+            except GPT2ValueHubError:
+                raise
+            except (_HTTP_ERROR, OSError, ValueError, RuntimeError) as caught:
+                error = caught
+            # Our own errors are raised out here, so that they hold no reference to the HTTP library's, which holds
+            # the request and with it the token.
+            if not _may_pass(error) and not (look and status_of(error) == 412):
+                raise self._refusal(what, error)
+            now = time.monotonic()
+            started = now if started is None else started
+            wait = _retry_after(error)
+            if wait is None:
+                wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+            if now + wait > started + self._seconds:
+                if look and (done := look()) is not None:
+                    return done
+                raise HubUnavailableError(
+                    f"could not {what}: the Hub kept failing for {now - started:.0f} s; last: {self.text(error)}",
+                    next_step="see https://status.huggingface.co and run the same again; what is already uploaded is "
+                    "not sent twice, and a commit that did land is not made twice",
+                )
+            logger.warning("could not %s yet (%s); again in %.1f s", what, self.text(error), wait)
+            time.sleep(wait)
+            if look and (done := look()) is not None:
+                return done
+        raise AssertionError("unreachable")
+
+    def text(self, error: BaseException) -> str:
+        """What went wrong, in one line, without the token and without the signatures of upload addresses."""
+        parts = [str(error)]
+        if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ..."
+            parts.append(str(error.__cause__))
+        text = " ".join(" ".join(parts).split()).replace(self._token, "[token]")
+        text = re.sub(r"For more information check: \S+ ?", "", text)
+        return re.sub(r"\?[^\s'\"]+", "?[...]", text)[:500] or type(error).__name__
+
+    def _refusal(self, what: str, error: Exception) -> Exception:
+        """The typed error for a failure that waiting does not mend."""
+        status = status_of(error)
+        text = f"could not {what}: {self.text(error)}"
+        if isinstance(error, OfflineModeIsEnabled):
+            return HubUnavailableError(text, next_step="unset HF_HUB_OFFLINE and run the same again")
+        if isinstance(error, LocalTokenNotFoundError) or status == 401:
+            return AuthenticationError(
+                text,
+                expected=f"a token that {self._endpoint} accepts",
+                next_step="log in with a write token: hf auth login; or pass token=... (or set HF_TOKEN)",
+            )
+        if status == 403:
+            return NoAccessError(
+                text,
+                expected="a token that may do this",
+                next_step="ask the owner for write access, use a token with write permission for it, or push to a "
+                "repository of your own; to propose the change instead pass create_pr=True (--create-pr)",
+            )
+        if status == 404:
+            return RemoteNotFoundError(
+                text,
+                expected=f"it to be on {self._endpoint}",
+                next_step="check the name, and HF_ENDPOINT if you use another Hub; then run the same again",
+            )
+        if status is not None:
+            return HubRefusedError(text, next_step="read the Hub's message above; nothing was committed")
+        return error
+
+
+def is_http(error: BaseException) -> bool:
+    """Whether the Hub answered with an error, or the connection to it broke."""
+    return status_of(error) is not None or any(isinstance(part, _BROKEN_CONNECTION) for part in _chain(error))
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status of an error, if it has one."""
+    response = _response(error)
+    return None if response is None else int(response.status_code)
+
+
+def _may_pass(error: BaseException) -> bool:
+    status = status_of(error)
+    if status is not None:
+        return status in (408, 409, 425, 429) or status >= 500
+    # a gateway's HTML where the client wants JSON, or no answer at all
+    return isinstance(error, json.JSONDecodeError) or is_http(error)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and its causes: an upload's failure comes wrapped in a RuntimeError."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__
+    return chain
+
+
+def _response(error: BaseException) -> Any:
+    for part in _chain(error):
+        response = getattr(part, "response", None) if isinstance(part, _HTTP_ERROR) else None
+        if response is not None:
+            return response
+    return None
+
+
+def _retry_after(error: BaseException) -> float | None:
+    """Seconds that the Hub asked us to wait: a number, or a date (RFC 9110, section 10.2.3)."""
+    response = _response(error)
+    value = "" if response is None else response.headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        when = email.utils.parsedate_to_datetime(value)
+    except (TypeError, ValueError):
+        return None
+    return max(0.0, when.timestamp() - time.time())

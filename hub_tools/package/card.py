@@ -1,0 +1,137 @@
+"""The model card, rendered from facts about the model; nothing in it is invented.
+
+Imports the standard library, huggingface_hub, `errors` and `layout`. What the metadata mean:
+https://huggingface.co/docs/hub/model-cards#model-card-metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .. import layout
+from ..errors import CardMetadataError
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+TAGS = ("gpt2", "gpt2-value", "value-head", "reinforcement-learning", "ppo")
+
+_NAME = r"[A-Za-z0-9]([\w.\-]*[A-Za-z0-9])?"
+_HUB_ID = re.compile(rf"({_NAME}/)?{_NAME}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says about a model."""
+
+    parameters: int
+    dtype: str
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_positions: int
+    vocab_size: int
+    has_tokenizer: bool
+    versions: dict[str, str]
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` has the form of a repository's id on the Hub (`gpt2`, `openai-community/gpt2`) and names
+    no file or folder here: of the two, transformers prefers the folder."""
+    return (
+        _HUB_ID.fullmatch(text) is not None
+        and len(text) <= 96
+        and "--" not in text
+        and ".." not in text
+        and not os.path.exists(text)
+    )
+
+
+def load_lines(where: str, *, tokenizer: bool, revision: str | None = None) -> str:
+    """The lines that load a package: `where` is a folder, or a repository's id, whose `revision` may be pinned."""
+    pinned = "" if revision is None else f", revision={json.dumps(revision)}"
+    arguments = f"{json.dumps(where)}{pinned}, trust_remote_code=True"
+    lines = [
+        f"from transformers import AutoModel{', AutoTokenizer' if tokenizer else ''}",
+        f"model = AutoModel.from_pretrained({arguments})",
+    ]
+    if tokenizer:
+        # transformers 5 reads the config first, whose class is in the package, and stops to ask without this
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({arguments})")
+    return "\n".join(lines)
+
+
+def render_card(
+    facts: CardFacts,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    repo_id: str | None = None,
+) -> ModelCard:
+    """The card of a package.
+
+    Args:
+        facts: what the model is.
+        base_model: the Hub id of the model that this one was made from. A local path is refused.
+        license: a license's identifier on the Hub, as `apache-2.0`. Left out of the card if not given.
+        tags: added to the package's own.
+        repo_id: where the package will live; the lines that load it then name it. Without it they load the
+            folder that they are run in.
+
+    Raises:
+        CardMetadataError: a value that the Hub would reject, or a local path as `base_model`.
+    """
+    if base_model is not None and not is_hub_id(base_model):
+        raise CardMetadataError(
+            f"base_model {base_model!r} is {'a local path' if os.path.exists(base_model) else 'no Hub id'}",
+            expected="the id of a repository on the Hub, as openai-community/gpt2",
+            next_step="pass that id, or leave base_model out",
+        )
+    if repo_id is not None and not _HUB_ID.fullmatch(repo_id):
+        raise CardMetadataError(
+            f"repo_id {repo_id!r} is not a Hub id",
+            expected="user/name",
+            next_step="pass such an id, or leave it out",
+        )
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license):
+        raise CardMetadataError(
+            f"license {license!r} is not an identifier",
+            expected="one of https://huggingface.co/docs/hub/repositories-licenses, as apache-2.0 or mit",
+            next_step="pass its identifier, or leave license out",
+        )
+    for tag in tags:
+        if not isinstance(tag, str) or not tag.strip() or "\n" in tag:
+            raise CardMetadataError(f"the tag {tag!r}", expected="a word", next_step="correct it, or leave it out")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*TAGS, *tags],
+        base_model=base_model,
+        license=license,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        facts=facts,
+        base=base_model,
+        code_files=layout.REMOTE_CODE,
+        record=layout.RECORD,
+        lines=load_lines(repo_id or ".", tokenizer=facts.has_tokenizer),
+        repo_id=repo_id,
+    )
+
+
+def addressed(card: bytes, repo_id: str) -> bytes:
+    """A card that was rendered without `repo_id`, as one that was rendered with it; any other card as it is."""
+    found = card
+    for tokenizer in (True, False):
+        here, there = (load_lines(where, tokenizer=tokenizer) for where in (".", repo_id))
+        block = f"In the folder of this package:\n\n```python\n{here}\n```".encode()
+        found = found.replace(block, f"```python\n{there}\n```".encode())
+    return found

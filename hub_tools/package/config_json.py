@@ -1,0 +1,135 @@
+"""The fields of a package's `config.json`: what they may be, and the tensors that they call for.
+
+Imports only the standard library, `errors`, `layout` and `reading`. The fields are those of transformers' GPT2Config:
+https://huggingface.co/docs/transformers/model_doc/gpt2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .. import layout
+from ..errors import CodeReferenceError, CorruptFileError, NotAPackageError
+from ..files import AGAIN
+
+# In transformers 4 each layer keeps a causal mask of n_positions ** 2 bytes: this many in all layers together. It is
+# what 12 layers of 13,377 positions have, from weights that can be a few kB.
+MASKS_LIMIT = 2 << 30
+# Fields by which transformers would do something else than load these weights into this model.
+REFUSED = (
+    "quantization_config",  # other kernels, other weights
+    "compression_config",
+    "custom_pipelines",  # more code
+    "attn_implementation",  # may name a kernel on the Hub, which is machine code
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "transformers_weights",  # the name of another file to load the weights from
+    "fusion_config",  # another graph
+    "distributed_config",
+)
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse a `config.json` that is not a value-head GPT-2's, or whose values cannot be right, or with which
+    a loader would read other files, run other code, or fill the memory.
+
+    Raises:
+        NotAPackageError, CodeReferenceError, CorruptFileError.
+    """
+    if config.get("model_type") != layout.MODEL_TYPE:
+        raise NotAPackageError(
+            f"config.json says model_type {str(config.get('model_type'))[:80]!r}",
+            expected=repr(layout.MODEL_TYPE),
+            next_step="make a package of a GPT-2 checkpoint: gpt2-value create --base FOLDER OUT",
+        )
+    auto_map = config.get("auto_map")
+    if auto_map != layout.AUTO_MAP:
+        raise CodeReferenceError(
+            f"config.json has auto_map {str(auto_map)[:300]}",
+            expected=f"{layout.AUTO_MAP}: the classes in the package itself",
+            next_step="GPT2ValueModel.from_pretrained(FOLDER) loads it and runs none of its code; save that",
+        )
+
+    def expect(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise CorruptFileError(
+                f"config.json: {name!r} is {str(config.get(name))[:80]}", expected=expected, next_step=AGAIN
+            )
+
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        value = config.get(name)
+        expect(name, type(value) is int and 0 < value < 1 << 31, "a positive whole number")
+    expect("n_embd", config["n_embd"] % config["n_head"] == 0, f"a multiple of n_head = {config['n_head']}")
+    inner = config.get("n_inner")
+    expect(
+        "n_inner",
+        inner is None or (type(inner) is int and 0 < inner < 1 << 31),
+        "a positive whole number, or null",
+    )
+    for name in ("tie_word_embeddings", "add_cross_attention", "summary_use_proj", "summary_proj_to_labels"):
+        expect(name, type(config.get(name, True)) is bool, "true or false")
+    # names under which transformers would read the same fields a second time, behind our back
+    for alias in ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"):
+        expect(alias, alias not in config, "GPT-2's own names: n_embd, n_positions, n_head, n_layer")
+    # transformers makes a label for each
+    expect("num_labels", type(config.get("num_labels", 1)) is int and config.get("num_labels", 1) == 1, "1")
+    for name in REFUSED:
+        expect(name, name not in config, "no such field in a value-head package")
+    expect("pruned_heads", not config.get("pruned_heads"), "none: the weights have the shapes that the fields say")
+
+
+def check_memory(config: Mapping[str, Any]) -> None:
+    """Refuse a config from which a loader would make far more than the weights are.
+
+    Raises:
+        CorruptFileError.
+    """
+    layers, most = config["n_layer"], math.isqrt(MASKS_LIMIT // config["n_layer"])
+    if config["n_positions"] > most:
+        raise CorruptFileError(
+            f"config.json: 'n_positions' is {config['n_positions']:,}",
+            expected=f"at most {most:,} with {layers:,} layers: transformers 4 keeps a mask of its square in each",
+            next_step=AGAIN,
+        )
+
+
+def tied(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", True))
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a package and its shape, from the fields of `config.json`. GPT-2 keeps its matrices as
+    `[in, out]` (transformers' Conv1D); the head is `[out, in]` (torch's Linear)."""
+    vocab, positions, n = config["vocab_size"], config["n_positions"], config["n_embd"]
+    inner = config.get("n_inner") or 4 * n
+
+    def conv(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (n,), f"{name}.bias": (n,)}
+
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (vocab, n),
+        "transformer.wpe.weight": (positions, n),
+    }
+    for i in range(config["n_layer"]):
+        layer = f"transformer.h.{i}"
+        shapes |= norm(f"{layer}.ln_1") | norm(f"{layer}.ln_2")
+        shapes |= conv(f"{layer}.attn.c_attn", n, 3 * n) | conv(f"{layer}.attn.c_proj", n, n)
+        shapes |= conv(f"{layer}.mlp.c_fc", n, inner) | conv(f"{layer}.mlp.c_proj", inner, n)
+        if config.get("add_cross_attention", False):
+            shapes |= norm(f"{layer}.ln_cross_attn") | conv(f"{layer}.crossattention.c_attn", n, 2 * n)
+            shapes |= conv(f"{layer}.crossattention.q_attn", n, n) | conv(f"{layer}.crossattention.c_proj", n, n)
+    shapes |= norm("transformer.ln_f")
+    if not tied(config):
+        shapes["lm_head.weight"] = (vocab, n)
+    if config.get("summary_use_proj", True):
+        outputs = 1 if config.get("summary_proj_to_labels", True) else n
+        shapes |= {"v_head.summary.weight": (outputs, n), "v_head.summary.bias": (outputs,)}
+    return shapes

@@ -1,0 +1,411 @@
+"""Read a package without running any of it: JSON and safetensors headers; pickles are never opened.
+
+Imports only the standard library and of hub_tools `errors`, `layout`, `fields`, `reading`, `record`, `releases`,
+and for a repository on the Hub `download`; so it needs neither torch nor transformers. The idea, look before you
+load, is skops': https://skops.readthedocs.io/en/stable/persistence.html.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import layout
+from ..errors import (
+    CodeReferenceError,
+    CorruptFileError,
+    MissingFileError,
+    NotAPackageError,
+    PickleError,
+    UnsafeFileError,
+    UnusedOptionError,
+    WeightsMismatchError,
+)
+from ..files import AGAIN, MIB, Tensor, file_in, read_json, read_safetensors_header
+from .config_json import check_config, check_memory, expected_shapes, tied
+from .record import Record, read_record
+from .releases import releases, versions_of
+
+TOKENIZER_LIMIT = 256 * MIB  # a vocabulary of a million tokens, with its merges, is about 100 MB
+CODE_LIMIT = 4 * MIB
+HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class CodeFile:
+    """A file that loading the package with `trust_remote_code=True` may run."""
+
+    name: str
+    sha256: str
+    installed: bool  # byte-identical to this installed version's file of the same name
+    releases: tuple[str, ...]  # the released versions that have it, byte for byte; the installed one counts
+
+
+@dataclass(frozen=True)
+class Head:
+    """The value head's projection: `[1, n_embd]` gives one value per token. `()` if its config says no
+    projection: then the value is the hidden state, and the head has no weights."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def describe(self) -> str:
+        return f"{list(self.shape)} {self.dtype}" if self.shape else "no projection: the value is the hidden state"
+
+
+@dataclass(frozen=True)
+class PackageReport:
+    """What is inside a package. Nothing of it was run."""
+
+    source: str
+    folder: Path  # of a repository on the Hub: where its files are in the Hub's cache
+    commit: str | None  # of a repository on the Hub
+    parameters: int  # tied embeddings count once
+    dtypes: dict[str, int]  # torch's name for the type -> parameters of that type
+    weight_files: dict[str, int]  # name -> bytes
+    head: Head | None
+    tied_embeddings: bool
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    tokenizer: str | None  # its class
+    has_generation_config: bool
+    code: tuple[CodeFile, ...]
+    auto_map: dict[str, str]
+    versions: dict[str, str]  # what wrote the package, as far as it says
+    record: bool  # whether `verify_package` has numbers to compare with
+    missing: tuple[str, ...]  # files that a complete package has and this one has not
+    changed: tuple[str, ...]  # files that are not the ones that were saved
+    pickles: tuple[str, ...]
+    foreign: tuple[str, ...]  # other files that do not belong to a package
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def inspect_package(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    hash_weights: bool = False,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> PackageReport:
+    """What is inside a package, without running any of it.
+
+    Every tensor's name, shape and dtype is compared with what `config.json` calls for, so that a report means
+    that the weights are complete; a package that cannot be read, or that contradicts itself, is refused. What
+    is unusual but harmless to *read* (another version's code, pickles, foreign files, no head) is reported:
+    `verify_package` refuses those.
+
+    Args:
+        source: a package's folder, or the id of a repository on the Hub (`owner/name`). Of a repository the JSON
+            and code are downloaded, and of the weights only the headers.
+        revision: branch, tag or commit of the repository.
+        hash_weights: also hash the weights (about a second per GB) and compare with what was recorded at save
+            time. The weights of a repository are then downloaded.
+        token: for the Hub, instead of the one that huggingface_hub knows.
+        cache_dir: the Hub's cache, instead of huggingface_hub's.
+        local_files_only: inspect what is in the Hub's cache, and ask nobody. Offline mode does the same.
+
+    Raises:
+        UnusedOptionError: an option for the Hub, and the source is a folder.
+        RemoteNotFoundError, AuthenticationError, NoAccessError, HubUnavailableError: the Hub does not give it.
+        NotAPackageError: no such folder, or `config.json` describes another kind of model.
+        MissingFileError: a file without which there is no model.
+        CorruptFileError: truncated, oversized, invalid JSON, or values that cannot be right.
+        UnsafeFileError: links out of the package, devices, pipes.
+        PickleError: the only weights are a pickle.
+        WeightsMismatchError: tensors that are missing, unknown, or of the wrong shape or dtype.
+        CodeReferenceError: `auto_map` does not name the package's own classes.
+    """
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    repo_id = repository_id(source, hub)
+    if repo_id is None:
+        return _inspect(local_folder(source), os.fspath(source), hash_weights=hash_weights)
+    return _inspect_repository(
+        repo_id, revision, hash_weights, token, None if cache_dir is None else Path(cache_dir), local_files_only
+    )
+
+
+def repository_id(source: str | os.PathLike[str], options: Mapping[str, Any]) -> str | None:
+    """`source` if it is the id of a repository on the Hub, and no folder here; None for a folder.
+
+    Raises:
+        UnusedOptionError: one of the `options`, which are for the Hub, with a folder.
+    """
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and not os.path.exists(source):
+        return source
+    for name, value in options.items():
+        if value:
+            raise UnusedOptionError(
+                f"{name}={'...' if name == 'token' else value} for {os.fspath(source)!r}",
+                expected="owner/name of a repository on the Hub: a folder has no use for it",
+                next_step=f"leave {name} out",
+            )
+    return None
+
+
+def _inspect_repository(
+    repo_id: str,
+    revision: str | None,
+    hash_weights: bool,
+    token: str | None,
+    cache_dir: Path | None,
+    local_files_only: bool,
+) -> PackageReport:
+    """The report on a repository, from an outline of it; from the cache where all of it is wanted, or offline."""
+    from ..hub import download
+
+    if not (hash_weights or local_files_only or download.offline()):
+        with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as outline:
+            snapshot = download.fetch_outline(
+                repo_id, Path(outline), revision=revision, token=token, cache_dir=cache_dir
+            )
+            report = _inspect(Path(outline), repo_id, hash_weights=False)
+    else:
+        snapshot = download.fetch(
+            repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        report = _inspect(snapshot.folder, repo_id, hash_weights=hash_weights)
+    return replace(report, folder=snapshot.folder, commit=snapshot.commit)
+
+
+def _inspect(folder: Path, source: str, *, hash_weights: bool) -> PackageReport:
+    names = sorted(os.listdir(folder))
+    pickles = tuple(name for name in names if layout.kind_of(name) == "pickle")
+
+    config = read_json(folder, layout.CONFIG)
+    check_config(config)
+    generation_config = layout.GENERATION_CONFIG in names
+    if generation_config:
+        read_json(folder, layout.GENERATION_CONFIG)
+    tokenizer = _read_tokenizer(folder, names)
+
+    shards = _read_weights(folder, names, pickles)
+    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    head = _check_tensors(tensors, config)
+    dtypes: dict[str, int] = {}
+    for tensor in tensors.values():
+        dtypes[FLOATS[tensor.dtype]] = dtypes.get(FLOATS[tensor.dtype], 0) + tensor.elements
+
+    code = _read_code(folder, names)
+    record = read_record(folder) if layout.RECORD in names else None
+    used = {layout.WEIGHTS_INDEX, *shards}
+    return PackageReport(
+        source=source,
+        folder=folder,
+        commit=None,
+        parameters=sum(dtypes.values()),
+        dtypes=dtypes,
+        weight_files={name: (folder / name).stat().st_size for name in shards},
+        head=head,
+        tied_embeddings=tied(config),
+        vocab_size=config["vocab_size"],
+        n_positions=config["n_positions"],
+        n_embd=config["n_embd"],
+        n_layer=config["n_layer"],
+        n_head=config["n_head"],
+        tokenizer=tokenizer,
+        has_generation_config=generation_config,
+        code=code,
+        auto_map=config["auto_map"],
+        versions=_versions(config, record),
+        record=record is not None,
+        missing=tuple(
+            name
+            for name in (*layout.REMOTE_CODE, layout.CARD, layout.RECORD, layout.GENERATION_CONFIG)
+            if name not in names
+        ),
+        changed=_changed(folder, names, record, hash_weights=hash_weights),
+        pickles=pickles,
+        foreign=tuple(
+            name
+            for name in names
+            if layout.kind_of(name) == "foreign" or (layout.kind_of(name) == "weights" and name not in used)
+        ),
+    )
+
+
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """The folder that `source` names.
+
+    Raises:
+        NotAPackageError: there is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.parent.is_dir():
+        pattern = layout.staging_name(folder.resolve())
+        for beside in sorted(folder.resolve().parent.iterdir()):
+            if pattern.fullmatch(beside.name) and (beside / "previous").is_dir():
+                raise NotAPackageError(
+                    f"{folder} is missing: a save was interrupted; the package that was there is in {beside}",
+                    next_step=f"save again, which puts it back first, or: mv {beside / 'previous'} {folder}",
+                )
+    raise NotAPackageError(
+        f"{os.fspath(source)!r} is not a folder",
+        expected="the folder of a value-head package",
+        next_step="write one: gpt2-value create --base openai-community/gpt2 FOLDER",
+    )
+
+
+def _read_tokenizer(folder: Path, names: list[str]) -> str | None:
+    """The tokenizer's class, if the package has one. Refuses tokenizers that bring code."""
+    files = [name for name in names if layout.kind_of(name) == "tokenizer"]
+    for name in files:
+        if name.endswith(".json"):
+            read_json(folder, name, limit=TOKENIZER_LIMIT)
+        else:
+            file_in(folder, name)
+    if layout.TOKENIZER_CONFIG not in files:
+        return None
+    settings = read_json(folder, layout.TOKENIZER_CONFIG, limit=TOKENIZER_LIMIT)
+    if "auto_map" in settings:
+        raise CodeReferenceError(
+            f"{layout.TOKENIZER_CONFIG} has auto_map {str(settings['auto_map'])[:300]}",
+            expected="a tokenizer of transformers' own, which brings no code",
+            next_step="save the package again with such a tokenizer",
+        )
+    for name, value in settings.items():
+        # older versions of transformers wrote where the special tokens came from, and none reads it
+        if name.endswith("_file") and name != "special_tokens_map_file" and value is not None:
+            raise UnsafeFileError(
+                f"{layout.TOKENIZER_CONFIG} has {name} {str(value)[:200]!r}",
+                expected="a tokenizer that is read from the package's own files",
+                next_step=f"remove {name} from {layout.TOKENIZER_CONFIG}, or save the tokenizer again",
+            )
+    return str(settings.get("tokenizer_class"))[:80]
+
+
+def _read_weights(folder: Path, names: list[str], pickles: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """The weight files that a loader reads, and what each holds."""
+    if layout.WEIGHTS in names and layout.WEIGHTS_INDEX in names:
+        raise CorruptFileError(
+            f"both {layout.WEIGHTS} and {layout.WEIGHTS_INDEX} are there, which may be two different models",
+            expected="one of them",
+            next_step="remove the stale one, or write the package again with hub_tools.save_package",
+        )
+    if layout.WEIGHTS in names:
+        return {layout.WEIGHTS: read_safetensors_header(folder, layout.WEIGHTS)}
+    if layout.WEIGHTS_INDEX not in names:
+        if pickles:
+            raise PickleError(
+                f"the only weights are pickles, which were not opened: {', '.join(map(repr, pickles))}",
+                expected=f"{layout.WEIGHTS}",
+                next_step="gpt2-value create --base FOLDER OUT reads them with weights_only=True",
+            )
+        raise MissingFileError(
+            f"{layout.WEIGHTS} is not in {folder}",
+            expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
+            next_step=AGAIN,
+        )
+    weight_map = read_json(folder, layout.WEIGHTS_INDEX, limit=16 * MIB).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(
+            f"{layout.WEIGHTS_INDEX} has no weight_map",
+            expected="tensor names and their files",
+            next_step=AGAIN,
+        )
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not layout.SHARD.fullmatch(shard):
+            raise CorruptFileError(
+                f"{layout.WEIGHTS_INDEX} names the file {str(shard)[:200]!r}",
+                expected="files of the package, like model-00001-of-00002.safetensors",
+                next_step=AGAIN,
+            )
+    shards = {name: read_safetensors_header(folder, name) for name in sorted(set(weight_map.values()))}
+    held = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
+    if held != weight_map or sum(map(len, shards.values())) != len(held):
+        wrong = sorted(set(held.items()) ^ set(weight_map.items())) or [("a tensor", "two shards")]
+        raise WeightsMismatchError(
+            f"{layout.WEIGHTS_INDEX} and the shards disagree about {wrong[0][0]!r} ({wrong[0][1]})",
+            expected="every tensor in the shard that the index names, and nowhere else",
+            next_step=AGAIN,
+        )
+    return shards
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Head | None:
+    """Compare the tensors with what `config.json` calls for; return the head's, or None where it has none."""
+    # a bound for the loop below: one layer has more tensors than this
+    if config["n_layer"] > len(tensors):
+        raise WeightsMismatchError(
+            f"config.json says {config['n_layer']:,} layers; the weights are {len(tensors):,} tensors",
+            expected="12 tensors or more for each layer",
+            next_step=AGAIN,
+        )
+    check_memory(config)
+    expected = expected_shapes(config)
+    head_names = {name for name in expected if name.startswith(layout.HEAD_PREFIX)}
+    unknown = sorted(set(tensors) - set(expected))
+    missing = sorted(set(expected) - set(tensors))
+    if head_names and not any(name.startswith(layout.HEAD_PREFIX) for name in tensors):
+        missing = [name for name in missing if name not in head_names]  # no head at all is reported, not refused
+    if unknown or missing:
+        what = f"unknown tensors: {unknown[:5]}" if unknown else f"missing tensors: {missing[:5]}"
+        raise WeightsMismatchError(
+            f"{what} ({len(unknown)} unknown, {len(missing)} missing)",
+            expected="exactly the tensors that config.json calls for",
+            next_step=AGAIN,
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name] or tensor.dtype not in FLOATS:
+            raise WeightsMismatchError(
+                f"tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}",
+                expected=f"shape {list(expected[name])}, in one of {sorted(FLOATS)}",
+                next_step=AGAIN,
+            )
+    if not head_names:
+        return Head((), "")
+    head = tensors.get(layout.HEAD_PREFIX + "summary.weight")
+    return Head(head.shape, FLOATS[head.dtype]) if head is not None else None
+
+
+def _read_code(folder: Path, names: list[str]) -> tuple[CodeFile, ...]:
+    """Every Python file of the package, hashed."""
+    installed, known = layout.installed_hashes(), releases()
+    files = []
+    for name in names:
+        if name.endswith((".py", ".pyc", ".so", ".pyd")):
+            size = file_in(folder, name).stat().st_size
+            if size > CODE_LIMIT:
+                raise CorruptFileError(
+                    f"{name!r} has {size:,} bytes", expected=f"at most {CODE_LIMIT:,}", next_step=AGAIN
+                )
+            digest = layout.sha256_of(folder / name)
+            files.append(CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest, known)))
+    return tuple(files)
+
+
+def _versions(config: Mapping[str, Any], record: Record | None) -> dict[str, str]:
+    """The versions of what wrote the package."""
+    if record is not None:
+        return record.versions
+    version = config.get("transformers_version")
+    return {} if version is None else {"transformers": str(version)[:40]}
+
+
+def _changed(folder: Path, names: list[str], record: Record | None, *, hash_weights: bool) -> tuple[str, ...]:
+    """Files that are recorded and not as they were saved, or that should be recorded and are not."""
+    if record is None:
+        return ()
+    here = {name for name in names if layout.written_by_save(name)} - {layout.CARD, layout.RECORD}
+    changed = set(record.sha256) ^ here
+    for name in here & set(record.sha256):
+        if (hash_weights or layout.kind_of(name) != "weights") and (
+            layout.sha256_of(file_in(folder, name)) != record.sha256[name]
+        ):
+            changed.add(name)
+    return tuple(sorted(changed))

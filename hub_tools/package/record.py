@@ -1,0 +1,103 @@
+"""The record of a save: a probe, what the model computed on it, and the hashes of what was written.
+
+Imports only the standard library, `errors`, `layout` and `reading`. The numbers are float32, computed on the
+CPU whatever the model's dtype and device, so that the same weights give the same numbers (to rounding) on
+every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import layout
+from ..errors import CorruptFileError
+from ..files import AGAIN, MIB, read_json
+
+FORMAT = 1
+PROBE_TEXT = "My most favourite movie is"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `verify_package` compares with.
+
+    `logits [tokens, len(logit_ids)]`, `logsumexp [tokens]` over the whole vocabulary, and `values [tokens,
+    width]` (width 1 unless the head does not project to one value; then its first 64 numbers).
+    """
+
+    token_ids: list[int]
+    logit_ids: list[int]
+    logits: list[list[float]]
+    logsumexp: list[float]
+    values: list[list[float]]
+    tokenizer_ids: list[int] | None  # of PROBE_TEXT; None without a tokenizer
+    versions: dict[str, str]
+    sha256: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False, sort_keys=True)
+        (folder / layout.RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def probe(*, vocab_size: int, n_positions: int) -> tuple[list[int], list[int]]:
+    """The probe for a model of this size: the ids to feed, and the ids whose logits are recorded.
+
+    Up to 16 tokens, and 32 logits spread over the vocabulary; both include its first and last id, since those
+    are what a wrong resize loses.
+    """
+    length, spread = min(16, n_positions), min(32, vocab_size)
+    # multiplying by an odd constant scatters neighbours (Knuth's multiplicative hashing)
+    token_ids = [0, vocab_size - 1, *(i * 2654435761 % vocab_size for i in range(1, 15))][:length]
+    logit_ids = [i * (vocab_size - 1) // max(spread - 1, 1) for i in range(spread)]
+    return token_ids, logit_ids
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a package, checked for shape.
+
+    Raises:
+        MissingFileError, UnsafeFileError, CorruptFileError: see `reading`.
+    """
+    fields = read_json(folder, layout.RECORD, limit=16 * MIB)
+
+    def ids(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(type(i) is int and 0 <= i < 1 << 31 for i in value)
+
+    def row(value: Any) -> bool:
+        return isinstance(value, list) and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+
+    def rows(value: Any, width: int | None) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == len(fields["token_ids"])
+            and all(row(line) and len(line) == (width or len(value[0]) or 1) for line in value)
+        )
+
+    def table(value: Any) -> bool:
+        return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+    checks: dict[str, Callable[[Any], bool]] = {  # in this order: later ones rely on earlier ones
+        "format": lambda value: value == FORMAT,
+        "token_ids": lambda value: ids(value) and len(value) <= 16,
+        "logit_ids": lambda value: ids(value) and len(value) <= 32,
+        "logits": lambda value: rows(value, len(fields["logit_ids"])),
+        "logsumexp": lambda value: row(value) and len(value) == len(fields["token_ids"]),
+        "values": lambda value: rows(value, None),
+        "tokenizer_ids": lambda value: value is None or ids(value),
+        "versions": table,
+        "sha256": lambda value: table(value) and all(re.fullmatch("[0-9a-f]{64}", x) for x in value.values()),
+    }
+    for name, holds in checks.items():
+        if name not in fields or not holds(fields[name]):
+            raise CorruptFileError(
+                f"{layout.RECORD}: {name!r} is {str(fields.get(name, 'missing'))[:80]}",
+                expected=f"a record of format {FORMAT}, as save_package writes it",
+                next_step=AGAIN,
+            )
+    return Record(**{name: fields[name] for name in checks if name != "format"})

@@ -1,0 +1,409 @@
+"""Write a complete package, all or nothing.
+
+Imports the standard library, torch, transformers, the remote code, and of hub_tools `card`, `record`,
+`probe`, `staging` and what these import.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from configuration_gpt2_value import GPT2ValueConfig
+from modeling_gpt2_value import GPT2ValueModel
+
+from .. import layout
+from ..errors import (
+    FolderRefusedError,
+    GPT2ValueHubError,
+    MissingHeadError,
+    NonFiniteWeightsError,
+    SaveFailedError,
+    TokenizerMismatchError,
+    UnsavableConfigError,
+    UnsavableWeightsError,
+    WrongModelError,
+)
+from ..files import read_json
+from .card import CardFacts, load_lines, render_card
+from .probe import measure
+from .record import PROBE_TEXT, Record, probe
+from .replace_folder import staged
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+WRAPPED = "save the model inside the wrapper"
+
+
+@dataclass(frozen=True)
+class SavedPackage:
+    """A package that lies on the disk, whole."""
+
+    folder: Path
+    files: dict[str, int]  # name -> bytes
+    parameters: int
+    replaced: bool  # whether there was a package at this place before
+    load_lines: str  # the lines that load it, in any Python that has torch and transformers
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+
+def save_package(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = True,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    repo_id: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> SavedPackage:
+    """Write a complete package: weights, config, code, tokenizer, card, and a record to verify it by.
+
+    All or nothing: the package is prepared beside `folder` and then put in its place in one step (see
+    `staging`). A process killed at any moment leaves the package that was there, or this one; what it leaves
+    beside `folder`, the next save removes. A package that is replaced is replaced whole: nothing of it stays,
+    a card edited by hand included. A reader that opens files one after the other while a save replaces them
+    can see files of both.
+
+    The model is left as it is: mode, config, device, hooks, gradients, random state. Its weights are read
+    where they are (a model on a GPU is copied to main memory), and written with this installed version's
+    code, also when the model itself came from a package's code.
+
+    Args:
+        model: a `GPT2ValueModel` (or a subclass without weights of its own), unwrapped, in float32, float16
+            or bfloat16.
+        folder: where to. It may be absent, empty, or a package; a link to such a folder stays a link.
+        tokenizer: a transformers tokenizer, to travel with the model.
+        overwrite: replace a package that is there; if False, refuse any folder that is not empty.
+        base_model: Hub id of the model that this one was made from, for the card. Never a local path.
+        license: license identifier for the card, as `apache-2.0`. Left out if not given.
+        tags: more tags for the card.
+        repo_id: where the package will live on the Hub, for the lines in the card that load it.
+        max_shard_size: the weights are split into files of at most this size (bytes, or a string like
+            `"5GB"`).
+
+    Raises:
+        WrongModelError, MissingHeadError: not a value-head model, or wrapped in something.
+        UnsavableWeightsError, NonFiniteWeightsError, UnsavableConfigError: a model that could not be loaded
+            again.
+        TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code.
+        CardMetadataError: see `render_card`.
+        FolderRefusedError: `folder` holds something else, or cannot be replaced in one step.
+        SaveFailedError: the system refused a write. What was in `folder` is untouched.
+    """
+    target = _target(folder, overwrite=overwrite)
+    installed = _installed_copy(model)
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, installed.config.vocab_size)
+    card = render_card(_facts(installed, tokenizer), base_model=base_model, license=license, tags=tags, repo_id=repo_id)
+    try:
+        with staged(target) as staging:
+            _write(staging.package, installed, tokenizer, card, max_shard_size)
+            files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
+            _target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+            replaced = staging.commit()
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, GPT2ValueHubError):
+            raise
+        raise SaveFailedError(
+            f"saving to {target} failed: {error}",
+            expected=f"a folder in {target.parent} that can be written, and space for the package",
+            next_step="make room or choose another folder, and save again; what was there is untouched",
+        ) from error
+    return SavedPackage(
+        folder=target,
+        files=files,
+        parameters=_parameters(installed),
+        replaced=replaced,
+        load_lines=load_lines(str(target), tokenizer=tokenizer is not None),
+    )
+
+
+def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The folder to replace, links resolved; refuses what is not ours to replace."""
+    target = Path(folder).resolve()
+
+    def refuse(found: str, next_step: str) -> FolderRefusedError:
+        return FolderRefusedError(
+            f"{target} {found}", expected="a new folder, an empty one, or a package", next_step=next_step
+        )
+
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise refuse("is a file", "choose another name")
+    if os.path.ismount(target):
+        raise refuse(
+            "is a mount point, which cannot be replaced in one step",
+            f"save to a folder in it: {target}/model",
+        )
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise refuse("is the current directory, or holds it: it would vanish under your feet", "cd elsewhere first")
+    names = os.listdir(target)
+    if ".git" in names:
+        raise refuse(
+            "is a git checkout, whose history would be lost",
+            "save to another folder, and upload that: gpt2-value push; or copy its files into the checkout",
+        )
+    if not set(names) - layout.LITTER:
+        return target
+    if not overwrite:
+        raise refuse("is not empty, and overwrite is off", "choose another folder, or pass overwrite=True")
+    foreign = sorted(name for name in names if not layout.written_by_save(name) and name not in layout.LITTER)
+    if foreign:
+        raise refuse(f"holds {foreign[:5]}, which would be lost", "move them elsewhere, or choose another folder")
+    try:
+        model_type = read_json(target, layout.CONFIG).get("model_type")
+    except GPT2ValueHubError as error:
+        raise refuse(f"is not a package: {error.found}", "choose another folder, or remove this one") from error
+    if model_type != layout.MODEL_TYPE:
+        raise refuse(f"holds a model of type {model_type!r}, which would be lost", "choose another folder")
+    return target
+
+
+def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.Tensor]]:
+    """This installed version's model with the configs of `model`, on the meta device, and the weights of `model` that
+    belong in it, after checking that they are a whole model's. (Not whether they are finite.)
+
+    Raises:
+        WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
+    """
+    _check_class(model)
+    config: Any = model.config
+    try:
+        config = GPT2ValueConfig.from_dict(config.to_dict())
+        generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+        if generation_config is not None:
+            generation_config.validate(strict=True)
+    except ValueError as error:
+        raise UnsavableConfigError(
+            f"the model's config or generation_config is not valid: {error}",
+            next_step="correct the field in model.config or model.generation_config, and save again",
+        ) from error
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        installed = GPT2ValueModel(config)
+    _check_state(state, installed)
+    if generation_config is not None:
+        installed.generation_config = generation_config
+    return installed, state
+
+
+def _installed_copy(model: nn.Module) -> GPT2ValueModel:
+    """This installed version's model, in eval mode on the CPU, around the same weights (shared, not copied,
+    where they are on the CPU), after checking that they are finite and a whole model's."""
+    installed, state = installed_shell(model)
+    body = {name: tensor.cpu() for name, tensor in state.items() if name != "lm_head.weight"}
+    tied = installed.config.tie_word_embeddings
+    body["lm_head.weight"] = body["transformer.wte.weight"] if tied else state["lm_head.weight"].cpu()
+    for name, tensor in body.items():
+        if not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteWeightsError(
+                f"{name} has {count:,} NaN or infinite values of {tensor.numel():,}",
+                expected="finite weights",
+                next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
+            )
+    installed.load_state_dict(body, assign=True)
+    if tied:
+        installed.tie_weights()
+    # causal masks and the like, which are in no state dict
+    found = dict(model.named_buffers())
+    for name, _ in list(installed.named_buffers()):
+        owner, _, attribute = name.rpartition(".")
+        setattr(installed.get_submodule(owner), attribute, found[name].cpu())
+    return installed.eval()
+
+
+def _check_class(model: nn.Module) -> None:
+    """Refuse wrappers, and other models, each with the way out."""
+
+    def refuse(found: str, next_step: str) -> WrongModelError:
+        return WrongModelError(found, expected="a GPT2ValueModel", next_step=next_step)
+
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise refuse(f"a {name}", "pass the model itself")
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise refuse(
+            f"a {name} with PEFT adapters, which are not part of GPT-2's weights",
+            "merge them into a copy: save_package(copy.deepcopy(peft_model).merge_and_unload(), ...)",
+        )
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise refuse(f"a compiled model ({name})", f"{WRAPPED}: save_package(model._orig_mod, ...)")
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise refuse(
+            f"a wrapper ({name})",
+            f"{WRAPPED}, in one process: save_package(model.module, ...) or accelerator.unwrap_model(model)",
+        )
+    if hasattr(model, "pretrained_model") and hasattr(model, "v_head"):
+        raise refuse(f"TRL's {name}", "save it with its own save_pretrained, then: gpt2-value convert FOLDER OUT")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type == "gpt2":
+        raise MissingHeadError(
+            f"a {name}, which has no value head",
+            expected="a GPT2ValueModel",
+            next_step="model.save_pretrained(FOLDER); GPT2ValueModel.from_pretrained(FOLDER) gives it a head",
+        )
+    if model_type != layout.MODEL_TYPE:
+        raise refuse(f"a {name} of model type {model_type!r}", "pass a GPT2ValueModel")
+
+
+def _check_state(state: dict[str, torch.Tensor], installed: GPT2ValueModel) -> None:
+    """Refuse weights that are not exactly the model's, or that are not here."""
+    expected = {name: tuple(tensor.shape) for name, tensor in installed.state_dict().items()}
+    missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    if any(name.startswith(layout.HEAD_PREFIX) for name in missing):
+        raise MissingHeadError(
+            f"the model has no {', '.join(missing[:2])}",
+            expected="the value head that its config calls for",
+            next_step="build it as GPT2ValueModel, which brings one, or load it with init_value_head=True",
+        )
+
+    def refuse(found: str, expected: str, next_step: str) -> UnsavableWeightsError:
+        return UnsavableWeightsError(found, expected=expected, next_step=next_step)
+
+    if missing or unknown:
+        raise refuse(
+            f"missing weights: {missing[:3]}; unknown weights: {unknown[:3]}",
+            "exactly the weights of GPT2ValueModel, whose code travels with them",
+            "remove what was added to the model (adapters, extra heads), and save again",
+        )
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise refuse(
+                f"{name} is on the meta device, without data",
+                "weights in memory",
+                "load the model without device_map='auto' or offloading, and save again",
+            )
+        if tuple(tensor.shape) != expected[name]:
+            raise refuse(
+                f"{name} has shape {list(tensor.shape)}",
+                f"shape {list(expected[name])}, as model.config says",
+                "resize with model.resize_token_embeddings, which keeps the config in step; "
+                "if the weights are sharded (ZeRO-3, FSDP), gather them first",
+            )
+        if tensor.dtype not in FLOATS:
+            raise refuse(
+                f"{name} is {tensor.dtype}",
+                f"one of {', '.join(map(str, FLOATS))}",
+                "convert it: model.float(); a quantised model must be dequantised first",
+            )
+    head, embeddings = state["lm_head.weight"], state["transformer.wte.weight"]
+    if installed.config.tie_word_embeddings and head.data_ptr() != embeddings.data_ptr() and not head.equal(embeddings):
+        raise refuse(
+            "lm_head.weight and transformer.wte.weight differ, and config.tie_word_embeddings is True",
+            "equal weights, since loading would tie them",
+            "set model.config.tie_word_embeddings = False to keep both, or model.tie_weights() to tie them",
+        )
+
+
+def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        raise TokenizerMismatchError(
+            f"the tokenizer is a {type(tokenizer).__name__}",
+            expected="a transformers tokenizer",
+            next_step="AutoTokenizer.from_pretrained(...); PreTrainedTokenizerFast wraps one of tokenizers",
+        )
+    vocabulary = tokenizer.get_vocab()
+    if set(vocabulary) <= set(tokenizer.all_special_tokens):
+        raise TokenizerMismatchError(
+            f"the tokenizer has {len(vocabulary)} tokens, none of them an ordinary one",
+            expected="a tokenizer that can read text; transformers 5 makes an empty one where it finds no files",
+            next_step="load it from where its files are, or save without a tokenizer",
+        )
+    largest = max(vocabulary.values())
+    if largest >= vocab_size:
+        raise TokenizerMismatchError(
+            f"the tokenizer has the id {largest}, and the model's vocabulary ends at {vocab_size - 1}",
+            expected="no id that the model has no embedding for",
+            next_step=f"model.resize_token_embeddings({largest + 1}), or remove the tokens that were added",
+        )
+
+
+def _facts(model: GPT2ValueModel, tokenizer: Any) -> CardFacts:
+    config = model.config
+    return CardFacts(
+        parameters=_parameters(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        n_layer=config.n_layer,
+        n_embd=config.n_embd,
+        n_head=config.n_head,
+        n_positions=config.n_positions,
+        vocab_size=config.vocab_size,
+        has_tokenizer=tokenizer is not None,
+        versions=_versions(),
+    )
+
+
+def _parameters(model: GPT2ValueModel) -> int:
+    return sum(weight.numel() for weight in model.parameters())  # a tied weight is one parameter
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "gpt2-value": layout.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_shard_size: int | str) -> None:
+    """Write every file of the package."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)  # config, weights, this installation's code
+    if tokenizer is not None:
+        _write_tokenizer(folder, tokenizer)
+    (folder / layout.CARD).write_text(f"{card}\n", encoding="utf-8")
+    for path in folder.iterdir():  # safetensors writes files that nobody else may read
+        shutil.copymode(folder / layout.CARD, path)
+    token_ids, logit_ids = probe(vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
+    in_float32 = model if all(w.dtype == torch.float32 for w in model.parameters()) else copy.deepcopy(model).float()
+    Record(
+        token_ids=token_ids,
+        logit_ids=logit_ids,
+        **measure(in_float32, token_ids, logit_ids),
+        tokenizer_ids=None if tokenizer is None else tokenizer(PROBE_TEXT)["input_ids"],
+        versions=_versions(),
+        sha256={path.name: layout.sha256_of(path) for path in sorted(folder.iterdir()) if path.name != layout.CARD},
+    ).write(folder)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write the tokenizer's files, so that transformers 4 and 5 both read them.
+
+    Version 5 has new names for two things in `tokenizer_config.json`, and understands the old ones; and it records
+    how the tokenizer was loaded here, which no reader needs.
+    """
+    tokenizer.save_pretrained(folder)
+    foreign = sorted(path.name for path in folder.iterdir() if not layout.written_by_save(path.name))
+    if foreign:
+        raise TokenizerMismatchError(
+            f"the tokenizer wrote {foreign}, which have no place in a package",
+            expected=f"some of {sorted(layout.TOKENIZER)}",
+            next_step="use a tokenizer of transformers' own, without code; a fast one: use_fast=True",
+        )
+    path = folder / layout.TOKENIZER_CONFIG
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for name in ("backend", "is_local", "local_files_only", "name_or_path"):
+        settings.pop(name, None)
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

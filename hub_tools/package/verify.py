@@ -1,0 +1,312 @@
+"""Load a package in a fresh interpreter, strictly, and compare what it computes with its record.
+
+Imports the standard library and of hub_tools `inspection`, `record`, `releases` and what these import;
+`probe.py` is run, not imported. The fresh interpreter is isolated (`python -I`): no checkout, no PYTHONPATH,
+no caches, no token, no network.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import layout
+from ..errors import (
+    ChangedFileError,
+    ForeignFileError,
+    GPT2ValueHubError,
+    LoadError,
+    MissingFileError,
+    MissingHeadError,
+    NonFiniteWeightsError,
+    PickleError,
+    UntrustedCodeError,
+    VerificationError,
+    VerificationTimeoutError,
+)
+from ..files import AGAIN
+from .inspection import PackageReport, inspect_package
+from .record import PROBE_TEXT, Record, read_record
+from .releases import diff_command
+
+TOLERANCE = 1e-5  # of the largest recorded number, or of 1 if that is larger
+# What an interpreter needs of its surroundings; tokens, proxies, PYTHON* and HF_* stay behind.
+PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TZ")
+PASSED_ON_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY")
+PROBE_SCRIPT = Path(__file__).with_name("probe.py")
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """A package that loaded in a fresh interpreter and computed the recorded numbers."""
+
+    folder: Path
+    max_logit_difference: float  # absolute, also over the log of the softmax's denominator
+    max_value_difference: float  # absolute
+    logit_tolerance: float  # absolute
+    value_tolerance: float  # absolute
+    saved_with: dict[str, str]
+    loaded_with: dict[str, str]
+    load_seconds: float
+    forward_seconds: float
+    seconds: float  # all of it, the interpreter's start included
+    peak_memory_bytes: int | None  # of the fresh interpreter, torch included; None where the system does not say
+    package: PackageReport
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {**asdict(self), "folder": str(self.folder), "package": self.package.to_json()}
+
+
+def verify_package(
+    source: str | os.PathLike[str], *, trust_remote_code: bool = False, timeout: float = 600.0
+) -> VerificationReport:
+    """Prove that a package loads, strictly, and computes what it did when it was saved.
+
+    First `inspect_package`, with every file's hash; then, in an isolated interpreter that has torch and
+    transformers and cannot see this project, `AutoModel.from_pretrained(folder, trust_remote_code=True)`: no
+    key may be missing, unknown or of another shape, every weight must be finite, and logits and values on the
+    recorded probe must agree to 1e-5 of the largest recorded number (or of 1, if that is larger). One
+    tolerance holds for all dtypes, since both sides compute in float32: a bfloat16 or float16 weight converts
+    to float32 exactly.
+
+    This *runs the package's code*. Code that is byte-identical to this installed version's is run without
+    asking; any other is refused unless you pass `trust_remote_code=True`, transformers' own word for it. The
+    fresh interpreter protects from mistakes, not from malice: it is no sandbox.
+
+    Args:
+        source: a package's folder.
+        trust_remote_code: run code that is not this installed version's.
+        timeout: seconds that the fresh interpreter may take.
+
+    Raises:
+        UntrustedCodeError: other code than this version's, and `trust_remote_code` is off.
+        MissingFileError, MissingHeadError, ForeignFileError, PickleError: not complete, or not only a package.
+        ChangedFileError: a file is not the one that was saved.
+        LoadError: it does not load, or not strictly.
+        NonFiniteWeightsError: it loads with NaN or infinite weights.
+        VerificationError: it computes other numbers, or its tokenizer gives other ids.
+        VerificationTimeoutError: it took longer than `timeout`.
+        And everything that `inspect_package` raises.
+    """
+    started = time.perf_counter()
+    package = inspect_package(Path(source), hash_weights=True)  # a path is never a repository's id
+    for problem in problems(package):
+        if not (trust_remote_code and isinstance(problem, UntrustedCodeError)):
+            raise problem
+    record = read_record(package.folder)
+    found = _run(package, record, timeout)
+    _check_loading(found)
+    logit_tolerance = TOLERANCE * max(1.0, _largest(record.logits), _largest([record.logsumexp]))
+    value_tolerance = TOLERANCE * max(1.0, _largest(record.values))
+    logit_difference = max(
+        _difference(record.logits, found["logits"]), _difference([record.logsumexp], [found["logsumexp"]])
+    )
+    value_difference = _difference(record.values, found["values"])
+    for what, difference, tolerance in (
+        ("logits", logit_difference, logit_tolerance),
+        ("values", value_difference, value_tolerance),
+    ):
+        if not difference <= tolerance:  # NaN is not
+            raise VerificationError(
+                f"the {what} differ from the recorded ones by {difference:.3g}",
+                expected=f"at most {tolerance:.3g} (saved: {record.versions}, loaded: {found['versions']})",
+                next_step="save the package again; if the versions differ, verify with those that it was "
+                "saved with, to see which of the two changed the numbers",
+            )
+    if record.tokenizer_ids != found["tokenizer_ids"]:
+        raise VerificationError(
+            f"the tokenizer gives {found['tokenizer_ids']} for {PROBE_TEXT!r}",
+            expected=f"{record.tokenizer_ids}, as recorded",
+            next_step="save the package again with its tokenizer",
+        )
+    return VerificationReport(
+        folder=package.folder,
+        max_logit_difference=logit_difference,
+        max_value_difference=value_difference,
+        logit_tolerance=logit_tolerance,
+        value_tolerance=value_tolerance,
+        saved_with=record.versions,
+        loaded_with=found["versions"],
+        load_seconds=found["load_seconds"],
+        forward_seconds=found["forward_seconds"],
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=found["peak_memory_bytes"],
+        package=package,
+    )
+
+
+def problems(package: PackageReport) -> list[GPT2ValueHubError]:
+    """What `inspect_package` only reports and `verify_package` refuses: a package that is not complete, is
+    not only a package, is not as it was saved, or brings other code. The first is the one that
+    `verify_package` raises."""
+    found: list[GPT2ValueHubError] = []
+    if package.head is None:
+        found.append(
+            MissingHeadError(
+                f"the weights in {package.folder} have no value head (v_head.summary.weight and .bias)",
+                expected="a head of shape [1, n_embd]",
+                next_step="ask its author for a complete one, or give it a new head: "
+                "GPT2ValueModel.from_pretrained(FOLDER, init_value_head=True), then save_package",
+            )
+        )
+    if package.missing:
+        found.append(
+            MissingFileError(
+                f"{package.folder} has no {', '.join(package.missing)}",
+                expected="a complete package, as save_package writes it",
+                next_step="GPT2ValueModel.from_pretrained(FOLDER), then hub_tools.save_package writes it all",
+            )
+        )
+    if package.pickles:
+        found.append(
+            PickleError(
+                f"{_names(package.pickles)}: pickles, which can run code when they are opened",
+                expected="weights in safetensors, and nothing else",
+                next_step="move them out of the package",
+            )
+        )
+    if package.foreign:
+        found.append(
+            ForeignFileError(
+                f"{_names(package.foreign)} do not belong to a package",
+                expected="the files that save_package writes, and documents beside them",
+                next_step="move them out of the package",
+            )
+        )
+    other = [file.name for file in package.code if not file.installed]
+    if other:
+        found.append(
+            UntrustedCodeError(
+                f"the package's code is not this version's: {_names(other)}; it was not run",
+                expected="code that is byte-identical to the installed version's",
+                next_step=f"read it: {diff_command(package.folder / other[0])}; then pass trust_remote_code=True "
+                "(--trust-remote-code)",
+            )
+        )
+    if package.changed:
+        found.append(
+            ChangedFileError(
+                f"{_names(package.changed)}: not as saved (compared by SHA-256 with {layout.RECORD})",
+                expected="the files that save_package wrote, byte for byte (the card may be edited)",
+                next_step="download the package again; after editing on purpose, load it and save_package it",
+            )
+        )
+    return found
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _run(package: PackageReport, record: Record, timeout: float) -> dict[str, Any]:
+    """Run `probe.py` on the package in an isolated interpreter, and return its result."""
+    with tempfile.TemporaryDirectory(prefix="gpt2-value-verify-") as home:
+        result = Path(home, "result.json")
+        job = {
+            "folder": str(package.folder.resolve()),
+            "token_ids": record.token_ids,
+            "logit_ids": record.logit_ids,
+            "text": PROBE_TEXT if record.tokenizer_ids is not None else None,
+            "hidden_modules": [
+                *(name.removesuffix(".py") for name in layout.REMOTE_CODE),
+                "hub_tools",
+                "sampler_audit",
+            ],
+            "search_path": _search_path(),
+            "result": str(result),
+        }
+        environment = {name: os.environ[name] for name in PASSED_ON + PASSED_ON_THREADS if name in os.environ}
+        environment |= {
+            "HOME": home,
+            "HF_HOME": home,
+            "HF_MODULES_CACHE": str(Path(home, "modules")),
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TMPDIR": home,
+            "TEMP": home,
+        }
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-B", str(PROBE_SCRIPT)],
+                input=json.dumps(job),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                cwd=home,
+                env=environment,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise VerificationTimeoutError(
+                f"the fresh interpreter was stopped after {timeout:g} s",
+                expected="a package that loads in that time",
+                next_step="give it longer: timeout=... (--timeout)",
+            ) from error
+        if done.returncode != 0 or not result.is_file():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+            raise LoadError(
+                f"{package.folder} does not load in a fresh interpreter ({ended}): {last[:500]}",
+                expected="AutoModel.from_pretrained(FOLDER, trust_remote_code=True) to succeed",
+                next_step=AGAIN if done.returncode >= 0 else "make sure that there is enough memory, and try again",
+                details=done.stderr,
+            )
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
+
+
+def _search_path() -> list[str]:
+    """Where this interpreter finds torch and transformers, for one without PYTHONPATH and user site."""
+    folders = []
+    for name in ("torch", "transformers"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            folders.append(str(Path(spec.origin).parent.parent))
+    return folders
+
+
+def _check_loading(found: dict[str, Any]) -> None:
+    if found["loading_info"]:
+        raise LoadError(
+            f"the package loads, but not strictly: {str(found['loading_info'])[:500]}",
+            expected="no key missing, unknown or of another shape",
+            next_step=AGAIN,
+        )
+    if found["class"] != "GPT2ValueModel" or not found["module"].startswith("transformers_modules."):
+        raise LoadError(
+            f"AutoModel gave a {found['module']}.{found['class']}",
+            expected="the package's own GPT2ValueModel",
+            next_step=AGAIN,
+        )
+    if found["not_finite"]:
+        raise NonFiniteWeightsError(
+            f"NaN or infinite values in {', '.join(found['not_finite'][:5])}",
+            expected="finite weights",
+            next_step=AGAIN,
+        )
+
+
+def _largest(rows: list[list[float]]) -> float:
+    return max((abs(number) for row in rows for number in row), default=0.0)
+
+
+def _difference(recorded: list[list[float]], found: list[list[float]]) -> float:
+    """The largest absolute difference; infinite where the shapes differ."""
+    if [len(row) for row in recorded] != [len(row) for row in found]:
+        return math.inf
+    rows = zip(recorded, found, strict=True)
+    pairs = [pair for ours, theirs in rows for pair in zip(ours, theirs, strict=True)]
+    return max((abs(a - b) if math.isfinite(b) else math.inf for a, b in pairs), default=0.0)

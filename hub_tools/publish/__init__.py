@@ -1,0 +1,1 @@
+"""Push a package to a Hub as one verified commit."""

@@ -1,0 +1,1 @@
+"""Push checkpoints in the background while training goes on."""

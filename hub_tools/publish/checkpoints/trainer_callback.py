@@ -1,0 +1,83 @@
+"""transformers' Trainer pushes its checkpoints in the background.
+
+Imports the standard library, transformers and of hub_tools `checkpoint_pusher` and what it imports. When a Trainer
+calls what: https://huggingface.co/docs/transformers/main_classes/callback.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .pusher import CheckpointPusher
+
+# What a Trainer logs beside metrics: of the clock, not of the model.
+BOOKKEEPING = re.compile(r"step|epoch|total_flos|.*_(runtime|per_second)|num_input_tokens_seen")
+
+
+class CheckpointPusherCallback(TrainerCallback):
+    """Each time a Trainer saves, the model goes to the Hub as well; and once more at the end of training.
+
+        pusher = CheckpointPusher("me/model", metric_for_best_model="eval_loss")
+        Trainer(..., callbacks=[CheckpointPusherCallback(pusher)])
+
+    Each checkpoint has what the Trainer logged at its step (training loss, learning rate, `eval_` metrics) as its
+    metrics, under these names; and the Trainer's `processing_class`, if that is a tokenizer. At the end of training
+    the branch holds what `trainer.model` then is (with `load_best_model_at_end` the best model, under the number of
+    its step), and everything is on the Hub, or `CheckpointPushError` is raised. What failed for good before (see
+    `CheckpointPusher`) is raised at the next step.
+
+    In a run of several processes only the main one pushes; there the model must be whole (not sharded by FSDP or
+    DeepSpeed's third stage). The pusher stays open, for further training; Python closes it at exit.
+
+    Args:
+        pusher: where to. In other processes than the main one pass it too, it does nothing there.
+    """
+
+    def __init__(self, pusher: CheckpointPusher) -> None:
+        self._pusher = pusher
+        self._last: int | None = None  # the step that was pushed last
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._last = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._pusher.check()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._push(state, state.global_step, kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        step = state.best_global_step if restored else state.global_step
+        if step != self._last:
+            self._push(state, step, kwargs)
+        if state.is_world_process_zero:
+            self._pusher.flush()
+
+    def _push(self, state: TrainerState, step: int, kwargs: dict[str, Any]) -> None:
+        if not state.is_world_process_zero:
+            return
+        tokenizer = kwargs.get("processing_class")
+        self._last = step
+        self._pusher.push(
+            kwargs["model"],
+            step=step,
+            metrics=metrics_at(step, state.log_history),
+            tokenizer=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+        )
+
+
+def metrics_at(step: int, log_history: list[dict[str, Any]]) -> dict[str, float]:
+    """The metrics that a Trainer logged at this step."""
+    entries = [entry for entry in log_history if entry.get("step") == step]
+    return {
+        name: value
+        for entry in entries
+        for name, value in entry.items()
+        if not BOOKKEEPING.fullmatch(name) and isinstance(value, (int, float))
+    }

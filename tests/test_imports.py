@@ -1,0 +1,116 @@
+"""What import-linter (`.importlinter`) cannot say: the imports of the remote code, which are modules and no package."""
+
+import ast
+import configparser
+import re
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from hub_tools import layout
+
+ROOT = Path(__file__).parent.parent
+REMOTE = sorted(ROOT.glob("*_gpt2_value.py"))
+PACKAGES = [path for name in ("hub_tools", "sampler_audit") for path in sorted((ROOT / name).rglob("*.py"))]
+# Imported where it is found, and not declared as needed: peft only merges adapters, matplotlib only draws, and yaml
+# comes with huggingface_hub.
+NOT_DECLARED = {"peft", "matplotlib", "yaml"}
+
+
+def imports(path):
+    """Every import in a file, wherever it stands: (dots, module, names, inside a `try`)."""
+    found = []
+
+    def visit(node, in_try):
+        if isinstance(node, ast.Import):
+            found.extend((0, alias.name, (), in_try) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or "", tuple(alias.name for alias in node.names), in_try))
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            assert path == ROOT / "hub_tools" / "__init__.py", (
+                f"{path.name} imports by a computed name, which this test cannot read"
+            )
+        for child in ast.iter_child_nodes(node):
+            visit(child, in_try or isinstance(node, ast.Try))
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), False)
+    return found
+
+
+def outside(path):
+    """The top-level modules that a file imports absolutely, without the standard library."""
+    tops = {module.split(".")[0] for dots, module, _, _ in imports(path) if dots == 0}
+    return tops - set(sys.stdlib_module_names) - {"__future__"}
+
+
+def siblings_of(path):
+    """The remote files that one of them imports."""
+    return {module for dots, module, _, _ in imports(path) if (ROOT / f"{module}.py") in REMOTE}
+
+
+def test_layout_names_every_remote_file():
+    assert sorted(layout.REMOTE_CODE) == [path.name for path in REMOTE]
+
+
+@pytest.mark.parametrize("path", REMOTE, ids=lambda path: path.stem)
+def test_remote_code_imports_only_torch_transformers_and_siblings(path):
+    assert outside(path) - siblings_of(path) <= {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("path", REMOTE, ids=lambda path: path.stem)
+def test_siblings_are_imported_in_the_one_way_that_transformers_follows(path):
+    """`from .x import y` in a `try`, and `from x import y` in the handler: the same names both ways."""
+    relative = {(module, names) for dots, module, names, _ in imports(path) if dots == 1}
+    absolute = {
+        (module, names) for dots, module, names, _ in imports(path) if dots == 0 and module in siblings_of(path)
+    }
+    assert relative == absolute
+    assert all(dots in (0, 1) for dots, *_ in imports(path))
+    assert all(in_try for dots, module, _, in_try in imports(path) if dots == 1 or module in siblings_of(path))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Try) and any(isinstance(child, ast.ImportFrom) and child.level for child in node.body):
+            assert [handler.type.id for handler in node.handlers] == ["ImportError"]
+
+
+def test_remote_code_has_no_circle_and_the_configuration_stands_at_its_bottom():
+    graph = {path.stem: siblings_of(path) for path in REMOTE}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+    assert graph["configuration_gpt2_value"] == set()
+    assert not any("modeling_gpt2_value" in siblings for siblings in graph.values())
+
+
+@pytest.mark.parametrize("name", sorted({target.split(".")[0] for target in layout.AUTO_MAP.values()}))
+def test_a_file_of_auto_map_itself_imports_every_sibling_that_it_needs(name):
+    """From a local folder, transformers 4.57.6 to 5.0.0 copy these into their module cache, and not what those need."""
+    needed, todo = set(), [name]
+    while todo:
+        new = siblings_of(ROOT / f"{todo.pop()}.py") - needed
+        needed |= new
+        todo.extend(new)
+    assert siblings_of(ROOT / f"{name}.py") == needed
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_library_that_is_imported_is_declared(path):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    declared = {re.match(r"\w+", line)[0] for line in setup["options"]["install_requires"].split()}
+    own = {"hub_tools", "sampler_audit", *(module.stem for module in REMOTE)}
+    assert outside(path) <= declared | own | NOT_DECLARED
+
+
+def test_the_reader_of_imports_sees_them_all(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "import a.b, c\nfrom .d import e\ntry:\n    from f import g\nexcept ImportError:\n    import h\n"
+        "def i():\n    from . import j\n"
+    )
+    assert imports(tmp_path / "x.py") == [
+        (0, "a.b", (), False),
+        (0, "c", (), False),
+        (1, "d", ("e",), False),
+        (0, "f", ("g",), True),
+        (0, "h", (), True),
+        (1, "", ("j",), False),
+    ]
