@@ -22,7 +22,7 @@ from .claim import check_tokens, read_claim
 from .evidence import Evidence
 from .report import SamplerAudit
 
-MIN_TOKENS = 50  # fewer leave less than 5 to a bin, too few for the chi-square approximation
+MIN_TOKENS = 50  # fewer leave less than 10 to a bin, too few for the chi-square approximation
 CHUNK = 2**21  # (token, vocabulary) pairs at a time: 16 MiB for each float64 temporary
 
 
@@ -47,7 +47,9 @@ def audit_sampler(
     The tokens may come from anywhere: a `Rollout`, `generate()`, another engine. The claim is what a trainer would
     score: which tokens (`prompt_length` with `eos_token_id`, or `response_mask`) and by which distribution
     (`temperature`, `top_k`, `top_p`, `min_new_tokens`; by default the model's own). Dropout is off, whatever mode the
-    model is in, and positions count the tokens that the mask admits, as in `rescore`. At no time are there logits of
+    model is in, and positions count the tokens that the mask admits, as in `rescore`. Tokens of a `Rollout` are tested
+    as draws from the very sets that it kept, which the audit takes as given; where there is no record of these, tokens
+    at the edge of what top-k and top-p keep are allowed the rounding of float32. At no time are there logits of
     more than `batch_size` rows; of a GPT-2, of more than a chunk of tokens.
 
     Args:
@@ -121,8 +123,8 @@ def audit_logits(
     Args:
         logits: `[B, T, V]` or `[n, V]`, any float dtype; where a token was drawn, the logits that it is scored by.
         tokens: `[B, T]` or `[n]` int64, the tokens that were drawn there. Leave padding out: `logits[mask],
-            tokens[mask]`. Where no row is padded, `[B, T]` is better: whether all rows and all steps were drawn alike
-            (`"spread"`) can be tested only there.
+            tokens[mask]`. Where no row is padded, `[B, T]` is better: only there can be tested whether all rows and
+            all steps were drawn alike, and whether rows repeat each other.
         temperature, top_k, top_p: the claimed settings, as in `rollout`.
         generator, alpha: as in `audit_sampler`.
 

@@ -1,6 +1,7 @@
 """What a sampler claims: which tokens it drew, and by which settings. The input of `audit_sampler`, checked.
 
-Imports torch and the remote code. A claim about a `Rollout` is read off it; about other tokens, it is what the caller says.
+Imports torch and the remote code. A claim about a `Rollout` is read off it; about other tokens, it is what the caller
+says.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def read_claim(
                 "this Rollout is one of version 0.1.0, which did not keep what it drew from; pass rollout.sequences "
                 "with attention_mask, response_mask and the settings."
             )
-        sampling = Sampling(**{field.name: getattr(sequences.sampling, field.name) for field in dataclasses.fields(Sampling)})
+        sampling = Sampling(
+            **{field.name: getattr(sequences.sampling, field.name) for field in dataclasses.fields(Sampling)}
+        )
         tokens, mask, kept = sequences.sequences, sequences.attention_mask.bool(), sequences.kept
         P = tokens.shape[1] - sequences.responses.shape[1]
         drawn, starts = pad(sequences.response_mask, (P, 0)), torch.full_like(tokens[:, 0], P)

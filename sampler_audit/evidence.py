@@ -1,10 +1,10 @@
 """What drawn tokens say about the distributions that they claim to come from, chunk by chunk.
 
-Imports torch and the remote code. Method: the randomised probability integral transform of every token (Brockwell, 2007,
-"Universal residuals: a multivariate transformation", Statistics & Probability Letters 77; Czado, Gneiting & Held, 2009,
-"Predictive model assessment for count data", Biometrics 65). Along a sequence the transforms are independent and uniform
-if each token is a draw from its claimed distribution (Rosenblatt, 1952, "Remarks on a multivariate transformation",
-Annals of Mathematical Statistics 23).
+Imports torch and the remote code. Method: the randomised probability integral transform of every token (Brockwell,
+2007, "Universal residuals: a multivariate transformation", Statistics & Probability Letters 77; Czado, Gneiting & Held,
+2009, "Predictive model assessment for count data", Biometrics 65). Along a sequence the transforms are independent and
+uniform if each token is a draw from its claimed distribution (Rosenblatt, 1952, "Remarks on a multivariate
+transformation", Annals of Mathematical Statistics 23).
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Evidence:
         groups = min(vocabulary, GROUPS)
         numbers = [torch.zeros(0, dtype=torch.float64) for _ in range(3)]
         counts = [torch.zeros(groups, dtype=torch.float64) for _ in range(2)]
-        return cls(*numbers, torch.zeros(0, dtype=torch.bool), *counts, torch.zeros(groups, groups, dtype=torch.float64))
+        return cls(
+            *numbers, torch.zeros(0, dtype=torch.bool), *counts, torch.zeros(groups, groups, dtype=torch.float64)
+        )
 
     @torch.no_grad()
     def add(

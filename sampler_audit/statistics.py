@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 LEAST_EXPECTED = 10  # in a bin: below, the distribution of G is not near enough to chi-square
+LEAST_PAIRS = 20  # of transforms, to correlate them
 LEAST_VARIANCE = 5.0  # of a count: below, its distribution is not near enough to a normal one
 
 
@@ -75,13 +76,14 @@ def identity(observed: torch.Tensor, expected: torch.Tensor, covariance: torch.T
 
 
 def order(transforms: torch.Tensor, drawn: torch.Tensor) -> Outcome:
-    """Is each draw independent of the others? Of the transforms `[B, T]` where `drawn [B, T]`, by two tests.
+    """Is each draw independent of the others? Of the transforms `[B, T]` where `drawn [B, T]`, by three tests.
 
     Neighbours: correlations of the first two Legendre polynomials of each transform with those of the next in the row,
     and of the same step in the next row (Neyman, 1937, "Smooth test for goodness of fit"), as self-normalised sums,
     whose tails are no heavier than normal ones for few pairs either (Efron, 1969, "Student's t-test under symmetry
     conditions"). Patterns: the strongest line in the two-dimensional periodogram of the normal scores (Fisher, 1929,
-    "Tests of significance in harmonic analysis"): alternation, drift, a sequence that repeats from row to row.
+    "Tests of significance in harmonic analysis"): alternation, drift, a sequence that repeats from row to row. Repeats:
+    the strongest correlation of each row with the one so many rows later, as of processes that began with one seed.
     """
     x = 2.0 * transforms - 1.0
     scores = torch.stack([math.sqrt(3.0) * x, math.sqrt(5.0) * (3.0 * x**2 - 1.0) / 2.0], -1)  # [B, T, 2]
@@ -90,7 +92,7 @@ def order(transforms: torch.Tensor, drawn: torch.Tensor) -> Outcome:
         (scores[:, :-1], scores[:, 1:], drawn[:, :-1] & drawn[:, 1:]),
         (scores[:-1], scores[1:], drawn[:-1] & drawn[1:]),
     ):
-        if pairs.sum() >= 20:
+        if pairs.sum() >= LEAST_PAIRS:
             products = here[pairs].unsqueeze(-1) * there[pairs].unsqueeze(-2)  # [pairs, 2, 2]
             squares, terms = squares + (products.sum(0) ** 2 / (products**2).sum(0)).sum(), terms + 4
     neighbours = chi_square_tail(squares, terms) if terms else 1.0
@@ -102,7 +104,23 @@ def order(transforms: torch.Tensor, drawn: torch.Tensor) -> Outcome:
     strongest = float((power / (1.0 + mask[rows][:, steps])).amax())
     lines = (drawn.numel() + 1) // 2  # a real signal has every line twice
     pattern = -math.expm1(lines * math.log1p(-math.exp(-strongest))) if strongest > 0 else 1.0
-    return Outcome(float(squares), terms, both(neighbours, pattern))
+    return Outcome(
+        float(squares), terms, both(neighbours, pattern, _repeats(scores[..., 0].masked_fill(~drawn, 0.0), drawn))
+    )
+
+
+def _repeats(scores, drawn):
+    """The p-value of the strongest correlation of `scores [B, T]` with those of the same step some rows later."""
+
+    def of_later_rows(x):
+        spectrum = torch.fft.rfft(x.double(), 2 * len(x), dim=0)  # twice the rows: the last ones do not meet the first
+        return torch.fft.irfft(spectrum.abs() ** 2, 2 * len(x), dim=0)[1 : len(x)].sum(1)
+
+    used = of_later_rows(drawn) >= LEAST_PAIRS
+    if not used.any():
+        return 1.0
+    strongest = float((of_later_rows(scores)[used] ** 2 / of_later_rows(scores**2)[used]).amax())
+    return both(*[chi_square_tail(strongest, 1)] * int(used.sum()))
 
 
 def spread(transforms: torch.Tensor, variances: torch.Tensor, drawn: torch.Tensor, *, evenness: float) -> Outcome:

@@ -65,17 +65,6 @@ def one_number_for_all_rows(B, T, vocabulary):
     return {"uniforms": torch.rand(1, T, dtype=torch.float64).expand(B, T)}
 
 
-def shuffled_grid(B, T, vocabulary):
-    """Every 1 / (B * T) of the unit interval once, in random order."""
-    return {"uniforms": (torch.randperm(B * T).double() + 0.5).view(B, T) / (B * T)}
-
-
-def strata_over_rows(B, T, vocabulary):
-    """At each step, every 1 / B of the unit interval once."""
-    places = torch.rand(B, T).argsort(0) + torch.rand(B, T, dtype=torch.float64)
-    return {"uniforms": places / B}
-
-
 def generator_restarted(B, T, vocabulary):
     """The same uniform numbers for each half of the rows, as two processes with one seed draw them."""
     half = torch.rand(B // 2, T, dtype=torch.float64)
@@ -113,8 +102,6 @@ DISHONEST = [
     golden_ratio,
     golden_ratio_by_step,
     one_number_for_all_rows,
-    shuffled_grid,
-    strata_over_rows,
     generator_restarted,
     temperatures_by_turns_of_rows,
     temperatures_by_halves_of_rows,
