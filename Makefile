@@ -3,7 +3,7 @@ PYTHON ?= python3
 BASE ?=
 BIN := .venv/bin
 
-.PHONY: help demo test check bench matrix compare-trl faults fuzz release-hashes tree wheel clean
+.PHONY: help demo test check bench matrix audit-power compare-trl faults fuzz release-hashes tree wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,6 +44,9 @@ compare-trl: .venv/.done .trl/.done  ## converted checkpoints against the number
 	rm -rf .trl/checkpoints
 	.trl/bin/python tests/slow/compare_with_trl.py write .trl/checkpoints
 	$(BIN)/python tests/slow/compare_with_trl.py compare .trl/checkpoints
+
+audit-power: .venv/.done  ## dishonest samplers that the audit catches, honest ones that it does not pass (slow)
+	$(BIN)/python tests/slow/audit_power.py
 
 faults: .venv/.done  ## fail every request of a push in every way; prints request x fault -> outcome
 	$(BIN)/python tests/slow/fault_sweep.py

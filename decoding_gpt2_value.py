@@ -282,8 +282,8 @@ class GPT2Decoder(Decoder):
             if layer not in self.packed:  # Conv1D keeps its weight as [in, out]; oneDNN wants [out, in]
                 weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
                 self.packed[layer] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), len(x))
-            then = ("gelu", [], "tanh") if fuses else ("none", [], "")
-            x = torch.ops.mkldnn._linear_pointwise(x, self.packed[layer], layer.bias, *then)
+            name, algorithm = ("gelu", "tanh") if fuses else ("none", "")
+            x = torch.ops.mkldnn._linear_pointwise(x, self.packed[layer], layer.bias, name, [], algorithm)
         return x if activation is None or fuses else activation(x)
 
 

@@ -64,16 +64,15 @@ class ScoreRequest:
         pieces = zip(*(column.split(rows) for column in columns.values()), strict=True)
         chunks = [dict(zip(columns, piece, strict=True)) for piece in pieces]
         # Nothing in a chunk is random. The model's caller may be in a checkpoint of its own.
-        settings = {"use_reentrant": False, "preserve_rng_state": False}
-        parts = [checkpoint(self._score, head, chunk, **settings) for chunk in chunks]
+        parts = [checkpoint(self._score, head, c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
         logprobs, entropy, kl = (torch.cat(column) for column in zip(*parts, strict=True))
 
         def spread(column):
             return torch.zeros(drawn.shape, dtype=column.dtype, device=drawn.device).masked_scatter(drawn, column)
 
         values = None if values is None else torch.where(drawn, values, 0.0)
-        entropy = spread(entropy) if self.with_entropy else None
-        return Rescored(spread(logprobs), values, entropy, spread(kl) if self.reference is not None else None)
+        asked = spread(entropy) if self.with_entropy else None, spread(kl) if self.reference is not None else None
+        return Rescored(spread(logprobs), values, *asked)
 
     def _score(self, head, chunk):
         """Log-probability, entropy and KL `[n]` of n drawn tokens; NaN where logits are not finite, 0 if not asked."""

@@ -156,5 +156,5 @@ def gpt2_value(capsys, monkeypatch):
 
 
 def sampling_logprobs(logits, sampling, **how):
-    """Log-probabilities `[..., V]` of every token, -inf for what cannot be drawn; arguments of `sampling_distribution`."""
+    """Log-probabilities `[..., V]` of every token, -inf for what cannot be drawn."""
     return sampling_distribution(logits, sampling, **how).log_softmax(-1)
