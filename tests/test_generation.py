@@ -531,6 +531,10 @@ TWO = torch.tensor([[1, 2], [3, 4]])
         (TWO > 0, {}, TypeError, "bool; expected token ids"),
         ([TWO[0] * 1j], {}, TypeError, "expected token ids"),
         ([TWO[0] > 0], {}, TypeError, "expected token ids"),
+        ("a text", {}, TypeError, "not texts"),
+        (["two", "texts"], {}, TypeError, "not texts"),
+        ({"input_ids": TWO}, {}, TypeError, "not texts"),
+        ([None], {}, TypeError, "not texts"),
     ],
 )
 def test_bad_input_is_refused_before_any_compute(unused_model, queries, arguments, error, message):
@@ -563,3 +567,19 @@ def test_rescoring_refuses_what_is_not_a_rollout_of_this_vocabulary():
     drawn.sequences[0, -1] = 95
     with pytest.raises(ValueError, match="outside the vocabulary of 50"):
         rescore(make_tiny_model(vocab_size=50), drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_prompts_of_any_integer_dtype_are_token_ids(dtype):
+    model = make_tiny_model()
+    expected = model.rollout(TWO, max_new_tokens=4, generator=torch.Generator().manual_seed(0))
+    drawn = model.rollout(TWO.to(dtype), max_new_tokens=4, generator=torch.Generator().manual_seed(0))
+    assert drawn.sequences.dtype == torch.int64
+    assert torch.equal(drawn.sequences, expected.sequences)
+
+
+def test_a_rollout_is_moved_to_a_device_and_not_to_a_dtype():
+    drawn = make_tiny_model().rollout(TWO, max_new_tokens=2)
+    assert torch.equal(drawn.to("cpu").sequences, drawn.sequences)
+    with pytest.raises(TypeError):
+        drawn.to(torch.float64)

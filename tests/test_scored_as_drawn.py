@@ -280,7 +280,7 @@ def test_kept_tokens_travel_with_the_rollout(tmp_path):
     drawn = draw(model, {"top_p": 0.8})
     expected = rescore(other, drawn).logprobs
     torch.save(drawn, tmp_path / "rollout.pt")
-    loaded = torch.load(tmp_path / "rollout.pt", weights_only=False)
+    loaded = torch.load(tmp_path / "rollout.pt", weights_only=True)
     rows = torch.randperm(len(drawn))[:5]
     for same, where in ((loaded, slice(None)), (drawn.to("cpu"), slice(None)), (drawn[rows], rows)):
         torch.testing.assert_close(rescore(other, same).logprobs, expected[where], atol=1e-5, rtol=0)
