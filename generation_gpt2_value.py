@@ -205,7 +205,7 @@ def _left_pad(queries, attention_mask, pad):
         raise ValueError(f"queries has shape {list(queries.shape)}; expected [batch, tokens]: try queries[None].")
     mask = torch.ones_like(queries, dtype=torch.long) if attention_mask is None else attention_mask
     if mask.shape != queries.shape:
-        raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected {list(queries.shape)}, as queries.")
+        raise ValueError(f"attention_mask has shape {[*mask.shape]}, queries {[*queries.shape]}; expected the same.")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
     mask, queries = mask.long().to(queries.device), queries.long() if are_ids(queries) else queries
