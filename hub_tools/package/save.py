@@ -144,7 +144,8 @@ def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.T
     """
     _check_class(model)
     with as_ours(_unsavable):
-        config: Any = GPT2ValueConfig.from_dict(model.config.to_dict())
+        given: Any = model.config
+        config: Any = GPT2ValueConfig.from_dict(given.to_dict())
         generation_config = copy.deepcopy(getattr(model, "generation_config", None))
         # what could be written but not be loaded again is refused now
         allowed_fields.reduce(layout.CONFIG, json.loads(config.to_json_string()))
