@@ -7,8 +7,14 @@ catch `GPT2ValueHubError` for all of them.
 from __future__ import annotations
 
 
+def visible(text: str) -> str:
+    """`text` with every character that a terminal would obey instead of show, or that reorders what is shown, written
+    as its escape. Line breaks stay."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
 class GPT2ValueHubError(Exception):
-    """Base of everything that hub_tools refuses.
+    """Base of everything that hub_tools refuses. What it says may come from somebody else's file, so it is escaped.
 
     Args:
         found: what was found, naming the file, tensor or argument.
@@ -17,13 +23,13 @@ class GPT2ValueHubError(Exception):
     """
 
     def __init__(self, found: str, *, expected: str = "", next_step: str) -> None:
-        self.found = found
-        self.expected = expected
-        self.next_step = next_step
-        lines = [found]
+        self.found = visible(found)
+        self.expected = visible(expected)
+        self.next_step = visible(next_step)
+        lines = [self.found]
         if expected:
-            lines.append(f"  expected: {expected}")
-        lines.append(f"  next: {next_step}")
+            lines.append(f"  expected: {self.expected}")
+        lines.append(f"  next: {self.next_step}")
         super().__init__("\n".join(lines))
 
 
@@ -87,6 +93,14 @@ class UnsafeFileError(GPT2ValueHubError, ValueError):
 
 class PickleError(GPT2ValueHubError, ValueError):
     """A pickle, which can run code when it is opened. Pickles are named and never opened."""
+
+
+class NoRoomError(GPT2ValueHubError, OSError):
+    """The folder for temporary files has no room for a private copy of what is read."""
+
+
+class ResourceLimitError(GPT2ValueHubError, RuntimeError):
+    """Opening a file took more memory or time than any GPT-2 needs; it was tried in a process of its own."""
 
 
 class WeightsMismatchError(GPT2ValueHubError, ValueError):
