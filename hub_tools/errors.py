@@ -89,6 +89,14 @@ class PickleError(GPT2ValueHubError, ValueError):
     """A pickle, which can run code when it is opened. Pickles are named and never opened."""
 
 
+class NoRoomError(GPT2ValueHubError, OSError):
+    """The folder for temporary files has no room for a private copy of what is read."""
+
+
+class ResourceLimitError(GPT2ValueHubError, RuntimeError):
+    """Opening a file took more memory or time than any GPT-2 needs; it was tried in a process of its own."""
+
+
 class WeightsMismatchError(GPT2ValueHubError, ValueError):
     """The tensors in the files are not those that config.json calls for."""
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CorruptFileError, MissingFileError, UnsafeFileError
+from .limits import HEADER_BYTES as HEADER_LIMIT
+from .limits import MIB as MIB
 
-MIB = 1 << 20
-# The largest GPT-2 has 580 tensors, in a header of 60 kB; safetensors itself allows 100 MB.
-HEADER_LIMIT = 16 * MIB
 ITEM_SIZES = {
     "F64": 8,
     "F32": 4,

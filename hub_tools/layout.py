@@ -58,6 +58,12 @@ TOKENIZER = frozenset(
     }
 )
 
+# Those of them that hold settings and a few tokens; the others hold a vocabulary.
+TOKENIZER_SETTINGS = frozenset(
+    {TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
+)
+
+CODE_SUFFIXES = (".py", ".pyc", ".so", ".pyd")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 
 # What people and the Hub put beside a package: nothing here is read by a loader.

@@ -133,3 +133,11 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         outputs = 1 if config.get("summary_proj_to_labels", True) else n
         shapes |= {"v_head.summary.weight": (outputs, n), "v_head.summary.bias": (outputs,)}
     return shapes
+
+
+def count_numbers(config: Mapping[str, Any]) -> int:
+    """How many numbers all tensors of a package have together; computed in no time also for a hostile `n_layer`."""
+    without, with_one = (
+        sum(math.prod(shape) for shape in expected_shapes({**config, "n_layer": layers}).values()) for layers in (0, 1)
+    )
+    return without + config["n_layer"] * (with_one - without)
