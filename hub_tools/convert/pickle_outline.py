@@ -1,7 +1,7 @@
 """Find the tensors in a file that `torch.save` wrote, without torch and without running what the pickle asks for.
 
-Run as a script, in a process of its own with little memory and time: `python -I -S pickle_outline.py FILE` prints one
-JSON object, either `{"tensors": {name: [dtype, shape, offset]}}`, with the byte at which the tensor's numbers begin, or
+Run as a script, in a process of its own with little memory and time: `python -I -S pickle_outline.py < FILE` prints
+one JSON object: `{"tensors": {name: [dtype, shape, offset]}}`, with the byte at which the tensor's numbers begin, or
 `{"refused": KIND, "found": ...}`. It imports only the standard library, so it starts in a few hundredths of a second.
 
 Both formats of torch are understood: the archive (since 1.6), and the stream of pickles before it. Instead of calling
@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import struct
-import sys
 import zipfile
 from collections import OrderedDict
 from typing import Any, BinaryIO
@@ -69,7 +68,7 @@ class Refused(Exception):
         self.kind, self.found = kind, found
 
 
-class StateDict(OrderedDict):  # type: ignore[type-arg]
+class StateDict(OrderedDict[Any, Any]):
     """An OrderedDict; torch gives it an attribute `_metadata`, of no use here."""
 
     def __setstate__(self, state: object) -> None:
@@ -254,10 +253,10 @@ def limit() -> None:
             continue
 
 
-def main(path: str) -> None:
+def main() -> None:
     limit()
     try:
-        with open(path, "rb") as file:
+        with open(0, "rb") as file:
             answer: dict[str, Any] = {"tensors": outline(file)}
     except Refused as refusal:
         answer = {"refused": refusal.kind, "found": refusal.found}
@@ -267,4 +266,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -1,8 +1,8 @@
 """Read other people's weight files without running anything that is in them.
 
-Imports the standard library, torch, safetensors, `pickle_outline`, `files`, `layout` and `errors`. safetensors files
-hold numbers. Pickles are never unpickled here: a small process of its own says which tensors they hold and where in the
-file (see `pickle_outline`), and this module maps that part of the file.
+Imports the standard library, torch, `pickle_outline`, `files`, `layout` and `errors`. No library reads these files: the
+header of a safetensors file says where its tensors lie, and of a pickle a small process of its own says it (see
+`pickle_outline`). This module then maps that part of the file into memory.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from ..errors import AmbiguousSourceError, CorruptFileError, UnsafePickleError
-from ..files import file_in, read_json
+from .. import limits
+from ..errors import AmbiguousSourceError, CorruptFileError, GPT2ValueHubError, UnsafePickleError
+from ..files import file_in, parse_json, read_json
 from ..layout import WEIGHTS, WEIGHTS_INDEX
 from . import pickle_outline
 
@@ -35,6 +35,20 @@ HEAD_WEIGHTS = (PICKLED_WEIGHTS, "value_head.safetensors", "value_head.bin")
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+Outline = dict[str, tuple[torch.dtype, list[int], int]]  # name -> dtype, shape, first byte in the file
 
 PATIENCE = 60  # seconds for the outline of a pickle, which takes a tenth of one
 
@@ -72,7 +86,7 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     """
     if file.suffix == ".json":
         return _read_shards(file)
-    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    return _tensors_in(file)
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
@@ -96,25 +110,19 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as err:
-        # safetensors checks the header; torch may still not know a dtype in it
-        raise CorruptFileError(f"{file} cannot be read as safetensors: {_gist(err)}", next_step=FETCH_AGAIN) from err
-
-
-def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle, as views of the file; `pickle_outline`, in a process of its own, says where they lie."""
+def _tensors_in(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that is opened once, as views of it."""
     try:
         with open(file, "rb") as opened:
             content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            outline = _header_of(file, content) if file.suffix == ".safetensors" else _outline_of(file, opened)
     except (OSError, ValueError) as err:  # ValueError: an empty file
+        if isinstance(err, GPT2ValueHubError):
+            raise
         raise CorruptFileError(f"{file} cannot be read: {_gist(err)}", next_step=FETCH_AGAIN) from err
     size, made = len(content), 0
     state: dict[str, torch.Tensor] = {}
-    for name, (type_name, shape, start) in _outline_of(file).items():
-        dtype = getattr(torch, type_name)
+    for name, (dtype, shape, start) in outline.items():
         count, length = math.prod(shape), math.prod(shape) * dtype.itemsize
         made += length
         # A tied lm_head is in the file once and in the model twice. More than that was made to fill the memory.
@@ -126,23 +134,60 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
             )
         if count == 0:
             state[name] = torch.empty(shape, dtype=dtype)
-        elif start % dtype.itemsize:  # the older format does not align numbers
+        elif start % dtype.itemsize:  # torch's older format does not align numbers
             state[name] = torch.frombuffer(bytearray(content[start : start + length]), dtype=dtype).view(shape)
         else:
             state[name] = torch.frombuffer(content, dtype=dtype, count=count, offset=start).view(shape)
     return state
 
 
-def _outline_of(file: Path) -> dict[str, tuple[str, list[int], int]]:
-    """Name -> dtype, shape and first byte of each tensor in a pickle."""
-    command = [sys.executable, "-I", "-S", "-B", pickle_outline.__file__, str(file.resolve())]
+def _header_of(file: Path, content: mmap.mmap) -> Outline:
+    """The tensors that the header of a safetensors file names (https://github.com/huggingface/safetensors#format)."""
+
+    def corrupt(found: str) -> CorruptFileError:
+        return CorruptFileError(
+            f"{file} cannot be read as safetensors: {found}", expected="a valid header", next_step=FETCH_AGAIN
+        )
+
+    length = int.from_bytes(content[:8], "little")
+    if length > min(len(content) - 8, limits.HEADER_BYTES):
+        raise corrupt(f"its header claims {length:,} bytes of {len(content):,}")
+    header = parse_json(content[8 : 8 + length], f"{file} (header)")
+    header.pop("__metadata__", None)
+    outline: Outline = {}
+    for name, entry in header.items():
+        dtype, shape, offsets = (
+            (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
+            if isinstance(entry, dict)
+            else (None, None, None)
+        )
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise corrupt(f"tensor {name[:120]!r} of type {str(dtype)[:80]}")
+        if not _whole_numbers(shape, most=8) or not _whole_numbers(offsets, most=2) or len(offsets) != 2:
+            raise corrupt(f"tensor {name[:120]!r} with shape {str(shape)[:80]} at {str(offsets)[:80]}")
+        if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise corrupt(f"tensor {name[:120]!r} with shape {str(shape)[:80]} at {str(offsets)[:80]}")
+        outline[name] = (DTYPES[dtype], shape, 8 + length + offsets[0])
+    return outline
+
+
+def _whole_numbers(numbers: Any, *, most: int) -> bool:
+    return (
+        isinstance(numbers, list) and len(numbers) <= most and all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
+    )
+
+
+def _outline_of(file: Path, opened: BinaryIO) -> Outline:
+    """The tensors that a pickle names."""
+    command = [sys.executable, "-I", "-S", "-B", pickle_outline.__file__]
+    answer: dict[str, Any] = {"refused": "ended", "found": "it took too long"}
     try:
-        done = subprocess.run(command, capture_output=True, timeout=PATIENCE)
-        answer = json.loads(done.stdout) if done.returncode == 0 else {"refused": "ended", "found": done.returncode}
+        done = subprocess.run(command, stdin=opened, capture_output=True, timeout=PATIENCE)
+        answer = json.loads(done.stdout) if done.returncode == 0 else {**answer, "found": f"exit {done.returncode}"}
     except subprocess.TimeoutExpired:
-        answer = {"refused": "ended", "found": "timeout"}
+        pass  # the process was killed
     if "tensors" in answer:
-        return dict(answer["tensors"])
+        return {name: (getattr(torch, dtype), *where) for name, (dtype, *where) in answer["tensors"].items()}
     refused, found = answer["refused"], answer["found"]
     if refused == "unsafe":
         raise UnsafePickleError(
