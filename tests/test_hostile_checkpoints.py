@@ -6,7 +6,8 @@ import zipfile
 
 import pytest
 import torch
-from test_convert import Original, write_trl, write_trl_pickle
+from test_convert import Original, package_numbers, write_trl, write_trl_pickle
+from test_convert_peft import Adapted
 
 from hub_tools import convert_checkpoint, errors
 from hub_tools.convert.weight_files import read_state_dict
@@ -122,3 +123,77 @@ def test_a_pipe_in_the_place_of_weights_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "theirs" / "model.safetensors")
     with pytest.raises(errors.UnsafeFileError, match="regular file"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("folder", ["theirs", "peft"])  # peft 0.21 imports from folders with the names of its own
+def test_an_adapter_config_imports_no_module_that_it_names(folder, tmp_path, monkeypatch):
+    adapted = Adapted(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    armed = tmp_path / "megatron"
+    armed.mkdir()
+    (armed / "payload.py").write_text("open('it-ran', 'w')")
+    adapted.folder.rename(tmp_path / folder)
+    adapted.folder = tmp_path / folder
+    adapted.edit(megatron_config={"a": 1}, megatron_core="megatron.payload")
+    with pytest.raises(errors.UnsupportedModelError, match="megatron_config"):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+    adapted.edit(megatron_config=None)  # then the name of the module is of no effect
+    convert_checkpoint(adapted.folder, tmp_path / "ours")
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"r": 50_000_000}, errors.CorruptFileError),
+        ({"r": 5}, errors.WeightsMismatchError),
+        ({"r": "4"}, errors.CorruptFileError),
+        ({"lora_alpha": None}, errors.CorruptFileError),
+        ({"lora_alpha": 1e308}, errors.CorruptFileError),
+        ({"rank_pattern": {"c_attn": 3}}, errors.WeightsMismatchError),
+        ({"rank_pattern": ["c_attn"]}, errors.CorruptFileError),
+        ({"alpha_pattern": {"(((.*)*)*)*c_attn": 3}}, errors.UnsupportedModelError),
+        ({"target_modules": 3}, errors.CorruptFileError),
+        ({"target_modules": ["c_attn"]}, errors.WeightsMismatchError),
+        ({"layers_to_transform": [0]}, errors.WeightsMismatchError),
+        ({"layers_to_transform": [1 << 40]}, errors.CorruptFileError),
+        ({"layers_pattern": "(h|x)*"}, errors.UnsupportedModelError),
+        ({"bias": "most"}, errors.CorruptFileError),
+        ({"use_dora": 1}, errors.CorruptFileError),
+        ({"use_dora": True}, errors.WeightsMismatchError),
+        ({"modules_to_save": ["ln_f"]}, errors.WeightsMismatchError),
+        ({"layer_replication": [[0, 2]]}, errors.UnsupportedModelError),
+        ({"trainable_token_indices": [1]}, errors.UnsupportedModelError),
+        ({"an option of 2030": "on"}, errors.UnsupportedModelError),
+        ({"init_lora_weights": {"a": []}}, errors.UnsupportedModelError),
+        ({"base_model_name_or_path": "\0"}, errors.MissingFileError),
+        ({"base_model_name_or_path": "x" * 5000}, errors.MissingFileError),
+        ({"base_model_name_or_path": "../nowhere"}, errors.MissingFileError),
+        ({"base_model_name_or_path": "nobody/nothing", "revision": {"a": 1}}, errors.MissingFileError),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_tensors_is_refused(settings, error, tmp_path):
+    adapted = Adapted(tmp_path)
+    adapted.edit(**settings)
+    with pytest.raises(error):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+
+
+def test_an_expression_that_does_not_end_is_not_evaluated(tmp_path):
+    adapted = Adapted(tmp_path)
+    adapted.edit(target_modules="((((((.*)*)*)*)*)*)x", rank_pattern={"((((.*)*)*)*)*x": 3})
+    record = convert_checkpoint(adapted.folder, tmp_path / "ours")
+    assert any("expression" in note for note in record.notes)
+    torch.testing.assert_close(package_numbers(tmp_path / "ours")[0], adapted.original.numbers()[0], rtol=0, atol=1e-3)
+
+
+def test_an_adapter_that_lies_in_the_base_is_not_loaded(tmp_path):
+    adapted = Adapted(tmp_path)
+    (adapted.base / "adapter_config.json").write_text((adapted.folder / "adapter_config.json").read_text())
+    (adapted.base / "adapter_model.safetensors").write_bytes(b"no adapter")
+    convert_checkpoint(adapted.folder, tmp_path / "ours")
+    torch.testing.assert_close(package_numbers(tmp_path / "ours")[0], adapted.original.numbers()[0], rtol=0, atol=1e-3)

@@ -73,6 +73,7 @@ class _Read:
     homes: list[Path]  # where a tokenizer or a generation config may lie, the first that has one counts
     adapter: bool
     dropped: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def convert_checkpoint(
@@ -127,7 +128,6 @@ def convert_checkpoint(
         WeightsMismatchError: unknown or missing tensors, or other shapes than the configuration calls for.
         NonFiniteWeightsError: NaN or infinity among the weights.
         TokenizerMismatchError: the source's tokenizer cannot be loaded.
-        MissingDependencyError: an adapter, and peft is not installed.
         UnusedOptionError: an argument that this source has no use for.
         And what `save_package` raises.
     """
@@ -172,7 +172,7 @@ def convert_checkpoint(
         adapter=read.adapter,
         mapped=found.mapped,
         dropped={**read.dropped, **found.dropped},
-        notes=found.notes + _merge_notes(read.adapter, found.dtype),
+        notes=(*read.notes, *found.notes, *_merge_notes(read.adapter, found.dtype)),
         dtype=found.dtype,
         tokenizer=None if its_tokenizer is None else type(its_tokenizer).__name__,
     )
@@ -234,7 +234,7 @@ def _read_adapter(home: Path, *, config: _Path | None, base: _Path | None) -> _R
         )
     merged = merge_adapter(home, None if base is None else Path(base))
     files, homes = list(merged.files), [home, merged.base]
-    return _Read(dict(merged.state), merged.fields, files, homes, adapter=True, dropped=merged.dropped)
+    return _Read(merged.state, merged.fields, files, homes, True, merged.dropped, merged.notes)
 
 
 def _add_head_file(read: _Read, home: Path) -> None:

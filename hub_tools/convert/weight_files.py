@@ -156,11 +156,8 @@ def _header_of(file: Path, content: mmap.mmap) -> Outline:
     header.pop("__metadata__", None)
     outline: Outline = {}
     for name, entry in header.items():
-        dtype, shape, offsets = (
-            (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
-            if isinstance(entry, dict)
-            else (None, None, None)
-        )
+        fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = fields.get("dtype"), fields.get("shape", 0), fields.get("data_offsets", 0)
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise corrupt(f"tensor {name[:120]!r} of type {str(dtype)[:80]}")
         if not _whole_numbers(shape, most=8) or not _whole_numbers(offsets, most=2) or len(offsets) != 2:
