@@ -1,8 +1,8 @@
 """Read a package without running any of it: JSON and safetensors headers; pickles are never opened.
 
-Imports only the standard library and of hub_tools `errors`, `layout`, `fields`, `reading`, `record`, `releases`,
-and for a repository on the Hub `download`; so it needs neither torch nor transformers. The idea, look before you
-load, is skops': https://skops.readthedocs.io/en/stable/persistence.html.
+Imports only the standard library, of hub_tools `errors`, `layout`, `limits`, `files` and what stands below it in
+`package`, and for a repository on the Hub `download`. So it needs neither torch nor transformers. The idea, look
+before you load, is skops': https://skops.readthedocs.io/en/stable/persistence.html.
 """
 
 from __future__ import annotations
@@ -10,29 +10,28 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import layout
+from .. import layout, limits
 from ..errors import (
     CodeReferenceError,
     CorruptFileError,
     MissingFileError,
     NotAPackageError,
     PickleError,
-    UnsafeFileError,
     UnusedOptionError,
     WeightsMismatchError,
 )
-from ..files import AGAIN, MIB, Tensor, file_in, read_json, read_safetensors_header
+from ..files import AGAIN, Tensor, file_in, read_json, read_safetensors_header
+from . import allowed_fields
 from .config_json import check_config, check_memory, expected_shapes, tied
 from .record import Record, read_record
 from .releases import releases, versions_of
+from .stage import Stage
 
-TOKENIZER_LIMIT = 256 * MIB  # a vocabulary of a million tokens, with its merges, is about 100 MB
-CODE_LIMIT = 4 * MIB
 HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -86,6 +85,13 @@ class PackageReport:
     changed: tuple[str, ...]  # files that are not the ones that were saved
     pickles: tuple[str, ...]
     foreign: tuple[str, ...]  # other files that do not belong to a package
+    unknown_fields: dict[str, tuple[str, ...]]  # file -> fields that are not known here; no library is shown them
+
+    @property
+    def code_sha256(self) -> dict[str, str]:
+        """The Python files and their SHA-256: what `load_package` takes as `reviewed_sha256`, once you have read
+        them."""
+        return {file.name: file.sha256 for file in self.code if file.name.endswith(".py")}
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -181,16 +187,31 @@ def _inspect_repository(
     return replace(report, folder=snapshot.folder, commit=snapshot.commit)
 
 
-def _inspect(folder: Path, source: str, *, hash_weights: bool) -> PackageReport:
-    names = sorted(os.listdir(folder))
+def inspect_stage(copy: Stage, source: str) -> PackageReport:
+    """What is inside a package, from a private copy of it (see `stage_package`), with the hashes of all files."""
+    report = _inspect(copy.folder, source, names=copy.names, sha256=copy.sha256)
+    return replace(report, folder=copy.source)
+
+
+def _inspect(
+    folder: Path,
+    source: str,
+    *,
+    hash_weights: bool = False,
+    names: Sequence[str] | None = None,
+    sha256: Mapping[str, str] | None = None,
+) -> PackageReport:
+    """The report on a folder; of a stage, `names` are those in its source, and `sha256` the hashes of all its files."""
+    names = sorted(os.listdir(folder)) if names is None else names
     pickles = tuple(name for name in names if layout.kind_of(name) == "pickle")
 
     config = read_json(folder, layout.CONFIG)
     check_config(config)
-    generation_config = layout.GENERATION_CONFIG in names
-    if generation_config:
-        read_json(folder, layout.GENERATION_CONFIG)
-    tokenizer = _read_tokenizer(folder, names)
+    allowed_fields.reduce(layout.CONFIG, config)
+    has_generation_config = layout.GENERATION_CONFIG in names
+    generation_config = read_json(folder, layout.GENERATION_CONFIG) if has_generation_config else {}
+    allowed_fields.reduce(layout.GENERATION_CONFIG, generation_config)
+    tokenizer, tokenizer_config = _read_tokenizer(folder, names, limits.vocabulary_bytes(config["vocab_size"]))
 
     shards = _read_weights(folder, names, pickles)
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
@@ -217,7 +238,7 @@ def _inspect(folder: Path, source: str, *, hash_weights: bool) -> PackageReport:
         n_layer=config["n_layer"],
         n_head=config["n_head"],
         tokenizer=tokenizer,
-        has_generation_config=generation_config,
+        has_generation_config=has_generation_config,
         code=code,
         auto_map=config["auto_map"],
         versions=_versions(config, record),
@@ -227,13 +248,22 @@ def _inspect(folder: Path, source: str, *, hash_weights: bool) -> PackageReport:
             for name in (*layout.REMOTE_CODE, layout.CARD, layout.RECORD, layout.GENERATION_CONFIG)
             if name not in names
         ),
-        changed=_changed(folder, names, record, hash_weights=hash_weights),
+        changed=_changed(folder, names, record, hash_weights=hash_weights, sha256=sha256),
         pickles=pickles,
         foreign=tuple(
             name
             for name in names
             if layout.kind_of(name) == "foreign" or (layout.kind_of(name) == "weights" and name not in used)
         ),
+        unknown_fields={
+            file: unknown
+            for file, fields in (
+                (layout.CONFIG, config),
+                (layout.GENERATION_CONFIG, generation_config),
+                (layout.TOKENIZER_CONFIG, tokenizer_config),
+            )
+            if (unknown := allowed_fields.unknown_fields(file, fields))
+        },
     )
 
 
@@ -261,35 +291,33 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
     )
 
 
-def _read_tokenizer(folder: Path, names: list[str]) -> str | None:
-    """The tokenizer's class, if the package has one. Refuses tokenizers that bring code."""
+def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tuple[str | None, dict[str, Any]]:
+    """The tokenizer's class, if the package has one, and its settings. Refuses tokenizers that bring code, or that
+    are read from elsewhere. A vocabulary may be large, so only its size is looked at: `vocabulary` bytes at most."""
     files = [name for name in names if layout.kind_of(name) == "tokenizer"]
     for name in files:
-        if name.endswith(".json"):
-            read_json(folder, name, limit=TOKENIZER_LIMIT)
+        if name in layout.TOKENIZER_SETTINGS and name.endswith(".json"):
+            read_json(folder, name, limit=limits.TOKENIZER_SETTINGS_BYTES)
         else:
-            file_in(folder, name)
+            size = file_in(folder, name).stat().st_size
+            limit = limits.TOKENIZER_SETTINGS_BYTES if name in layout.TOKENIZER_SETTINGS else vocabulary
+            if size > limit:
+                raise CorruptFileError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
     if layout.TOKENIZER_CONFIG not in files:
-        return None
-    settings = read_json(folder, layout.TOKENIZER_CONFIG, limit=TOKENIZER_LIMIT)
+        return None, {}
+    settings = read_json(folder, layout.TOKENIZER_CONFIG, limit=limits.TOKENIZER_SETTINGS_BYTES)
     if "auto_map" in settings:
         raise CodeReferenceError(
             f"{layout.TOKENIZER_CONFIG} has auto_map {str(settings['auto_map'])[:300]}",
             expected="a tokenizer of transformers' own, which brings no code",
             next_step="save the package again with such a tokenizer",
         )
-    for name, value in settings.items():
-        # older versions of transformers wrote where the special tokens came from, and none reads it
-        if name.endswith("_file") and name != "special_tokens_map_file" and value is not None:
-            raise UnsafeFileError(
-                f"{layout.TOKENIZER_CONFIG} has {name} {str(value)[:200]!r}",
-                expected="a tokenizer that is read from the package's own files",
-                next_step=f"remove {name} from {layout.TOKENIZER_CONFIG}, or save the tokenizer again",
-            )
-    return str(settings.get("tokenizer_class"))[:80]
+    # the class is shown to people, whatever it says; loading is strict about it
+    allowed_fields.reduce(layout.TOKENIZER_CONFIG, {k: v for k, v in settings.items() if k != "tokenizer_class"})
+    return str(settings.get("tokenizer_class"))[:80], settings
 
 
-def _read_weights(folder: Path, names: list[str], pickles: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+def _read_weights(folder: Path, names: Sequence[str], pickles: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
     """The weight files that a loader reads, and what each holds."""
     if layout.WEIGHTS in names and layout.WEIGHTS_INDEX in names:
         raise CorruptFileError(
@@ -311,7 +339,7 @@ def _read_weights(folder: Path, names: list[str], pickles: tuple[str, ...]) -> d
             expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
             next_step=AGAIN,
         )
-    weight_map = read_json(folder, layout.WEIGHTS_INDEX, limit=16 * MIB).get("weight_map")
+    weight_map = read_json(folder, layout.WEIGHTS_INDEX, limit=limits.INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(
             f"{layout.WEIGHTS_INDEX} has no weight_map",
@@ -373,16 +401,16 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     return Head(head.shape, FLOATS[head.dtype]) if head is not None else None
 
 
-def _read_code(folder: Path, names: list[str]) -> tuple[CodeFile, ...]:
+def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:
     """Every Python file of the package, hashed."""
     installed, known = layout.installed_hashes(), releases()
     files = []
     for name in names:
-        if name.endswith((".py", ".pyc", ".so", ".pyd")):
+        if name.endswith(layout.CODE_SUFFIXES):
             size = file_in(folder, name).stat().st_size
-            if size > CODE_LIMIT:
+            if size > limits.CODE_BYTES:
                 raise CorruptFileError(
-                    f"{name!r} has {size:,} bytes", expected=f"at most {CODE_LIMIT:,}", next_step=AGAIN
+                    f"{name!r} has {size:,} bytes", expected=f"at most {limits.CODE_BYTES:,}", next_step=AGAIN
                 )
             digest = layout.sha256_of(folder / name)
             files.append(CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest, known)))
@@ -397,15 +425,26 @@ def _versions(config: Mapping[str, Any], record: Record | None) -> dict[str, str
     return {} if version is None else {"transformers": str(version)[:40]}
 
 
-def _changed(folder: Path, names: list[str], record: Record | None, *, hash_weights: bool) -> tuple[str, ...]:
+def _changed(
+    folder: Path,
+    names: Sequence[str],
+    record: Record | None,
+    *,
+    hash_weights: bool,
+    sha256: Mapping[str, str] | None,
+) -> tuple[str, ...]:
     """Files that are recorded and not as they were saved, or that should be recorded and are not."""
     if record is None:
         return ()
     here = {name for name in names if layout.written_by_save(name)} - {layout.CARD, layout.RECORD}
     changed = set(record.sha256) ^ here
     for name in here & set(record.sha256):
-        if (hash_weights or layout.kind_of(name) != "weights") and (
-            layout.sha256_of(file_in(folder, name)) != record.sha256[name]
-        ):
+        if sha256 is not None:
+            found = sha256[name]
+        elif hash_weights or layout.kind_of(name) != "weights":
+            found = layout.sha256_of(file_in(folder, name))
+        else:
+            continue
+        if found != record.sha256[name]:
             changed.add(name)
     return tuple(sorted(changed))

@@ -1,18 +1,15 @@
 """Reviewed loading: look at a package, and load it only if its code is known, or was read by a person.
 
 Imports torch, transformers and this installation's model inside the functions that need them, and of hub_tools
-`download`, `inspection`, `releases`, `verify` and what these import. Trust is in code whose bytes are known, never in
-a repository: the idea is skops', https://skops.readthedocs.io/en/stable/persistence.html.
+`download`, `inspection`, `releases`, `stage`, `verify` and what these import. Trust is in code whose bytes are known,
+never in a repository. The idea is skops': https://skops.readthedocs.io/en/stable/persistence.html.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,20 +19,18 @@ from typing import TYPE_CHECKING, Any
 from .. import layout
 from ..errors import (
     ChangedFileError,
-    CorruptFileError,
     GPT2ValueHubError,
     LoadError,
     MissingFileError,
     MissingHeadError,
     NonFiniteWeightsError,
-    PackageChangedError,
     UntrustedCodeError,
     UnusedOptionError,
 )
-from ..files import AGAIN, file_in, read_bytes, read_json
-from .config_json import check_config
-from .inspection import CODE_LIMIT, TOKENIZER_LIMIT, PackageReport, inspect_package, local_folder, repository_id
+from ..files import AGAIN
+from .inspection import PackageReport, inspect_stage, local_folder, repository_id
 from .releases import Release, diff_command, releases
+from .stage import make_loadable, stage_package
 from .verify import problems
 
 if TYPE_CHECKING:
@@ -73,17 +68,20 @@ def load_package(
     at them. Then, by the SHA-256 of its Python files:
 
     - code that is this installed version's is not run at all: the installed classes load the weights;
-    - code that is another released version's, or that `reviewed_sha256` names, is copied to a folder of its own, as
-      the very bytes that were hashed, and run from there;
+    - code that is another released version's, or that `reviewed_sha256` names, is run, as the very bytes that were
+      hashed;
     - any other is refused. The error lists each file with its hash, and the command that shows how it differs.
 
     There is no switch that trusts everything. Weights must match the record of the save, where there is one.
 
+    Everything is read from a private copy (see `stage`): the files that a package has and no others, with the fields
+    that are known here and no others. What happens to the folder afterwards does not reach the model.
+
     Args:
         source: a package's folder, or the id of a repository on the Hub (`owner/name`).
         revision: branch, tag or commit of the repository.
-        reviewed_sha256: file name -> SHA-256 in hexadecimal, of code that you have read. A file that is named here
-            and has changed since is refused, whatever else it is.
+        reviewed_sha256: file name -> SHA-256 in hexadecimal, of code that you have read; `inspect_package(source)`
+            has it as `code_sha256`. A file that is named here and has changed since is refused, whatever else it is.
         dtype: of the weights (the head stays float32); None keeps the package's own.
         token: for the Hub, instead of the one that huggingface_hub knows.
         cache_dir: the Hub's cache, instead of huggingface_hub's.
@@ -95,11 +93,13 @@ def load_package(
         ChangedFileError: a file is not the one that was saved.
         NonFiniteWeightsError: NaN or infinite weights.
         LoadError: transformers does not load it, or not strictly.
-        PackageChangedError: the folder was written to while it was being loaded.
+        PackageChangedError: the folder was written to while it was being copied.
+        NoRoomError: the folder for temporary files has no room for the copy.
         UnusedOptionError: an option that has no use here, or is no hash.
         And everything that `inspect_package` raises.
     """
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    reviewed = _checked(reviewed_sha256)
     repo_id, commit = repository_id(source, hub), None
     if repo_id is None:
         folder = local_folder(source)
@@ -114,27 +114,16 @@ def load_package(
             local_files_only=local_files_only,
         )
         folder, commit = snapshot.folder, snapshot.commit
-    before = _identities(folder)
-    package = replace(inspect_package(folder, hash_weights=True), source=os.fspath(source), commit=commit)
-    reviewed = _checked(reviewed_sha256)
-    _refuse(package, MissingHeadError)
-    # read once: these bytes are hashed, and these bytes are run
-    code = {
-        file.name: read_bytes(folder, file.name, limit=CODE_LIMIT) for file in package.code if file.name.endswith(".py")
-    }
-    release = _approve(package, {name: hashlib.sha256(data).hexdigest() for name, data in code.items()}, reviewed)
-    _refuse(replace(package, changed=tuple(sorted(set(package.changed) - set(reviewed)))), ChangedFileError)
-    installed = release is not None and release.sha256 == layout.installed_hashes()
-    to_run = {} if installed else {name: code[name] for name in (release.sha256 if release else code)}
-    with _staged(package, to_run) as stage:
-        model = _load_model(stage, package, dtype, by_installed_code=installed)
-        tokenizer = _load_tokenizer(stage, package, model)
-    if _identities(folder) != before:
-        raise PackageChangedError(
-            f"{folder} was written to while it was being loaded",
-            expected="a package that stays as it is meanwhile",
-            next_step="run the same again when the writing is done",
-        )
+    with stage_package(folder) as copy:
+        package = replace(inspect_stage(copy, os.fspath(source)), commit=commit)
+        _refuse(package, MissingHeadError)
+        release = _approve(package, reviewed)
+        _refuse(replace(package, changed=tuple(sorted(set(package.changed) - set(reviewed)))), ChangedFileError)
+        installed = release is not None and release.sha256 == layout.installed_hashes()
+        # what was hashed is what runs: nobody else can write to the copy
+        loadable = make_loadable(copy, [] if installed else release.sha256 if release else package.code_sha256)
+        model = _load_model(loadable, package, dtype, by_installed_code=installed)
+        tokenizer = _load_tokenizer(loadable, package, model)
     return LoadedPackage(model, tokenizer, commit, release.version if release else None, package)
 
 
@@ -166,8 +155,9 @@ def _refuse(package: PackageReport, kind: type[GPT2ValueHubError]) -> None:
             raise problem
 
 
-def _approve(package: PackageReport, code: Mapping[str, str], reviewed: Mapping[str, str]) -> Release | None:
-    """The release that `code` (name -> SHA-256) is; None where it is not one, and was reviewed. Or refuse it."""
+def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> Release | None:
+    """The release that the package's code is; None where it is not one, and was reviewed. Or refuse it."""
+    code = package.code_sha256
     changed = [name for name, digest in reviewed.items() if code.get(name) != digest]
     release = next((release for release in releases() if release.is_in(code)), None)
     if release is None or changed:
@@ -211,54 +201,13 @@ def _untrusted(
     )
 
 
-def _identities(folder: Path) -> dict[str, tuple[int, ...]]:
-    """For each file of a package what changes whenever somebody writes it."""
-    found: dict[str, tuple[int, ...]] = {}
-    for name in os.listdir(folder):
-        if layout.written_by_save(name):
-            try:
-                status = os.stat(folder / name)
-            except OSError:  # a link to nothing: inspection names it
-                continue
-            found[name] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return found
-
-
-@contextmanager
-def _staged(package: PackageReport, code: Mapping[str, bytes]) -> Iterator[Path]:
-    """A private folder with what a loader may read, and nothing beside it that could make it do something else (an
-    adapter, another generation loop): copies of the small files, links to the weights, and the code to run."""
-    # transformers keeps a copy of the code that it runs under the folder's name: the same code gets the same name
-    digest = hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()
-    with tempfile.TemporaryDirectory(prefix="gpt2-value-load-") as home:
-        stage = Path(home, f"gpt2_value_{digest[:16]}")
-        stage.mkdir()
-        for name in os.listdir(package.folder):
-            if layout.kind_of(name) in ("config", "tokenizer") or name == layout.WEIGHTS_INDEX:
-                (stage / name).write_bytes(read_bytes(package.folder, name, limit=TOKENIZER_LIMIT))
-        check_config(read_json(stage, layout.CONFIG))  # once more: of the copy that is loaded
-        for name in package.weight_files:
-            real = file_in(package.folder, name).resolve()
-            try:
-                (stage / name).symlink_to(real)
-            except OSError:  # Windows lets only some users make links
-                shutil.copyfile(real, stage / name)
-        for name, data in code.items():
-            (stage / name).write_bytes(data)
-        yield stage
-
-
 def _load_model(stage: Path, package: PackageReport, dtype: torch.dtype | None, *, by_installed_code: bool) -> Any:
     """The model, loaded strictly, with finite weights."""
     import torch
-    from transformers import AutoModel, GenerationConfig
+    from transformers import AutoModel
 
-    from configuration_gpt2_value import GPT2ValueConfig
     from modeling_gpt2_value import GPT2ValueModel
 
-    for file, kind in ((layout.CONFIG, GPT2ValueConfig), (layout.GENERATION_CONFIG, GenerationConfig)):
-        if (stage / file).exists():
-            _refuse_hidden_methods(file, read_json(stage, file), kind)
     stored = max(package.dtypes, key=lambda name: package.dtypes[name])  # the body's: a head may differ
     options: dict[str, Any] = {
         "dtype": getattr(torch, stored) if dtype is None else dtype,
@@ -288,15 +237,6 @@ def _load_model(stage: Path, package: PackageReport, dtype: torch.dtype | None, 
     model.name_or_path = model.config._name_or_path = package.source
     model.config._commit_hash = package.commit
     return model
-
-
-def _refuse_hidden_methods(file: str, fields: Mapping[str, Any], kind: type) -> None:
-    """transformers makes every field an attribute, also one that hides a method of the config's class."""
-    for name in fields:
-        if name.startswith("__") or callable(getattr(kind, name, None)):
-            raise CorruptFileError(
-                f"{file} has a field {name[:80]!r}, which is a method's name", expected="a setting", next_step=AGAIN
-            )
 
 
 def _load_tokenizer(stage: Path, package: PackageReport, model: Any) -> Any:

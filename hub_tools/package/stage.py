@@ -11,11 +11,12 @@ copy.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from pathlib import Path
 from .. import layout, limits
 from ..errors import CorruptFileError, NoRoomError, NotAPackageError, PackageChangedError, UnsafeFileError
 from ..files import AGAIN, file_in, read_json
+from . import allowed_fields
 from .config_json import check_config, count_numbers
 
 _PIECE = limits.MIB
@@ -63,7 +65,7 @@ def stage(
         NoRoomError: the temporary folder has no room for the copy.
     """
     folder = Path(source)
-    with tempfile.TemporaryDirectory(prefix="gpt2-value-") as home:
+    with tempfile.TemporaryDirectory(prefix="gpt2-value-", ignore_cleanup_errors=True) as home:
         copy = Path(home, "files")
         copy.mkdir(mode=0o700)
         names = _names(folder)
@@ -124,6 +126,28 @@ def package_file_limit(name: str, *, vocabulary: int, weights: int) -> int | Non
     if name in layout.TOKENIZER_SETTINGS:
         return limits.TOKENIZER_SETTINGS_BYTES
     return vocabulary if kind == "tokenizer" else None
+
+
+def make_loadable(copy: Stage, code: Iterable[str]) -> Path:
+    """Turn the copy of a package, after it was inspected, into a folder that a library may load, and return it.
+
+    The JSON files are reduced to the fields that a library may see (`allowed_fields`). Code that is not in `code` is
+    removed. The copy is no copy any more afterwards, and has another name.
+
+    Raises:
+        What `allowed_fields.reduce` raises.
+    """
+    wanted = set(code)
+    for path in sorted(copy.folder.iterdir()):
+        if path.name.endswith(layout.CODE_SUFFIXES):
+            if path.name not in wanted:
+                path.unlink()
+        elif path.name in allowed_fields.REDUCED:
+            fields = read_json(copy.folder, path.name, limit=limits.INDEX_BYTES)
+            path.write_text(json.dumps(allowed_fields.reduce(path.name, fields)), encoding="utf-8")
+    # transformers keeps a copy of the code that it runs under the folder's name: the same code gets the same name
+    digest = hashlib.sha256(repr([(name, copy.sha256[name]) for name in sorted(wanted)]).encode()).hexdigest()
+    return copy.folder.rename(copy.folder.with_name(f"gpt2_value_{digest[:16]}"))
 
 
 def _names(folder: Path) -> tuple[str, ...]:

@@ -31,18 +31,21 @@ from ..errors import (
     NonFiniteWeightsError,
     PickleError,
     UntrustedCodeError,
+    UnusedOptionError,
     VerificationError,
     VerificationTimeoutError,
 )
 from ..files import AGAIN
-from .inspection import PackageReport, inspect_package
+from .inspection import PackageReport, inspect_stage, local_folder
 from .record import PROBE_TEXT, Record, read_record
 from .releases import diff_command
+from .stage import make_loadable, stage_package
 
 TOLERANCE = 1e-5  # of the largest recorded number, or of 1 if that is larger
 # What an interpreter needs of its surroundings; tokens, proxies, PYTHON* and HF_* stay behind.
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TZ")
 PASSED_ON_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY")
+TIMEOUT_AT_MOST = 7 * 24 * 3600
 PROBE_SCRIPT = Path(__file__).with_name("probe.py")
 
 
@@ -73,7 +76,8 @@ def verify_package(
 ) -> VerificationReport:
     """Prove that a package loads, strictly, and computes what it did when it was saved.
 
-    First `inspect_package`, with every file's hash; then, in an isolated interpreter that has torch and
+    First everything that `inspect_package` looks at, with every file's hash, of a private copy of the package (see
+    `stage`); then the same copy, in an isolated interpreter that has torch and
     transformers and cannot see this project, `AutoModel.from_pretrained(folder, trust_remote_code=True)`: no
     key may be missing, unknown or of another shape, every weight must be finite, and logits and values on the
     recorded probe must agree to 1e-5 of the largest recorded number (or of 1, if that is larger). One
@@ -100,12 +104,14 @@ def verify_package(
         And everything that `inspect_package` raises.
     """
     started = time.perf_counter()
-    package = inspect_package(Path(source), hash_weights=True)  # a path is never a repository's id
-    for problem in problems(package):
-        if not (trust_remote_code and isinstance(problem, UntrustedCodeError)):
-            raise problem
-    record = read_record(package.folder)
-    found = _run(package, record, timeout)
+    _check_timeout(timeout)
+    with stage_package(local_folder(Path(source))) as copy:  # a path is never a repository's id
+        package = inspect_stage(copy, os.fspath(source))
+        for problem in problems(package):
+            if not (trust_remote_code and isinstance(problem, UntrustedCodeError)):
+                raise problem
+        record = read_record(copy.folder)
+        found = _run(package, make_loadable(copy, package.code_sha256), record, timeout)
     _check_loading(found)
     logit_tolerance = TOLERANCE * max(1.0, _largest(record.logits), _largest([record.logsumexp]))
     value_tolerance = TOLERANCE * max(1.0, _largest(record.values))
@@ -209,12 +215,21 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _run(package: PackageReport, record: Record, timeout: float) -> dict[str, Any]:
-    """Run `probe.py` on the package in an isolated interpreter, and return its result."""
+def _check_timeout(timeout: float) -> None:
+    if not 0 < timeout <= TIMEOUT_AT_MOST:  # NaN is not
+        raise UnusedOptionError(
+            f"timeout is {timeout}",
+            expected=f"seconds: more than 0, and at most {TIMEOUT_AT_MOST:,}",
+            next_step="leave it out (600 s), or name a number of seconds",
+        )
+
+
+def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -> dict[str, Any]:
+    """Run `probe.py` on `folder`, a copy of the package, in an isolated interpreter, and return its result."""
     with tempfile.TemporaryDirectory(prefix="gpt2-value-verify-") as home:
         result = Path(home, "result.json")
         job = {
-            "folder": str(package.folder.resolve()),
+            "folder": str(folder),
             "token_ids": record.token_ids,
             "logit_ids": record.logit_ids,
             "text": PROBE_TEXT if record.tokenizer_ids is not None else None,
