@@ -7,8 +7,14 @@ catch `GPT2ValueHubError` for all of them.
 from __future__ import annotations
 
 
+def visible(text: str) -> str:
+    """`text` with every character that a terminal would obey instead of show, or that reorders what is shown, written
+    as its escape. Line breaks stay."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
 class GPT2ValueHubError(Exception):
-    """Base of everything that hub_tools refuses.
+    """Base of everything that hub_tools refuses. What it says may come from somebody else's file, so it is escaped.
 
     Args:
         found: what was found, naming the file, tensor or argument.
@@ -17,13 +23,13 @@ class GPT2ValueHubError(Exception):
     """
 
     def __init__(self, found: str, *, expected: str = "", next_step: str) -> None:
-        self.found = found
-        self.expected = expected
-        self.next_step = next_step
-        lines = [found]
+        self.found = visible(found)
+        self.expected = visible(expected)
+        self.next_step = visible(next_step)
+        lines = [self.found]
         if expected:
-            lines.append(f"  expected: {expected}")
-        lines.append(f"  next: {next_step}")
+            lines.append(f"  expected: {self.expected}")
+        lines.append(f"  next: {self.next_step}")
         super().__init__("\n".join(lines))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import stat
 import struct
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ ITEM_SIZES = {
     "U8": 1,
     "BOOL": 1,
 }
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 
 AGAIN = "download the package again, or write it again with hub_tools.save_package"
 
@@ -73,7 +76,8 @@ def file_in(folder: Path, name: str) -> Path:
         raise UnsafeFileError(
             f"{name!r} leads out of the package, to {str(real)!r}",
             expected="a file in the package itself",
-            next_step=f"replace the link by the file, if you trust it: cp --remove-destination {real} {path}",
+            next_step="replace the link by the file, if you trust it: "
+            + shlex.join(["cp", "--remove-destination", str(real), str(path)]),
         )
     if not stat.S_ISREG(mode):
         raise UnsafeFileError(f"{name!r} is not a regular file", expected="a file", next_step=AGAIN)
@@ -140,11 +144,17 @@ def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
             bytes.
     """
 
-    def corrupt(found: str, expected: str) -> CorruptFileError:
-        return CorruptFileError(f"{name}: {found}", expected=expected, next_step=AGAIN)
+    def corrupt(found: str, expected: str, next_step: str = AGAIN) -> CorruptFileError:
+        return CorruptFileError(f"{name}: {found}", expected=expected, next_step=next_step)
 
     path = file_in(folder, name)
     size = path.stat().st_size
+    if _read(path, 0, len(LFS_POINTER), name, exactly=True) == LFS_POINTER:
+        raise corrupt(
+            "a git-lfs pointer, which stands for the weights and is not the weights",
+            "the weights themselves",
+            "fetch them, in the checkout that this is: git lfs pull; or download the repository: hf download",
+        )
     if size < 8:
         raise corrupt(
             f"a file of {size} bytes", "a safetensors file, which begins with the 8-byte length of its header"
@@ -215,5 +225,5 @@ def _read(path: Path, offset: int, limit: int, name: str, *, exactly: bool = Fal
         raise UnsafeFileError(
             f"{name} cannot be read: {error.strerror}",
             expected="a readable file",
-            next_step=f"check its permissions: ls -l {path}",
+            next_step="check its permissions: " + shlex.join(["ls", "-l", str(path)]),
         ) from error

@@ -10,6 +10,8 @@ dishonest sampler too.
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
@@ -21,7 +23,15 @@ import typer
 from .. import layout
 from ..errors import GPT2ValueHubError
 from . import audit, console
-from .loading import at, load_model, load_tokenizer, quiet_transformers
+from .loading import (
+    MAX_SEED,
+    Reviewed,
+    encode,
+    load_base,
+    load_reviewed,
+    quiet_transformers,
+    refuse_revision_of_a_folder,
+)
 
 if TYPE_CHECKING:
     from ..package.inspection import PackageReport
@@ -98,13 +108,12 @@ def create(
     from ..package.save import save_package
 
     with console.working(f"loading {base}"):
-        model = load_model(base, revision=revision, dtype=dtype.value)
-        loaded = load_tokenizer(base, revision=revision) if tokenizer else None
+        loaded = load_base(base, revision=revision, dtype=dtype.value, tokenizer=tokenizer)
     with console.working(f"writing {out}"):
         package = save_package(
-            model,
+            loaded.model,
             out,
-            loaded,
+            loaded.tokenizer,
             overwrite=overwrite,
             license=license,
             base_model=base if is_hub_id(base) else None,
@@ -125,22 +134,20 @@ def respond(
     temperature: Annotated[float, typer.Option(help="Below 1 sharper, above 1 flatter; more than 0.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from the k most probable tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens of this mass; 1 is off.")] = 1.0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes the draw repeatable.")] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, max=MAX_SEED, help="Makes the draw repeatable.")] = None,
+    reviewed: Reviewed = None,
     json: Json = False,
 ) -> None:
     """Respond to prompts, and show each token's log-probability and the value of the state before it.
 
-    The model runs with this installation's code; code that comes with the package is not run.
+    The package's code runs only if it is a released version's, or if you say with --reviewed that you have read it.
     """
     import torch
 
     with console.working(f"loading {package}"):
-        if Path(package).is_dir():
-            from ..package.inspection import inspect_package
-
-            inspect_package(package)
-        model = load_model(package, revision=revision)
-        tokenizer = load_tokenizer(package, revision=revision)
+        loaded = load_reviewed(package, revision=revision, reviewed=reviewed)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    queries = encode(tokenizer, prompts, package)
     generator = torch.Generator()
     if seed is not None:
         generator.manual_seed(seed)
@@ -148,7 +155,7 @@ def respond(
         generator.seed()
     try:
         rollout = model.rollout(
-            [torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long) for prompt in prompts],
+            queries,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -188,7 +195,7 @@ def inspect(
     from ..package.inspection import inspect_package
 
     if revision is not None:
-        at(package, revision)
+        refuse_revision_of_a_folder(package, revision)
     with console.working(f"inspecting {package}"):
         report = inspect_package(package, revision=revision, hash_weights=hash_weights)
     findings = _findings(report)
@@ -207,7 +214,9 @@ def verify(
         bool,
         typer.Option("--trust-remote-code", help="Run the package's code though it is not this installation's."),
     ] = False,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that the fresh interpreter may take.")] = 600,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=7 * 24 * 3600, help="Seconds that the fresh interpreter may take.")
+    ] = 600,
     json: Json = False,
 ) -> None:
     """Prove that a package loads, and computes what it did when it was saved.
@@ -348,6 +357,9 @@ app.command()(audit.audit)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; always ends in `SystemExit` with one of the documented statuses."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal or a file that cannot show a letter gets its escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(list(arguments) if arguments is not None else None)
     except GPT2ValueHubError as error:

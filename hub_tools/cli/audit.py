@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from ..errors import UnusedOptionError
+from ..library_errors import as_ours
 from . import console
-from .loading import load_model, load_tokenizer
+from .loading import MAX_SEED, Reviewed, encode, load_sampler
 
 if TYPE_CHECKING:
     from generation_gpt2_value import Sampling
@@ -47,9 +49,10 @@ def audit(
     alpha: Annotated[
         float, typer.Option(help="Level of the verdict: honest samplers wrongly called dishonest.")
     ] = 1e-3,
-    seed: Annotated[Optional[int], typer.Option(help="Makes the draw repeatable.")] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, max=MAX_SEED, help="Makes the draw repeatable.")] = None,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Write the histogram to this file, a PNG, SVG or PDF.")] = None,
+    reviewed: Reviewed = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
 ) -> None:
     """Test whether tokens are draws from the distribution that they would be scored by.
@@ -68,11 +71,13 @@ def audit(
     from sampler_audit import audit_sampler
 
     options = _options(generate)
+    if plot is not None and not plot.absolute().parent.is_dir():  # said now, and not after minutes of drawing
+        raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.absolute().parent}")
     with console.working(f"loading {package}"):
-        model = load_model(package, revision=revision)
-        tokenizer = load_tokenizer(package, revision=revision) if prompts else None
-    if prompts and tokenizer is not None:
-        queries = [torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long) for prompt in prompts]
+        loaded = load_sampler(package, revision=revision, reviewed=reviewed)
+    model = loaded.model
+    if prompts:
+        queries = encode(loaded.tokenizer, prompts, package)
     else:
         start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
         queries = [torch.tensor([0 if start is None else start])]
@@ -90,7 +95,9 @@ def audit(
             found = audit_sampler(model, rows, alpha=alpha, **asked, **asdict(claim))
         if plot is not None:
             found.plot(plot)
-    except (TypeError, ValueError, ImportError) as error:  # every argument above is the user's
+    except UnusedOptionError as error:
+        raise typer.BadParameter(error.found) from error
+    except (TypeError, ValueError, ImportError, OSError) as error:  # every argument above is the user's
         raise typer.BadParameter(str(error)) from error
     sampler = "rollout" if options is None else f"generate({', '.join(f'{k}={v!r}' for k, v in options.items())})"
     if json:
@@ -151,7 +158,14 @@ def _draw(
             sequences = rollout(model, prompts, attention_mask=mask, **settings).sequences
         else:
             always = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "pad_token_id": pad}
-            output = model.generate(prompts, attention_mask=mask, **{**always, **options})
+            with as_ours(
+                lambda gist: UnusedOptionError(  # every argument is the user's
+                    f"generate() does not take these arguments: {gist}",
+                    expected="arguments of transformers' generate()",
+                    next_step="correct --generate KEY=VALUE",
+                )
+            ):
+                output = model.generate(prompts, attention_mask=mask, **{**always, **options})
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
         copies = len(sequences) // len(batch)
         for row, sequence in enumerate(sequences):

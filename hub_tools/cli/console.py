@@ -7,6 +7,7 @@ stderr.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import GPT2ValueHubError
+from ..errors import visible as visible_lines
 from ..package.releases import diff_command
 
 if TYPE_CHECKING:
@@ -56,9 +58,9 @@ def show_error(error: GPT2ValueHubError) -> None:
 def show_saved(package: SavedPackage) -> None:
     done = "replaced" if package.replaced else "written"
     summary = f"{package.parameters:,} parameters, {len(package.files)} files, {size(package.size)}"
-    out.print(Text.assemble((str(package.folder), "bold"), f" {done}: {summary}\n"))
-    out.print(Text(package.load_lines, "cyan"))
-    out.print(Text.assemble("\nnext: ", (f"gpt2-value verify {package.folder}", "bold")))
+    out.print(Text.assemble((visible(str(package.folder)), "bold"), f" {done}: {summary}\n"))
+    out.print(Text(visible_lines(package.load_lines), "cyan"))
+    out.print(Text.assemble("\nnext: ", (command("gpt2-value", "verify", package.folder), "bold")))
 
 
 def show_conversion(conversion: Conversion) -> None:
@@ -73,12 +75,16 @@ def show_conversion(conversion: Conversion) -> None:
     for note in conversion.notes:
         table.add_row("note", visible(note))
     out.print(table)
-    out.print(Text.assemble("\nnext: ", (f"gpt2-value verify {conversion.folder}", "bold")))
+    out.print(Text.assemble("\nnext: ", (command("gpt2-value", "verify", conversion.folder), "bold")))
 
 
 def show_exported(exported: ExportedPolicy) -> None:
     total = size(sum(exported.files.values()))
-    out.print(Text.assemble((str(exported.folder), "bold"), f" written: {exported.parameters:,} parameters, {total}\n"))
+    out.print(
+        Text.assemble(
+            (visible(str(exported.folder)), "bold"), f" written: {exported.parameters:,} parameters, {total}\n"
+        )
+    )
     out.print(Text(f"model = AutoModelForCausalLM.from_pretrained({str(exported.folder)!r})", "cyan"))
 
 
@@ -100,6 +106,8 @@ def show_inspection(package: PackageReport, findings: Sequence[str]) -> None:
         released = f"version {', '.join(file.releases)}'s, not this version's" if file.releases else ""
         state = ("this version's", "green") if file.installed else (released or "NOT a released version's", "red")
         table.add_row("code", Text.assemble(visible(file.name), "  ", state))
+    for name, fields in package.unknown_fields.items():
+        table.add_row("not known", visible(f"{name}: {', '.join(fields)[:300]}; no library is shown these fields"))
     versions = ", ".join(f"{visible(name)} {visible(version)}" for name, version in package.versions.items())
     table.add_row("written with", versions or "not recorded")
     at = f" at {visible(package.commit)}" if package.commit else ""
@@ -126,7 +134,7 @@ def show_verification(report: VerificationReport) -> None:
     table.add_row("time", f"{report.seconds:.1f} s, of which loading {report.load_seconds:.1f} s")
     if report.peak_memory_bytes is not None:
         table.add_row("peak memory", size(report.peak_memory_bytes))
-    out.print(Text.assemble((str(report.folder), "bold"), (" verified", "bold green")))
+    out.print(Text.assemble((visible(str(report.folder)), "bold"), (" verified", "bold green")))
     out.print(table)
 
 
@@ -174,11 +182,6 @@ def show_responses(responses: Sequence[dict[str, Any]]) -> None:
         out.print()
 
 
-def visible(text: str) -> str:
-    """`text` with every character that a terminal would obey instead of show written as its escape."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 def size(bytes: int) -> str:
     """A number of bytes for people, in decimal units."""
     number, unit = float(bytes), "B"
@@ -187,6 +190,16 @@ def size(bytes: int) -> str:
             break
         number /= 1000
     return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+
+
+def visible(text: str) -> str:
+    """`text` as it may be shown on one line: what a terminal would obey is written as its escape."""
+    return visible_lines(text).replace("\n", "\\n")
+
+
+def command(*words: object) -> str:
+    """A line to type into a shell, whatever is in the words."""
+    return visible(shlex.join(map(str, words)))
 
 
 def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:

@@ -1,47 +1,162 @@
-"""How the `gpt2-value` command loads models and tokenizers: quietly, and with errors that a user can act on.
+"""How the `gpt2-value` command loads models and tokenizers: reviewed, or from a private copy, and quietly.
 
-Imports typer and, inside the functions that need them, torch, transformers and huggingface_hub.
+Imports typer, of hub_tools what loads, and, inside the functions that need them, transformers, safetensors and the
+model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
 import typer
 
-from ..errors import SourceError
+from .. import layout, limits
+from ..errors import MissingFileError, NotAPackageError, SourceError
+from ..library_errors import as_ours
+
+MAX_SEED = (1 << 63) - 1  # torch's
+Reviewed = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar="NAME=SHA256", help="A file of the package's code that you have read; repeat it for others."),
+]
+
+PICKLED = "pytorch_model.bin"
+# What a plain GPT-2 checkpoint says about classes and labels, which are not this model's.
+NOT_OURS = ("auto_map", "num_labels", "id2label", "label2id", "architectures")
 
 
-def load_model(source: str, *, revision: str | None, dtype: str = "auto") -> Any:
-    """A model by this installation's code, whatever code comes with it."""
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, and its tokenizer, where it has one and it was wanted."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load_reviewed(source: str, *, revision: str | None, reviewed: list[str] | None) -> Loaded:
+    """A package, as `load_package` loads it: its code runs only if it is a released version's or was reviewed.
+
+    Args:
+        reviewed: `NAME=SHA256` for each file of code that the user has read.
+
+    Raises:
+        What `load_package` raises.
+    """
+    from ..package.load import load_package
+
+    quiet_transformers()
+    hashes = {}
+    for pair in reviewed or ():
+        name, equals, digest = pair.rpartition("=")
+        if not equals:
+            raise typer.BadParameter(f"--reviewed {pair}: expected NAME=SHA256, as gpt2-value inspect prints them")
+        hashes[name] = digest
+    refuse_revision_of_a_folder(source, revision)
+    loaded = load_package(source, revision=revision, reviewed_sha256=hashes or None)
+    return Loaded(loaded.model, loaded.tokenizer)
+
+
+def load_sampler(source: str, *, revision: str | None, reviewed: list[str] | None) -> Loaded:
+    """A package as `load_reviewed` loads it, or a plain GPT-2, which has no code, as `load_base` does."""
+    try:
+        return load_reviewed(source, revision=revision, reviewed=reviewed)
+    except NotAPackageError:
+        return load_base(source, revision=revision, tokenizer=None)
+
+
+def load_base(source: str, *, revision: str | None, dtype: str = "auto", tokenizer: bool | None = True) -> Loaded:
+    """A GPT-2 checkpoint or a package, by this installation's code, from a private copy; nothing of it is run.
+
+    Args:
+        tokenizer: True: there must be one. None: load it where there is one. False: leave it.
+
+    Raises:
+        SourceError: it cannot be found or read, or has no tokenizer.
+        And what `stage` and `allowed_fields.reduce` raise.
+    """
     from modeling_gpt2_value import GPT2ValueModel
 
-    with _translated(source, revision):
-        return GPT2ValueModel.from_pretrained(source, dtype=dtype, **at(source, revision)).eval()
+    from ..files import read_json
+    from ..package import allowed_fields
+    from ..package.config_json import check_memory, check_sizes, count_numbers
+    from ..package.stage import make_loadable, package_file_limit, stage
+    from ..package.tokenizer import load_tokenizer
+
+    quiet_transformers()
+    refuse_revision_of_a_folder(source, revision)
+    folder = _folder_of(source, revision)
+    with as_ours(lambda gist: _does_not_load(source, revision, gist)):
+        config = _gpt2_fields(read_json(folder, layout.CONFIG))
+        check_sizes(config)
+        check_memory(config)
+        numbers = count_numbers(config)
+        vocabulary, weights = limits.vocabulary_bytes(config["vocab_size"]), limits.weight_bytes(numbers)
+
+        def limit_of(name: str) -> int | None:
+            if name == PICKLED:
+                return weights
+            if name.endswith(layout.CODE_SUFFIXES) or name == layout.RECORD:
+                return None
+            return package_file_limit(name, vocabulary=vocabulary, weights=weights)
+
+        # GPT-2 checkpoints hold their causal masks too, so they may have twice the bytes of their numbers
+        with stage(folder, limit_of=limit_of, total=2 * weights + 512 * limits.MIB) as copy:
+            (copy.folder / layout.CONFIG).write_text(json.dumps(config), encoding="utf-8")
+            _unpickle(copy.folder)
+            size = sum(path.stat().st_size for path in copy.folder.glob("*.safetensors"))
+            if 2 * (numbers - config["n_embd"] - 1) > size:
+                raise SourceError(
+                    f"{source}: config.json calls for {numbers:,} numbers, and the weights have {size:,} bytes",
+                    expected="weights as large as config.json says",
+                    next_step="download the checkpoint again",
+                )
+            loadable = make_loadable(copy, [])
+            model = GPT2ValueModel.from_pretrained(loadable, dtype=dtype, use_safetensors=True).eval()
+            model.name_or_path = model.config._name_or_path = source
+            found = None
+            has_tokenizer = any((loadable / name).exists() for name in layout.TOKENIZER)
+            if tokenizer and not has_tokenizer:
+                raise _no_tokenizer(source)
+            if tokenizer is not False and has_tokenizer:
+                found = load_tokenizer(loadable, source)
+                if len(found) <= len(found.all_special_tokens):  # what transformers 5 makes of files that lack some
+                    raise _no_tokenizer(source)
+    unknown = allowed_fields.unknown_fields(layout.CONFIG, config)
+    if unknown:
+        typer.echo(f"not taken over from config.json: {', '.join(unknown)}", err=True)
+    return Loaded(model, found)
 
 
-def load_tokenizer(source: str, *, revision: str | None) -> Any:
-    """A tokenizer; raises SourceError where there is none."""
-    from transformers import AutoTokenizer
+def encode(tokenizer: Any, prompts: list[str], source: str) -> list[Any]:
+    """Each prompt's token ids, `[P]`.
 
-    hint = "if it has none, leave it out of the package: create --no-tokenizer"
-    # transformers 4.57 tries one kind of tokenizer after the other, and fails by what the last of them lacks
-    also = (ImportError, TypeError, AttributeError)
-    with _translated(source, revision, what="a tokenizer", hint=hint, also=also):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **at(source, revision))
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers 5 makes where there are no files
-        raise SourceError(f"{source} has no tokenizer", expected="a tokenizer's files", next_step=hint)
-    return tokenizer
+    Raises:
+        SourceError: there is no tokenizer.
+        typer.BadParameter: a prompt without tokens.
+    """
+    import torch
+
+    if tokenizer is None:
+        raise SourceError(
+            f"{source} has no tokenizer",
+            expected="a tokenizer's files beside the model",
+            next_step="use it from Python, with token ids: load_package(...).model.rollout(...)",
+        )
+    with as_ours(lambda gist: _does_not_load(source, None, f"its tokenizer cannot read the prompt: {gist}")):
+        queries = [torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long) for prompt in prompts]
+    for prompt, query in zip(prompts, queries, strict=True):
+        if not len(query):
+            raise typer.BadParameter(f"the prompt {prompt!r} has no tokens: write something to go on from")
+    return queries
 
 
-def at(source: str, revision: str | None) -> dict[str, str]:
-    """`revision` as transformers takes it; a folder has none."""
+def refuse_revision_of_a_folder(source: str, revision: str | None) -> None:
     if revision is not None and Path(source).is_dir():
         raise typer.BadParameter(f"{source} is a folder, which has no revisions: leave --revision out")
-    return {} if revision is None else {"revision": revision}
 
 
 def quiet_transformers() -> None:
@@ -52,29 +167,62 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-@contextmanager
-def _translated(
-    source: str,
-    revision: str | None,
-    what: str = "a GPT-2 model",
-    hint: str = "",
-    also: tuple[type[Exception], ...] = (),
-) -> Iterator[None]:
-    """What transformers says when it cannot load something, as an error of ours, without a traceback."""
-    import pickle
+def _folder_of(source: str, revision: str | None) -> Path:
+    """The folder, or the snapshot in the Hub's cache, that holds the checkpoint."""
+    from ..package.inspection import repository_id
 
-    from huggingface_hub.errors import HfHubHTTPError
-    from safetensors import SafetensorError
+    if os.path.isdir(source):
+        return Path(source)
+    if repository_id(source, {}) is None and not source.replace("-", "").isalnum():  # "gpt2" is an old name on the Hub
+        raise _does_not_load(source, revision, "there is no such folder, and it is no name of a repository")
+    from ..hub import download
 
-    quiet_transformers()
-    known: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, EOFError, HfHubHTTPError, SafetensorError)
-    known += (pickle.UnpicklingError, *also)
-    try:
-        yield
-    except known as error:
-        at = f" at revision {revision}" if revision else ""
-        raise SourceError(
-            f"{source}{at} does not load: {' '.join(str(error).split()) or type(error).__name__}",
-            expected=f"{what}, in a folder or on the Hub",
-            next_step=hint or "check the name, the revision, and for a private repository the login: hf auth login",
-        ) from error
+    folder = download.fetch(source, revision=revision).folder
+    if not (folder / layout.CONFIG).is_file():
+        raise _does_not_load(source, revision, "the repository has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise MissingFileError(
+            f"{source} has no weights in safetensors; pickles are not downloaded",
+            expected=layout.WEIGHTS,
+            next_step="if it has a pickle: hf download REPO --local-dir FOLDER, then name that folder",
+        )
+    return folder
+
+
+def _gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a plain GPT-2's config, or of a package's, that say what its body is."""
+    if config.get("model_type", "gpt2") == layout.MODEL_TYPE:
+        return config
+    return {"model_type": "gpt2", **{name: value for name, value in config.items() if name not in NOT_OURS}}
+
+
+def _unpickle(folder: Path) -> None:
+    """Put safetensors in the place of a pickle, which is read without running what it asks for."""
+    path = folder / PICKLED
+    if not path.exists():
+        return
+    if not any(folder.glob("*.safetensors")):
+        from safetensors.torch import save_file
+
+        from ..convert.weight_files import read_state_dict
+
+        state = {name: tensor.contiguous().clone() for name, tensor in read_state_dict(path).items()}
+        save_file(state, folder / layout.WEIGHTS, metadata={"format": "pt"})
+    path.unlink()
+
+
+def _no_tokenizer(source: str) -> SourceError:
+    return SourceError(
+        f"{source} has no tokenizer",
+        expected="a tokenizer's files",
+        next_step="if it has none, leave it out of the package: create --no-tokenizer",
+    )
+
+
+def _does_not_load(source: str, revision: str | None, gist: str) -> SourceError:
+    at = f" at revision {revision}" if revision else ""
+    return SourceError(
+        f"{source}{at} does not load: {gist}",
+        expected="a GPT-2 model, in a folder or on the Hub",
+        next_step="check the name, the revision, and for a private repository the login: hf auth login",
+    )

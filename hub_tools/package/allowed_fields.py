@@ -262,14 +262,16 @@ _OF_NO_EFFECT = {
 
 # transformers makes every field an attribute, also one that hides a method of the config's class.
 METHODS = frozenset(
-    (
-        "convert_rope_params_to_dict default_config_fields dict_dtype_to_str from_dict from_gpt2 from_json_file "
-        "from_model_config from_pretrained get_config_dict get_generation_mode get_mtp_config get_text_config "
-        "is_custom_code is_remote_code nested_rope_parameter_keys push_to_hub register_for_auto_class save_pretrained "
-        "standardize_rope_params to_dict to_diff_dict to_json_file to_json_string update update_from_string validate "
-        "validate_architecture validate_layer_type validate_output_attentions validate_rope validate_token_ids"
-    ).split()
-)
+    {
+        "convert_rope_params_to_dict", "default_config_fields", "dict_dtype_to_str", "from_dict", "from_gpt2",
+        "from_json_file", "from_model_config", "from_pretrained", "get_config_dict", "get_generation_mode",
+        "get_mtp_config", "get_text_config", "is_custom_code", "is_remote_code", "nested_rope_parameter_keys",
+        "push_to_hub", "register_for_auto_class", "save_pretrained", "standardize_rope_params", "to_dict",
+        "to_diff_dict", "to_json_file", "to_json_string", "update", "update_from_string", "validate",
+        "validate_architecture", "validate_layer_type", "validate_output_attentions", "validate_rope",
+        "validate_token_ids",
+    }
+)  # fmt: skip
 
 _TABLES = {layout.CONFIG: CONFIG, layout.GENERATION_CONFIG: GENERATION, layout.TOKENIZER_CONFIG: TOKENIZER}
 REDUCED = (*_TABLES, layout.WEIGHTS_INDEX)

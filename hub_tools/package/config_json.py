@@ -1,6 +1,6 @@
 """The fields of a package's `config.json`: what they may be, and the tensors that they call for.
 
-Imports only the standard library, `errors`, `layout` and `reading`. The fields are those of transformers' GPT2Config:
+Imports only the standard library, `errors`, `layout` and `files`. The fields are those of transformers' GPT2Config:
 https://huggingface.co/docs/transformers/model_doc/gpt2.
 """
 
@@ -54,6 +54,16 @@ def check_config(config: dict[str, Any]) -> None:
             expected=f"{layout.AUTO_MAP}: the classes in the package itself",
             next_step="GPT2ValueModel.from_pretrained(FOLDER) loads it and runs none of its code; save that",
         )
+
+    check_sizes(config)
+
+
+def check_sizes(config: dict[str, Any]) -> None:
+    """Refuse sizes that cannot be right, and fields by which a loader would read or run something else.
+
+    Raises:
+        CorruptFileError.
+    """
 
     def expect(name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -282,7 +283,8 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
             if pattern.fullmatch(beside.name) and (beside / "previous").is_dir():
                 raise NotAPackageError(
                     f"{folder} is missing: a save was interrupted; the package that was there is in {beside}",
-                    next_step=f"save again, which puts it back first, or: mv {beside / 'previous'} {folder}",
+                    next_step="save again, which puts it back first, or: "
+                    + shlex.join(["mv", str(beside / "previous"), str(folder)]),
                 )
     raise NotAPackageError(
         f"{os.fspath(source)!r} is not a folder",

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +27,11 @@ from ..errors import (
     UnusedOptionError,
 )
 from ..files import AGAIN
+from ..library_errors import as_ours
 from .inspection import PackageReport, inspect_stage, local_folder, repository_id
 from .releases import Release, diff_command, releases
 from .stage import make_loadable, stage_package
+from .tokenizer import load_tokenizer
 from .verify import problems
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ def load_package(
         # what was hashed is what runs: nobody else can write to the copy
         loadable = make_loadable(copy, [] if installed else release.sha256 if release else package.code_sha256)
         model = _load_model(loadable, package, dtype, by_installed_code=installed)
-        tokenizer = _load_tokenizer(loadable, package, model)
+        tokenizer = None
+        if package.tokenizer is not None:
+            tokenizer = load_tokenizer(loadable, package.source, config=model.config)
     return LoadedPackage(model, tokenizer, commit, release.version if release else None, package)
 
 
@@ -215,7 +218,7 @@ def _load_model(stage: Path, package: PackageReport, dtype: torch.dtype | None, 
         "use_safetensors": True,
         "output_loading_info": True,
     }
-    with _translated(package, "its weights"):
+    with as_ours(lambda gist: _does_not_load(package, gist)):
         if by_installed_code:
             model, info = GPT2ValueModel.from_pretrained(stage, **options)
         else:
@@ -239,47 +242,9 @@ def _load_model(stage: Path, package: PackageReport, dtype: torch.dtype | None, 
     return model
 
 
-def _load_tokenizer(stage: Path, package: PackageReport, model: Any) -> Any:
-    """The package's tokenizer, which brings no code; None where there is none."""
-    if package.tokenizer is None:
-        return None
-    from transformers import AutoTokenizer
-
-    with _translated(package, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            stage, config=model.config, trust_remote_code=False, local_files_only=True
-        )
-    tokenizer.name_or_path = package.source
-    return tokenizer
-
-
-@contextmanager
-def _translated(package: PackageReport, what: str) -> Iterator[None]:
-    """What transformers and the libraries below it raise for files that they cannot use, as an error of ours."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    expected = (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        SafetensorError,
-        StrictDataclassError,
-        SyntaxError,
-        TypeError,
-        ValueError,
+def _does_not_load(package: PackageReport, gist: str) -> GPT2ValueHubError:
+    return LoadError(
+        f"{package.source} does not load, because of its weights or its config: {gist}",
+        expected="a package that this version of transformers can load",
+        next_step=AGAIN,
     )
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, expected) and type(error) is not Exception:  # tokenizers raises bare Exceptions
-            raise
-        raise LoadError(
-            f"{package.source} does not load, because of {what}: {str(error).strip()[:500] or type(error).__name__}",
-            expected="a package that this version of transformers can load",
-            next_step=AGAIN,
-        ) from error

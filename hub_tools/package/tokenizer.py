@@ -1,0 +1,97 @@
+"""Load a tokenizer that somebody else made: tried first in a process of its own, then loaded without running code.
+
+Imports the standard library, of hub_tools `errors`, `limits` and `library_errors`, and transformers inside the
+functions that need it. `try_tokenizer.py` is run, not imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import limits
+from ..errors import GPT2ValueHubError, LoadError, ResourceLimitError
+from ..files import AGAIN
+from ..library_errors import as_ours
+
+SCRIPT = Path(__file__).with_name("try_tokenizer.py")
+# What an interpreter needs of its surroundings; tokens, proxies, PYTHON* and HF_* stay behind.
+PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TZ")
+
+
+def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
+    """The tokenizer whose files lie in `folder`, a stage that was made loadable; none of its code is run.
+
+    Args:
+        folder: private, with reduced settings: see `stage.make_loadable`.
+        source: what to call it in errors, and in the tokenizer's `name_or_path`.
+        config: the model's config, which says the tokenizer's class where its settings do not.
+
+    Raises:
+        ResourceLimitError: opening it, or using it, took more memory or time than `limits` allows.
+        LoadError: its files are not complete, or transformers cannot load them.
+    """
+    if (folder / "tokenizer.json").is_file():
+        try_in_a_process(folder, source)
+    from transformers import AutoTokenizer
+
+    options = {} if config is None else {"config": config}
+    with as_ours(lambda gist: _does_not_load(source, gist)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    tokenizer.name_or_path = source
+    return tokenizer
+
+
+def try_in_a_process(folder: Path, source: str) -> None:
+    """Open and use `tokenizer.json` in a process with limits; see `try_tokenizer`.
+
+    Raises:
+        ResourceLimitError, LoadError: see `load_tokenizer`.
+    """
+    spec = importlib.util.find_spec("tokenizers")
+    search_path = [] if spec is None or spec.origin is None else [str(Path(spec.origin).parent.parent)]
+    numbers = [str(limits.TOKENIZER_MEMORY), str(int(limits.TOKENIZER_SECONDS))]
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    # each thread takes address space, which is what is limited
+    environment |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-B", str(SCRIPT), str(folder), *numbers, *search_path],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            timeout=3 * limits.TOKENIZER_SECONDS,  # on a busy machine a second of work takes longer
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _too_much(source, f"that did not end in {error.timeout:g} s") from error
+    if done.returncode == 0:
+        return
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    if done.returncode < 0:
+        raise _too_much(source, f"that was ended by signal {-done.returncode}: {lines[0]}")
+    if "MemoryError" in lines[-1] or "tokens of a text" in lines[-1]:
+        raise _too_much(source, lines[-1])
+    raise _does_not_load(source, lines[-1])
+
+
+def _too_much(source: str, what: str) -> GPT2ValueHubError:
+    return ResourceLimitError(
+        f"the tokenizer of {source} was tried in a process of its own, and {what[:300]}",
+        expected=f"a tokenizer that needs at most {limits.TOKENIZER_MEMORY >> 30} GiB and "
+        f"{limits.TOKENIZER_SECONDS:g} s of processor time",
+        next_step="do not use it; load the model without it, or ask its author",
+    )
+
+
+def _does_not_load(source: str, gist: str) -> GPT2ValueHubError:
+    return LoadError(
+        f"{source} does not load, because of its tokenizer: {gist}",
+        expected="a tokenizer that this version of transformers can load",
+        next_step=AGAIN,
+    )

@@ -1,0 +1,70 @@
+"""Open a tokenizer.json and use it, in a process of its own with limits; run as a script by `tokenizer.py`.
+
+Imports the standard library and tokenizers, inside the functions: it is run by its path, isolated.
+
+A tokenizer can be small on the disk and endless in memory, since its steps may each double what the one before them
+made. What it does with text that makes those steps work, its patterns and long runs of each character, is tried here.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RUN = 40  # of the same character: enough for an expression that backtracks to take for ever
+GROWTH = 64  # tokens that one character may become; a character has at most 4 bytes, and normalising makes 18 of one
+
+
+def limit_this_process(*, memory: int, seconds: int) -> None:
+    """Bound the address space in bytes, and the processor time; nothing where the system knows no such limits."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(each)
+
+
+def try_tokenizer(folder: Path) -> None:
+    """Raises whatever tokenizers raises for this tokenizer, or SystemExit where it makes far too much of a text."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(path))
+    settings = folder / "tokenizer_config.json"
+    special = list(strings_in(json.loads(settings.read_text(encoding="utf-8")))) if settings.exists() else []
+    tokenizer.add_special_tokens([text for text in special if 0 < len(text) <= 1000])
+    steps = [fields.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    texts = [character * RUN + "!" for character in string.printable + "é中\u0301"]
+    texts += [text for text in strings_in(steps) if len(text) <= 10_000]
+    for text in texts:
+        ids = tokenizer.encode(text).ids
+        tokenizer.decode(ids)
+        if len(ids) > 1000 + GROWTH * len(text):
+            raise SystemExit(f"it makes {len(ids):,} tokens of a text of {len(text):,} characters")
+
+
+def main() -> None:
+    folder, memory, seconds, *search_path = sys.argv[1:]
+    limit_this_process(memory=int(memory), seconds=int(seconds))
+    # an isolated interpreter leaves out PYTHONPATH and the user's own site-packages, where tokenizers may live
+    sys.path.extend(path for path in search_path if path not in sys.path)
+    try_tokenizer(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
