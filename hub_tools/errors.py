@@ -224,10 +224,6 @@ class UnusedOptionError(GPT2ValueHubError, ValueError):
     """An option that this source has no use for, or a word that the option does not know."""
 
 
-class MissingDependencyError(GPT2ValueHubError, ImportError):
-    """An optional library that this request needs is not installed."""
-
-
 # The command line
 
 

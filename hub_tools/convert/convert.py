@@ -1,35 +1,33 @@
 """Other people's value-head checkpoints, as packages of this model.
 
-Imports torch, transformers, the remote code and the rooms of hub_tools below it: `state_files` reads files
-and runs nothing of them, `adapters` merges what PEFT wrote, `foreign` knows what each library's tensors
-mean.
+Imports torch, transformers, the model and of hub_tools what is below: `weight_files` reads weights and runs nothing of
+them, `lora` merges adapters, `formats` knows what each library's tensors mean, `companions` reads the tokenizer.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_value import GPT2ValueModel
 
 from ..errors import (
     AmbiguousSourceError,
-    CorruptFileError,
     FolderRefusedError,
     MissingFileError,
-    TokenizerMismatchError,
     UnusedOptionError,
 )
 from ..files import read_json
-from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, TOKENIZER
+from ..layout import CONFIG, HEAD_PREFIX
 from ..package.save import save_package
-from .formats import SourceFormat, translate
+from .companions import carried_generation_config, carried_tokenizer
+from .config_fields import SourceFormat
+from .formats import translate
 from .lora import merge_adapter
 from .weight_files import ADAPTER_CONFIG, HEAD_WEIGHTS, MODEL_WEIGHTS, listed, only_one, read_state_dict
 
@@ -73,6 +71,7 @@ class _Read:
     homes: list[Path]  # where a tokenizer or a generation config may lie, the first that has one counts
     adapter: bool
     dropped: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def convert_checkpoint(
@@ -96,8 +95,9 @@ def convert_checkpoint(
     `GPT2ForTokenClassification` with one label, whose classifier becomes the value head; and plain GPT-2,
     with `init_value_head`.
 
-    The body keeps its dtype, the head is float32. Pickles are read with `torch.load(weights_only=True)` and
-    in no other way. No tensor is left out unless the record says so.
+    The body keeps its dtype, the head is float32. Pickles are not unpickled: a process with little memory and time
+    finds the tensors in them (see `pickle_outline`). Of JSON files, libraries see the fields that are known and no
+    others. No tensor is left out unless the record says so.
 
     Args:
         source: a folder, or a weight file: `*.safetensors`, the `*.index.json` of shards, or else a pickle.
@@ -119,7 +119,8 @@ def convert_checkpoint(
     Raises:
         MissingFileError: no weights or no `config.json`, or no base model for an adapter.
         UnsafePickleError: the pickle asks for more than tensors. Nothing of it ran.
-        CorruptFileError, UnsafeFileError: a damaged file, or an index that points elsewhere.
+        CorruptFileError: a damaged file, or a setting that cannot be right.
+        UnsafeFileError: a link out of the source's folder, or an index or a tokenizer that names files elsewhere.
         AmbiguousSourceError: two readings that give different models; the message says how to choose.
         UnsupportedModelError: the body is not a GPT-2, or is quantised, or the adapter is not a LoRA.
         UnconvertibleHeadError: a head of several layers or outputs, without `init_value_head`.
@@ -127,7 +128,7 @@ def convert_checkpoint(
         WeightsMismatchError: unknown or missing tensors, or other shapes than the configuration calls for.
         NonFiniteWeightsError: NaN or infinity among the weights.
         TokenizerMismatchError: the source's tokenizer cannot be loaded.
-        MissingDependencyError: an adapter, and peft is not installed.
+        ResourceLimitError: opening it takes more memory or time than a tokenizer needs.
         UnusedOptionError: an argument that this source has no use for.
         And what `save_package` raises.
     """
@@ -160,8 +161,10 @@ def convert_checkpoint(
     # strict: every tensor of the model is replaced, and nothing is left over
     model.load_state_dict({"lm_head.weight": found.state["transformer.wte.weight"], **found.state})
     model.eval()
-    _carry_generation_config(model, read.homes)
-    its_tokenizer = carried_tokenizer(tokenizer, read.homes)
+    generation_config = carried_generation_config(read.homes)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    its_tokenizer = carried_tokenizer(tokenizer, read.homes, vocab_size=found.config.vocab_size)
     save_package(model, folder, its_tokenizer, overwrite=overwrite)
     return Conversion(
         source=source,
@@ -172,7 +175,7 @@ def convert_checkpoint(
         adapter=read.adapter,
         mapped=found.mapped,
         dropped={**read.dropped, **found.dropped},
-        notes=found.notes + _merge_notes(read.adapter, found.dtype),
+        notes=(*read.notes, *found.notes, *_merge_notes(read.adapter, found.dtype)),
         dtype=found.dtype,
         tokenizer=None if its_tokenizer is None else type(its_tokenizer).__name__,
     )
@@ -234,7 +237,7 @@ def _read_adapter(home: Path, *, config: _Path | None, base: _Path | None) -> _R
         )
     merged = merge_adapter(home, None if base is None else Path(base))
     files, homes = list(merged.files), [home, merged.base]
-    return _Read(dict(merged.state), merged.fields, files, homes, adapter=True, dropped=merged.dropped)
+    return _Read(merged.state, merged.fields, files, homes, True, merged.dropped, merged.notes)
 
 
 def _add_head_file(read: _Read, home: Path) -> None:
@@ -260,45 +263,3 @@ def _merge_notes(adapter: bool, dtype: torch.dtype) -> tuple[str, ...]:
     if not adapter or dtype == torch.float32:
         return ()
     return (f"the adapter is merged in {dtype}, which rounds: a float32 base keeps more of it",)
-
-
-def _carry_generation_config(model: GPT2ValueModel, homes: Sequence[Path]) -> None:
-    home = next((home for home in homes if (home / GENERATION_CONFIG).is_file()), None)
-    if home is None:
-        return
-    fields = read_json(home, GENERATION_CONFIG)
-    try:
-        model.generation_config = GenerationConfig.from_dict(fields)
-        model.generation_config.validate(strict=True)
-    except (ValueError, TypeError) as err:
-        raise CorruptFileError(
-            f"{home / GENERATION_CONFIG} is not valid: {err}",
-            next_step="correct the field, or remove the file: the model works without it",
-        ) from err
-
-
-def carried_tokenizer(
-    given: PreTrainedTokenizerBase | _Path | None, homes: Sequence[Path]
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was given, or the first that lies in one of `homes`; None where there is none.
-
-    Raises:
-        TokenizerMismatchError: its files cannot be loaded without running code of theirs.
-    """
-    if isinstance(given, PreTrainedTokenizerBase):
-        return given
-    folders = [Path(given)] if given is not None else homes
-    home = next((home for home in folders if any((home / name).is_file() for name in TOKENIZER)), None)
-    if home is None and given is None:
-        return None
-    home = home or folders[0]
-    try:
-        return AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as err:
-        # transformers raises any of these on tokenizer files that are not complete
-        gist = (str(err) or type(err).__name__).splitlines()[0]
-        raise TokenizerMismatchError(
-            f"the tokenizer in {home} cannot be loaded: {gist}",
-            expected="the files of a tokenizer of transformers' own",
-            next_step="pass a tokenizer: tokenizer=, or move its files out of the folder",
-        ) from err

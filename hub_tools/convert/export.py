@@ -1,6 +1,6 @@
 """The policy alone, as a plain GPT-2 that any GPT-2 runtime loads.
 
-Imports torch, transformers, the remote code and the rooms of hub_tools below it.
+Imports torch, transformers, the model, and of hub_tools what reads packages and what replaces folders.
 """
 
 from __future__ import annotations
@@ -16,12 +16,22 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from modeling_gpt2_value import GPT2ValueModel
 
-from ..errors import FolderRefusedError, GPT2ValueHubError, SaveFailedError, WrongModelError
-from ..files import read_json
+from ..errors import (
+    FolderRefusedError,
+    GPT2ValueHubError,
+    LoadError,
+    NonFiniteWeightsError,
+    SaveFailedError,
+    UnsavableConfigError,
+    WrongModelError,
+)
+from ..files import AGAIN, read_json
 from ..layout import CONFIG, HEAD_PREFIX, LITTER, kind_of
-from ..package.inspection import inspect_package
+from ..library_errors import as_ours
+from ..package.inspection import inspect_stage, local_folder
 from ..package.replace_folder import staged
-from .convert import carried_tokenizer
+from ..package.stage import make_loadable, stage_package
+from ..package.tokenizer import load_tokenizer
 from .weight_files import listed
 
 # Fields of a package's config.json that GPT-2's own does not have, or that say which class it is for.
@@ -75,16 +85,17 @@ def export_policy(
 
     Raises:
         WrongModelError: `model` is not a value-head model.
-        TokenizerMismatchError: the package's tokenizer cannot be loaded.
+        UnsavableConfigError: the model's config or generation_config could not be loaded again.
+        LoadError: the package, or its tokenizer, cannot be loaded.
+        ResourceLimitError: opening its tokenizer takes more memory or time than a tokenizer needs.
+        NonFiniteWeightsError: NaN or infinity among the package's weights.
         FolderRefusedError: `folder` holds something that must not be lost.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
         And what `inspect_package` raises for a package that is not whole.
     """
     if isinstance(model, (str, os.PathLike)):
-        report = inspect_package(model)
-        # a package without its head still has its policy
-        model = GPT2ValueModel.from_pretrained(report.folder, init_value_head=report.head is None, dtype="auto")
-        tokenizer = tokenizer or carried_tokenizer(None, [report.folder])
+        model, its_tokenizer = _read_package(model, with_tokenizer=tokenizer is None)
+        tokenizer = tokenizer or its_tokenizer
     if not isinstance(model, GPT2ValueModel):
         raise WrongModelError(
             f"a {type(model).__name__}",
@@ -92,7 +103,10 @@ def export_policy(
             next_step="save it with save_package, and export that folder",
         )
     target = _export_target(Path(folder), overwrite=overwrite)
-    plain = _plain_gpt2(model)
+    with as_ours(_not_savable):
+        plain = _plain_gpt2(model)
+        if plain.generation_config is not None:
+            plain.generation_config.validate(strict=True)
     try:
         with staged(target) as staging:
             plain.save_pretrained(staging.package)
@@ -117,6 +131,43 @@ def export_policy(
     )
 
 
+def _read_package(
+    source: str | os.PathLike[str], *, with_tokenizer: bool
+) -> tuple[GPT2ValueModel, PreTrainedTokenizerBase | None]:
+    """A package's weights in this installation's model, and its tokenizer, from a private copy. Its code is not run, so
+    nobody needs to have reviewed it."""
+    name = os.fspath(source)
+    with stage_package(local_folder(source)) as copy:
+        report = inspect_stage(copy, name)
+        stored = max(report.dtypes, key=lambda dtype: report.dtypes[dtype])  # the body's: a head may differ
+        loadable = make_loadable(copy, ())
+        with as_ours(lambda gist: _does_not_load(name, gist)):
+            model = GPT2ValueModel.from_pretrained(
+                loadable,
+                init_value_head=report.head is None,  # a package without its head still has its policy
+                dtype=getattr(torch, stored),
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        tokenizer = None
+        if with_tokenizer and report.tokenizer is not None:
+            tokenizer = load_tokenizer(loadable, name, config=model.config)
+    for key, weight in model.state_dict().items():
+        if not bool(weight.isfinite().all()):
+            raise NonFiniteWeightsError(
+                f"NaN or infinite values in {key} of {name}", expected="finite weights", next_step=AGAIN
+            )
+    return model, tokenizer
+
+
+def _does_not_load(name: str, gist: str) -> LoadError:
+    return LoadError(
+        f"{name} does not load, because of its weights: {gist}",
+        expected="a package that this version of transformers can load",
+        next_step=AGAIN,
+    )
+
+
 def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
     """A `GPT2LMHeadModel` around the same weights, which are not copied where they are on the CPU. Good for
     saving alone: it has no memory of its own, and lacks the buffers that are in no state dict."""
@@ -131,6 +182,13 @@ def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
     if model.generation_config is not None:
         plain.generation_config = model.generation_config
     return plain
+
+
+def _not_savable(gist: str) -> UnsavableConfigError:
+    return UnsavableConfigError(
+        f"the model's config or generation_config is not valid: {gist}",
+        next_step="correct the field in model.config or model.generation_config, and export again",
+    )
 
 
 def _export_target(folder: Path, *, overwrite: bool) -> Path:

@@ -1,6 +1,6 @@
 """What other libraries' GPT-2 checkpoints mean: their tensors and `config.json` as those of a package.
 
-Imports torch, transformers, the remote code's configuration and rooms of hub_tools that only look; reads no file.
+Imports torch, the remote code's configuration and modules of hub_tools that only look; reads no file.
 Sources: trl 0.0.3 to 1.12.0, the last with the head (`trl/experimental/ppo/modeling_value_head.py`), trlx
 (`trlx/models/modeling_ppo.py`), transformers (`modeling_gpt2.py`).
 """
@@ -10,17 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import GPT2Config
 
 from configuration_gpt2_value import GPT2ValueConfig
 
 from ..errors import (
     AmbiguousSourceError,
-    CorruptFileError,
     MissingHeadError,
     NonFiniteWeightsError,
     UnconvertibleHeadError,
@@ -28,11 +25,10 @@ from ..errors import (
     UnusedOptionError,
     WeightsMismatchError,
 )
-from ..layout import HEAD_PREFIX, MODEL_TYPE
-from ..package.inspection import expected_shapes
+from ..layout import HEAD_PREFIX
+from ..package.config_json import check_memory, expected_shapes
+from .config_fields import SourceFormat, known_fields, left_out, value_config
 from .weight_files import listed
-
-SourceFormat = Literal["seed", "trl", "trlx", "sequence-classification", "token-classification", "gpt2"]
 
 HEAD_WEIGHT, HEAD_BIAS = HEAD_PREFIX + "summary.weight", HEAD_PREFIX + "summary.bias"
 
@@ -58,9 +54,6 @@ UNMERGED = ".base_layer."
 
 # Causal masks, which GPT-2 checkpoints carried as buffers until 2023.
 OLD_MASK = re.compile(r"transformer\.h\.\d+\.(attn|crossattention)\.(bias|masked_bias)")
-
-TRL_DROPOUT = 0.1  # TRL's `summary_dropout_prob` where nobody set it
-CLASSIFIER_DROPOUT = 0.1  # GPT2ForTokenClassification's where its config has none
 
 BODY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -100,9 +93,11 @@ def translate(
         UnsupportedModelError, AmbiguousSourceError, CorruptFileError, UnconvertibleHeadError,
         MissingHeadError, WeightsMismatchError, NonFiniteWeightsError, UnusedOptionError: see `convert_checkpoint`.
     """
-    _refuse_other_bodies(where, fields)
+    not_kept = left_out(fields)
+    fields = known_fields(where, fields)
     format_, prefix = _recognise(where, state, fields, source_format)
     config, notes = _value_config(where, fields, format_, summary_first_dropout)
+    notes += not_kept
     if config.n_layer > len(state):  # a bound for the list of expected tensors
         raise WeightsMismatchError(
             f"{where}: its configuration says {config.n_layer} layers; the weights are {len(state)} tensors",
@@ -136,6 +131,7 @@ def translate(
     _refuse_mismatch(where, state, shapes, mapped, unknown, init_value_head=init_value_head)
     _refuse_other_tie(where, state, {**dropped, **mapped}, prefix)
     _refuse_other_masks(where, state, dropped)
+    check_memory(config.to_dict())
 
     translated = {name: state[key] for key, name in mapped.items()}
     dtype, dtype_notes = _body_dtype(where, translated)
@@ -150,27 +146,6 @@ def translate(
     if init_value_head:
         notes.append("the value head is new: every value is 0")
     return Translation(format_, prefix, config, translated, mapped, dropped, (*notes, *dtype_notes), dtype)
-
-
-def _refuse_other_bodies(where: str, fields: Mapping[str, Any]) -> None:
-    model_type = fields.get("model_type", "gpt2")  # the first GPT-2 checkpoints do not say
-    if model_type == MODEL_TYPE:
-        raise UnsupportedModelError(
-            f"{where} is a package of this model already (model_type {MODEL_TYPE!r})",
-            next_step="load it as it is; for plain GPT-2 out of it, use export_policy",
-        )
-    if model_type != "gpt2":
-        raise UnsupportedModelError(
-            f"{where} is a model of type {str(model_type)[:80]!r}",
-            expected="'gpt2': this package is a GPT-2 with a value head, and has no other body",
-            next_step="use the library that wrote it; there is no conversion",
-        )
-    if fields.get("quantization_config") is not None:
-        raise UnsupportedModelError(
-            f"{where} is quantised (config.json has a quantization_config)",
-            expected="float32, float16 or bfloat16 weights",
-            next_step="load it in its own library, call model.dequantize(), save it, and convert that",
-        )
 
 
 def _recognise(
@@ -221,40 +196,13 @@ def _readings_differ(where: str, fields: Mapping[str, Any]) -> bool:
 def _value_config(
     where: str, fields: Mapping[str, Any], format_: SourceFormat, summary_first_dropout: float | None
 ) -> tuple[GPT2ValueConfig, list[str]]:
-    """GPT-2's own fields as they are; the head's as that library's head behaves."""
-    notes: list[str] = []
-    own = ("architectures", "_name_or_path", "summary_dropout_prob", "quantization_config")
-    fields = {**fields, "model_type": "gpt2"}
-    head: dict[str, Any] = {}
-    if format_ == "seed":
-        # the seed's head knows tanh, and takes every other word for none
-        head["summary_activation"] = "tanh" if fields.get("summary_activation") == "tanh" else None
-    elif HEAD_NAMES[format_]:  # one linear layer, whatever GPT-2's summary_* fields say
-        head = {
-            "summary_type": "cls_index",
-            "summary_use_proj": True,
-            "summary_proj_to_labels": True,
-            "summary_activation": None,
-            "summary_first_dropout": 0.0,
-            "summary_last_dropout": 0.0,
-        }
-    if format_ == "trl":
-        head["summary_first_dropout"] = fields.get("summary_dropout_prob", TRL_DROPOUT)
-        if "summary_dropout_prob" not in fields and summary_first_dropout is None:
-            notes.append(f"summary_first_dropout is {TRL_DROPOUT}, TRL's default: a checkpoint of TRL's records none")
-    elif format_ == "token-classification":
-        given = (fields.get("classifier_dropout"), fields.get("hidden_dropout"), CLASSIFIER_DROPOUT)
-        head["summary_first_dropout"] = next(rate for rate in given if rate is not None)
-    if summary_first_dropout is not None:
-        head["summary_first_dropout"] = summary_first_dropout
-    kept = {name: value for name, value in fields.items() if name not in own}
-    try:
-        return GPT2ValueConfig.from_gpt2(GPT2Config.from_dict({**kept, **head})), notes
-    except (ValueError, TypeError, StrictDataclassError) as err:
-        raise CorruptFileError(
-            f"{where}: its config.json cannot be a GPT-2's: {err}",
-            next_step="correct that field, or pass the config.json that belongs to the weights: config=",
-        ) from err
+    return value_config(
+        where,
+        fields,
+        format_,
+        one_linear_layer=bool(HEAD_NAMES[format_]),
+        summary_first_dropout=summary_first_dropout,
+    )
 
 
 def _decide_head(

@@ -1,12 +1,14 @@
-"""Merge a PEFT LoRA adapter into its base model, reading every file with our own readers.
+"""Merge a LoRA adapter, as PEFT saves it, into its base model.
 
-Imports torch, transformers, huggingface_hub, `foreign` and the rooms that read files; and peft, when it is
-needed: merging is its business (https://huggingface.co/docs/peft/developer_guides/lora, "Merge LoRA weights").
+Imports torch, huggingface_hub, `formats`, `lora_settings` and the modules that read files; not peft, whose loader
+imports modules that an adapter's config names. Method: LoRA (https://arxiv.org/abs/2106.09685), rsLoRA
+(https://arxiv.org/abs/2312.03732), DoRA (https://arxiv.org/abs/2402.09353); the tests compare with peft.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from ..errors import MissingDependencyError, MissingFileError, UnsupportedModelError, WeightsMismatchError
+from ..errors import MissingFileError, UnsupportedModelError, WeightsMismatchError
 from ..files import read_json
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX
-from .formats import translate
+from .formats import BODY_DTYPES, translate
+from .lora_settings import MERGE_THERE, LoraSettings, read_settings
 from .weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -31,16 +33,26 @@ from .weight_files import (
     read_state_dict,
 )
 
+PEFT_PREFIX = "base_model.model."
+# The tensors of one layer: two matrices (an embedding's are parameters of their own), and what DoRA and lora_bias add.
+PART = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?:embedding_)?(?P<matrix>[AB])(?:\.weight)?|(?P<magnitude>lora_magnitude_vector)"
+    r"(?:\.weight)?|lora_B\.(?P<bias>bias))"
+)
+EMBEDDINGS = ("transformer.wte", "transformer.wpe")
+OTHER_BASE = "name the base model that the adapter was trained on: base="
+
 
 @dataclass(frozen=True)
 class Merged:
     """A base model with the adapter in its weights."""
 
-    state: dict[str, torch.Tensor]  # GPT2LMHeadModel's
+    state: dict[str, torch.Tensor]  # GPT2LMHeadModel's; lm_head only where it is not tied
     fields: dict[str, Any]  # the base's config.json
     base: Path
     files: tuple[Path, ...]  # the weight files that were read
     dropped: dict[str, str]  # the base's tensor, its folder's name before it -> why it is not there
+    notes: tuple[str, ...]
 
 
 def merge_adapter(folder: Path, base: Path | None) -> Merged:
@@ -51,14 +63,13 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
         base: the folder of the base model; None for the one that `adapter_config.json` names.
 
     Raises:
-        MissingDependencyError: peft is not installed.
         MissingFileError: no adapter weights, or no base model at the place that is named.
-        UnsupportedModelError: not a LoRA of a causal language model.
+        UnsupportedModelError: not a LoRA of a causal language model, or with an option that is not known here.
+        CorruptFileError: a setting of the wrong type, or out of range.
         WeightsMismatchError: the adapter does not fit the base.
     """
-    settings = read_json(folder, ADAPTER_CONFIG)
-    _refuse_other_adapters(folder, settings)
-    peft = _peft()
+    fields = read_json(folder, ADAPTER_CONFIG)
+    settings = read_settings(str(folder), fields)
     file = only_one(folder, ADAPTER_WEIGHTS)
     if file is None:
         raise MissingFileError(
@@ -68,7 +79,7 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
         )
     adapter = read_state_dict(file)
 
-    base = base or _base_of(folder, settings)
+    base = base or _base_of(folder, fields)
     base_file = only_one(base, MODEL_WEIGHTS)
     if base_file is None:
         raise MissingFileError(
@@ -76,9 +87,9 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
             expected=" or ".join(MODEL_WEIGHTS),
             next_step="name the folder of the base model: base=",
         )
-    fields = read_json(base, CONFIG)
-    if fields.get("model_type") == MODEL_TYPE:
-        fields = {**fields, "model_type": "gpt2"}  # only its body matters here
+    base_fields = read_json(base, CONFIG)
+    if base_fields.get("model_type") == MODEL_TYPE:
+        base_fields = {**base_fields, "model_type": "gpt2"}  # only its body matters here
     base_state = read_state_dict(base_file)
     dropped = {
         f"{base.name}/{key}": "the base model's own value head: the adapter brings one"
@@ -86,67 +97,147 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
         if key.startswith(HEAD_PREFIX)
     }
     body = {key: tensor for key, tensor in base_state.items() if not key.startswith(HEAD_PREFIX)}
-    understood = translate(str(base_file), body, fields, source_format="gpt2", init_value_head=True)
+    understood = translate(str(base_file), body, base_fields, source_format="gpt2", init_value_head=True)
     dropped |= {f"{base.name}/{key}": why for key, why in understood.dropped.items()}
-    model = GPT2LMHeadModel(GPT2Config.from_dict(fields))
-    model.to(understood.dtype)
+
     weights = {name: tensor for name, tensor in understood.state.items() if not name.startswith(HEAD_PREFIX)}
-    model.load_state_dict({"lm_head.weight": weights["transformer.wte.weight"], **weights})
-
-    config = peft.PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = True
-    model.name_or_path = config.base_model_name_or_path  # or peft warns that it is another model
-    wrapped = peft.get_peft_model(model, config)
-    _fill(peft, wrapped, adapter, file)
-    merged = wrapped.merge_and_unload(safe_merge=True)
-    state = {key: tensor.detach() for key, tensor in merged.state_dict().items()}
-    return Merged(state, {**fields, "architectures": [type(model).__name__]}, base, (base_file, file), dropped)
+    state = merge(weights, adapter, settings, file=file)
+    notes = []
+    if "lm_head.weight" in state and "lm_head.weight" not in weights:
+        notes.append("lm_head is not tied to transformer.wte any more: the adapter changes one of the two alone")
+    if settings.targets is None:
+        notes.append("which layers the adapter has is an expression in its settings, which was not evaluated")
+    own = {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": "lm_head.weight" not in state}
+    return Merged(state, {**base_fields, **own}, base, (base_file, file), dropped, tuple(notes))
 
 
-def _refuse_other_adapters(folder: Path, settings: Mapping[str, Any]) -> None:
-    kind, task = settings.get("peft_type"), settings.get("task_type")
-    if kind != "LORA" or task not in (None, "CAUSAL_LM"):
-        raise UnsupportedModelError(
-            f"{folder} holds an adapter of type {str(kind)[:40]!r} for {str(task)[:40]!r}",
-            expected="'LORA' for 'CAUSAL_LM'",
-            next_step="merge it with peft (merge_and_unload), save the result, and convert that",
-        )
-    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        raise UnsupportedModelError(
-            f"{folder} holds a LoRA that began with {str(settings['init_lora_weights'])[:40]!r}, which alters its base",
-            expected="one that leaves its base model as it is",
-            next_step="convert it with peft's path_initial_model_for_weight_conversion, and convert the result",
-        )
+def merge(
+    weights: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], settings: LoraSettings, *, file: Path
+) -> dict[str, torch.Tensor]:
+    """The weights of the base model with the adapter in them, each in the dtype that it had.
 
+    Args:
+        weights: of a GPT-2 with a language model's head; `lm_head.weight` only where it is not tied.
+        adapter: the tensors that PEFT saved.
+        settings: how they are to be read.
+        file: where `adapter` comes from, for messages.
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as err:
-        raise MissingDependencyError(
-            f"merging an adapter needs peft, which cannot be imported: {err}", next_step="pip install peft"
-        ) from err
-    return peft
-
-
-def _fill(peft: Any, wrapped: Any, adapter: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Put the adapter's numbers into the wrapped model, so that nothing in it keeps its initial value."""
-    # False: "auto" would ask the Hub whether the vocabulary grew
-    held = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    odd = sorted(held ^ set(adapter))
+    Raises:
+        WeightsMismatchError: the adapter has other tensors, or other shapes, than its settings and the base say.
+        UnsupportedModelError: integers in it, or a DoRA of embeddings.
+    """
+    before = {"lm_head.weight": weights["transformer.wte.weight"], **weights}
+    layers, whole, odd = _sorted_out(before, adapter, settings)
+    expected = {name.removesuffix(".weight") for name, weight in before.items() if weight.dim() == 2}
+    for module in sorted(expected):
+        said = settings.is_target(module, embedding=module in (*EMBEDDINGS, "lm_head"))
+        if said is not None and said != (module in layers):
+            odd.append(f"{PEFT_PREFIX}{module}")
     if odd:
         raise WeightsMismatchError(
-            f"{file} does not fit its base model; only one of the two has {listed(odd)}",
+            f"{file} does not fit its base model; only one of the two has {listed(sorted(odd))}",
             expected="the adapter's weights for each layer that adapter_config.json names",
-            next_step="name the base model that the adapter was trained on: base=",
+            next_step=OTHER_BASE,
         )
-    try:
-        peft.set_peft_model_state_dict(wrapped, dict(adapter))
-    except RuntimeError as err:  # torch's word for other shapes
+    merged = dict(before)
+    for name, tensor in whole.items():
+        _check_shape(file, name, tensor, tuple(before[name].shape))
+        merged[name] = tensor.to(before[name].dtype)
+    for module, parts in layers.items():
+        merged |= _merged_layer(file, module, merged, parts, settings)
+    tied = "lm_head.weight" not in weights and torch.equal(merged["lm_head.weight"], merged["transformer.wte.weight"])
+    if tied:
+        del merged["lm_head.weight"]
+    return merged
+
+
+def _sorted_out(
+    before: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], settings: LoraSettings
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], list[str]]:
+    """An adapter's tensors: those of each layer, those that replace a whole one of the base, and what is odd."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    whole: dict[str, torch.Tensor] = {}
+    odd = []
+    for key, tensor in adapter.items():
+        if tensor.dtype not in BODY_DTYPES:
+            raise UnsupportedModelError(
+                f"the adapter's {key} is {tensor.dtype}",
+                expected="float32, float16 or bfloat16",
+                next_step="save the adapter in one of these dtypes in its own library, and convert that",
+            )
+        part = PART.fullmatch(key.removeprefix(PEFT_PREFIX))
+        if not key.startswith(PEFT_PREFIX):
+            odd.append(key)
+        elif part and f"{part['module']}.weight" in before:
+            what = part["matrix"] or ("magnitude" if part["magnitude"] else "bias")
+            layers.setdefault(part["module"], {})[what] = tensor
+        elif part:
+            odd.append(key)
+        else:
+            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            if name not in before:
+                odd.append(key)
+            elif settings.is_saved(name.rpartition(".")[0]) or (settings.bias != "none" and name.endswith(".bias")):
+                whole[name] = tensor
+            elif not tensor.equal(before[name].to(tensor.dtype)):  # PEFT saves embeddings beside their adapter
+                odd.append(key)
+    for module, parts in layers.items():
+        needed = {"A", "B"} | ({"magnitude"} if settings.dora else set()) | ({"bias"} if settings.lora_bias else set())
+        odd += [f"{PEFT_PREFIX}{module}.lora_{part}" for part in sorted(needed ^ set(parts))]
+    for name in before:
+        due = settings.is_saved(name.rpartition(".")[0]) or (settings.bias == "all" and name.endswith(".bias"))
+        if due and name not in whole:
+            odd.append(f"{PEFT_PREFIX}{name}")
+    return layers, whole, odd
+
+
+def _merged_layer(
+    file: Path,
+    module: str,
+    before: Mapping[str, torch.Tensor],
+    parts: Mapping[str, torch.Tensor],
+    settings: LoraSettings,
+) -> dict[str, torch.Tensor]:
+    """The weight, and the bias where it changes, of one layer: computed in float32, rounded once."""
+    weight, a, b = before[f"{module}.weight"], parts["A"].float(), parts["B"].float()
+    embedding = module in EMBEDDINGS
+    # Conv1D keeps [in, out]; Embedding [in, out] too: a row for each token. lm_head, a Linear, keeps [out, in].
+    transposed = module != "lm_head"
+    outputs, inputs = weight.shape[::-1] if transposed else weight.shape
+    rank = a.shape[0] if a.dim() == 2 else 0
+    _check_shape(file, f"{module}.lora_A", a, (rank, inputs))
+    _check_shape(file, f"{module}.lora_B", b, (outputs, rank))
+    if rank == 0:
+        raise WeightsMismatchError(f"{file}: {module}.lora_A has rank 0", next_step=OTHER_BASE)
+    scaling = settings.scaling(module, rank)
+    full = (weight.T if transposed else weight).float() + scaling * (b @ a)  # [out, in]
+    if settings.dora:
+        if embedding:
+            raise UnsupportedModelError(
+                f"{file} holds a DoRA of {module}",
+                expected="DoRA for attention and feed-forward layers",
+                next_step=MERGE_THERE,
+            )
+        magnitude = parts["magnitude"].float().reshape(-1)  # [out]
+        _check_shape(file, f"{module}.lora_magnitude_vector", magnitude, (outputs,))
+        full *= (magnitude / full.norm(dim=1)).unsqueeze(1)
+    found = {f"{module}.weight": (full.T if transposed else full).contiguous().to(weight.dtype)}
+    if settings.lora_bias:
+        bias = before.get(f"{module}.bias")
+        if bias is None:
+            raise WeightsMismatchError(f"{file}: {module} has no bias to add to", next_step=OTHER_BASE)
+        _check_shape(file, f"{module}.lora_B.bias", parts["bias"], tuple(bias.shape))
+        found[f"{module}.bias"] = (bias.float() + scaling * parts["bias"].float()).to(bias.dtype)
+    return found
+
+
+def _check_shape(file: Path, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
         raise WeightsMismatchError(
-            f"{file} does not fit its base model: {str(err).splitlines()[-1].strip()}",
-            next_step="name the base model that the adapter was trained on: base=",
-        ) from err
+            f"{file} does not fit its base model: {name} has shape {list(tensor.shape)}",
+            expected=f"{list(expected)}",
+            next_step=OTHER_BASE,
+        )
 
 
 def _base_of(folder: Path, settings: Mapping[str, Any]) -> Path:
@@ -158,13 +249,20 @@ def _base_of(folder: Path, settings: Mapping[str, Any]) -> Path:
         )
     if os.path.isdir(name):
         return Path(name)
+    revision = settings.get("revision")
+    if not isinstance(revision, (str, type(None))):
+        raise MissingFileError(
+            f"{folder / ADAPTER_CONFIG} names the revision {str(revision)[:80]!r} of its base model",
+            expected="a branch, tag or commit",
+            next_step="name the base model's folder: base=",
+        )
     beside = [CONFIG, GENERATION_CONFIG, *sorted(TOKENIZER)]
     safe = [WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors"]
     try:
-        home = Path(snapshot_download(name, revision=settings.get("revision"), allow_patterns=[*beside, *safe]))
+        home = Path(snapshot_download(name, revision=revision, allow_patterns=[*beside, *safe]))
         if not any((home / file).is_file() for file in (WEIGHTS, WEIGHTS_INDEX)):
             pickles = [PICKLED_WEIGHTS, f"{PICKLED_WEIGHTS}.index.json", "pytorch_model-*-of-*.bin"]
-            home = Path(snapshot_download(name, revision=settings.get("revision"), allow_patterns=[*beside, *pickles]))
+            home = Path(snapshot_download(name, revision=revision, allow_patterns=[*beside, *pickles]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
         raise MissingFileError(
             f"{folder / ADAPTER_CONFIG} names the base model {name!r}, which is no folder here, and was "

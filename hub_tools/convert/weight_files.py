@@ -1,23 +1,28 @@
 """Read other people's weight files without running anything that is in them.
 
-Imports the standard library, torch, safetensors, `reading`, `layout` and `errors`. safetensors files hold
-numbers; pickles are read by `torch.load(weights_only=True)`, which knows tensors and plain containers and
-refuses all else (https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only).
+Imports the standard library, torch, `pickle_outline`, `files`, `layout` and `errors`. No library reads these files: the
+header of a safetensors file says where its tensors lie, and of a pickle a small process of its own says it (see
+`pickle_outline`). This module then maps that part of the file into memory.
 """
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+import json
+import math
+import mmap
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from ..errors import AmbiguousSourceError, CorruptFileError, UnsafePickleError
-from ..files import file_in, read_json
+from .. import limits
+from ..errors import AmbiguousSourceError, CorruptFileError, GPT2ValueHubError, UnsafePickleError
+from ..files import file_in, parse_json, read_json
 from ..layout import WEIGHTS, WEIGHTS_INDEX
+from . import pickle_outline
 
 PICKLED_WEIGHTS = "pytorch_model.bin"
 
@@ -31,6 +36,22 @@ HEAD_WEIGHTS = (PICKLED_WEIGHTS, "value_head.safetensors", "value_head.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+Outline = dict[str, tuple[torch.dtype, list[int], int]]  # name -> dtype, shape, first byte in the file
+
+PATIENCE = 60  # seconds for the outline of a pickle, which takes a tenth of one
+
 FETCH_AGAIN = "fetch the file again; if it stays so, ask whoever made it"
 
 
@@ -39,15 +60,16 @@ def only_one(folder: Path, names: tuple[str, ...]) -> Path | None:
 
     Raises:
         AmbiguousSourceError: there are several, and nothing says which of them was saved last.
+        UnsafeFileError: it is a link out of the folder, or no regular file.
     """
-    found = [folder / name for name in names if (folder / name).is_file()]
+    found = [folder / name for name in names if os.path.lexists(folder / name)]
     if len(found) > 1:
         raise AmbiguousSourceError(
             f"{folder} holds {' and '.join(path.name for path in found)}, and they may differ",
             expected="one of them",
             next_step="move the others away, or pass the file of a whole model itself as the source",
         )
-    return found[0] if found else None
+    return file_in(folder, found[0].name) if found else None
 
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
@@ -64,10 +86,7 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     """
     if file.suffix == ".json":
         return _read_shards(file)
-    state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-    for key, tensor in state.items():
-        _check_entry(file, key, tensor)
-    return state
+    return _tensors_in(file)
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
@@ -91,74 +110,107 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+def _tensors_in(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that is opened once, as views of it."""
     try:
-        return load_file(file)
-    except (SafetensorError, OSError) as err:
-        raise CorruptFileError(f"{file} cannot be read as safetensors: {err}", next_step=FETCH_AGAIN) from err
+        with open(file, "rb") as opened:
+            content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            outline = _header_of(file, content) if file.suffix == ".safetensors" else _outline_of(file, opened)
+    except (OSError, ValueError) as err:  # ValueError: an empty file
+        if isinstance(err, GPT2ValueHubError):
+            raise
+        raise CorruptFileError(f"{file} cannot be read: {_gist(err)}", next_step=FETCH_AGAIN) from err
+    size, made = len(content), 0
+    state: dict[str, torch.Tensor] = {}
+    for name, (dtype, shape, start) in outline.items():
+        count, length = math.prod(shape), math.prod(shape) * dtype.itemsize
+        made += length
+        # A tied lm_head is in the file once and in the model twice. More than that was made to fill the memory.
+        if start + length > size or made > 2 * size:
+            raise CorruptFileError(
+                f"{file} has {size:,} bytes, and says that its tensors have {made:,}",
+                expected="tensors that lie in the file, each for itself",
+                next_step=FETCH_AGAIN,
+            )
+        if count == 0:
+            state[name] = torch.empty(shape, dtype=dtype)
+        elif start % dtype.itemsize:  # torch's older format does not align numbers
+            state[name] = torch.frombuffer(bytearray(content[start : start + length]), dtype=dtype).view(shape)
+        else:
+            state[name] = torch.frombuffer(content, dtype=dtype, count=count, offset=start).view(shape)
+    return state
 
 
-def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    is_zip = zipfile.is_zipfile(file)
+def _header_of(file: Path, content: mmap.mmap) -> Outline:
+    """The tensors that the header of a safetensors file names (https://github.com/huggingface/safetensors#format)."""
+
+    def corrupt(found: str) -> CorruptFileError:
+        return CorruptFileError(
+            f"{file} cannot be read as safetensors: {found}", expected="a valid header", next_step=FETCH_AGAIN
+        )
+
+    length = int.from_bytes(content[:8], "little")
+    if length > min(len(content) - 8, limits.HEADER_BYTES):
+        raise corrupt(f"its header claims {length:,} bytes of {len(content):,}")
+    header = parse_json(content[8 : 8 + length], f"{file} (header)")
+    header.pop("__metadata__", None)
+    outline: Outline = {}
+    for name, entry in header.items():
+        fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = fields.get("dtype"), fields.get("shape", 0), fields.get("data_offsets", 0)
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise corrupt(f"tensor {name[:120]!r} of type {str(dtype)[:80]}")
+        if not _whole_numbers(shape, most=8) or not _whole_numbers(offsets, most=2) or len(offsets) != 2:
+            raise corrupt(f"tensor {name[:120]!r} with shape {str(shape)[:80]} at {str(offsets)[:80]}")
+        if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise corrupt(f"tensor {name[:120]!r} with shape {str(shape)[:80]} at {str(offsets)[:80]}")
+        outline[name] = (DTYPES[dtype], shape, 8 + length + offsets[0])
+    return outline
+
+
+def _whole_numbers(numbers: Any, *, most: int) -> bool:
+    return (
+        isinstance(numbers, list) and len(numbers) <= most and all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
+    )
+
+
+def _outline_of(file: Path, opened: BinaryIO) -> Outline:
+    """The tensors that a pickle names."""
+    command = [sys.executable, "-I", "-S", "-B", pickle_outline.__file__]
+    answer: dict[str, Any] = {"refused": "ended", "found": "it took too long"}
     try:
-        if is_zip:
-            _refuse_compressed(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as err:
+        done = subprocess.run(command, stdin=opened, capture_output=True, timeout=PATIENCE)
+        answer = json.loads(done.stdout) if done.returncode == 0 else {**answer, "found": f"exit {done.returncode}"}
+    except subprocess.TimeoutExpired:
+        pass  # the process was killed
+    if "tensors" in answer:
+        return {name: (getattr(torch, dtype), *where) for name, (dtype, *where) in answer["tensors"].items()}
+    refused, found = answer["refused"], answer["found"]
+    if refused == "unsafe":
         raise UnsafePickleError(
-            f"{file} is a pickle that asks for more than tensors: {_gist(err)}. Nothing of it was run",
-            expected="a state dict of plain tensors",
+            f"{file} is a pickle that asks for more than plain tensors: {found}. Nothing of it was run",
+            expected="a state dict of plain, dense tensors",
             next_step="if you know its maker, load it in the library that wrote it, save model.state_dict() "
             "as safetensors, and convert that",
-        ) from err
-    except (
-        # torch's reader raises all of these on damaged files, depending on where the damage lies.
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        zipfile.BadZipFile,
-    ) as err:
-        raise CorruptFileError(f"{file} cannot be read as a checkpoint: {_gist(err)}", next_step=FETCH_AGAIN) from err
-    if not isinstance(state, dict):
-        raise CorruptFileError(
-            f"{file} holds a {type(state).__name__}",
-            expected="a state dict",
-            next_step="save model.state_dict() in the library that wrote the file, and convert that",
         )
-    return dict(state)
-
-
-def _refuse_compressed(file: Path) -> None:
-    """torch.save never compresses: an archive smaller than its content was made to fill the memory."""
-    with zipfile.ZipFile(file) as archive:
-        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    if packed:
+    if refused == "nested":
         raise CorruptFileError(
-            f"{file} holds compressed records: {listed(packed)}",
-            expected="the uncompressed archive that torch.save writes",
-            next_step=FETCH_AGAIN,
-        )
-
-
-def _check_entry(file: Path, key: object, tensor: object) -> None:
-    plain = isinstance(tensor, torch.Tensor) and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or not plain:
-        raise CorruptFileError(
-            f"{file} holds {key!r}: {type(tensor).__name__}",
-            expected="names with plain tensors",
+            f"{file} holds {found}",
+            expected="a state dict: names with plain tensors",
             next_step="where the state dict lies inside (under 'state_dict', 'model', ...), save that part "
             "alone and convert it",
         )
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+    if refused == "ended":
         raise CorruptFileError(
-            f"{file} holds {key} as a sparse, quantised or empty tensor",
-            expected="dense numbers",
-            next_step="save the model dense, in the library that wrote it, and convert that",
+            f"{file} could not be opened in {PATIENCE} s and {pickle_outline.MEMORY >> 20} MiB ({found})",
+            expected="a state dict, whose names and shapes fit into a small part of that",
+            next_step=FETCH_AGAIN,
         )
+    raise CorruptFileError(
+        f"{file} cannot be read as a checkpoint: {found}",
+        expected="the state dict of contiguous tensors that torch.save writes",
+        next_step=FETCH_AGAIN,
+    )
 
 
 def listed(names: list[str], most: int = 8) -> str:
@@ -168,7 +220,6 @@ def listed(names: list[str], most: int = 8) -> str:
 
 
 def _gist(err: BaseException) -> str:
-    """The sentence of an error that says what was wrong; torch's own run to a page of advice."""
-    _, _, cause = str(err).partition("WeightsUnpickler error: ")
-    lines = (cause or str(err)).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(err).__name__
+    """The first line of an error, or its type where it says nothing."""
+    lines = str(err).strip().splitlines()
+    return lines[0][:300] if lines else type(err).__name__

@@ -1,0 +1,84 @@
+"""What lies beside a checkpoint's weights and travels with it: the tokenizer, and the settings of generation.
+
+Imports transformers, and of hub_tools `allowed_fields`, `stage`, `tokenizer` and what these import. Both are read from
+a private copy, with the fields that are known.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerBase
+
+from .. import limits
+from ..errors import CorruptFileError, LoadError, TokenizerMismatchError
+from ..files import read_json
+from ..layout import GENERATION_CONFIG, TOKENIZER, kind_of
+from ..library_errors import as_ours
+from ..package.allowed_fields import reduce
+from ..package.stage import make_loadable, package_file_limit, stage
+from ..package.tokenizer import load_tokenizer
+
+
+def carried_tokenizer(
+    given: PreTrainedTokenizerBase | str | os.PathLike[str] | None, homes: Sequence[Path], *, vocab_size: int
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was given, or the first that lies in one of `homes`; None where there is none.
+
+    Args:
+        given: a tokenizer, or the folder of one.
+        homes: folders.
+        vocab_size: of the model, by which the tokenizer's files are bounded.
+
+    Raises:
+        TokenizerMismatchError: its files cannot be loaded without running code of theirs.
+        ResourceLimitError: it takes more memory or time than a tokenizer needs.
+        UnsafeFileError, CorruptFileError: links out of the folder, files that are too large, or no JSON.
+    """
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    folders = [Path(given)] if given is not None else homes
+    home = next((home for home in folders if any(os.path.lexists(home / name) for name in TOKENIZER)), None)
+    if home is None and given is None:
+        return None
+    home = home or folders[0]
+    vocabulary = limits.vocabulary_bytes(vocab_size)
+
+    def limit_of(name: str) -> int | None:
+        return package_file_limit(name, vocabulary=vocabulary, weights=0) if kind_of(name) == "tokenizer" else None
+
+    try:
+        with stage(home, limit_of=limit_of) as copy:
+            # the config says which tokenizer it is where the tokenizer's settings do not
+            return load_tokenizer(make_loadable(copy, ()), str(home), config=GPT2Config())
+    except LoadError as err:
+        raise TokenizerMismatchError(
+            f"the tokenizer in {home} cannot be loaded: {err.found}",
+            expected="the files of a tokenizer of transformers' own",
+            next_step="pass a tokenizer: tokenizer=, or move its files out of the folder",
+        ) from err
+
+
+def carried_generation_config(homes: Sequence[Path]) -> GenerationConfig | None:
+    """The settings of generation in the first of `homes` that has any; None where there are none.
+
+    Raises:
+        CorruptFileError: no JSON, or a setting that cannot be right.
+    """
+    home = next((home for home in homes if os.path.lexists(home / GENERATION_CONFIG)), None)
+    if home is None:
+        return None
+    fields = reduce(GENERATION_CONFIG, read_json(home, GENERATION_CONFIG))
+    with as_ours(lambda gist: _not_valid(home, gist)):
+        config = GenerationConfig.from_dict(fields)
+        config.validate(strict=True)
+    return config
+
+
+def _not_valid(home: Path, gist: str) -> CorruptFileError:
+    return CorruptFileError(
+        f"{home / GENERATION_CONFIG} is not valid: {gist}",
+        next_step="correct the field, or remove the file: the model works without it",
+    )
