@@ -24,10 +24,7 @@ LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.")
 
 
 def unwrapped(model):
-    """The model and what it wraps, outermost first: `torch.compile`, DistributedDataParallel, FSDP, DeepSpeed, peft.
-
-    Raises TypeError where there is no causal language model inside, or its wrapper cannot be sampled and scored.
-    """
+    """The model and what it wraps, outermost first; TypeError where there is nothing that can be sampled and scored."""
     models = [model]
     while True:
         children = getattr(models[-1], "_modules", {})
@@ -157,11 +154,10 @@ def _is_altered(module, but_by=("transformers.",)):
 
 
 def without_dropout(model, *, checkpointing=False):
-    """The model as `eval()` leaves it, without writing to it: its modules are copied, their weights and hooks shared.
+    """The model as `eval()` leaves it, without writing to it: copies of its modules, which share weights and hooks.
 
-    (`nn.Module._replicate_for_data_parallel` copies in this way.) A model that has nothing to switch off is returned as
-    it is. With `checkpointing`, layers whose activations are checkpointed still are; without, they can use a cache.
-    Raises TypeError where there is dropout that the copy cannot reach.
+    With `checkpointing`, layers whose activations are checkpointed still are; without, they can use a cache. Raises
+    TypeError where there is dropout that the copy cannot reach.
     """
     if not (_has_dropout(model) if checkpointing else any(module.training for module in model.modules())):
         return model

@@ -77,11 +77,14 @@ class Rollout:
 
     def to(self, device):
         """The same rollout with its tensors on another device."""
-        return self._map(lambda tensor: tensor.to(device))
+        return self._map(lambda tensor: tensor.to(device=device))
 
     def _map(self, function):
         tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return dataclasses.replace(self, **tensors)
+
+
+torch.serialization.add_safe_globals([Rollout, Sampling])  # so that torch.load(weights_only=True) takes a rollout
 
 
 @torch.inference_mode(False)
@@ -184,9 +187,13 @@ def _left_pad(queries, attention_mask, pad):
     if not isinstance(queries, torch.Tensor):
         if attention_mask is not None:
             raise ValueError("attention_mask goes with a [batch, tokens] tensor of queries; a list needs none.")
-        rows = [torch.as_tensor(query) for query in queries]
-        if not rows:
+        if not isinstance(queries, (list, tuple)) or any(query is None or isinstance(query, str) for query in queries):
+            raise TypeError(
+                "queries: expected token ids, a [batch, tokens] tensor or a list of 1-D tensors, not texts."
+            )
+        if not queries:
             raise ValueError("queries is empty; expected at least one prompt.")
+        rows = [torch.as_tensor(query) for query in queries]
         for row, query in enumerate(rows):
             if query.dim() != 1:
                 raise ValueError(f"queries[{row}] has shape {list(query.shape)}; expected a 1-D tensor of token ids.")
@@ -201,6 +208,6 @@ def _left_pad(queries, attention_mask, pad):
         raise ValueError(f"attention_mask has shape {list(mask.shape)}; expected {list(queries.shape)}, as queries.")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
-    mask = mask.long().to(queries.device)
+    mask, queries = mask.long().to(queries.device), queries.long() if are_ids(queries) else queries
     order = mask.argsort(dim=1, stable=True)  # padding first; tokens stay in their order
     return queries.masked_fill(mask == 0, pad).gather(1, order), mask.gather(1, order)

@@ -1,10 +1,9 @@
 """GPT-2 with a value head: next-token logits and one value per token, in one forward pass.
 
 The head is a linear layer on GPT-2's last hidden state, as in "Fine-Tuning Language Models from Human Preferences"
-(Ziegler et al., 2019, arXiv:1909.08593). Six files are copied into every package. They import the standard library,
-torch, transformers and each other, and nothing else. The order in which to read them:
+(Ziegler et al., 2019, arXiv:1909.08593). Six files are copied into every package. In the order in which to read them:
 
-1. `configuration_gpt2_value`: the fields, checked. Copies these six files when a config is saved.
+1. `configuration_gpt2_value`: the fields, checked. Saving a config copies the six files beside it.
 2. `sampling_gpt2_value`: settings and logits to the distribution, and the draw. Knows nothing of models.
 3. `decoding_gpt2_value`: runs a model as it is scored, one step at a time. Never writes to a module.
 4. `scoring_gpt2_value`: `rescore`. Draws nothing, and cuts off nothing that the draw did not.

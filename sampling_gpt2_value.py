@@ -13,7 +13,7 @@ import numbers
 import torch
 from torch import nn
 
-SMALLEST = 1e-30  # of a temperature, or its inverse: beyond, float32 logits divided by it are no longer finite
+SMALLEST, LARGEST = 1e-30, 1e30  # of a temperature: beyond, float32 logits divided by it are no longer finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sampling:
         ids = _plain(self.eos_token_id)
         ids = () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
         settings = {
-            "temperature": float(number("temperature", self.temperature, SMALLEST, 1 / SMALLEST)),
+            "temperature": float(number("temperature", self.temperature, SMALLEST, LARGEST)),
             "top_k": whole_number("top_k", self.top_k, 0),
             "top_p": float(number("top_p", self.top_p, SMALLEST, 1)),
             "min_new_tokens": whole_number("min_new_tokens", self.min_new_tokens, 0),

@@ -123,11 +123,9 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         raise TypeError(f"{what}; expected the Rollout that rollout() of this version returned.")
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
     rollout.sampling.check_vocabulary(vocabulary)
-    if reference is not None:
-        its = check_tokens(reference, rollout.sequences, rollout.attention_mask)
-        if its != vocabulary:
-            sizes = f"the model's vocabulary has {vocabulary} tokens, the reference's {its}"
-            raise ValueError(f"{sizes}; expected the same: pass a reference with the model's tokenizer.")
+    its = vocabulary if reference is None else check_tokens(reference, rollout.sequences, rollout.attention_mask)
+    if its != vocabulary:
+        raise ValueError(f"the model's vocabulary has {vocabulary} tokens, the reference's {its}; expected the same.")
     rollout, T = rollout.to(unwrapped(model)[-1].device), rollout.responses.shape[1]
     tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
     seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configuration_gpt2_value import GPT2ValueConfig
-from generation_gpt2_value import Rollout
+from generation_gpt2_value import Rollout, Sampling
 from modeling_gpt2_value import GPT2ValueModel
 
-ROADS = ("body alone", "full logits", "rescore")
+WAYS = ("body alone", "full logits", "rescore")
 
 
 def scene(B, P, T):
@@ -38,24 +38,19 @@ def scene(B, P, T):
         logprobs=torch.zeros(B, T),
         values=torch.zeros(B, T),
         truncated=torch.ones(B, dtype=torch.bool),
-        support=None,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        min_new_tokens=0,
-        eos_token_id=(),
-        pad_token_id=0,
+        kept=None,
+        sampling=Sampling(),
     )
 
 
-def work(road, model, rollout):
+def work(way, model, rollout):
     """Log-probabilities and values of the responses, and their gradient."""
     model.zero_grad(set_to_none=True)
     T = rollout.responses.shape[1]
-    if road == "body alone":
+    if way == "body alone":
         model.transformer(rollout.sequences[:, :-1], use_cache=False).last_hidden_state.sum().backward()
         return
-    if road == "rescore":
+    if way == "rescore":
         scored = model.rescore(rollout)
         logprobs, values = scored.logprobs, scored.values
     else:
@@ -66,9 +61,9 @@ def work(road, model, rollout):
     (logprobs.mean() + values.pow(2).mean()).backward()
 
 
-def peak_mib(road, shape):
+def peak_mib(way, shape):
     """Peak resident MiB of a fresh process that does the work twice."""
-    command = [sys.executable, __file__, "--shape", shape, "--only", road]
+    command = [sys.executable, __file__, "--shape", shape, "--only", way]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -76,7 +71,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="16x0x256", help="BxPxT; P=0 scores every token after the first")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=ROADS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     B, P, T = map(int, arguments.shape.split("x"))
@@ -89,16 +84,16 @@ def main():
         scale = 1024 if sys.platform != "darwin" else 1024**2
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale)
         return
-    memory = {road: peak_mib(road, arguments.shape) for road in tqdm(ROADS, desc="memory")}
-    times = {road: [] for road in ROADS}
+    memory = {way: peak_mib(way, arguments.shape) for way in tqdm(WAYS, desc="memory")}
+    times = {way: [] for way in WAYS}
     for turn in tqdm(range(arguments.rounds + 1), desc="time"):
-        for road in ROADS:
+        for way in WAYS:
             start = time.perf_counter()
-            work(road, model, rollout)
+            work(way, model, rollout)
             if turn:
-                times[road].append(time.perf_counter() - start)
-    seconds = {road: statistics.median(found) for road, found in times.items()}
-    above = {road: memory[road] - memory["body alone"] for road in ROADS}
+                times[way].append(time.perf_counter() - start)
+    seconds = {way: statistics.median(found) for way, found in times.items()}
+    above = {way: memory[way] - memory["body alone"] for way in WAYS}
     report = {
         "shape": arguments.shape,
         "threads": torch.get_num_threads(),
@@ -114,12 +109,12 @@ def as_markdown(report):
     lines = [
         f"**{report['shape']} (BxPxT), float32, {report['threads']} threads**",
         "",
-        "| road | peak MiB | above the body | seconds |",
+        "| | peak MiB | above the body | seconds |",
         "|---|---:|---:|---:|",
     ]
-    for road in ROADS:
-        above = report["peak MiB"][road] - report["peak MiB"]["body alone"]
-        lines.append(f"| {road} | {report['peak MiB'][road]:.0f} | {above:.0f} | {report['seconds'][road]:.2f} |")
+    for way in WAYS:
+        above = report["peak MiB"][way] - report["peak MiB"]["body alone"]
+        lines.append(f"| {way} | {report['peak MiB'][way]:.0f} | {above:.0f} | {report['seconds'][way]:.2f} |")
     memory, seconds = report["memory above the body, of full logits"], report["time, of full logits"]
     return "\n".join([*lines, "", f"rescore / full logits: memory above the body {memory:.3f}, time {seconds:.2f}", ""])
 

@@ -1,32 +1,39 @@
-"""Rollouts against the other roads to (tokens, log-probabilities, values): interleaved in one process, medians, ratios.
+"""Rollouts against other ways to get tokens, log-probabilities and values: interleaved in one process, medians, ratios.
 
-Roads: `rollout` (ours); `generate()` and a scoring pass; `generate(output_scores=True)`, from whose scores TRL's
-PPOTrainer took log-probabilities (no values); the seed notebook's loop without a cache; and two floors, which compute
-nothing of use: on a CPU the bare `torch.mm` products of the steps, on a GPU the time to read the weights and the cache
-once a step at the copy bandwidth measured in the same run.
+The others are `generate()` and a scoring pass; `generate(output_scores=True)`, from whose scores TRL's PPOTrainer took
+log-probabilities (no values); CTranslate2, a C++ runtime (`pip install ctranslate2`; temperature 1, the full
+vocabulary, scores, no values); and the seed notebook's loop without a cache. The floor computes nothing of use. On a
+CPU it is the matrix products of the steps alone, by the faster of `torch.mm` and oneDNN with packed weights. On a GPU
+it is the time to read the weights and the cache once a step, at the copy bandwidth measured in the same run.
 
-Weights are random: no road's time depends on them. `make bench` runs this and writes docs/benchmarks.md.
+Weights are random: no time depends on them. `make bench` runs this and writes docs/benchmarks.md.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configuration_gpt2_value import GPT2ValueConfig
+from decoding_gpt2_value import _can_pack as can_pack
 from modeling_gpt2_value import GPT2ValueModel
 
-OURS, PLAIN = "rollout", "generate() + scoring pass"
+OURS, PLAIN, PEER = "rollout", "generate() + scoring pass", "CTranslate2 (no values)"
+BY_MM, BY_ONEDNN, FLOOR = "products by torch.mm", "products by oneDNN", "floor: the products alone"
+ONCE = ("the seed's loop, no cache",)
 
 
-def roads(model, queries, T, *, compiled=None, seed_loop=False):
+def ways(model, queries, T, *, compiled=None, seed_loop=False, engine=None):
     """Name -> a function that does the work once."""
     B, P = queries.shape
     everything = torch.ones((B, P + T), dtype=torch.long, device=queries.device)
@@ -70,21 +77,69 @@ def roads(model, queries, T, *, compiled=None, seed_loop=False):
         found["rollout of torch.compile(model)"] = lambda: type(model).rollout(compiled, queries, max_new_tokens=T)
     if seed_loop:
         found["the seed's loop, no cache"] = without_cache
+    if engine is not None:
+        found[PEER] = lambda: ctranslate2_responses(engine, queries.tolist(), T)
     if queries.device.type == "cpu":
-        found["floor: bare torch.mm"] = bare_products(model, B, T)
+        found[BY_MM] = bare_products(model, B, T, packed=False)
+        if can_pack(model.dtype):
+            found[BY_ONEDNN] = bare_products(model, B, T, packed=True)
     return found
 
 
-def bare_products(model, B, T):
-    """The matrix products of T steps of B rows, by `torch.mm`, and nothing else."""
-    layers = [module.weight for module in model.transformer.modules() if type(module).__name__ == "Conv1D"]
-    pairs = [(torch.randn(B, weight.shape[0], dtype=weight.dtype), weight) for weight in layers]
-    pairs.append((torch.randn(B, model.config.n_embd, dtype=model.dtype), model.lm_head.weight.t()))
+def ctranslate2_engine(model):
+    """The same policy in CTranslate2, or None where it is not installed."""
+    try:
+        import ctranslate2
+    except ImportError:
+        return None
+    from hub_tools import export_policy, save_package
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_package(model, f"{folder}/package")
+        export_policy(f"{folder}/package", f"{folder}/policy")
+        words = {str(token): token for token in range(model.config.vocab_size)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+        special = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "0")
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(f"{folder}/policy")
+        kind = str(model.dtype).removeprefix("torch.")
+        converter = ctranslate2.converters.TransformersConverter(f"{folder}/policy")
+        converter.convert(f"{folder}/engine", quantization=kind)
+        return ctranslate2.Generator(f"{folder}/engine", intra_threads=torch.get_num_threads(), compute_type=kind)
+
+
+def ctranslate2_responses(engine, prompts, T):
+    """T tokens for each prompt, with their scores."""
+    results = engine.generate_batch(
+        [[str(token) for token in prompt] for prompt in prompts],
+        max_length=T,
+        min_length=T,
+        sampling_topk=0,
+        sampling_temperature=1.0,
+        return_scores=True,
+        include_prompt_in_result=False,
+        end_token=[],
+    )
+    if any(len(result.sequences_ids[0]) != T for result in results):
+        raise SystemExit("CTranslate2 drew other lengths than it was asked for: nothing to compare.")
+    return results
+
+
+def bare_products(model, B, T, *, packed):
+    """The matrix products of T steps of B rows, and nothing else."""
+    weights = [module.weight.t() for module in model.transformer.modules() if type(module).__name__ == "Conv1D"]
+    weights.append(model.lm_head.weight)  # [out, in]
+    pairs = [(torch.randn(B, weight.shape[1], dtype=weight.dtype), weight) for weight in weights]
+    if packed:
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        pairs = [(rows, pack(weight.contiguous(), B)) for rows, weight in pairs]
 
     def run():
         for _ in range(T):
             for rows, weight in pairs:
-                torch.mm(rows, weight)
+                if packed:
+                    torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+                else:
+                    torch.mm(rows, weight.t())
 
     return run
 
@@ -136,14 +191,17 @@ def main():
     config = GPT2ValueConfig(n_layer=arguments.layers, value_head_initializer_range=0.02)
     model = GPT2ValueModel(config).eval().to(device, getattr(torch, arguments.dtype))
     compiled = torch.compile(model, dynamic=True) if arguments.compile else None
+    engine = ctranslate2_engine(model) if device.type == "cpu" and arguments.dtype == "float32" else None
 
     results = []
     for shape in tqdm(arguments.shapes, desc="shapes"):
         B, P, T = map(int, shape.split("x"))
         queries = torch.randint(0, config.vocab_size, (B, P), device=device)
-        functions = roads(model, queries, T, compiled=compiled, seed_loop=arguments.seed_loop)
-        times = timed(functions, arguments.rounds, device, once=("the seed's loop, no cache",))
+        functions = ways(model, queries, T, compiled=compiled, seed_loop=arguments.seed_loop, engine=engine)
+        times = timed(functions, arguments.rounds, device, once=ONCE)
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+        if BY_MM in medians:
+            medians[FLOOR] = min(medians.pop(name) for name in (BY_MM, BY_ONEDNN) if name in medians)
         if device.type == "cuda":
             medians["floor: bandwidth"], bandwidth = bandwidth_floor(model, B, P, T)
         drawn = model.rollout(queries, max_new_tokens=T)
@@ -180,7 +238,7 @@ def as_markdown(report):
         lines += [
             f"**B x P x T = {result['shape']}** ({setting})",
             "",
-            "| road | seconds | times as fast |",
+            "| | seconds | times as fast |",
             "|---|---:|---:|",
         ]
         for name, seconds in result["seconds"].items():

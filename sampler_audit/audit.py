@@ -80,8 +80,17 @@ def audit_sampler(
         raise ValueError(f"batch_size={batch_size}; expected at least 1.")
     inner = _language_model(model)
     vocabulary = inner.get_input_embeddings().weight.shape[0]
-    masks = {"prompt_length": prompt_length, "attention_mask": attention_mask, "response_mask": response_mask}
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_new_tokens": min_new_tokens}
+    masks: dict[str, Any] = {
+        "prompt_length": prompt_length,
+        "attention_mask": attention_mask,
+        "response_mask": response_mask,
+    }
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_new_tokens": min_new_tokens,
+    }
     claim = read_claim(sequences, vocabulary, **masks, **settings, eos_token_id=eos_token_id).to(inner.device)
     check_fit(model, claim.tokens, claim.attention_mask)
 
@@ -145,8 +154,8 @@ def audit_logits(
     check_tokens(tokens, torch.ones_like(tokens, dtype=torch.bool), vocabulary)
     evidence = Evidence.none(vocabulary)
     pieces = logits.detach().reshape(-1, vocabulary), tokens.reshape(-1).to(logits.device)
-    for chunk in zip(*(piece.split(_rows_at_a_time(vocabulary)) for piece in pieces), strict=True):
-        evidence.add(*chunk, sampling, generator=generator)
+    for chunk, drawn in zip(*(piece.split(_rows_at_a_time(vocabulary)) for piece in pieces), strict=True):
+        evidence.add(chunk, drawn, sampling, generator=generator)
     shape = (-1, tokens.shape[-1]) if tokens.dim() > 1 else (1, -1)
     return _judge(evidence, torch.ones(tokens.shape, dtype=torch.bool).reshape(shape), alpha)
 

@@ -46,8 +46,9 @@ class Claim:
 
     def to(self, device: torch.device) -> Claim:
         """The same claim with its tensors on another device."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        fields: dict[str, Any] = dict(vars(self))
+        moved = {name: value.to(device) for name, value in fields.items() if isinstance(value, torch.Tensor)}
+        return Claim(**{**fields, **moved})
 
 
 def read_claim(

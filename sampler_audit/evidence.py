@@ -48,10 +48,15 @@ class Evidence:
     def none(cls, vocabulary: int) -> Evidence:
         """No token yet."""
         groups = min(vocabulary, GROUPS)
-        numbers = [torch.zeros(0, dtype=torch.float64) for _ in range(3)]
-        counts = [torch.zeros(groups, dtype=torch.float64) for _ in range(2)]
+        nothing, counts = torch.zeros(0, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
         return cls(
-            *numbers, torch.zeros(0, dtype=torch.bool), *counts, torch.zeros(groups, groups, dtype=torch.float64)
+            transforms=nothing,
+            surprises=nothing,
+            variances=nothing,
+            impossible=nothing.bool(),
+            observed=counts,
+            expected=counts.clone(),
+            covariance=torch.zeros(groups, groups, dtype=torch.float64),
         )
 
     @torch.no_grad()

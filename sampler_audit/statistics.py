@@ -41,12 +41,12 @@ def calibration(transforms: torch.Tensor) -> tuple[Outcome, torch.Tensor, torch.
     """
     n = len(transforms)
     even = 10 if n >= 10 * LEAST_EXPECTED else 5
-    edges = [bin / even for bin in range(even)]
+    starts = [bin / even for bin in range(even)]
     tail = 1.0 / even
     while n * tail / 2 >= LEAST_EXPECTED:
         tail /= 2
-        edges.append(1.0 - tail)
-    edges = torch.tensor([*edges, 1.0], dtype=torch.float64)
+        starts.append(1.0 - tail)
+    edges = torch.tensor([*starts, 1.0], dtype=torch.float64)
     widths = edges.diff()
     observed = torch.bincount(torch.bucketize(transforms, edges[1:-1], right=True), minlength=len(widths)).double()
     g = 2.0 * torch.special.xlogy(observed, observed / (n * widths)).sum()
