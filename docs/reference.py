@@ -9,15 +9,14 @@ import sys
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a checkout need not be installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
 import pdoc
 import pdoc.render
 
 import hub_tools
 
-OUT = ROOT / "build" / "docs"
+OUT = Path(__file__).resolve().parent.parent / "build" / "docs"
 MODULES = (
     "modeling_gpt2_value",
     "configuration_gpt2_value",

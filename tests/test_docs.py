@@ -1,7 +1,8 @@
 """Every code block of the README and of docs/ runs as it stands, and what the pages name is there.
 
 The blocks of a page run in order, in one temporary folder, against the tests' Hub: Python in a fresh namespace for each
-block, so that each can be pasted on its own, and bash with the installed command.
+block, so that each can be pasted on its own, and `gpt2-value` by the entry point that is installed. One interpreter
+runs a whole page, since importing torch and transformers takes longer than most blocks.
 """
 
 import json
@@ -22,9 +23,19 @@ BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # by `.ci/run`, tests/test_demo.py, tests/test_generate_quirks.py, and below.
 NOT_RUN = ("make", "pip", "python")
 RUN = """
-import json, sys
-for name, code in json.load(sys.stdin):
-    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+import importlib.metadata, json, shlex, sys
+[command] = importlib.metadata.entry_points(group="console_scripts", name="gpt2-value")
+for language, name, code in json.load(sys.stdin):
+    print(code.strip(), flush=True)
+    if language == "python":
+        exec(compile(code, name, "exec"), {"__name__": "__main__"})
+        continue
+    sys.argv = shlex.split(code)
+    try:
+        command.load()()
+    except SystemExit as ended:
+        if ended.code:
+            raise
 """
 
 
@@ -37,14 +48,14 @@ def blocks(page):
 
 
 def commands(code):
-    """The commands of a bash block, without comments."""
+    """The lines of a bash block that hold a command, without comments."""
     lines = [line.split("#")[0].strip() for line in code.splitlines()]
     return [line for line in lines if line]
 
 
 @pytest.fixture
 def surroundings(tmp_path, tiny_tokenizer):
-    """The environment of a user: the installed command, a token, and a Hub that has GPT-2 on it."""
+    """The environment of a user with a token, and a Hub that has GPT-2 on it."""
     base = tmp_path / "gpt2"
     write_published_checkpoint(base)
     tiny_tokenizer.save_pretrained(base)
@@ -52,7 +63,6 @@ def surroundings(tmp_path, tiny_tokenizer):
         hub.create("openai-community/gpt2", {path.name: path.read_bytes() for path in base.iterdir()})
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
         yield environment | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "HF_ENDPOINT": hub.url,
             "HF_TOKEN": "hf_me",
             "HF_HOME": str(tmp_path / "home"),
@@ -65,22 +75,22 @@ def surroundings(tmp_path, tiny_tokenizer):
 def test_every_block_runs_as_it_stands(page, surroundings, tmp_path):
     folder = tmp_path / "work"
     folder.mkdir()
-    python = []
-
-    def run(command, **how):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=surroundings, **how)
-        assert done.returncode == 0, f"{page.name}: {command[-1]}\n{done.stdout}\n{done.stderr}"
-
-    for language, code in [*blocks(page), ("bash", "")]:
+    steps = []
+    for language, code in blocks(page):
         if language == "python":
-            python.append((page.name, code))
-            continue
-        wanted = [line for line in commands(code) if line.split()[0] not in NOT_RUN]
-        if python and (wanted or not code):  # one interpreter for all Python blocks up to here
-            run([sys.executable, "-c", RUN], input=json.dumps(python))
-            python = []
-        for line in wanted:
-            run(["bash", "-c", line])
+            steps.append((language, page.name, code))
+        else:
+            steps += [(language, page.name, line) for line in commands(code) if line.split()[0] not in NOT_RUN]
+    assert all(line.startswith("gpt2-value ") for language, _, line in steps if language == "bash")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN],
+        input=json.dumps(steps),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=surroundings,
+    )
+    assert done.returncode == 0, f"{page.name}: {done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -108,3 +118,20 @@ def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     missing = [page.name for page in PAGES[1:] if page.name != "index.md" and f"]({page.name})" not in index]
     assert missing == []
+
+
+def test_the_table_of_kept_sets_shows_what_the_page_says(monkeypatch):
+    """`benchmarks/kept_sets.py` with fewer tokens: without the kept sets tokens become impossible, with them never."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import kept_sets
+
+    monkeypatch.setattr(kept_sets, "COPIES", 8)
+    monkeypatch.setattr(kept_sets, "KL", 0.01)
+    found = kept_sets.rows()
+    page = (ROOT / "docs" / "sampling-and-scoring.md").read_text(encoding="utf-8")
+    assert all(f"\n| {name} | " in page for name in found)
+    for name, (cut_again, kept) in found.items():
+        assert kept.impossible == 0
+        assert kept.ratio == pytest.approx(1, abs=5 * kept.error + 1e-5)
+        assert kept.kl is None or 0 < kept.kl < 0.1
+        assert (cut_again.impossible > 0) == (name != "none")
