@@ -3,7 +3,7 @@ PYTHON ?= python3
 BASE ?=
 BIN := .venv/bin
 
-.PHONY: help demo test check bench matrix audit-power compare-trl faults fuzz release-hashes tree wheel clean
+.PHONY: help demo test check docs bench matrix audit-power compare-trl faults fuzz release-hashes tree wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -21,13 +21,17 @@ demo: .venv/.done  ## from a GPT-2 checkpoint to a loaded package and a picture;
 
 test: .venv/.done  ## the test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py
-	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py  # alone: its process beside gives way to everything
+	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py  # alone: its worker process gives way to everything
 
-check: .venv/.done  ## lint, format, types and who imports whom
+check: .venv/.done  ## lint, format, types, who imports whom, and whether the API reference builds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/reference.py
+
+docs: .venv/.done  ## build the API reference from the docstrings, in build/docs
+	$(BIN)/python docs/reference.py
 
 bench: .venv/.done  ## speed and memory, side by side; writes docs/benchmarks.md (slow)
 	$(BIN)/python benchmarks/page.py

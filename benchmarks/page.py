@@ -23,30 +23,29 @@ SECTIONS = (
     (
         "Rollouts, bfloat16",
         "rollout.py --rounds 2 --dtype bfloat16 --shapes 16x16x12",
-        "The fast road's oneDNN products are for float32; in bfloat16 the layers compute as transformers has them.",
+        "On a CPU the decode step keeps its cache and attention in float32, whatever the weights are.",
     ),
     (
         "Rollouts of torch.compile(model)",
         "rollout.py --rounds 2 --compile --layers 2 --shapes 16x16x12",
-        "Two layers only, since compiling takes long. A compiled model takes the plain road: transformers' forward "
-        "pass and cache, compiled.",
+        "Two layers only, since compiling takes long. A rollout decodes the model inside the wrapper, compiled or not.",
     ),
     (
         "Training with a CheckpointPusher: whole runs",
         "checkpoint_pusher.py --ways whole --rounds 3",
-        "A Hub on loopback that takes ten seconds for each upload. On Linux the process beside runs only while a core "
-        "is idle; where training leaves none, fewer checkpoints leave in the same time.",
+        "A Hub on loopback that takes ten seconds for each upload. On Linux the worker process runs only while a core "
+        "is idle; where training leaves none, fewer checkpoints are pushed in the same time.",
     ),
     (
         "Training with a CheckpointPusher: within one run",
         "checkpoint_pusher.py --ways segments --rounds 3",
-        "The process beside is stopped for every other half second of training. `control`: the same without a pusher.",
+        "The worker process is stopped for every other half second of training. `control`: the same without a pusher.",
     ),
 )
 INTRODUCTION = """# Benchmarks
 
 GPT-2 124M with random weights, where nothing else is said. Every table was made by one run in one process (memory: one
-process each), the roads taking turns; the ratio is what to look at, the seconds belong to the machine. Reproduce with
+process each), the methods in turns; compare the ratios, since the seconds depend on the machine. Reproduce with
 `make bench`, or with the command under each heading. On a GPU: `python benchmarks/rollout.py --device cuda --dtype
 bfloat16 --shapes 16x64x128 64x64x128 256x64x128`, which also measures the copy bandwidth and gives the floor that it
 sets.

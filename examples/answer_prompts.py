@@ -1,9 +1,11 @@
 """Answer prompts with a value-head package, knowing nothing but its folder.
 
+    python examples/answer_prompts.py demo/package "My most favourite movie is" --out answers.json
+
 Imports only the standard library, torch and transformers: the demo runs this file in a fresh, isolated interpreter.
-A job comes in as JSON on stdin; the answers go out as JSON, to the file that the job names.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -43,11 +45,18 @@ def answer(folder: str, prompts: list[str], *, max_new_tokens: int, seed: int) -
 
 
 def main() -> None:
-    job = json.load(sys.stdin)
-    for name in job.pop("hidden_modules"):  # an installed copy of the project must not stand in for the package's code
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("package", help="its folder")
+    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--out", type=Path, required=True, help="file for the answers, JSON")
+    parser.add_argument("--max-new-tokens", type=int, default=80)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hide", nargs="*", default=[], help="modules that cannot be imported while this runs")
+    given = parser.parse_args()
+    for name in given.hide:  # an installed copy of the project must not stand in for the package's code
         sys.modules[name] = None  # type: ignore[assignment]
-    result = job.pop("result")
-    Path(result).write_text(json.dumps(answer(**job)), encoding="utf-8")
+    answers = answer(given.package, given.prompts, max_new_tokens=given.max_new_tokens, seed=given.seed)
+    given.out.write_text(json.dumps(answers), encoding="utf-8")
 
 
 if __name__ == "__main__":

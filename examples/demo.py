@@ -1,10 +1,9 @@
 """From a GPT-2 checkpoint to a value-head package that a stranger loads: what `make demo` runs.
 
-Imports hub_tools, typer, rich and the other examples. Each step says what it does and how long it took. Without
-`--base` nothing is downloaded: a small GPT-2 is trained first.
+Imports hub_tools, the model, typer, rich and the other examples. Each step says what it does and how long it took.
+Without `--base` nothing is downloaded: a small GPT-2 is trained first.
 """
 
-import io
 import json
 import os
 import shlex
@@ -14,13 +13,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from fit_value_head import fit_value_head, own_reviews, written_reviews
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from picture import Token, draw_responses, ink_on, logprob_colour, value_colour
 from rich.columns import Columns
 from rich.console import Console
@@ -31,15 +32,14 @@ from train_small_gpt2 import small_gpt2
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from hub_tools import cli, layout, save_package, verify_package
-from hub_tools.cli.console import show_error, visible
-from hub_tools.errors import GPT2ValueHubError, LoadError, SaveFailedError, SourceError
-from hub_tools.package.card import is_hub_id
+from hub_tools import GPT2ValueHubError, save_package, verify_package
+from hub_tools.errors import LoadError, SaveFailedError, SourceError
 from modeling_gpt2_value import GPT2ValueModel
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["My most favourite movie is", "My least favourite movie is"]  # those of the seed notebook
 STRANGER = ROOT / "examples" / "answer_prompts.py"
+INSTALLED = [*(path.stem for path in ROOT.glob("*_gpt2_value.py")), "hub_tools", "sampler_audit"]
 LENGTH = {"small": 80, "base": 40}  # tokens of a response at most; the small model's reviews end before that
 SEED = 54  # in both of its answers the reviewer has a second thought, and the values show it
 FIT_BUDGET = 20_000_000_000  # parameters times reviews: less than a minute on two cores, whatever the model's size
@@ -74,29 +74,26 @@ def run(base: str | None, folder: Path, seed: int) -> None:
             torch.set_num_threads(1)
             os.environ["OMP_NUM_THREADS"] = "1"
             checkpoint = trained_here(say)
-        elif Path(base).is_dir() or is_hub_id(base):
-            checkpoint = base
-            say(f"{base}, as you asked.")
         else:
-            raise SourceError(f"BASE={base} is no folder here, and no id on the Hub", next_step=ANOTHER_BASE)
+            checkpoint = given(base)
+            say(f"{base}, as you asked.")
+        from_hub = not Path(checkpoint).is_dir()
 
-    with step("2  gpt2-value create") as say:
-        created = create(checkpoint, package)
-        say(f"The checkpoint is a value-head package of {created['parameters']:,} parameters.")
+    with step("2  GPT2ValueModel.from_pretrained") as say:
+        model, tokenizer = load(checkpoint)
+        say(f"The checkpoint is a model of {model.num_parameters():,} parameters, those of the value head included.")
 
     with step("3  A value head that means something") as say:
-        model = GPT2ValueModel.from_pretrained(package, dtype="auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(package, trust_remote_code=False)
         if any(weight.any() for weight in model.v_head.parameters()):
             say("The base brought a value head of its own, which stays.")
         else:
             fit(model, tokenizer, on_policy=base is None, say=say)
-        saved = save_package(model, package, tokenizer, base_model=checkpoint if is_hub_id(checkpoint) else None)
 
-    with step("4  gpt2-value verify") as say:
+    with step("4  save_package, verify_package") as say:
+        saved = save_package(model, package, tokenizer, base_model=checkpoint if from_hub else None)
         report = verify_package(package)
         difference = max(report.max_logit_difference, report.max_value_difference)
-        say(f"An isolated interpreter loaded it; logits and values are the recorded ones (to {difference:.1g}).")
+        say(f"A fresh interpreter loaded the package; logits and values are the recorded ones (to {difference:.1g}).")
 
     with step("5  A process that never heard of this repository") as say:
         answers = ask_a_stranger(package, max_new_tokens=LENGTH["base" if base else "small"], seed=seed)
@@ -130,15 +127,34 @@ def trained_here(say: Callable[[str], None]) -> str:
     return str(small.folder)
 
 
-def create(base: str, package: Path) -> dict[str, Any]:
-    """What `gpt2-value create --json` prints."""
-    printed = io.StringIO()
+def given(base: str) -> str:
+    """The base as transformers takes it: a folder, or an id on the Hub.
+
+    Raises:
+        SourceError: it is neither.
+    """
+    if not Path(base).is_dir():
+        try:
+            validate_repo_id(base)
+        except HFValidationError as error:
+            raise SourceError(f"BASE={base} is no folder here, and no id on the Hub", next_step=ANOTHER_BASE) from error
+    return base
+
+
+def load(checkpoint: str) -> tuple[GPT2ValueModel, Any]:
+    """The checkpoint as a value-head model, with a new head unless it has one, and its tokenizer.
+
+    Raises:
+        SourceError: it is not a GPT-2, or has no tokenizer.
+    """
     try:
-        with redirect_stdout(printed):
-            cli.create(out=package, base=base, json=True)
-    except SourceError as error:
-        raise SourceError(error.found, expected=error.expected, next_step=ANOTHER_BASE) from error
-    return json.loads(printed.getvalue())
+        model = GPT2ValueModel.from_pretrained(checkpoint, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{checkpoint} does not load: {error}", next_step=ANOTHER_BASE) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers 5 makes where there are no files
+        raise SourceError(f"{checkpoint} has no tokenizer", next_step=ANOTHER_BASE)
+    return model, tokenizer
 
 
 def fit(model: GPT2ValueModel, tokenizer: Any, *, on_policy: bool, say: Callable[[str], None]) -> None:
@@ -166,30 +182,16 @@ def ask_a_stranger(package: Path, *, max_new_tokens: int, seed: int) -> list[lis
     """The answers of `answer_prompts.py`, run isolated (`python -I`) in an empty folder, offline.
 
     Raises:
-        LoadError: the process failed; `details` is what it printed.
+        LoadError: the process failed; `details` is what it printed on standard error.
     """
     with tempfile.TemporaryDirectory(prefix="gpt2-value-demo-") as home:
         script, result = Path(home, STRANGER.name), Path(home, "answers.json")
         shutil.copyfile(STRANGER, script)
-        own = [name.removesuffix(".py") for name in layout.REMOTE_CODE]
-        job = {
-            "folder": str(package),
-            "prompts": PROMPTS,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            "hidden_modules": [*own, "hub_tools", "sampler_audit"],
-            "result": str(result),
-        }
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
         environment |= {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        done = subprocess.run(
-            [sys.executable, "-I", script],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            cwd=home,
-            env=environment,
-        )
+        command = [sys.executable, "-I", script, package, *PROMPTS, "--out", result]
+        command += ["--max-new-tokens", str(max_new_tokens), "--seed", str(seed), "--hide", *INSTALLED]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=home, env=environment)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise LoadError(
@@ -217,7 +219,7 @@ def table(tokens: Sequence[Token]) -> Table:
     for token in tokens:
         if token.logprob is not None and token.value_before is not None:
             rows.add_row(
-                Text(visible(token.text)),
+                Text("".join(char if char.isprintable() else "·" for char in token.text)),
                 Text(f"{token.logprob:.2f}", in_colour(logprob_colour(token.logprob))),
                 Text(f"{token.value_before:+.2f}", in_colour(value_colour(token.value_before))),
                 Text(f"{token.value:+.2f}", in_colour(value_colour(token.value))),
@@ -262,7 +264,7 @@ def main(
     try:
         run(base, folder.resolve(), seed)
     except GPT2ValueHubError as error:
-        show_error(error)
+        Console(stderr=True).print(Text(f"error: {error}", "red"), soft_wrap=True)
         raise typer.Exit(1) from None
     out.print(f"\n[dim]{time.perf_counter() - started:.0f} s in all[/]")
 

@@ -109,7 +109,7 @@ def test_a_row_is_scored_alike_alone_and_in_a_batch():
 
 
 def test_log_probabilities_are_those_of_a_plain_forward_pass():
-    """A road that shares no code with the sampler: GPT-2 itself, one row at a time, without padding or cache."""
+    """A computation that shares no code with the sampler: GPT-2 itself, one row at a time, without padding or cache."""
     model = make_tiny_model()
     twin = plain_twin(model)
     drawn = model.rollout(RAGGED, max_new_tokens=10, temperature=0.7)
@@ -341,7 +341,7 @@ def test_rows_can_be_selected():
 
 
 def test_entropy_is_the_mean_surprise():
-    """E[-log p] = H: two roads to one number, for the distribution that was sampled, truncated or not."""
+    """E[-log p] = H: two ways to compute one number, for the distribution that was sampled, truncated or not."""
     model = make_tiny_model()
     for settings in ({}, {"top_p": 0.6, "temperature": 1.3}, {"top_k": 4}):
         torch.manual_seed(0)

@@ -40,7 +40,9 @@ def test_a_killed_save_leaves_the_old_package_or_the_new_one(deaths):
     seen = set()
     for attempt in attempts:
         allowed = [packages["old"], packages["new"]]
-        if how == "renames":  # between the two renames there is nothing, and the old package is beside it, whole
+        if (
+            how == "renames"
+        ):  # between the two renames nothing has this name, and the old package lies next to it, whole
             allowed.append(None)
         assert attempt["left"] in allowed, attempt["step"]
         seen.add(allowed.index(attempt["left"]))
@@ -57,7 +59,7 @@ def test_the_next_save_first_puts_back_what_was_moved_away(deaths):
 
 def test_the_next_save_leaves_no_litter(deaths):
     _, packages, attempts = deaths
-    assert any(len(attempt["beside"]) > 1 for attempt in attempts)  # deaths do leave litter
+    assert any(len(attempt["beside"]) > 1 for attempt in attempts)  # killed saves do leave files behind
     for attempt in attempts:
         assert attempt["cleaned"] == ["package"], attempt["step"]
         if attempt["step"] == "timer":

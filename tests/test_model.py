@@ -356,8 +356,8 @@ def test_save_and_load_again_and_again_loses_nothing(tiny_model, tmp_path, auto)
         }
         code = {path.name for path in folder.glob("*.py")}
         assert code == {
-            f"{room}_gpt2_value.py"
-            for room in ("configuration", "decoding", "generation", "modeling", "sampling", "scoring")
+            f"{topic}_gpt2_value.py"
+            for topic in ("configuration", "decoding", "generation", "modeling", "sampling", "scoring")
         }
         assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "gpt2_value"
         model = auto.from_pretrained(folder, trust_remote_code=True)

@@ -150,7 +150,7 @@ def test_the_divergence_teaches_the_model_and_not_the_reference():
 
 
 def test_the_mean_of_the_log_ratio_is_the_divergence():
-    """Two roads to one number: the estimate from draws that PPO uses, and the sum over the vocabulary."""
+    """Two ways to compute one number: the estimate from draws that PPO uses, and the sum over the vocabulary."""
     model, other = make_tiny_model(seed=0), make_tiny_model(seed=1)
     drawn = rollout(model, [RAGGED[0]], max_new_tokens=1, num_return_sequences=20_000)
     ratio = drawn.logprobs - rescore(other, drawn).logprobs

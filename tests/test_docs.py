@@ -1,0 +1,137 @@
+"""Every code block of the README and of docs/ runs as it stands, and what the pages name is there.
+
+The blocks of a page run in order, in one temporary folder, against the tests' Hub: Python in a fresh namespace for each
+block, so that each can be pasted on its own, and `gpt2-value` by the entry point that is installed. One interpreter
+runs a whole page, since importing torch and transformers takes longer than most blocks.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_published_checkpoint
+from support.hub_server import HubServer, User
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Commands that take minutes or need a network: of these only the target or the file is checked. What they run is tested
+# by `.ci/run`, tests/test_demo.py, tests/test_generate_quirks.py, and below.
+NOT_RUN = ("make", "pip", "python")
+RUN = """
+import importlib.metadata, json, shlex, sys
+[command] = importlib.metadata.entry_points(group="console_scripts", name="gpt2-value")
+for language, name, code in json.load(sys.stdin):
+    print(code.strip(), flush=True)
+    if language == "python":
+        exec(compile(code, name, "exec"), {"__name__": "__main__"})
+        continue
+    sys.argv = shlex.split(code)
+    try:
+        command.load()()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
+def blocks(page):
+    """(language, code, line) of each block; the code is moved down to its line of the page, for tracebacks."""
+    text = page.read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        line = text[: found.start(2)].count("\n")
+        yield found[1], "\n" * line + found[2]
+
+
+def commands(code):
+    """The lines of a bash block that hold a command, without comments."""
+    lines = [line.split("#")[0].strip() for line in code.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture
+def surroundings(tmp_path, tiny_tokenizer):
+    """The environment of a user with a token, and a Hub that has GPT-2 on it."""
+    base = tmp_path / "gpt2"
+    write_published_checkpoint(base)
+    tiny_tokenizer.save_pretrained(base)
+    with HubServer({"hf_me": User("me")}) as hub:
+        hub.create("openai-community/gpt2", {path.name: path.read_bytes() for path in base.iterdir()})
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        yield environment | {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_me",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page))], ids=lambda page: page.name)
+def test_every_block_runs_as_it_stands(page, surroundings, tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    steps = []
+    for language, code in blocks(page):
+        if language == "python":
+            steps.append((language, page.name, code))
+        else:
+            steps += [(language, page.name, line) for line in commands(code) if line.split()[0] not in NOT_RUN]
+    assert all(line.startswith("gpt2-value ") for language, _, line in steps if language == "bash")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN],
+        input=json.dumps(steps),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=surroundings,
+    )
+    assert done.returncode == 0, f"{page.name}: {done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_not_run_is_there(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
+    for language, code in blocks(page):
+        for line in commands(code) if language == "bash" else ():
+            program, *arguments = line.split()
+            if program == "make":
+                assert arguments[0] in targets, line
+            if program == "python":
+                assert (ROOT / arguments[0]).is_file(), line
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    for link in links:
+        assert link.startswith("https://") or (page.parent / link).is_file(), link
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    missing = [page.name for page in PAGES[1:] if page.name != "index.md" and f"]({page.name})" not in index]
+    assert missing == []
+
+
+def test_the_table_of_kept_sets_shows_what_the_page_says(monkeypatch):
+    """`benchmarks/kept_sets.py` with fewer tokens: without the kept sets tokens become impossible, with them never."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import kept_sets
+
+    monkeypatch.setattr(kept_sets, "COPIES", 8)
+    monkeypatch.setattr(kept_sets, "KL", 0.01)
+    found = kept_sets.rows()
+    page = (ROOT / "docs" / "sampling-and-scoring.md").read_text(encoding="utf-8")
+    assert all(f"\n| {name} | " in page for name in found)
+    for name, (cut_again, kept) in found.items():
+        assert kept.impossible == 0
+        assert kept.ratio == pytest.approx(1, abs=5 * kept.error + 1e-5)
+        assert kept.kl is None or 0 < kept.kl < 0.1
+        assert (cut_again.impossible > 0) == (name != "none")
