@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json as json_format
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -167,7 +168,7 @@ def _draw(
         else:
             always = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "pad_token_id": pad}
             given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-            with as_ours(lambda gist, given=given: _not_generated(given, gist)):  # every argument is the user's
+            with as_ours(partial(_not_generated, given)):  # every argument is the user's
                 output = model.generate(prompts, attention_mask=mask, **{**always, **options})
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
         copies = len(sequences) // len(batch)
