@@ -76,6 +76,8 @@ def test_an_adapter_in_a_package_does_not_change_its_answers(with_tokenizer, gpt
 
 
 def test_verify_does_not_run_code_that_was_exchanged_after_it_was_hashed(package, tmp_path, monkeypatch):
+    edit_json(package / layout.CONFIG, a_field_of_the_future="x")  # which the fresh interpreter is not shown
+    record_again(package)
     run = subprocess.run
 
     def exchange_and_run(*args, **how):
@@ -209,7 +211,6 @@ def test_a_field_that_nobody_knows_is_not_shown_to_transformers(package):
     assert not hasattr(loaded.model.config, "a_field_of_the_future")
     assert loaded.package.unknown_fields == {layout.CONFIG: ("a_field_of_the_future",)}
     assert "a_field_of_the_future" in (package / layout.CONFIG).read_text()
-    verify_package(package)
 
 
 def test_what_we_write_ourselves_has_no_unknown_field(with_tokenizer):
@@ -294,7 +295,7 @@ def test_a_timeout_without_end_is_not_taken(timeout, package):
         ("audit", [""], "no tokens"),
         ("audit", ["--plot", "/nope/x.png"], "/nope"),
         ("audit", ["--tokens", 50, "--generate", "num_beams=0"], "num_beams"),
-        ("audit", ["--tokens", 50, "--generate", "logits_processor=[1]"], "generate()"),
+        ("audit", ["--tokens", 50, "--generate", "logits_processor=[1]"], "logits_processor"),
     ],
 )
 def test_an_argument_that_cannot_be_used_is_not_a_traceback(command, options, says, gpt2_value, with_tokenizer):
@@ -344,7 +345,6 @@ def test_a_git_lfs_pointer_is_not_taken_for_weights(package):
 def test_the_original_is_not_touched(package):
     before = {path.name: path.read_bytes() for path in package.iterdir()}
     loaded = load_package(package)
-    verify_package(package)
     assert {path.name: path.read_bytes() for path in package.iterdir()} == before
     held = load_file(package / layout.WEIGHTS)
     assert all(torch.equal(loaded.model.state_dict()[name], tensor) for name, tensor in held.items())
