@@ -210,6 +210,11 @@ def main() -> None:
 
 
 def work(home: Path, first: int, step: int, seconds: float) -> None:
+    import hub_tools.cli.loading
+    import hub_tools.convert.convert
+    import hub_tools.convert.export
+    import hub_tools.package.save  # noqa: F401  # importing is no part of a case's time
+
     watch = Watch()
 
     def attempt(mutation: Mutation, reader: str) -> tuple[str, bool]:
