@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from conftest import make_tiny_model, write_published_checkpoint
 from huggingface_hub import ModelCard
 from slow.fault_sweep import serving
+from test_verify import record_again
 
 from hub_tools import layout
 from hub_tools.package.save import save_package
@@ -84,11 +86,19 @@ def test_respond_gives_a_script_numbers_that_rescoring_gives_too(gpt2_value, pac
         assert token["value"] == pytest.approx(output.value[0, len(prompt) - 1 + step].item(), abs=1e-5)
 
 
-def test_respond_does_not_run_the_package_s_code(gpt2_value, package, tmp_path):
-    with open(package / "configuration_gpt2_value.py", "a") as file:
+def test_respond_runs_only_code_that_is_known_or_was_reviewed(gpt2_value, package, tmp_path):
+    name = "configuration_gpt2_value.py"
+    with open(package / name, "a") as file:
         file.write(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    assert gpt2_value("respond", package, "a", "--max-new-tokens", 1)[0] == 0
+    record_again(package)
+    respond = ("respond", package, "a", "--max-new-tokens", 1)
+    status, out, err = gpt2_value(*respond)
+    assert (status, out) == (1, "")
+    assert "was not run" in err
     assert not (tmp_path / "ran").exists()
+    assert gpt2_value(*respond, "--reviewed", f"{name}={layout.sha256_of(package / name)}")[0] == 0
+    assert (tmp_path / "ran").exists()
+    assert gpt2_value(*respond, "--reviewed", name)[0] == 2
 
 
 def test_inspect_exits_with_3_where_verify_would_refuse(gpt2_value, package):
@@ -119,7 +129,7 @@ def test_verify_reports_the_differences(gpt2_value, package):
     [
         (["inspect", "/no/such/folder"], 1, "/no/such/folder"),
         (["verify", "/no/such/folder"], 1, "/no/such/folder"),
-        (["respond", "no-such-user/no-such-repo", "a"], 1, "no-such-user/no-such-repo does not load"),
+        (["respond", "no-such-user/no-such-repo", "a"], 1, "no-such-user/no-such-repo is not in the cache"),
         (["create", "--base", "/no/such/folder", "/tmp/never-written"], 1, "/no/such/folder does not load"),
         (["create", "/tmp/never-written"], 2, "--base"),
         (["create", "--base", "gpt2", "--dtype", "int3", "/tmp/never-written"], 2, "int3"),
@@ -203,7 +213,9 @@ def test_importing_hub_tools_needs_neither_typer_nor_rich():
 
 
 def test_the_package_s_version_is_the_distribution_s():
-    assert f"version = {layout.__version__}\n" in (Path(__file__).parent.parent / "setup.cfg").read_text()
+    setup = (Path(__file__).parent.parent / "setup.cfg").read_text()
+    assert "version = attr: hub_tools.layout.__version__\n" in setup
+    assert re.fullmatch(r"\d+\.\d+\.\d+", layout.__version__)
 
 
 def test_a_copied_package_responds_the_same(gpt2_value, package, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json as json_format
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -134,6 +135,14 @@ def _options(pairs: list[str] | None) -> dict[str, Any] | None:
     return options
 
 
+def _not_generated(options: str, gist: str) -> UnusedOptionError:
+    return UnusedOptionError(
+        f"generate({options}) fails: {gist}",
+        expected="arguments of transformers' generate()",
+        next_step="correct --generate KEY=VALUE",
+    )
+
+
 def _draw(
     model: Any, queries: list[Any], claim: Sampling, options: dict[str, Any] | None, tokens: int
 ) -> tuple[list[Any], list[int]]:
@@ -158,13 +167,8 @@ def _draw(
             sequences = rollout(model, prompts, attention_mask=mask, **settings).sequences
         else:
             always = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "pad_token_id": pad}
-            with as_ours(
-                lambda gist: UnusedOptionError(  # every argument is the user's
-                    f"generate() does not take these arguments: {gist}",
-                    expected="arguments of transformers' generate()",
-                    next_step="correct --generate KEY=VALUE",
-                )
-            ):
+            given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            with as_ours(partial(_not_generated, given)):  # every argument is the user's
                 output = model.generate(prompts, attention_mask=mask, **{**always, **options})
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
         copies = len(sequences) // len(batch)

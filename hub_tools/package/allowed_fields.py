@@ -166,10 +166,14 @@ GENERATION: dict[str, Allowed] = {
         "[a number of tokens, a factor], or null",
     ),
     "stop_strings": Allowed(lambda value: _are_stops(value), "a text, a list of texts, or null"),
+    "cache_implementation": Allowed(
+        lambda value: value is None or (isinstance(value, str) and re.fullmatch(r"[a-z_]{1,40}", value) is not None),
+        "the name of a cache of transformers' own, or null",
+    ),
     "transformers_version": VERSION,
     # machinery that a GPT-2 needs none of, and that runs or fetches something else
     **dict.fromkeys(
-        ("assistant_early_exit", "cache_config", "cache_implementation", "compile_config", "constraints",
+        ("assistant_early_exit", "cache_config", "compile_config", "constraints",
          "continuous_batching_config", "dola_layers", "force_words_ids", "prompt_lookup_num_tokens", "sequence_bias",
          "speculation_type", "use_mtp", "watermarking_config", "custom_generate", "assistant_model", "auto_map",
          "trust_remote_code", "quantization_config", "generation_mode"),

@@ -87,23 +87,27 @@ def render_card(
     Raises:
         CardMetadataError: a value that the Hub would reject, or a local path as `base_model`.
     """
-    if base_model is not None and not is_hub_id(base_model):
+    if base_model is not None and not (isinstance(base_model, str) and is_hub_id(base_model)):
         raise CardMetadataError(
-            f"base_model {base_model!r} is {'a local path' if os.path.exists(base_model) else 'no Hub id'}",
+            f"base_model {base_model!r} is {'a local path' if os.path.exists(str(base_model)) else 'no Hub id'}",
             expected="the id of a repository on the Hub, as openai-community/gpt2",
             next_step="pass that id, or leave base_model out",
         )
-    if repo_id is not None and not _HUB_ID.fullmatch(repo_id):
+    if repo_id is not None and not (isinstance(repo_id, str) and _HUB_ID.fullmatch(repo_id)):
         raise CardMetadataError(
             f"repo_id {repo_id!r} is not a Hub id",
             expected="user/name",
             next_step="pass such an id, or leave it out",
         )
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license):
+    if license is not None and not (isinstance(license, str) and re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license)):
         raise CardMetadataError(
             f"license {license!r} is not an identifier",
             expected="one of https://huggingface.co/docs/hub/repositories-licenses, as apache-2.0 or mit",
             next_step="pass its identifier, or leave license out",
+        )
+    if isinstance(tags, str) or not isinstance(tags, Sequence):
+        raise CardMetadataError(
+            f"tags is {tags!r}", expected="a list of words", next_step="correct it, or leave it out"
         )
     for tag in tags:
         if not isinstance(tag, str) or not tag.strip() or "\n" in tag:

@@ -179,13 +179,29 @@ def _inspect_repository(
             snapshot = download.fetch_outline(
                 repo_id, Path(outline), revision=revision, token=token, cache_dir=cache_dir
             )
+            refuse_no_package(Path(outline), repo_id)
             report = _inspect(Path(outline), repo_id, hash_weights=False)
     else:
         snapshot = download.fetch(
             repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
+        refuse_no_package(snapshot.folder, repo_id)
         report = _inspect(snapshot.folder, repo_id, hash_weights=hash_weights)
     return replace(report, folder=snapshot.folder, commit=snapshot.commit)
+
+
+def refuse_no_package(folder: Path, repo_id: str) -> None:
+    """Refuse what was fetched of a repository that holds no package.
+
+    Raises:
+        NotAPackageError.
+    """
+    if not (folder / layout.CONFIG).exists():
+        raise NotAPackageError(
+            f"{repo_id} has no {layout.CONFIG}: there is no package in it",
+            expected="a repository that save_package's files were pushed to",
+            next_step=f"check the name and the revision, or push one: gpt2-value push FOLDER {repo_id}",
+        )
 
 
 def inspect_stage(copy: Stage, source: str) -> PackageReport:

@@ -28,7 +28,15 @@ from ..errors import (
 )
 from ..files import AGAIN
 from ..library_errors import as_ours
-from .inspection import PackageReport, inspect_stage, local_folder, repository_id
+from .finite import not_finite
+from .inspection import (
+    PackageReport,
+    inspect_package,
+    inspect_stage,
+    local_folder,
+    refuse_no_package,
+    repository_id,
+)
 from .releases import Release, diff_command, releases
 from .stage import make_loadable, stage_package
 from .tokenizer import load_tokenizer
@@ -90,6 +98,7 @@ def load_package(
 
     Raises:
         UntrustedCodeError: code that is no released version's, and was not reviewed.
+        NotAPackageError, PickleError: a repository without a package, or with a pickle for its weights.
         MissingHeadError, MissingFileError: not complete.
         ChangedFileError: a file is not the one that was saved.
         NonFiniteWeightsError: NaN or infinite weights.
@@ -115,6 +124,10 @@ def load_package(
             local_files_only=local_files_only,
         )
         folder, commit = snapshot.folder, snapshot.commit
+        refuse_no_package(folder, repo_id)
+        if not any(folder.glob("*.safetensors")) and not local_files_only:
+            # only the outline of the repository says what is there instead: pickles, which are not downloaded
+            inspect_package(repo_id, revision=commit, token=token, cache_dir=cache_dir)
     with stage_package(folder) as copy:
         package = replace(inspect_stage(copy, os.fspath(source)), commit=commit)
         _refuse(package, MissingHeadError)
@@ -230,10 +243,10 @@ def _load_model(stage: Path, package: PackageReport, dtype: torch.dtype | None, 
             expected="no key missing, unknown or of another shape",
             next_step=AGAIN,
         )
-    not_finite = [name for name, weight in model.state_dict().items() if not bool(weight.isfinite().all())]
-    if not_finite:
+    damaged = list(not_finite(model.state_dict()))
+    if damaged:
         raise NonFiniteWeightsError(
-            f"NaN or infinite values in {', '.join(not_finite[:5])} of {package.source}",
+            f"NaN or infinite values in {', '.join(damaged[:5])} of {package.source}",
             expected="finite weights",
             next_step=AGAIN if dtype is None else f"load it without dtype: {dtype} may not hold its numbers",
         )

@@ -1,6 +1,6 @@
 """The record of a save: a probe, what the model computed on it, and the hashes of what was written.
 
-Imports only the standard library, `errors`, `layout` and `reading`. The numbers are float32, computed on the
+Imports only the standard library, `errors`, `files`, `layout` and `limits`. The numbers are float32, computed on the
 CPU whatever the model's dtype and device, so that the same weights give the same numbers (to rounding) on
 every machine.
 """
@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import layout
+from .. import layout, limits
 from ..errors import CorruptFileError
-from ..files import AGAIN, MIB, read_json
+from ..files import AGAIN, read_json
 
 FORMAT = 1
 PROBE_TEXT = "My most favourite movie is"
@@ -62,9 +62,9 @@ def read_record(folder: Path) -> Record:
     """The record of a package, checked for shape.
 
     Raises:
-        MissingFileError, UnsafeFileError, CorruptFileError: see `reading`.
+        MissingFileError, UnsafeFileError, CorruptFileError: see `files`.
     """
-    fields = read_json(folder, layout.RECORD, limit=16 * MIB)
+    fields = read_json(folder, layout.RECORD, limit=limits.RECORD_BYTES)
 
     def ids(value: Any) -> bool:
         return isinstance(value, list) and bool(value) and all(type(i) is int and 0 <= i < 1 << 31 for i in value)

@@ -66,7 +66,7 @@ def record_release(to: Path = RELEASES) -> dict[str, str]:
         raise ChangedFileError(
             f"version {layout.__version__} was released with other code than is here now",
             expected="code that stays as it was released",
-            next_step="raise the version, in setup.cfg and hub_tools/layout.py, and run the same again",
+            next_step="raise __version__ in hub_tools/layout.py, and run the same again",
         )
     recorded[layout.__version__] = installed
     to.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Write a complete package, all or nothing.
 
-Imports the standard library, torch, transformers, the remote code, and of hub_tools `card`, `record`,
-`probe`, `staging` and what these import.
+Imports the standard library, torch, transformers, the remote code, and of hub_tools `allowed_fields`, `card`,
+`finite`, `record`, `probe`, `replace_folder`, `target` and what these import.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 from configuration_gpt2_value import GPT2ValueConfig
@@ -25,21 +24,21 @@ from modeling_gpt2_value import GPT2ValueModel
 
 from .. import layout
 from ..errors import (
-    FolderRefusedError,
-    GPT2ValueHubError,
     MissingHeadError,
     NonFiniteWeightsError,
-    SaveFailedError,
     TokenizerMismatchError,
     UnsavableConfigError,
     UnsavableWeightsError,
     WrongModelError,
 )
-from ..files import read_json
+from ..library_errors import as_ours
+from . import allowed_fields
 from .card import CardFacts, load_lines, render_card
+from .finite import not_finite
 from .probe import measure
 from .record import PROBE_TEXT, Record, probe
 from .replace_folder import staged
+from .target import check_target, writing_to
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 WRAPPED = "save the model inside the wrapper"
@@ -76,7 +75,7 @@ def save_package(
     """Write a complete package: weights, config, code, tokenizer, card, and a record to verify it by.
 
     All or nothing: the package is prepared beside `folder` and then put in its place in one step (see
-    `staging`). A process killed at any moment leaves the package that was there, or this one; what it leaves
+    `replace_folder`). A process killed at any moment leaves the package that was there, or this one; what it leaves
     beside `folder`, the next save removes. A package that is replaced is replaced whole: nothing of it stays,
     a card edited by hand included. A reader that opens files one after the other while a save replaces them
     can see files of both.
@@ -112,20 +111,11 @@ def save_package(
     if tokenizer is not None:
         _check_tokenizer(tokenizer, installed.config.vocab_size)
     card = render_card(_facts(installed, tokenizer), base_model=base_model, license=license, tags=tags, repo_id=repo_id)
-    try:
-        with staged(target) as staging:
-            _write(staging.package, installed, tokenizer, card, max_shard_size)
-            files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
-            _target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
-            replaced = staging.commit()
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, GPT2ValueHubError):
-            raise
-        raise SaveFailedError(
-            f"saving to {target} failed: {error}",
-            expected=f"a folder in {target.parent} that can be written, and space for the package",
-            next_step="make room or choose another folder, and save again; what was there is untouched",
-        ) from error
+    with writing_to(target), staged(target) as staging:
+        _write(staging.package, installed, tokenizer, card, max_shard_size)
+        files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
+        _target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+        replaced = staging.commit()
     return SavedPackage(
         folder=target,
         files=files,
@@ -136,45 +126,13 @@ def save_package(
 
 
 def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The folder to replace, links resolved; refuses what is not ours to replace."""
-    target = Path(folder).resolve()
-
-    def refuse(found: str, next_step: str) -> FolderRefusedError:
-        return FolderRefusedError(
-            f"{target} {found}", expected="a new folder, an empty one, or a package", next_step=next_step
-        )
-
-    if not target.exists():
-        return target
-    if not target.is_dir():
-        raise refuse("is a file", "choose another name")
-    if os.path.ismount(target):
-        raise refuse(
-            "is a mount point, which cannot be replaced in one step",
-            f"save to a folder in it: {target}/model",
-        )
-    if target in (Path.cwd(), *Path.cwd().parents):
-        raise refuse("is the current directory, or holds it: it would vanish under your feet", "cd elsewhere first")
-    names = os.listdir(target)
-    if ".git" in names:
-        raise refuse(
-            "is a git checkout, whose history would be lost",
-            "save to another folder, and upload that: gpt2-value push; or copy its files into the checkout",
-        )
-    if not set(names) - layout.LITTER:
-        return target
-    if not overwrite:
-        raise refuse("is not empty, and overwrite is off", "choose another folder, or pass overwrite=True")
-    foreign = sorted(name for name in names if not layout.written_by_save(name) and name not in layout.LITTER)
-    if foreign:
-        raise refuse(f"holds {foreign[:5]}, which would be lost", "move them elsewhere, or choose another folder")
-    try:
-        model_type = read_json(target, layout.CONFIG).get("model_type")
-    except GPT2ValueHubError as error:
-        raise refuse(f"is not a package: {error.found}", "choose another folder, or remove this one") from error
-    if model_type != layout.MODEL_TYPE:
-        raise refuse(f"holds a model of type {model_type!r}, which would be lost", "choose another folder")
-    return target
+    return check_target(
+        folder,
+        overwrite=overwrite,
+        what="a package",
+        model_type=layout.MODEL_TYPE,
+        may_replace=layout.written_by_save,
+    )
 
 
 def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.Tensor]]:
@@ -185,17 +143,15 @@ def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.T
         WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
     """
     _check_class(model)
-    config: Any = model.config
-    try:
-        config = GPT2ValueConfig.from_dict(config.to_dict())
+    with as_ours(_unsavable):
+        given: Any = model.config
+        config: Any = GPT2ValueConfig.from_dict(given.to_dict())
         generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+        # what could be written but not be loaded again is refused now
+        allowed_fields.reduce(layout.CONFIG, json.loads(config.to_json_string()))
         if generation_config is not None:
             generation_config.validate(strict=True)
-    except ValueError as error:
-        raise UnsavableConfigError(
-            f"the model's config or generation_config is not valid: {error}",
-            next_step="correct the field in model.config or model.generation_config, and save again",
-        ) from error
+            allowed_fields.reduce(layout.GENERATION_CONFIG, json.loads(generation_config.to_json_string()))
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
         installed = GPT2ValueModel(config)
@@ -205,6 +161,13 @@ def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.T
     return installed, state
 
 
+def _unsavable(gist: str) -> UnsavableConfigError:
+    return UnsavableConfigError(
+        f"the model's config or generation_config is not valid: {gist}",
+        next_step="correct the field in model.config or model.generation_config, and save again",
+    )
+
+
 def _installed_copy(model: nn.Module) -> GPT2ValueModel:
     """This installed version's model, in eval mode on the CPU, around the same weights (shared, not copied,
     where they are on the CPU), after checking that they are finite and a whole model's."""
@@ -212,14 +175,12 @@ def _installed_copy(model: nn.Module) -> GPT2ValueModel:
     body = {name: tensor.cpu() for name, tensor in state.items() if name != "lm_head.weight"}
     tied = installed.config.tie_word_embeddings
     body["lm_head.weight"] = body["transformer.wte.weight"] if tied else state["lm_head.weight"].cpu()
-    for name, tensor in body.items():
-        if not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteWeightsError(
-                f"{name} has {count:,} NaN or infinite values of {tensor.numel():,}",
-                expected="finite weights",
-                next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
-            )
+    for name, count in not_finite(body).items():
+        raise NonFiniteWeightsError(
+            f"{name} has {count:,} NaN or infinite values of {body[name].numel():,}",
+            expected="finite weights",
+            next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
+        )
     installed.load_state_dict(body, assign=True)
     if tied:
         installed.tie_weights()

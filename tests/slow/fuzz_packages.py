@@ -154,8 +154,9 @@ def work(
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     with contextlib.suppress(FileNotFoundError):  # where /proc is
         pages = int(Path("/proc/self/statm").read_text().split()[0])
+        # soft: the processes that it starts set limits of their own
         limit = pages * os.sysconf("SC_PAGE_SIZE") + GROWTH
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))  # the processes that it starts set their own
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     everything = cases() if everything is None else everything
     bases = {path.name: weights_in(path) for path in home.glob("base-*")}
 
