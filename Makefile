@@ -56,8 +56,9 @@ faults: .venv/.done  ## fail every request of a push in every way; prints reques
 	$(BIN)/python tests/slow/fault_sweep.py
 	env -u HF_HUB_DISABLE_XET $(BIN)/python tests/slow/fault_sweep.py --xet
 
-fuzz: .venv/.done  ## spoil packages in 3,000 ways; prints mutation x outcome
+fuzz: .venv/.done  ## spoil packages, checkpoints and adapters in 10,000 ways; prints mutation x outcome
 	$(BIN)/python tests/slow/fuzz_packages.py
+	$(BIN)/python tests/slow/fuzz_checkpoints.py
 
 release-hashes: .venv/.done  ## add this version's code to the list of releases, before it is released
 	$(BIN)/python -m hub_tools.package.releases

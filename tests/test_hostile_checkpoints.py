@@ -1,15 +1,17 @@
 """A stranger's checkpoint runs nothing, reads nothing outside, exhausts nothing, and is refused by a typed error."""
 
+import json
 import os
 import struct
 import zipfile
 
 import pytest
 import torch
-from test_convert import Original, package_numbers, write_trl, write_trl_pickle
+from safetensors.torch import load_file
+from test_convert import Original, assert_same_numbers, package_numbers, write_trl, write_trl_pickle
 from test_convert_peft import Adapted
 
-from hub_tools import convert_checkpoint, errors
+from hub_tools import convert_checkpoint, errors, export_policy, save_package
 from hub_tools.convert.weight_files import read_state_dict
 
 # Pickles
@@ -104,6 +106,131 @@ def test_every_kind_of_number_is_read_as_torch_reads_it(legacy, tmp_path):
         assert torch.equal(read[name], tensor)
 
 
+# Fields
+
+
+def edited(folder, name, **fields):
+    """A JSON file with other fields."""
+    file = folder / name
+    held = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**held, **fields}))
+
+
+WRONG_CONFIGS = [
+    {"activation_function": 5},
+    {"activation_function": "os.system"},
+    {"activation_function": ["gelu"]},
+    {"architectures": 5},
+    {"architectures": [{"a": 1}]},
+    {"n_layer": 1 << 40},
+    {"n_embd": True},
+    {"summary_dropout_prob": "x"},
+    {"tie_word_embeddings": 1},
+    {"hidden_size": 8},
+    {"pruned_heads": {"0": [0]}},
+    {"bos_token_id": [[]]},
+    {"layer_norm_epsilon": {}},
+]
+HARMLESS_CONFIGS = [
+    {"num_labels": 1 << 31},
+    {"dtype": 7, "torch_dtype": "save"},
+    {"attribute_map": 5},
+    {"attribute_map": {"n_embd": "n_layer"}},
+    {"watermarking_config": 5},
+    {"id2label": "x", "label2id": 3},
+    {"to_dict": 1, "__class__": "x", "save_pretrained": None},
+    {"auto_map": {"AutoModel": "other/repo--x.Y"}, "custom_pipelines": {"x": 1}},
+    {"attn_implementation": "other/kernel", "transformers_weights": "../outside.safetensors"},
+]
+
+
+def test_a_config_field_that_cannot_be_is_refused_by_name_and_never_by_another_exception(tmp_path):
+    write_trl(Original(), tmp_path / "theirs")
+    config = (tmp_path / "theirs" / "config.json").read_text()
+    for fields in WRONG_CONFIGS:
+        edited(tmp_path / "theirs", "config.json", **fields)
+        with pytest.raises(errors.GPT2ValueHubError, match=next(iter(fields))):
+            convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+        (tmp_path / "theirs" / "config.json").write_text(config)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_config_field_that_is_not_known_reaches_no_library_and_changes_no_number(tmp_path):
+    original = Original()
+    write_trl(original, tmp_path / "theirs")
+    config = (tmp_path / "theirs" / "config.json").read_text()
+    for fields in HARMLESS_CONFIGS:
+        edited(tmp_path / "theirs", "config.json", **fields)
+        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+        assert_same_numbers(tmp_path / "ours", original.numbers())
+        (tmp_path / "theirs" / "config.json").write_text(config)
+
+
+def test_fields_that_were_left_out_are_in_the_record(tmp_path):
+    write_trl(Original(), tmp_path / "theirs")
+    assert not any("left out" in note for note in convert_checkpoint(tmp_path / "theirs", tmp_path / "ours").notes)
+    edited(tmp_path / "theirs", "config.json", attention_of_tomorrow=5)
+    record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    assert any("attention_of_tomorrow" in note for note in record.notes)
+
+
+WRONG_GENERATION = [
+    {"temperature": "hot"},
+    {"watermarking_config": 5},
+    {"custom_generate": "other/repo"},
+    {"eos_token_id": {"a": 1}},
+    {"cache_implementation": "\x1b[2J\u202e\x07"},
+    {"num_beams": 1 << 40},
+    {"bad_words_ids": [["x"]]},
+]
+
+
+@pytest.mark.parametrize("function", ["convert", "export"])
+def test_a_generation_config_that_cannot_be_is_refused_by_name(function, tiny_model, tmp_path):
+    if function == "convert":
+        write_trl(Original(), tmp_path / "theirs")
+    else:
+        save_package(tiny_model, tmp_path / "theirs")
+    for fields in WRONG_GENERATION:
+        (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps(fields))
+        with pytest.raises(errors.GPT2ValueHubError, match=next(iter(fields))) as refusal:
+            (convert_checkpoint if function == "convert" else export_policy)(tmp_path / "theirs", tmp_path / "ours")
+        assert all(char.isprintable() or char == "\n" for char in str(refusal.value))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"activation_function": 5},
+        {"architectures": 5},
+        {"num_labels": 1 << 31},
+        {"n_inner": "x"},
+        {"resid_pdrop": [0.1]},
+        {"eos_token_id": {"a": "\x1b[2J"}},
+        {"summary_type": "attn"},
+        {"quantization_config": {"quant_method": "x"}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_export_refuses_a_hostile_config_by_name(fields, tiny_model, tmp_path):
+    save_package(tiny_model, tmp_path / "package")
+    edited(tmp_path / "package", "config.json", **fields)
+    with pytest.raises(errors.GPT2ValueHubError, match=next(iter(fields))):
+        export_policy(tmp_path / "package", tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+
+
+def test_an_adapter_that_lies_in_a_package_does_not_change_its_policy(tiny_model, tmp_path):
+    save_package(tiny_model, tmp_path / "package")
+    (tmp_path / "package" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "../outside", "megatron_core": "armed.payload"})
+    )
+    (tmp_path / "package" / "adapter_model.safetensors").write_bytes(b"no adapter")
+    export_policy(tmp_path / "package", tmp_path / "policy")
+    exported = load_file(tmp_path / "policy" / "model.safetensors")
+    assert all(torch.equal(weight, tiny_model.state_dict()[name]) for name, weight in exported.items())
+
+
 # Files
 
 
@@ -126,6 +253,11 @@ def test_a_pipe_in_the_place_of_weights_is_refused_and_not_waited_for(tmp_path):
 
 
 # Adapters
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    return Adapted(tmp_path_factory.mktemp("adapted"))
 
 
 @pytest.mark.parametrize("folder", ["theirs", "peft"])  # peft 0.21 imports from folders with the names of its own
@@ -176,11 +308,14 @@ def test_an_adapter_config_imports_no_module_that_it_names(folder, tmp_path, mon
         ({"base_model_name_or_path": "nobody/nothing", "revision": {"a": 1}}, errors.MissingFileError),
     ],
 )
-def test_a_setting_that_does_not_fit_the_tensors_is_refused(settings, error, tmp_path):
-    adapted = Adapted(tmp_path)
+def test_a_setting_that_does_not_fit_the_tensors_is_refused(settings, error, adapted, tmp_path):
+    before = (adapted.folder / "adapter_config.json").read_text()
     adapted.edit(**settings)
-    with pytest.raises(error):
-        convert_checkpoint(adapted.folder, tmp_path / "ours")
+    try:
+        with pytest.raises(error):
+            convert_checkpoint(adapted.folder, tmp_path / "ours")
+    finally:
+        (adapted.folder / "adapter_config.json").write_text(before)
 
 
 def test_an_expression_that_does_not_end_is_not_evaluated(tmp_path):
@@ -197,3 +332,42 @@ def test_an_adapter_that_lies_in_the_base_is_not_loaded(tmp_path):
     (adapted.base / "adapter_model.safetensors").write_bytes(b"no adapter")
     convert_checkpoint(adapted.folder, tmp_path / "ours")
     torch.testing.assert_close(package_numbers(tmp_path / "ours")[0], adapted.original.numbers()[0], rtol=0, atol=1e-3)
+
+
+# Tokenizers
+
+
+@pytest.mark.parametrize("function", ["convert", "export"])
+def test_a_vocabulary_outside_is_neither_read_nor_copied(function, tiny_model, tiny_tokenizer, tmp_path):
+    if function == "convert":
+        write_trl(Original(), tmp_path / "theirs")
+        tiny_tokenizer.save_pretrained(tmp_path / "theirs")
+    else:
+        save_package(tiny_model, tmp_path / "theirs", tiny_tokenizer)
+    (tmp_path / "secret.json").write_text('{"a-secret": 0}')
+    (tmp_path / "secret.txt").write_text("#version: 0.2\n")
+    outside = {"vocab": str(tmp_path / "secret.json"), "merges": str(tmp_path / "secret.txt")}
+    edited(tmp_path / "theirs", "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", **outside)
+    with pytest.raises(errors.UnsafeFileError, match="vocab"):
+        (convert_checkpoint if function == "convert" else export_policy)(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_template_that_is_a_link_is_not_copied_onward(tiny_tokenizer, tmp_path):
+    write_trl(Original(), tmp_path / "theirs")
+    tiny_tokenizer.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "outside").write_text("a secret")
+    (tmp_path / "theirs" / "chat_template.jinja").symlink_to(tmp_path / "outside")
+    with pytest.raises(errors.UnsafeFileError, match="chat_template"):
+        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_templates_in_a_folder_of_their_own_are_not_copied_onward(tiny_model, tiny_tokenizer, tmp_path):
+    save_package(tiny_model, tmp_path / "package", tiny_tokenizer)
+    (tmp_path / "outside").write_text("a secret")
+    templates = tmp_path / "package" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "x.jinja").symlink_to(tmp_path / "outside")
+    export_policy(tmp_path / "package", tmp_path / "policy")
+    assert not any(b"a secret" in path.read_bytes() for path in (tmp_path / "policy").rglob("*") if path.is_file())

@@ -91,8 +91,10 @@ class Tensor:
         self.storage, self.start, self.shape = storage, start, shape
 
 
-def tensor(storage: object, start: object, shape: object, strides: object, *_: object) -> Tensor:
+def tensor(storage: object, start: object, shape: object, strides: object, *others: object) -> Tensor:
     """Stands in for `torch._utils._rebuild_tensor_v2`, whose other arguments do not change the numbers."""
+    if len(others) > 3:  # whether it has a gradient, its hooks, and metadata
+        raise Refused("corrupt", "a tensor with more arguments than torch writes")
     if not isinstance(storage, Storage) or not isinstance(start, int) or not whole(start):
         raise Refused("corrupt", "a tensor without numbers")
     if not isinstance(shape, tuple) or len(shape) > MOST_DIMENSIONS or not all(map(whole, shape)):

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,35 @@ def cases() -> list[tuple[Mutation, str]]:
     ]
 
 
-def run_all(processes: int = 2, *, every: int = 1, seconds: float = CASE_SECONDS) -> list[Outcome]:
-    """The outcome of every case, or of `every` how many-th, in their order."""
+def run_all(
+    processes: int = 2,
+    *,
+    every: int = 1,
+    seconds: float = CASE_SECONDS,
+    program: str = __file__,
+    everything: list[tuple[Mutation, str]] | None = None,
+    bases: Callable[[Path], None] | None = None,
+) -> list[Outcome]:
+    """The outcome of every case, or of `every` how many-th, in their order.
+
+    Args:
+        processes: how many run at a time.
+        every: 10 for a tenth of the cases.
+        seconds: for one case.
+        program: the script that is run as a worker; this one and `fuzz_checkpoints.py` are.
+        everything: its cases.
+        bases: writes what they spoil into a folder.
+    """
+    everything = cases() if everything is None else everything
     found: dict[int, Outcome] = {}
     with tempfile.TemporaryDirectory(prefix="fuzz-packages-") as home:
-        write_bases(Path(home))
-        threads = [
-            threading.Thread(target=run_share, args=(Path(home), share * every, processes * every, seconds, found))
-            for share in range(processes)
-        ]
+        (bases or write_bases)(Path(home))
+
+        def share(number: int) -> None:
+            first, step = number * every, processes * every
+            run_share(Path(home), first, step, seconds, found, program=program, everything=everything)
+
+        threads = [threading.Thread(target=share, args=(number,)) for number in range(processes)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -75,12 +95,20 @@ def run_all(processes: int = 2, *, every: int = 1, seconds: float = CASE_SECONDS
     return [found[number] for number in sorted(found)]
 
 
-def run_share(home: Path, first: int, step: int, seconds: float, found: dict[int, Outcome]) -> None:
+def run_share(
+    home: Path,
+    first: int,
+    step: int,
+    seconds: float,
+    found: dict[int, Outcome],
+    *,
+    program: str,
+    everything: list[tuple[Mutation, str]],
+) -> None:
     """Every `step`-th case from `first` on, in a process of their own; a new one goes on where one ended."""
-    everything = cases()
     while first < len(everything):
         number = first
-        arguments = [sys.executable, __file__, "--worker", str(home), str(first), str(step), str(seconds)]
+        arguments = [sys.executable, program, "--worker", str(home), str(first), str(step), str(seconds)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1"}
         environment |= {"HF_HOME": str(home / "hf"), "PYTHONPATH": str(ROOT)}
         with (
@@ -103,7 +131,16 @@ def run_share(home: Path, first: int, step: int, seconds: float, found: dict[int
 # In the process
 
 
-def work(home: Path, first: int, step: int, seconds: float) -> None:
+def work(
+    home: Path,
+    first: int,
+    step: int,
+    seconds: float,
+    *,
+    everything: list[tuple[Mutation, str]] | None = None,
+    attempt: Callable[[Mutation, str], tuple[str, bool]] | None = None,
+) -> None:
+    """Try every `step`-th case from `first` on, and print each one's number before it and its outcome after it."""
     import resource
 
     import torch
@@ -117,15 +154,21 @@ def work(home: Path, first: int, step: int, seconds: float) -> None:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     with contextlib.suppress(FileNotFoundError):  # where /proc is
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + GROWTH,) * 2)
-    everything = cases()
+        # soft: the processes that it starts set limits of their own
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + GROWTH
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    everything = cases() if everything is None else everything
     bases = {path.name: weights_in(path) for path in home.glob("base-*")}
+
+    def spoil_and_load(mutation: Mutation, record: str) -> tuple[str, bool]:
+        return try_case(home, mutation, record, bases[f"base-{mutation.base}"])
+
     for number in range(first, len(everything), step):
         print(json.dumps([number, None]), file=report, flush=True)
         faulthandler.dump_traceback_later(seconds, exit=True)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         mutation, record = everything[number]
-        outcome, good = try_case(home, mutation, record, bases[f"base-{mutation.base}"])
+        outcome, good = (attempt or spoil_and_load)(mutation, record)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         faulthandler.cancel_dump_traceback_later()
         result = Outcome(mutation.kind, mutation.name, record, outcome, good, grown)

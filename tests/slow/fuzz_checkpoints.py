@@ -1,0 +1,230 @@
+"""Spoil checkpoints, adapters and packages in thousands of ways, before convert, export, create and respond.
+
+    python tests/slow/fuzz_checkpoints.py                 # the table: what reads it and kind of mutation x outcome
+    python tests/slow/fuzz_checkpoints.py --every 10      # a tenth of the cases
+    python tests/slow/fuzz_checkpoints.py --list          # every case and its outcome
+
+Each case ends in a typed error or in the right numbers. Anything else is a defect: another exception, other numbers,
+more than a GiB of memory, more than `CASE_SECONDS`, a file outside that was opened, or code of the case's that was run
+(an audit hook watches `open`, `exec`, `import` and `os.system`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]  # tests/ and the checkout
+
+from support.mutations import mutations
+from support.mutations_of_checkpoints import of_adapters, of_checkpoints, of_pickles
+from support.spoiling import CANARY, Mutation
+
+from slow import fuzz_packages
+from slow.fuzz_packages import LOADED, Outcome, weights_in
+
+PICKLES = 1200
+Case = tuple[Mutation, str]  # and what reads it: convert, adapter, pickle, export, create or respond
+
+
+def cases() -> list[Case]:
+    """Every mutation with everything that reads what it spoils."""
+    return [
+        *((mutation, "convert") for mutation in of_checkpoints()),
+        *((mutation, "adapter") for mutation in of_adapters()),
+        *((mutation, "pickle") for mutation in of_pickles(PICKLES)),
+        *((mutation, reader) for mutation in mutations() for reader in ("export", "create", "respond")),
+    ]
+
+
+def write_bases(home: Path) -> None:
+    """The packages of `fuzz_packages`, and checkpoints of the same model: `convert`, `pickle`, `adapter`."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from hub_tools import export_policy
+
+    fuzz_packages.write_bases(home)
+    export_policy(home / "base-one", home / "base-convert")
+    state = load_file(home / "base-one" / "model.safetensors")
+    save_file(state, home / "base-convert" / "model.safetensors", metadata={"format": "pt"})
+    for name in ("pickle", "plain"):
+        shutil.copytree(home / "base-convert", home / f"base-{name}")
+        for path in (home / f"base-{name}").glob("*tok*"):  # a tokenizer costs each case a process
+            path.unlink()
+    (home / "base-pickle" / "model.safetensors").unlink()
+    torch.save(state, home / "base-pickle" / "pytorch_model.bin")
+
+    import json
+
+    n = 16
+    adapter = home / "base-adapter"
+    adapter.mkdir()
+    torch.manual_seed(1)
+    module = "base_model.model.transformer.h.0.attn.c_attn"
+    lora = {f"{module}.lora_A.weight": torch.randn(4, n), f"{module}.lora_B.weight": torch.randn(3 * n, 4)}
+    save_file(lora, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    head = {name: tensor for name, tensor in state.items() if name.startswith("v_head.")}
+    save_file(head, adapter / "value_head.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn"],
+        "base_model_name_or_path": str(home / "base-plain"), "bias": "none", "use_dora": False, "use_rslora": False,
+    }  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+
+
+class Watch:
+    """What a case opened or ran that it must not; an audit hook, which stays for the life of the process."""
+
+    def __init__(self) -> None:
+        self.parent: Path | None = None
+        self.seen: list[str] = []
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.parent is None:
+            return
+        what = str(arguments[0]) if arguments else ""
+        outside = (str(self.parent / "outside"), "/etc/passwd", "/etc/hostname")
+        if event == "open" and what.startswith(outside):
+            self.seen.append(f"opened {what}")
+        elif event == "exec" and str(self.parent) in getattr(arguments[0], "co_filename", ""):
+            self.seen.append(f"ran {arguments[0].co_filename}")
+        elif event == "import" and what.partition(".")[0] == "armed":
+            self.seen.append(f"imported {what}")
+        elif event in ("os.system", "os.exec", "os.mknod"):
+            self.seen.append(f"{event} {what}")
+
+
+def try_case(home: Path, mutation: Mutation, reader: str, watch: Watch) -> tuple[str, bool]:
+    """Spoil and read; the outcome, and whether it is one of the two that are allowed."""
+    from hub_tools.errors import GPT2ValueHubError
+
+    base = f"base-{mutation.base}" if reader in READERS else f"base-{reader}"
+    with tempfile.TemporaryDirectory(dir=home) as parent:
+        folder = Path(parent, "source")
+        shutil.copytree(home / base, folder)
+        mutation.edit(folder)
+        watch.seen, watch.parent = [], Path(parent)
+        try:
+            outcome = READERS.get(reader, convert)(home, folder, Path(parent, "out"), reader)
+        except GPT2ValueHubError as error:
+            outcome = type(error).__name__
+            if any(not char.isprintable() and char != "\n" for char in str(error)):
+                outcome = f"{outcome} with characters that a terminal would obey"
+        except BaseException as error:  # the Rust libraries' panics are no Exceptions
+            outcome = f"{type(error).__name__}: {str(error)[:200]}"
+        finally:
+            watch.parent = None
+        if watch.seen:
+            return watch.seen[0], False
+        if (Path(parent) / CANARY).exists():
+            return "code of the case ran", False
+        return outcome, outcome == LOADED or (outcome.endswith("Error") and outcome.isidentifier())
+
+
+def convert(home: Path, folder: Path, out: Path, reader: str) -> str:
+    """A checkpoint's weights, in a package; an adapter's where its settings can change them."""
+    import torch
+
+    from hub_tools import convert_checkpoint
+    from hub_tools.convert.weight_files import read_state_dict
+
+    convert_checkpoint(folder, out)
+    ours = weights_in(out)
+    if reader == "convert":
+        return LOADED if ours == weights_in(folder) else "other weights than those in the file"
+    if reader == "pickle":
+        theirs = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        read = read_state_dict(folder / "pytorch_model.bin")
+        same = set(theirs) == set(read) and all(torch.equal(theirs[name], read[name]) for name in read)
+        kept = {name: tensor.numpy().tobytes() for name, tensor in theirs.items() if name != "lm_head.weight"}
+        return LOADED if same and {name: ours[name] for name in kept} == kept else "other weights than torch reads"
+    plain = weights_in(home / "base-plain")
+    changed = {name for name in ours if ours[name] != plain.get(name)}
+    return LOADED if changed <= {"transformer.h.0.attn.c_attn.weight"} else "weights that the adapter does not have"
+
+
+def export(home: Path, folder: Path, out: Path, reader: str) -> str:
+    from hub_tools import export_policy
+
+    export_policy(folder, out)
+    body = {name: data for name, data in weights_in(folder).items() if not name.startswith("v_head.")}
+    return LOADED if weights_in(out) == body else "other weights than the package's"
+
+
+def create(home: Path, folder: Path, out: Path, reader: str) -> str:
+    from hub_tools import save_package
+    from hub_tools.cli.loading import load_base
+
+    loaded = load_base(str(folder), revision=None, tokenizer=None)
+    save_package(loaded.model, out, loaded.tokenizer)
+    theirs, ours = weights_in(folder), weights_in(out)
+    return LOADED if all(ours[name] == theirs.get(name, ours[name]) for name in ours) else "other weights"
+
+
+def respond(home: Path, folder: Path, out: Path, reader: str) -> str:
+    """What `gpt2-value respond` does, without printing it."""
+    import torch
+
+    from hub_tools.cli.loading import encode, load_reviewed
+
+    loaded = load_reviewed(str(folder), revision=None, reviewed=None)
+    if loaded.tokenizer is not None:
+        prompts = encode(loaded.tokenizer, ["abc"], str(folder))
+        rollout = loaded.model.rollout(prompts, max_new_tokens=2, generator=torch.Generator().manual_seed(0))
+        if not rollout.logprobs.isfinite().all():
+            return "log-probabilities that are not finite"
+    state = {name: tensor.numpy().tobytes() for name, tensor in loaded.model.state_dict().items()}
+    theirs = weights_in(folder)
+    return LOADED if all(state[name] == data for name, data in theirs.items()) else "other weights than the package's"
+
+
+READERS: dict[str, Callable[[Path, Path, Path, str], str]] = {"export": export, "create": create, "respond": respond}
+
+
+def table(outcomes: list[Outcome]) -> Iterator[str]:
+    """Lines: what reads, and for each kind of mutation the cases, the right numbers, the refusals, the defects."""
+    for reader in dict.fromkeys(outcome.record for outcome in outcomes):
+        yield f"-- {reader}"
+        yield from fuzz_packages.table([outcome for outcome in outcomes if outcome.record == reader])
+
+
+def main() -> None:
+    every = int(sys.argv[sys.argv.index("--every") + 1]) if "--every" in sys.argv else 1
+    outcomes = fuzz_packages.run_all(every=every, program=__file__, everything=cases(), bases=write_bases)
+    if "--list" in sys.argv:
+        for outcome in outcomes:
+            print(f"{outcome.record}: {outcome.kind}: {outcome.name} -> {outcome.outcome}")
+    print("\n".join(table(outcomes)))
+    bad = [outcome for outcome in outcomes if not outcome.good]
+    for outcome in bad:
+        print(f"DEFECT {outcome.record}: {outcome.kind}: {outcome.name} -> {outcome.outcome}")
+    print(f"{len(outcomes)} cases; the most memory for one: {max(outcome.grown for outcome in outcomes) / 1e6:.1f} MB")
+    raise SystemExit(bool(bad))
+
+
+def work(home: Path, first: int, step: int, seconds: float) -> None:
+    import hub_tools.cli.loading
+    import hub_tools.convert.convert
+    import hub_tools.convert.export
+    import hub_tools.package.save  # noqa: F401  # importing is no part of a case's time
+
+    watch = Watch()
+
+    def attempt(mutation: Mutation, reader: str) -> tuple[str, bool]:
+        return try_case(home, mutation, reader, watch)
+
+    fuzz_packages.work(home, first, step, seconds, everything=cases(), attempt=attempt)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+    else:
+        main()
