@@ -85,8 +85,8 @@ def whole_runs(rounds, work, steps, new_pusher):
 
 
 def tell(pusher, number):
-    """Send a signal to the process beside and to what it started (verification): its own process group."""
-    process = None if pusher is None else pusher._process._running
+    """Send a signal to the worker and to what it started (verification): its own process group."""
+    process = None if pusher is None else pusher._worker
     if process is not None:
         with contextlib.suppress(ProcessLookupError):  # it has not come to making its group
             os.killpg(process.pid, number)
