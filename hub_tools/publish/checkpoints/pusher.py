@@ -197,11 +197,11 @@ class CheckpointPusher:
             snapshot = Snapshot.of(model, tokenizer)
             if self._waiting is not None:
                 self._skip()
-            self._waiting = replace(self._job, step=step, metrics=numbers), snapshot
-            if self._thread is None:
+            if self._thread is None:  # it begins when we let go of the lock; where it cannot be started, nothing waits
                 thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
                 thread.start()
                 self._thread = thread
+            self._waiting = replace(self._job, step=step, metrics=numbers), snapshot
         self.check()
 
     def check(self) -> None:
@@ -339,7 +339,7 @@ class CheckpointPusher:
                         self._pushed.append(result.pushed)
                     logger.info("step %d is on %s: %s", job.step, self.repo_id, result.pushed.url)
             finally:
-                del snapshot
+                snapshot.weights.clear()  # the traceback of an error would keep them
                 with self._changed:
                     self._on_its_way, self._in_memory = None, False
 
@@ -376,6 +376,7 @@ class CheckpointPusher:
             Everything that `push_checkpoint` raises.
         """
         result, last = folder / RESULT, "it printed nothing"
+        result.unlink(missing_ok=True)  # of an earlier attempt
         with suppress(BrokenPipeError), start(folder, self._endpoint) as worker:  # a broken pipe: it has died
             assert worker.stdin is not None
             assert worker.stdout is not None
@@ -384,7 +385,7 @@ class CheckpointPusher:
                     if self._closed:
                         raise WorkerDiedError("the pusher was closed in the meantime", next_step="push before close()")
                     self._worker = worker
-                if self._in_memory:
+                if snapshot.weights:
                     snapshot.write(folder)
                     snapshot.weights.clear()
                     with self._changed:
@@ -408,15 +409,14 @@ class CheckpointPusher:
 
     def _fail(self, step: int, cause: BaseException) -> None:
         """Keep a failure for the next call."""
-        if not isinstance(cause, GPT2ValueHubError):
+        known = cause
+        if not isinstance(known, GPT2ValueHubError):
             advice = "correct what this error names; the next checkpoint is tried all the same"
-            cause_here = GPT2ValueHubError(f"{type(cause).__name__}: {cause}", next_step=advice)
-        else:
-            cause_here = cause
+            known = GPT2ValueHubError(f"{type(cause).__name__}: {cause}", next_step=advice)
         error = CheckpointPushError(
-            f"the checkpoint of step {step} is not on {self.repo_id}: {cause_here.found}",
-            expected=cause_here.expected,
-            next_step=cause_here.next_step,
+            f"the checkpoint of step {step} is not on {self.repo_id}: {known.found}",
+            expected=known.expected,
+            next_step=known.next_step,
             step=step,
         )
         error.__cause__ = cause

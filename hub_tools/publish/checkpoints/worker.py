@@ -127,9 +127,10 @@ def _tag_best(job: Job, rule: BestRule, hub: Hub, commit: str) -> Best:
 def _best_on_the_hub(job: Job, rule: BestRule, hub: Hub) -> Best:
     """The best of the commit that has the tag and all on the branch. The tag alone does not tell: a run that is killed
     after a commit and before its tag leaves the tag on an older one, or on none."""
+    commits = list(reversed(hub.commits(job.destination.branch)))
     tagged = hub.tagged(rule.tag)
-    commits = [] if tagged is None else hub.commits(tagged)[:1]
-    commits += reversed(hub.commits(job.destination.branch))
+    if tagged is not None and all(found.commit_id != tagged for found in commits):
+        commits.insert(0, hub.commits(tagged)[0])
     rated = (rule.rate(found.commit_id, metrics_in(found.message)) for found in commits)
     return max(rated, key=SCORE, default=Best())
 
