@@ -238,7 +238,7 @@ def fetch_outline(
     except OSError as error:
         raise UnsafeFileError(
             f"the files of {repo_id} cannot be laid out in {into}: {error.strerror or error}",
-            expected="names that this system can hold, and room for them",
+            expected="names that this system can hold, and space for the files",
             next_step="look at its list of files on the Hub",
         ) from None
     return Snapshot(folder, commit)
@@ -260,7 +260,7 @@ def _header(files: HfFileSystem, place: str) -> bytes:
 
 
 def _ask(request: Callable[[], T], repo_id: str, revision: str | None, token: str | None) -> T:
-    """A request's answer, with patience; what the Hub refuses comes as an error of ours, which holds no token."""
+    """A request's answer, after retries. What the Hub refuses is raised as an error of ours, which holds no token."""
     secret = token or get_token() or "\0"
     retrier = Retrier(seconds=PATIENCE, token=secret, endpoint=HfApi().endpoint, token_source=token_source(token))
     where = f"{repo_id} at revision {revision}" if revision else repo_id

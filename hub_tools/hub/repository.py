@@ -1,7 +1,7 @@
 """One repository on a Hub: what its branches hold, uploads, and commits that either happened or did not.
 
-Imports the standard library, huggingface_hub (0.36 and newer), and of hub_tools `errors`, `layout` and `retry`. How a
-commit is made: https://huggingface.co/docs/huggingface_hub/guides/upload.
+Imports the standard library, huggingface_hub (0.36 and newer), and of hub_tools `errors`, `layout`, `retry` and
+`transfers`. How a commit is made: https://huggingface.co/docs/huggingface_hub/guides/upload.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import importlib.util
 import itertools
 import logging
 import re
-import sys
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
@@ -22,10 +21,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import GitCommitInfo, GitRefs, RepoFile
 from huggingface_hub.utils import (
-    are_progress_bars_disabled,
     build_hf_headers,
-    disable_progress_bars,
-    enable_progress_bars,
     get_session,
     validate_repo_id,
 )
@@ -40,6 +36,7 @@ from ..errors import (
     TagExistsError,
 )
 from .retry import CREATE, Retrier, is_http, other_token, token_source
+from .transfers import bars_only_on_a_terminal, without_xet
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +234,7 @@ class Hub:
             nonlocal by_xet
             additions = [CommitOperationAdd(name, content) for name, content in files.items()]
             try:
-                with _bars_only_on_a_terminal(), nullcontext() if by_xet else _without_xet():
+                with bars_only_on_a_terminal(), nullcontext() if by_xet else without_xet():
                     self.api.preupload_lfs_files(
                         self.repo_id,
                         additions,
@@ -400,26 +397,3 @@ def _checked_token(token: str | None) -> str:
             next_step="copy it again, alone",
         )
     return token
-
-
-@contextmanager
-def _without_xet() -> Iterator[None]:
-    """Have huggingface_hub upload by LFS, also where hf_xet is installed."""
-    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = before
-
-
-@contextmanager
-def _bars_only_on_a_terminal() -> Iterator[None]:
-    """Have huggingface_hub draw no progress bars into log files, where each of their steps is a line."""
-    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            enable_progress_bars()

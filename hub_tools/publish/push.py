@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATIENCE = 300.0  # seconds
-# Weights in other formats, under transformers' names: beside new weights they would be an older model's.
+# Weights in other formats, under transformers' names. Next to new weights they would be those of an older model.
 OTHER_WEIGHTS = re.compile(
     r"(pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json|model(-\d{5}-of-\d{5})?\.safetensors"
     r"|tf_model\.h5|flax_model\.msgpack)"

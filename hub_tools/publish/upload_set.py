@@ -83,7 +83,7 @@ class Package:
         if foreign:
             raise ForeignFileError(
                 f"{', '.join(map(repr, foreign))} do not belong to a package; nothing was uploaded",
-                expected="the files that save_package writes, and documents beside them",
+                expected="the files that save_package writes, and documents such as a license",
                 next_step="move them out of the folder; push other files on their own: hf upload",
             )
         pickles = [name for name in names if layout.kind_of(name) == "pickle"]

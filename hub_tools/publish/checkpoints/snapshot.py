@@ -76,7 +76,7 @@ class Snapshot:
             raise SaveFailedError(
                 f"writing the snapshot to {folder} failed: {error}",
                 expected="space for two copies of the model in the folder for temporary files",
-                next_step="make room there, or set TMPDIR to another folder, and start again",
+                next_step="free some space there, or set TMPDIR to another folder, and start again",
             ) from error
 
 
