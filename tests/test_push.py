@@ -299,6 +299,7 @@ def test_a_repository_that_may_not_be_created_may_exist_and_be_private(server, p
     ],
 )
 def test_an_interrupt_says_in_which_state_the_repository_is(server, package, caplog, monkeypatch, route, state):
+    server.create(REPO)
     call = retry._in_thread
 
     def interrupted(what, request, limit):
