@@ -21,7 +21,7 @@ demo: .venv/.done  ## from a GPT-2 checkpoint to a loaded package and a picture;
 
 test: .venv/.done  ## the test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py
-	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py  # alone: its worker process gives way to everything
+	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py  # alone: its workers give way to everything
 
 check: .venv/.done  ## lint, format, types, who imports whom, and whether the API reference builds
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ Two ways, since other work on the machine moves a minute's time by more than wha
 
 - whole runs, with and without in turns; the pusher is made before the loop and closed after it, neither of which is
   training time;
-- segments of one run: the process beside is stopped (SIGSTOP) for every other half second of training. The median
+- segments of one run: the worker is stopped (SIGSTOP) for every other half second of training. The median
   step while it may run, against the median step while it may not, is what it takes from training; the time in `push`,
   for which training waits, is added. The process has half of the time for all of its work, so this overstates. The
   same without a pusher (`control`) shows what the machine's other work does to this figure.
@@ -85,8 +85,8 @@ def whole_runs(rounds, work, steps, new_pusher):
 
 
 def tell(pusher, number):
-    """Send a signal to the process beside and to what it started (verification): its own process group."""
-    process = None if pusher is None else pusher._process._running
+    """Send a signal to the worker and to what it started (verification): its own process group."""
+    process = None if pusher is None else pusher._worker
     if process is not None:
         with contextlib.suppress(ProcessLookupError):  # it has not come to making its group
             os.killpg(process.pid, number)

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from .package.load import LoadedPackage, load_package
     from .package.save import SavedPackage, save_package
     from .package.verify import VerificationReport, verify_package
+    from .publish.checkpoints.job import PushedCheckpoint
     from .publish.checkpoints.pusher import CheckpointPusher
     from .publish.checkpoints.trainer_callback import CheckpointPusherCallback
-    from .publish.checkpoints.worker import PushedCheckpoint
     from .publish.push import PushReport, push_package, push_to_hub
 
 _HOMES = {
     "CheckpointPusher": "publish.checkpoints.pusher",
     "CheckpointPusherCallback": "publish.checkpoints.trainer_callback",
-    "PushedCheckpoint": "publish.checkpoints.worker",
+    "PushedCheckpoint": "publish.checkpoints.job",
     "Conversion": "convert.convert",
     "convert_checkpoint": "convert.convert",
     "ExportedPolicy": "convert.export",

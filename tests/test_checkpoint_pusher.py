@@ -2,12 +2,14 @@
 
 import gc
 import os
-import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +20,6 @@ from conftest import make_tiny_model, plain_twin
 from safetensors.torch import load
 from slow.fault_sweep import serving
 from support.hub_server import Fault, HubServer
-from transformers import GenerationConfig
 
 from hub_tools import CheckpointPusher, CheckpointPusherCallback
 from hub_tools.errors import (
@@ -32,10 +33,12 @@ from hub_tools.errors import (
     PusherClosedError,
     PushOptionsError,
 )
-from hub_tools.publish.checkpoints import worker, worker_process
-from hub_tools.publish.checkpoints.snapshot import Snapshot, map_snapshot, places_of
+from hub_tools.package.replace_folder import discard, locked_folder
+from hub_tools.publish.checkpoints import pusher as checkpoint_pusher
+from hub_tools.publish.checkpoints import snapshot, worker, worker_process
+from hub_tools.publish.checkpoints.job import BestRule, Destination, Job, PackageOptions
+from hub_tools.publish.checkpoints.snapshot import Snapshot
 from hub_tools.publish.checkpoints.trainer_callback import metrics_at
-from hub_tools.publish.checkpoints.worker import Checkpoint, Settings, Worker
 
 HERE = Path(__file__).parent
 REPO = "alice/value"
@@ -108,16 +111,6 @@ def set_head(model, value):
         model.v_head.summary.bias.fill_(value)
 
 
-class Unreadable(GenerationConfig):
-    """As one whose class stands in the training script is for another process."""
-
-    def __deepcopy__(self, _):
-        return self
-
-    def __reduce__(self):
-        return int, ("no number",)
-
-
 def ended(pid):
     """Whether a process, whoever has to reap it, has ended."""
     try:
@@ -135,51 +128,82 @@ def wait_for(condition, seconds=30.0):
 
 def test_a_process_that_died_is_replaced(server, pusher):
     pusher.push(make_tiny_model(), step=0)
-    wait_for(lambda: pusher._process._running)
-    os.kill(pusher._process._running.pid, signal.SIGKILL)
+    wait_for(lambda: pusher._worker)
+    os.kill(pusher._worker.pid, signal.SIGKILL)
     pusher.flush()
     assert [checkpoint.step for checkpoint in pusher.pushed] == [0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks about Linux's scheduler")
-def test_the_process_beside_takes_only_what_is_left_of_the_cores(server, pusher):
+def test_the_worker_takes_only_what_is_left_of_the_cores(server, pusher):
     """In a session of its own it would get half of a busy core, at any priority (sched(7), autogroups)."""
+    server.faults.append(Fault(route="whoami", delay=0.5))
     pusher.push(make_tiny_model(seed=99), step=1)
+    wait_for(lambda: pusher._worker)
+    worker = pusher._worker.pid
+    assert os.sched_getscheduler(worker) == os.SCHED_IDLE
+    assert os.getsid(worker) == os.getsid(0)
+    wait_for(lambda: os.getpgid(worker) == worker)  # a terminal's Ctrl-C is not for it
     pusher.flush()
-    beside = pusher._process._running.pid
-    assert os.sched_getscheduler(beside) == os.SCHED_IDLE
-    assert os.getsid(beside) == os.getsid(0)
-    assert os.getpgid(beside) == beside, "a terminal's Ctrl-C is not for it"
 
 
-def test_a_sandbox_that_refuses_the_idle_class_does_not_stop_the_process_beside():
+def test_a_sandbox_that_refuses_the_idle_class_does_not_stop_the_worker():
     script = (
-        "import os\nfrom hub_tools.publish.checkpoints import worker\n"
+        "import os\nfrom hub_tools.publish.checkpoints.worker_process import give_way\n"
         "def refuse(*_): raise OSError(22, 'Invalid argument')\n"
-        "os.sched_setscheduler = refuse\nworker._give_way()\nprint(os.nice(0))"
+        "os.sched_setscheduler = refuse\ngive_way(0)\nprint(os.nice(0))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=HERE.parent, capture_output=True, text=True, check=True)
     assert done.stdout == "19\n"
 
 
-def test_what_the_process_beside_started_ends_with_it():
-    """An interpreter that verifies holds as much memory as the one beside, for which there may not be enough."""
+def test_what_a_worker_started_ends_with_it():
+    """An interpreter that verifies holds as much memory as the worker, for which there may not be enough."""
     script = (
         "import os, subprocess, sys\nos.setpgid(0, 0)\n"
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)']).pid, flush=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     started = int(process.stdout.readline())
-    assert worker_process._ended(process) == 0
+    worker_process.kill(process)
+    process.wait()
     wait_for(lambda: ended(started))
 
 
-def test_a_checkpoint_that_the_process_beside_cannot_read_is_a_failure_and_no_silence(server, pusher):
+def test_a_checkpoint_that_cannot_be_written_is_a_failure_and_no_silence(server, pusher):
     model = make_tiny_model()
-    model.generation_config = Unreadable()
+    model.generation_config.made_of = object()  # JSON has no word for it
     pusher.push(model, step=2)
-    with pytest.raises(CheckpointPushError, match="step 2"):
+    with pytest.raises(CheckpointPushError, match=r"step 2.*TypeError"):
         pusher.flush()
+
+
+def test_a_worker_that_cannot_be_started_is_told_at_the_next_call_and_stops_nothing(server, pusher, monkeypatch):
+    def refuse(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_pusher, "start", refuse)
+        pusher.push(make_tiny_model(), step=3)
+        with pytest.raises(CheckpointPushError, match="Cannot allocate memory") as failed:
+            pusher.flush()
+        assert failed.value.step == 3
+        pusher.push(make_tiny_model(), step=4)
+        wait_for(lambda: pusher._failures)
+        with pytest.raises(CheckpointPushError, match="step 4"):
+            pusher.push(make_tiny_model(), step=5)
+        with pytest.raises(CheckpointPushError, match="step 5"):
+            pusher.flush()
+    pusher.push(make_tiny_model(), step=6)
+    pusher.flush()
+    assert pusher.pushed[-1].step == 6
+
+
+def test_while_nothing_is_on_its_way_there_is_no_thread_no_process_and_no_file(server, pusher, temporary):
+    pusher.flush()
+    assert not [thread for thread in threading.enumerate() if thread.name == "CheckpointPusher"]
+    assert pusher._worker is None
+    assert not list(temporary.iterdir())
 
 
 def test_checkpoints_arrive_in_order_whole_and_the_last_one_always(server, pusher):
@@ -215,7 +239,7 @@ def test_there_are_never_more_than_two_copies_of_the_weights(server, pusher):
     server.faults.append(Fault(route="lfs_upload", delay=0.5))
     for step in range(60, 66):
         pusher.push(make_tiny_model(seed=step), step=step)
-        assert sum(type(found) is Snapshot for found in gc.get_objects()) <= 2
+        assert sum(type(found) is Snapshot and bool(found.weights) for found in gc.get_objects()) <= 2
         time.sleep(0.02)
     pusher.flush()
 
@@ -364,36 +388,29 @@ def test_metrics_of_a_step_are_those_that_the_trainer_logged_at_it():
     assert metrics_at(3, history) == {}
 
 
-# Without a process beside
+# Without a worker process
 
 
-def checkpoint_of(model, folder, *, step=1, **fields):
-    snapshot = Snapshot(places_of(model.state_dict()))
-    snapshot.fill(model.state_dict())
-    snapshot.write(folder / "snapshot")
-    whole = {"metrics": {}, "generation_config": model.generation_config, "tokenizer": None, **fields}
-    return Checkpoint(
-        step=step, places=snapshot.places, config=model.config.to_dict(), snapshot=folder / "snapshot", **whole
-    )
+def do(job, model, folder, *, tokenizer=None, **fields):
+    """Do a job here, as a worker would; returns its result, which the next job knows."""
+    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    Snapshot.of(model, tokenizer).write(folder)
+    return worker.push_checkpoint(Job.from_json(replace(job, **fields).to_json()), folder)
 
 
-def settings(**fields):
-    defaults = {
-        "repo_id": "alice/worker",
-        "token": None,
-        "revision": None,
-        "private": None,
-        "metric_for_best_model": "loss",
-        "greater_is_better": False,
-        "best_tag": "best",
-        "dataset": "imdb",
-        "base_model": None,
-        "license": None,
-        "tags": (),
-        "max_shard_size": "5GB",
-        "patience": 5.0,
-    }
-    return Settings(**defaults | fields)
+def after(job, result):
+    return replace(job, verified=result.verified, best=result.best)
+
+
+JOB = Job(
+    step=1,
+    metrics={},
+    dataset="imdb",
+    destination=Destination("alice/worker", "main", None, None, 5.0),
+    package=PackageOptions(None, None, (), "5GB"),
+    rule=BestRule("loss", False, "best"),
+)
 
 
 @pytest.fixture
@@ -405,37 +422,53 @@ def verified(monkeypatch):
 
 
 def test_what_is_new_but_the_weights_is_verified_in_full(server, tmp_path, verified, tiny_model, tiny_tokenizer):
-    worker = Worker(settings(), tmp_path)
-    worker.push(checkpoint_of(tiny_model, tmp_path))
-    worker.push(checkpoint_of(make_tiny_model(seed=1), tmp_path, step=2))
+    job = after(JOB, do(JOB, tiny_model, tmp_path))
+    job = after(job, do(job, make_tiny_model(seed=1), tmp_path, step=2))
     assert len(verified) == 1
-    worker.push(checkpoint_of(tiny_model, tmp_path, step=3, tokenizer=pickle.dumps(tiny_tokenizer)))
+    job = after(job, do(job, tiny_model, tmp_path, step=3, tokenizer=tiny_tokenizer))
     assert len(verified) == 2
     assert "tokenizer.json" in server.files("alice/worker")
     tiny_model.generation_config.max_new_tokens = 7
-    worker.push(checkpoint_of(tiny_model, tmp_path, step=4))
-    worker.push(checkpoint_of(make_tiny_model(n_layer=1), tmp_path, step=5))
+    job = after(job, do(job, tiny_model, tmp_path, step=4))
+    do(job, make_tiny_model(n_layer=1), tmp_path, step=5)
     assert len(verified) == 4
 
 
 def test_a_run_that_is_resumed_knows_the_best_so_far(server, tmp_path, verified):
-    first = Worker(settings(), tmp_path)
-    best = first.push(checkpoint_of(make_tiny_model(seed=1), tmp_path, metrics={"loss": 1.0}))
-    second = Worker(settings(), tmp_path)
-    assert not second.push(checkpoint_of(make_tiny_model(seed=2), tmp_path, metrics={"loss": 2.0})).best
-    assert server.repos["alice/worker"].refs["refs/tags/best"] == best.commit
-    assert second.push(checkpoint_of(make_tiny_model(seed=3), tmp_path, metrics={"loss": 0.5})).best
+    server.repos.pop("alice/worker", None)
+    first = do(JOB, make_tiny_model(seed=1), tmp_path, metrics={"loss": 1.0}).pushed
+    second = do(JOB, make_tiny_model(seed=2), tmp_path, metrics={"loss": 2.0})
+    assert not second.pushed.best
+    assert server.repos["alice/worker"].refs["refs/tags/best"] == first.commit
+    assert do(after(JOB, second), make_tiny_model(seed=3), tmp_path, metrics={"loss": 0.5}).pushed.best
+
+
+@pytest.mark.parametrize("left", ["the tag on an older one", "no tag"])
+def test_a_run_that_was_killed_between_a_commit_and_its_tag_is_resumed_with_the_true_best(
+    server, tmp_path, verified, left
+):
+    server.repos.pop("alice/worker", None)
+    older = do(JOB, make_tiny_model(seed=1), tmp_path, metrics={"loss": 2.0}).pushed
+    best = do(JOB, make_tiny_model(seed=2), tmp_path, metrics={"loss": 1.0}).pushed
+    refs = server.repos["alice/worker"].refs
+    del refs["refs/tags/best"]
+    if left != "no tag":
+        refs["refs/tags/best"] = older.commit
+    resumed = do(JOB, make_tiny_model(seed=3), tmp_path, metrics={"loss": 1.5})
+    assert not resumed.pushed.best
+    assert refs["refs/tags/best"] == best.commit
+    assert resumed.best.commit == best.commit
 
 
 def test_a_snapshot_is_bit_equal_ties_included_in_every_dtype(tmp_path):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = make_tiny_model().to(dtype)
-        checkpoint = checkpoint_of(model, tmp_path)
-        mapped = map_snapshot(checkpoint.snapshot, checkpoint.places)
+        Snapshot.of(model).write(tmp_path)
+        found = snapshot.read_model(tmp_path).state_dict()
         state = model.state_dict()
-        assert set(mapped) == set(state)
-        assert all(torch.equal(mapped[name], state[name]) and mapped[name].dtype == state[name].dtype for name in state)
-        assert mapped["lm_head.weight"].data_ptr() == mapped["transformer.wte.weight"].data_ptr()
+        assert set(found) == set(state)
+        assert all(torch.equal(found[name], state[name]) and found[name].dtype == state[name].dtype for name in state)
+        assert found["lm_head.weight"].data_ptr() == found["transformer.wte.weight"].data_ptr()
 
 
 def test_what_cannot_be_right_is_refused_before_training_starts(running, tmp_path):
@@ -455,7 +488,6 @@ def test_what_cannot_be_a_checkpoint_is_refused_at_once(pusher, tiny_model):
 def test_a_hub_that_does_not_answer_is_no_reason_not_to_start(server, tiny_model):
     server.faults.append(Fault(route="whoami", status=503))
     with (
-        mock.patch.object(worker, "MAIN", "main"),
         mock.patch("hub_tools.publish.checkpoints.pusher.FIRST_LOOK", 0.1),
     ):
         pusher = CheckpointPusher(REPO)
@@ -470,9 +502,11 @@ def test_what_the_dead_left_on_the_disk_is_removed(running, temporary):
     dead.mkdir()
     (dead / "snapshot-1").write_bytes(b"weights")
     (dead / "lock").touch()
+    living, lock = locked_folder(checkpoint_pusher.FOLDER, temporary)
     CheckpointPusher(REPO).close()
     assert not dead.exists()
-    assert list(temporary.iterdir()), "those of the living stay"
+    assert living.exists(), "those of the living stay"
+    discard(living, lock)
 
 
 # In processes of their own
@@ -502,7 +536,6 @@ def test_a_killed_run_leaves_the_repository_loadable_and_the_disk_clean(runs, tm
 def test_a_run_that_is_killed_while_nothing_is_on_its_way_leaves_the_disk_clean(runs):
     server, processes, places = runs
     assert processes["idle"].stdout.readline() == "idle\n"
-    assert list(places["idle"].iterdir())
     processes["idle"].kill()
     wait_for(lambda: not list(places["idle"].iterdir()))
     assert [commit.title for commit in server.history("alice/idle")] == ["Step 1", "initial commit"]

@@ -29,7 +29,7 @@ from hub_tools.errors import (
 from hub_tools.hub import retry
 from hub_tools.hub.repository import Hub
 from hub_tools.package.save import save_package
-from hub_tools.publish.push import Package, push, push_package, push_to_hub
+from hub_tools.publish.push import Package, PushOptions, push, push_package, push_to_hub
 
 REPO = "alice/value"
 STALE = {
@@ -60,8 +60,7 @@ def push_verified(folder, repo_id=REPO, *, token=None, **options):
     hub.check_token()
     package = Package.read(folder)
     package.refuse_secrets(hub, "push")
-    settings = {"branch": "main", "private": None, "create_pr": False, "tag": None, "message": "push", "dry_run": False}
-    return push(package, hub, **settings | options)
+    return push(package, hub, PushOptions(**{"message": "push", **options}))
 
 
 def verified_before(folder, *, trust_remote_code=False):
@@ -236,6 +235,83 @@ def test_a_tag_is_set_once(server, package):
     with pytest.raises(TagExistsError):
         push_verified(package, tag="v1")
     assert server.history(REPO)[0].oid == first.commit, "found out before the commit"
+
+
+def test_a_tag_that_is_in_its_place_is_not_sent_again_and_the_summary_names_it(server, package):
+    assert "tag    v1" in str(push_verified(package, tag="v1"))
+    server.requests.clear()
+    again = push_verified(package, tag="v1")
+    assert "create_tag" not in server.routes()
+    assert "tag    v1 (in its place already)" in str(again)
+    only_the_tag = str(push_verified(package, tag="v2"))
+    assert "unchanged; the tag was set" in only_the_tag
+    assert "tag    v2" in only_the_tag
+
+
+def test_what_the_hub_can_refuse_cheaply_is_asked_before_the_verification(server, package, monkeypatch):
+    def verify(*_, **__):
+        raise AssertionError("verified first")
+
+    monkeypatch.setattr("hub_tools.publish.push.verify_package", verify)
+    repo = server.create(REPO, MINE)
+    first = server.history(REPO)[-1].oid
+    repo.refs["refs/tags/v1"] = first
+    server.tokens["hf_bob"] = User("bob")
+    for options, error in (
+        ({"tag": "v1"}, TagExistsError),
+        ({"revision": "v1"}, PushOptionsError),
+        ({"private": True}, PushOptionsError),
+        ({"token": "hf_bob"}, NoAccessError),
+    ):
+        with pytest.raises(error):
+            push_package(package, REPO, **options)
+    assert "commit" not in server.routes()
+
+
+def test_a_wrong_token_is_corrected_where_it_was_set(server, package, monkeypatch):
+    with pytest.raises(AuthenticationError) as passed:
+        push_package(package, REPO, token="hf_wrong")
+    assert "token=" in passed.value.next_step
+    assert "hf auth login" not in passed.value.next_step, "an argument overrides the login"
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(AuthenticationError) as in_environment:
+        push_package(package, REPO)
+    assert "HF_TOKEN" in in_environment.value.next_step
+    assert "unset it" in in_environment.value.next_step
+
+
+def test_a_repository_that_may_not_be_created_may_exist_and_be_private(server, package):
+    server.create("alice/secret", private=True)
+    server.tokens["hf_bob"] = User("bob")
+    with pytest.raises(NoAccessError) as refused:
+        push_verified(package, "alice/secret", token="hf_bob")
+    assert "private" in refused.value.next_step
+    assert "create_pr" not in refused.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("route", "state"),
+    [
+        ("model_info", "nothing was changed"),
+        ("preupload", "nothing was committed"),
+        ("commit", "may be there"),
+        ("create_tag", "tag may be missing"),
+    ],
+)
+def test_an_interrupt_says_in_which_state_the_repository_is(server, package, caplog, monkeypatch, route, state):
+    server.create(REPO)
+    call = retry._in_thread
+
+    def interrupted(what, request, limit):
+        answer = call(what, request, limit)
+        if route in server.routes():
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr(retry, "_in_thread", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        push_verified(package, tag="v1")
+    assert state in caplog.text
 
 
 def test_visibility_is_as_asked_or_the_push_is_refused(server, package):

@@ -4,16 +4,23 @@ import itertools
 import random
 import shutil
 import threading
+import time
 
 import pytest
 from slow.fault_sweep import FAULTS, REPO, SCENARIOS, hurried, requests_of, run_push, serving, set_up, sweep, try_fault
 from support.hub_server import Fault
 
-from hub_tools.errors import ConcurrentPushError, GPT2ValueHubError, HubUnavailableError, PackageChangedError
+from hub_tools.errors import (
+    ConcurrentPushError,
+    GPT2ValueHubError,
+    HubRefusedError,
+    HubUnavailableError,
+    PackageChangedError,
+)
 from hub_tools.hub import retry
 from hub_tools.hub.repository import Hub
 from hub_tools.package.save import save_package
-from hub_tools.publish.push import Package, push
+from hub_tools.publish.push import Package, PushOptions, push
 
 NEW_REPO, NEW_BRANCH, PULL_REQUEST = SCENARIOS
 
@@ -124,6 +131,41 @@ def test_patience_ends(server, package):
     assert server.uploaded()["lfs_upload"] == uploaded, "the weights were there already"
 
 
+@pytest.mark.parametrize("status", retry.PERMANENT)
+def test_a_status_that_stays_is_not_tried_again(server, package, status):
+    set_up(server, PULL_REQUEST)
+    server.faults.append(fault := Fault(route="commit", status=status))
+    with pytest.raises(HubRefusedError, match=str(status)):
+        run_push(package, PULL_REQUEST)
+    assert fault.hits == 1
+
+
+def test_only_the_public_hub_has_a_status_page(server, package):
+    set_up(server, NEW_REPO)
+    server.faults.append(Fault(route="whoami", status=503))
+    with pytest.raises(HubUnavailableError) as own:
+        run_push(package, NEW_REPO, seconds=0.05)
+    assert "status.huggingface.co" not in own.value.next_step
+    assert server.url in own.value.next_step
+    public = retry.Retrier(seconds=0.0, token="hf_x", endpoint=retry.PUBLIC_HUB)
+    assert "status.huggingface.co" in public._given_up("ask", OSError("down"), 1.0).next_step
+
+
+@pytest.mark.parametrize("route", ["whoami", "tree", "commit"])
+def test_a_hub_that_stays_silent_is_given_up_and_meanwhile_a_line_says_what_is_waited_for(
+    server, package, monkeypatch, caplog, route
+):
+    monkeypatch.setattr(retry, "SHORTEST_LIMIT", 1.0)
+    monkeypatch.setattr(retry, "FIRST_NOTE", 0.2)
+    set_up(server, NEW_BRANCH)
+    server.faults.append(Fault(route=route, delay=400.0))  # hurried: four seconds
+    began = time.monotonic()
+    with pytest.raises(HubUnavailableError, match="no answer"):
+        run_push(package, NEW_BRANCH, seconds=1.0)
+    assert time.monotonic() - began < 12.0
+    assert "waiting for the Hub to" in caplog.text
+
+
 @pytest.mark.parametrize("route", ["preupload", "lfs_upload"])
 def test_a_package_written_to_during_the_push_is_not_committed(server, package, tiny_model, route):
     set_up(server, NEW_REPO)
@@ -168,16 +210,7 @@ def test_concurrent_pushers_lose_and_duplicate_nothing(server, package, tmp_path
             while True:
                 try:
                     hub = Hub(REPO, patience=60.0)
-                    report = push(
-                        Package.read(own),
-                        hub,
-                        branch="main",
-                        private=None,
-                        create_pr=False,
-                        tag=None,
-                        message=f"{number}/{step}",
-                        dry_run=False,
-                    )
+                    report = push(Package.read(own), hub, PushOptions(message=f"{number}/{step}"))
                 except ConcurrentPushError:
                     retry.time.sleep(dice.random() * 10)
                     continue

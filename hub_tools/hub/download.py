@@ -1,13 +1,14 @@
 """Fetch a package from a Hub without running any of it: all that a loader reads, or only what inspection reads.
 
-Imports the standard library, huggingface_hub (0.36 and newer), and of hub_tools `errors`, `layout`, `reading` and
-`patience`. Only files that belong to a package are fetched, and never a pickle. The Hub's cache and its offline mode
+Imports the standard library, huggingface_hub (0.36 and newer), and of hub_tools `errors`, `files`, `layout` and
+`retry`. Only files that belong to a package are fetched, and never a pickle. The Hub's cache and its offline mode
 are huggingface_hub's own: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
 """
 
 from __future__ import annotations
 
 import glob
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,15 +31,19 @@ from ..errors import (
     CorruptFileError,
     HubUnavailableError,
     NoAccessError,
+    NotAPackageError,
+    PickleError,
     RemoteNotFoundError,
     UnsafeFileError,
 )
 from ..files import HEADER_LIMIT, MIB
-from .retry import Patience, status_of
+from .retry import Retrier, other_token, status_of, token_source
 
 PATIENCE = 60.0  # seconds for which a request may keep failing in ways that pass
 # What inspection reads whole. Nothing of it is larger in a sound package: a tokenizer of a million tokens.
 OUTLINE_LIMIT = 256 * MIB
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 _TEXTS = [layout.CONFIG, layout.GENERATION_CONFIG, layout.WEIGHTS_INDEX, layout.RECORD, *sorted(layout.TOKENIZER)]
 _CODE = "*.py"
@@ -74,6 +79,8 @@ def fetch(
     Where the Hub cannot be reached, or in offline mode, the cache answers alone, as it does for transformers.
 
     Raises:
+        NotAPackageError, PickleError: a repository without a package, or with pickles in the place of its weights.
+        CorruptFileError: a pointer of git-lfs in the place of a file.
         RemoteNotFoundError: no such repository or revision, or not for this token.
         AuthenticationError, NoAccessError: the Hub does not accept the token, or wants one.
         HubUnavailableError: the Hub cannot be reached, or must not be asked, and the cache does not have it.
@@ -94,7 +101,58 @@ def fetch(
         revision,
         token,
     )
-    return Snapshot(Path(folder), Path(folder).name)
+    snapshot = Snapshot(Path(folder), Path(folder).name)
+    _refuse_no_package(snapshot, repo_id, token)
+    return snapshot
+
+
+def _refuse_no_package(snapshot: Snapshot, repo_id: str, token: str | None) -> None:
+    """Say what is there instead, where there is no package. (Whether a package is sound, inspection finds out.)"""
+    names = {path.name for path in snapshot.folder.iterdir()} if snapshot.folder.is_dir() else set()
+    for name in sorted(names):
+        path = snapshot.folder / name
+        if path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+            raise _pointer(repo_id, name)
+    if any(layout.kind_of(name) == "weights" for name in names):
+        return
+    listed = set() if offline() else _listed(repo_id, snapshot.commit, token)
+    _refuse_names(names | listed, repo_id)
+
+
+def _refuse_names(names: set[str], repo_id: str) -> None:
+    """
+    Raises:
+        NotAPackageError, PickleError: these are no package's files.
+    """
+    if any(layout.kind_of(name) == "weights" for name in names):
+        return
+    pickles = sorted(name for name in names if layout.kind_of(name) == "pickle")
+    if layout.CONFIG in names and pickles:
+        raise PickleError(
+            f"{repo_id} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when opened",
+            expected="weights in safetensors",
+            next_step="ask its author for safetensors; or download it, and where it is a checkpoint of another "
+            "library: gpt2-value convert FOLDER OUT",
+        )
+    if layout.CONFIG not in names:
+        raise NotAPackageError(
+            f"{repo_id} holds no package: it has {', '.join(sorted(names)[:5]) or 'no files'}",
+            expected="a repository with config.json and model.safetensors, as gpt2-value push makes it",
+            next_step="check the name and the revision",
+        )
+
+
+def _listed(repo_id: str, commit: str, token: str | None) -> set[str]:
+    api = HfApi(token=token, library_name="gpt2-value", library_version=layout.__version__)
+    return set(_ask(lambda: api.list_repo_files(repo_id, revision=commit), repo_id, commit, token))
+
+
+def _pointer(repo_id: str, name: str) -> CorruptFileError:
+    return CorruptFileError(
+        f"{name} of {repo_id} is not the file but a pointer of git-lfs to it",
+        expected="the file itself",
+        next_step="ask its author to upload it again, by gpt2-value push; git alone, without git-lfs, uploads pointers",
+    )
 
 
 def fetch_outline(
@@ -128,6 +186,7 @@ def fetch_outline(
     )
     commit = str(info.sha)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    _refuse_names(set(sizes), repo_id)
     for name, size in sizes.items():
         # a Hub serves what git can hold, which is neither; a server that claims to be one may say anything
         if PurePosixPath(name).is_absolute() or not {"..", ""}.isdisjoint(name.split("/")) or "\0" in name:
@@ -169,6 +228,8 @@ def fetch_outline(
             elif layout.kind_of(name) == "weights":
                 place = f"{repo_id}@{commit}/{name}"
                 header = _ask(lambda place=place: _header(files, place), repo_id, revision, token)  # type: ignore[misc]
+                if header.startswith(LFS_POINTER[:8]):
+                    raise _pointer(repo_id, name)
                 with open(into / name, "wb") as file:
                     file.write(header)
                     file.truncate(max(size, len(header)))
@@ -177,7 +238,7 @@ def fetch_outline(
     except OSError as error:
         raise UnsafeFileError(
             f"the files of {repo_id} cannot be laid out in {into}: {error.strerror or error}",
-            expected="names that this system can hold, and room for them",
+            expected="names that this system can hold, and space for the files",
             next_step="look at its list of files on the Hub",
         ) from None
     return Snapshot(folder, commit)
@@ -199,9 +260,9 @@ def _header(files: HfFileSystem, place: str) -> bytes:
 
 
 def _ask(request: Callable[[], T], repo_id: str, revision: str | None, token: str | None) -> T:
-    """A request's answer, with patience; what the Hub refuses comes as an error of ours, which holds no token."""
+    """A request's answer, after retries. What the Hub refuses is raised as an error of ours, which holds no token."""
     secret = token or get_token() or "\0"
-    patience = Patience(seconds=PATIENCE, token=secret, endpoint=HfApi().endpoint)
+    retrier = Retrier(seconds=PATIENCE, token=secret, endpoint=HfApi().endpoint, token_source=token_source(token))
     where = f"{repo_id} at revision {revision}" if revision else repo_id
 
     def attempt() -> T:
@@ -216,12 +277,12 @@ def _ask(request: Callable[[], T], repo_id: str, revision: str | None, token: st
             refusal = error
         except OfflineModeIsEnabled as error:
             refusal = error
-        raise _refusal(refusal, where, patience.text(refusal))
+        raise _refusal(refusal, where, retrier.text(refusal), token_source(token))
 
-    return patience.ask(f"download {where}", attempt)
+    return retrier.call(f"download {where}", attempt, transfer=math.inf)
 
 
-def _refusal(error: Exception, where: str, text: str) -> Exception:
+def _refusal(error: Exception, where: str, text: str, source: str) -> Exception:
     """The typed error for what the Hub, or its cache, does not give."""
     if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
         return NoAccessError(
@@ -238,7 +299,7 @@ def _refusal(error: Exception, where: str, text: str) -> Exception:
         )
     if status_of(error) == 401 and isinstance(error, RepositoryNotFoundError) and "credentials" in text.lower():
         return AuthenticationError(
-            f"{where}: {text}", expected="a token that the Hub accepts", next_step="log in: hf auth login"
+            f"{where}: {text}", expected="a token that the Hub accepts", next_step=other_token(source)
         )
     return RemoteNotFoundError(
         f"{where} is not on the Hub, or not for this token: {text}",

@@ -1,26 +1,30 @@
 """One repository on a Hub: what its branches hold, uploads, and commits that either happened or did not.
 
-Imports the standard library, huggingface_hub (0.36 and newer), `errors`, `layout` and `patience`. How a commit is
-made: https://huggingface.co/docs/huggingface_hub/guides/upload.
+Imports the standard library, huggingface_hub (0.36 and newer), and of hub_tools `errors`, `layout`, `retry` and
+`transfers`. How a commit is made: https://huggingface.co/docs/huggingface_hub/guides/upload.
 """
 
 from __future__ import annotations
 
-import io
+import importlib.util
 import itertools
 import logging
 import re
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.hf_api import GitRefs, RepoFile
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.hf_api import GitCommitInfo, GitRefs, RepoFile
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    validate_repo_id,
+)
 
 from .. import layout
 from ..errors import (
@@ -31,10 +35,12 @@ from ..errors import (
     RemoteNotFoundError,
     TagExistsError,
 )
-from .retry import Patience, is_http
+from .retry import CREATE, Retrier, is_http, other_token, token_source
+from .transfers import bars_only_on_a_terminal, without_xet
 
 logger = logging.getLogger(__name__)
 
+SLOWEST_UPLOAD = 16_000.0  # bytes a second; an upload that is slower is given up
 PUSH_ID = "gpt2-value-push: "  # a line in a commit's description, by which a push recognises its own commit
 
 
@@ -59,8 +65,8 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Landed:
-    """A commit that is on the Hub."""
+class PushedCommit:
+    """A commit of ours that is on the Hub; with the number of its pull request, where it was proposed."""
 
     commit: str
     pr_number: int | None = None
@@ -90,8 +96,11 @@ class Hub:
         self._token = _checked_token(token)
         self.repo_id = repo_id
         self.api = HfApi(token=self._token, library_name="gpt2-value", library_version=layout.__version__)
-        self._patience = Patience(seconds=patience, token=self._token, endpoint=self.api.endpoint)
-        self._ask = self._patience.ask
+        self._token_source = token_source(token)
+        self._retrier = Retrier(
+            seconds=patience, token=self._token, endpoint=self.api.endpoint, token_source=self._token_source
+        )
+        self._call = self._retrier.call
 
     def holds_token(self, data: bytes) -> bool:
         """Whether `data` contains the token."""
@@ -110,7 +119,7 @@ class Hub:
         Raises:
             AuthenticationError, NoAccessError: the token is not valid, or may only read.
         """
-        me = self._ask("check the token", self.api.whoami)
+        me = self._call("check the token", self.api.whoami)
         if "/" not in self.repo_id:
             self.repo_id = f"{me['name']}/{self.repo_id}"
         access = me.get("auth", {}).get("accessToken", {})
@@ -118,29 +127,29 @@ class Hub:
             raise NoAccessError(
                 "the token may only read",
                 expected="a token with write permission",
-                next_step=f"make one at {self.api.endpoint}/settings/tokens, then: hf auth login",
+                next_step=f"make one at {self.api.endpoint}/settings/tokens; then {other_token(self._token_source)}",
             )
 
     def is_private(self) -> bool | None:
         """Whether the repository is private; None where there is none."""
         try:
-            info = self._ask("look for the repository", self.api.model_info, self.repo_id)
+            info = self._call("look for the repository", self.api.model_info, self.repo_id)
         except RemoteNotFoundError:
             return None
         return bool(info.private)
 
     def create(self, *, private: bool | None) -> None:
         """Create the repository. One that appeared in the meantime is as good."""
-        self._ask(
-            "create the repository",
+        self._call(
+            CREATE,
             self.api.create_repo,
             self.repo_id,
             private=private,
             look=lambda: None if self.is_private() is None else True,
         )
 
-    def read_branch(self, name: str) -> Branch:
-        """The branch's head, and what is in it.
+    def find_branch(self, name: str) -> Branch:
+        """The branch's head, without its files.
 
         Raises:
             PushOptionsError: there is a tag of this name, or it is a commit.
@@ -161,19 +170,40 @@ class Hub:
                 f"{self.repo_id} has no branch main to start {name!r} from",
                 next_step="push to main first: leave out revision",
             )
-        entries = self._ask(
-            "list the files", lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit))
+        return Branch(name, commit, {}, exists=name in heads, tags=tags)
+
+    def read_branch(self, name: str) -> Branch:
+        """The branch's head, and what is in it. Raises what `find_branch` raises."""
+        branch = self.find_branch(name)
+        entries = self._call(
+            "list the files",
+            lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=branch.commit)),
         )
         files = {
             entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
             for entry in entries
             if isinstance(entry, RepoFile)
         }
-        return Branch(name, commit, files, exists=name in heads, tags=tags)
+        return replace(branch, files=files)
+
+    def check_write_access(self, branch: Branch, *, create_pr: bool) -> None:
+        """Ask how a small file would have to be uploaded, which the Hub answers only to whoever may push it.
+
+        Raises:
+            NoAccessError: the token may not.
+        """
+        self._call(
+            f"push to {self.repo_id}",
+            self.api.preupload_lfs_files,
+            self.repo_id,
+            [CommitOperationAdd(layout.CONFIG, b"{}")],
+            revision=branch.name if branch.exists else "main",
+            create_pr=create_pr,
+        )
 
     def create_branch(self, branch: Branch) -> None:
         """Create the branch where it was said to start. One that appeared in the meantime is looked at later."""
-        self._ask(
+        self._call(
             f"create the branch {branch.name}",
             self.api.create_branch,
             self.repo_id,
@@ -184,31 +214,27 @@ class Hub:
 
     def read(self, path: str, *, commit: str, folder: Path) -> bytes:
         """A file's content, fetched by way of `folder`, which is left to the caller."""
-        fetched = self._ask(
+        fetched = self._call(
             f"read {path}", self.api.hf_hub_download, self.repo_id, path, revision=commit, cache_dir=folder
         )
         return Path(fetched).read_bytes()
 
     # Upload and commit
 
-    @contextmanager
-    def uploaded(
-        self, files: dict[str, bytes | Path], *, branch: str, create_pr: bool
-    ) -> Iterator[list[CommitOperationAdd]]:
-        """Upload what large file storage takes; yield the operations that commit all of `files`.
+    def upload(self, files: dict[str, bytes | Path], *, branch: str, create_pr: bool) -> list[CommitOperationAdd]:
+        """Upload what large file storage takes; return the operations that commit all of `files`.
 
-        A Hub without Xet storage, and one whose Xet storage fails, gets its uploads by LFS.
+        A Hub without Xet storage, and one whose Xet storage fails, gets its uploads by LFS. On a terminal
+        huggingface_hub shows the bytes as they go.
         """
-        by_lfs = False
-        with ExitStack() as opened:
+        size = sum(len(data) if isinstance(data, bytes) else data.stat().st_size for data in files.values())
+        by_xet = bool(files) and self._has_xet(branch, create_pr=create_pr)
 
-            def attempt() -> list[CommitOperationAdd]:
-                nonlocal by_lfs
-                additions = [
-                    CommitOperationAdd(name, _readable(content, opened) if by_lfs else content)
-                    for name, content in files.items()
-                ]
-                try:
+        def attempt() -> list[CommitOperationAdd]:
+            nonlocal by_xet
+            additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+            try:
+                with bars_only_on_a_terminal(), nullcontext() if by_xet else without_xet():
                     self.api.preupload_lfs_files(
                         self.repo_id,
                         additions,
@@ -217,17 +243,28 @@ class Hub:
                         free_memory=False,
                         gitignore_content="# none",  # the repository's own must not thin out a package
                     )
-                except FileNotFoundError:
+            except FileNotFoundError:
+                raise
+            except (OSError, RuntimeError, ValueError) as error:
+                if not by_xet or is_http(error):
                     raise
-                except (OSError, RuntimeError, ValueError) as error:
-                    if by_lfs or is_http(error):
-                        raise
-                    logger.info("no upload by Xet (%s); by LFS instead", self._patience.text(error))
-                    by_lfs = True  # huggingface_hub sends open files by LFS, also where hf_xet is installed
-                    return attempt()
-                return additions
+                logger.info("no upload by Xet (%s); by LFS instead", self._retrier.text(error))
+                by_xet = False
+                return attempt()
+            return additions
 
-            yield self._ask("upload", attempt)
+        if not files:
+            return []
+        return self._call(f"upload {len(files)} files ({size:,} bytes)", attempt, transfer=1 + size / SLOWEST_UPLOAD)
+
+    def _has_xet(self, branch: str, *, create_pr: bool) -> bool:
+        """Whether the Hub takes uploads by Xet. Asked first, since a failed attempt leaves its bars on the screen."""
+        if constants.HF_HUB_DISABLE_XET or importlib.util.find_spec("hf_xet") is None:
+            return False
+        place = f"xet-write-token/{quote(branch, safe='')}{'?create_pr=1' if create_pr else ''}"
+        url, headers = f"{self.api.endpoint}/api/models/{self.repo_id}/{place}", build_hf_headers(token=self._token)
+        answer = self._call("ask how to upload", get_session().get, url, headers=headers)
+        return bool(answer.status_code == 200)
 
     def commit(
         self,
@@ -236,11 +273,12 @@ class Hub:
         onto: Branch,
         message: str,
         create_pr: bool,
-    ) -> Landed:
+        note: str = "",
+    ) -> PushedCommit:
         """Make one commit on top of `onto`, once.
 
-        The commit carries an id of this push in its description. Whenever an answer is lost, the branch is looked at
-        before anything is sent again; and since the commit names its parent, the Hub refuses a second one.
+        The commit carries an id of this push in its description, below `note`. Whenever an answer is lost, the branch
+        is looked at before anything is sent again; and since the commit names its parent, the Hub refuses a second one.
 
         Raises:
             ConcurrentPushError: the branch has moved since it was read. Nothing was committed.
@@ -248,26 +286,26 @@ class Hub:
         push_id = PUSH_ID + uuid.uuid4().hex
         old_prs = self._pull_requests() if create_pr else set()
 
-        def attempt() -> Landed:
+        def attempt() -> PushedCommit:
             made = self.api.create_commit(
                 self.repo_id,
                 operations,
                 commit_message=message,
-                commit_description=push_id,
+                commit_description=f"{note}\n{push_id}" if note else push_id,
                 revision=onto.name,
                 parent_commit=onto.commit,
                 create_pr=create_pr,
             )
-            return Landed(made.oid, made.pr_num)
+            return PushedCommit(made.oid, made.pr_num)
 
-        def look() -> Landed | None:
+        def look() -> PushedCommit | None:
             if create_pr:
-                return self._landed_as_pr(push_id, old_prs)
-            return self._landed(push_id, onto)
+                return self._own_pull_request(push_id, old_prs)
+            return self._own_commit(push_id, onto)
 
-        if not create_pr and (landed := look()):  # raises where somebody pushed during the upload
-            return landed
-        return self._ask("commit", attempt, look=look)
+        if not create_pr and (found := look()):  # raises where somebody pushed during the upload
+            return found
+        return self._call("commit", attempt, look=look)
 
     def tag(self, tag: str, *, commit: str) -> None:
         """Give `commit` a tag.
@@ -286,11 +324,15 @@ class Hub:
                 )
             return found
 
-        self._ask(f"tag {tag}", self.api.create_tag, self.repo_id, tag=tag, revision=commit, look=look)
+        self._call(f"tag {tag}", self.api.create_tag, self.repo_id, tag=tag, revision=commit, look=look)
 
     def tagged(self, tag: str) -> str | None:
         """The commit that has the tag."""
         return next((ref.target_commit for ref in self._refs().tags if ref.name == tag), None)
+
+    def commits(self, revision: str) -> list[GitCommitInfo]:
+        """The commits of a revision, newest first."""
+        return self._call("list the commits", self.api.list_repo_commits, self.repo_id, revision=revision)
 
     def move_tag(self, tag: str, *, commit: str) -> None:
         """Give `commit` a tag, and take it from any other that has it.
@@ -301,7 +343,7 @@ class Hub:
         if found == commit:
             return
         if found is not None:
-            self._ask(
+            self._call(
                 f"delete the tag {tag}",
                 self.api.delete_tag,
                 self.repo_id,
@@ -310,16 +352,15 @@ class Hub:
             )
         self.tag(tag, commit=commit)
 
-    def _landed(self, push_id: str, onto: Branch) -> Landed | None:
+    def _own_commit(self, push_id: str, onto: Branch) -> PushedCommit | None:
         """Our commit, if it is on the branch; None if the branch is where it was."""
-        head = self._ask("look at the branch", self.api.model_info, self.repo_id, revision=onto.name).sha
+        head = self._call("look at the branch", self.api.model_info, self.repo_id, revision=onto.name).sha
         if head == onto.commit:
             return None
-        commits = self._ask("list the commits", self.api.list_repo_commits, self.repo_id, revision=onto.name)
-        new = list(itertools.takewhile(lambda commit: commit.commit_id != onto.commit, commits))
+        new = list(itertools.takewhile(lambda commit: commit.commit_id != onto.commit, self.commits(onto.name)))
         for commit in new:
             if push_id in commit.message:
-                return Landed(commit.commit_id)
+                return PushedCommit(commit.commit_id)
         raise ConcurrentPushError(
             f"{self.repo_id} ({onto.name}) is at {head}: somebody pushed {len(new)} commit(s) since it was read at "
             f"{onto.commit}",
@@ -328,17 +369,16 @@ class Hub:
         )
 
     def _refs(self) -> GitRefs:
-        return self._ask("list the branches", self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
+        return self._call("list the branches", self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
 
     def _pull_requests(self) -> set[str]:
         return {ref.ref for ref in self._refs().pull_requests or []}
 
-    def _landed_as_pr(self, push_id: str, old: set[str]) -> Landed | None:
+    def _own_pull_request(self, push_id: str, old: set[str]) -> PushedCommit | None:
         for ref in self._pull_requests() - old:
-            commits = self._ask("list the commits", self.api.list_repo_commits, self.repo_id, revision=ref)
-            for commit in commits:
+            for commit in self.commits(ref):
                 if push_id in commit.message:
-                    return Landed(commit.commit_id, int(ref.rsplit("/", 1)[1]))
+                    return PushedCommit(commit.commit_id, int(ref.rsplit("/", 1)[1]))
         return None
 
 
@@ -357,8 +397,3 @@ def _checked_token(token: str | None) -> str:
             next_step="copy it again, alone",
         )
     return token
-
-
-def _readable(content: bytes | Path, opened: ExitStack) -> Any:
-    """An open file; those on the disk are closed with `opened`."""
-    return io.BytesIO(content) if isinstance(content, bytes) else opened.enter_context(open(content, "rb"))

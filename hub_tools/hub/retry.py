@@ -1,18 +1,22 @@
 """Ask a Hub until it answers, and say what is wrong when it does not.
 
 Imports the standard library, huggingface_hub (0.36 and newer) and `errors`. What is worth another attempt: 408, 409,
-425, 429, 5xx (RFC 9110, RFC 6585) and connections that broke; with exponentially growing, jittered waits.
+425, 429, most of 5xx (RFC 9110, RFC 6585), no answer, and connections that broke; with exponentially growing,
+jittered waits.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import email.utils
 import itertools
 import json
 import logging
+import os
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -32,6 +36,11 @@ logger = logging.getLogger(__name__)
 
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further one
 LONGEST_WAIT = 30.0
+SHORTEST_LIMIT, LONGEST_LIMIT = 10.0, 60.0  # seconds without an answer after which one attempt is given up
+FIRST_NOTE = 5.0  # seconds of waiting after which a line says so; doubles with each further one
+PERMANENT = (501, 505, 506, 508, 510, 511)  # of the 5xx: the server cannot, and will not later
+PUBLIC_HUB = "https://huggingface.co"
+CREATE = "create the repository"
 
 T = TypeVar("T")
 
@@ -51,39 +60,86 @@ def _http_errors() -> tuple[type[Exception], tuple[type[Exception], ...]]:
 _HTTP_ERROR, _BROKEN_CONNECTION = _http_errors()
 
 
-class Patience:
-    """How requests are made: again and again for `seconds`, with errors that never show the token."""
+class _NoAnswer(OSError):
+    """A Hub that has accepted a request and stays silent."""
 
-    def __init__(self, *, seconds: float, token: str, endpoint: str) -> None:
+
+def _in_thread(what: str, request: Callable[[], T], limit: float) -> T:
+    """Make a request in a thread of its own; say how long it has taken, and give it up after `limit` seconds.
+
+    huggingface_hub sets no limit. A request that was given up goes on until the connection ends.
+
+    Raises:
+        _NoAnswer: after `limit` seconds.
+        What the request raises.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(request())
+        except BaseException as error:  # whatever it is, it is raised in the thread that waits
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=f"hub: {what}", daemon=True).start()
+    began, note = time.monotonic(), FIRST_NOTE
+    while True:
+        waited = time.monotonic() - began
+        done, _ = concurrent.futures.wait([future], timeout=max(0.0, min(note, limit) - waited))
+        if done:
+            return future.result()
+        waited = time.monotonic() - began
+        if waited >= limit:
+            raise _NoAnswer(f"no answer for {waited:.0f} s")
+        if waited >= note:
+            logger.warning("waiting for the Hub to %s, for %.0f s now", what, waited)
+            note *= 2
+
+
+class Retrier:
+    """Makes requests to one Hub, again and again for `seconds`, with errors that never show the token.
+
+    Args:
+        seconds: how long one request may keep failing, or stay without an answer, before it is given up.
+        token: hidden in all errors.
+        endpoint: the Hub's address.
+        token_source: where the token comes from, for advice about a wrong one: "argument", "HF_TOKEN" or "login".
+    """
+
+    def __init__(self, *, seconds: float, token: str, endpoint: str, token_source: str = "login") -> None:
         self._seconds = seconds
         self._token = token
         self._endpoint = endpoint
+        self._token_source = token_source
 
-    def ask(
+    def call(
         self,
         what: str,
         request: Callable[..., T],
         *args: Any,
         look: Callable[[], T | None] | None = None,
+        transfer: float = 0.0,
         **kwargs: Any,
     ) -> T:
-        """Make a request until it succeeds, fails for good, or has kept failing for longer than our patience.
+        """Make a request until it succeeds, fails for good, or has kept failing for `seconds`.
 
         Args:
             what: what the request is for, as in "could not {what}".
-            request: called with the other arguments.
+            request: called with the other arguments, in a thread, so that it can be given up.
             look: finds out, after a wait, whether a request whose answer was lost has done its work all the same.
                 With it a failed precondition (412) counts as a lost answer.
+            transfer: seconds more that it may take, for the bytes that it moves.
 
         Raises:
             AuthenticationError, NoAccessError, RemoteNotFoundError, HubRefusedError: at once.
             HubUnavailableError: after `seconds`; at once in offline mode.
             Anything that is neither the Hub's nor the connection's doing, as it came.
         """
-        started = None
+        started, limit = None, transfer + min(max(self._seconds, SHORTEST_LIMIT), LONGEST_LIMIT)
         for attempt in itertools.count():
+            began = time.monotonic()
             try:
-                return request(*args, **kwargs)
+                return _in_thread(what, lambda: request(*args, **kwargs), limit)
             except GPT2ValueHubError:
                 raise
             except (_HTTP_ERROR, OSError, ValueError, RuntimeError) as caught:
@@ -93,23 +149,49 @@ class Patience:
             if not _may_pass(error) and not (look and status_of(error) == 412):
                 raise self._refusal(what, error)
             now = time.monotonic()
-            started = now if started is None else started
+            if started is None:
+                started = now if transfer else began
             wait = _retry_after(error)
             if wait is None:
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
             if now + wait > started + self._seconds:
-                if look and (done := look()) is not None:
+                # a Hub that is silent would not answer this either
+                if look and not isinstance(error, _NoAnswer) and (done := look()) is not None:
                     return done
-                raise HubUnavailableError(
-                    f"could not {what}: the Hub kept failing for {now - started:.0f} s; last: {self.text(error)}",
-                    next_step="see https://status.huggingface.co and run the same again; what is already uploaded is "
-                    "not sent twice, and a commit that did land is not made twice",
-                )
-            logger.warning("could not %s yet (%s); again in %.1f s", what, self.text(error), wait)
+                raise self._given_up(what, error, now - started)
+            logger.warning(
+                "could not %s yet (%s), for %.0f s now; again in %.1f s, until %.0f s have passed",
+                what,
+                self.text(error),
+                now - started,
+                wait,
+                self._seconds,
+            )
             time.sleep(wait)
             if look and (done := look()) is not None:
                 return done
         raise AssertionError("unreachable")
+
+    def _given_up(self, what: str, error: Exception, seconds: float) -> HubUnavailableError:
+        public = self._endpoint.rstrip("/") == PUBLIC_HUB
+        where = "see https://status.huggingface.co" if public else f"make sure that {self._endpoint} is well"
+        return HubUnavailableError(
+            f"could not {what}: the Hub kept failing for {seconds:.0f} s; last: {self.text(error)}",
+            next_step=f"{where} and run the same again; what is already uploaded is not sent twice, and a commit that "
+            "did land is not made twice",
+        )
+
+    def _way_in(self, what: str) -> str:
+        """The advice for a token that may not do something."""
+        if what == CREATE:
+            return (
+                "create it under your own name, or with a token of its owner's; if it exists already, it is private, "
+                "and this token cannot see it: ask its owner"
+            )
+        return (
+            "ask the owner for write access, use a token with write permission for it, or push to a repository of "
+            "your own; to propose the change instead pass create_pr=True (--create-pr)"
+        )
 
     def text(self, error: BaseException) -> str:
         """What went wrong, in one line, without the token and without the signatures of upload addresses."""
@@ -128,17 +210,10 @@ class Patience:
             return HubUnavailableError(text, next_step="unset HF_HUB_OFFLINE and run the same again")
         if isinstance(error, LocalTokenNotFoundError) or status == 401:
             return AuthenticationError(
-                text,
-                expected=f"a token that {self._endpoint} accepts",
-                next_step="log in with a write token: hf auth login; or pass token=... (or set HF_TOKEN)",
+                text, expected=f"a token that {self._endpoint} accepts", next_step=other_token(self._token_source)
             )
         if status == 403:
-            return NoAccessError(
-                text,
-                expected="a token that may do this",
-                next_step="ask the owner for write access, use a token with write permission for it, or push to a "
-                "repository of your own; to propose the change instead pass create_pr=True (--create-pr)",
-            )
+            return NoAccessError(text, expected="a token that may do this", next_step=self._way_in(what))
         if status == 404:
             return RemoteNotFoundError(
                 text,
@@ -148,6 +223,22 @@ class Patience:
         if status is not None:
             return HubRefusedError(text, next_step="read the Hub's message above; nothing was committed")
         return error
+
+
+def other_token(source: str) -> str:
+    """The advice for a token that is not accepted. A token that is set anywhere else overrides the login's."""
+    return {
+        "argument": "pass another token=..., one with write permission",
+        "HF_TOKEN": "correct the environment variable HF_TOKEN, which overrides the login; or unset it, and log in "
+        "with a write token: hf auth login",
+    }.get(source, "log in with a write token: hf auth login; or pass token=... (or set HF_TOKEN)")
+
+
+def token_source(token: str | None) -> str:
+    """Where huggingface_hub takes the token from: "argument", "HF_TOKEN" or "login"."""
+    if token:
+        return "argument"
+    return "HF_TOKEN" if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") else "login"
 
 
 def is_http(error: BaseException) -> bool:
@@ -164,9 +255,9 @@ def status_of(error: BaseException) -> int | None:
 def _may_pass(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None:
-        return status in (408, 409, 425, 429) or status >= 500
+        return status in (408, 409, 425, 429) or (status >= 500 and status not in PERMANENT)
     # a gateway's HTML where the client wants JSON, or no answer at all
-    return isinstance(error, json.JSONDecodeError) or is_http(error)
+    return isinstance(error, (json.JSONDecodeError, _NoAnswer)) or is_http(error)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -131,7 +131,7 @@ def render_card(
     )
 
 
-def addressed(card: bytes, repo_id: str) -> bytes:
+def with_repo_id(card: bytes, repo_id: str) -> bytes:
     """A card that was rendered without `repo_id`, as one that was rendered with it; any other card as it is."""
     found = card
     for tokenizer in (True, False):

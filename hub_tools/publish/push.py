@@ -1,16 +1,17 @@
 """Push a package: verify it, then make exactly one commit of what changed.
 
-Imports the standard library, huggingface_hub, and of hub_tools `contents`, `hub`, `verify` and what these import; and
-`save`, with torch and transformers, only inside `push_to_hub`.
+Imports the standard library, huggingface_hub, and of hub_tools `report`, `upload_set`, `hub`, `verify`, `card` and what
+these import; and `save`, with torch and transformers, only inside `push_to_hub`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,63 +19,23 @@ from huggingface_hub import CommitOperationDelete
 
 from .. import layout
 from ..errors import GPT2ValueHubError, PushOptionsError, TagExistsError
-from ..hub.repository import Branch, Hub, Landed
-from ..package.card import addressed, load_lines
+from ..hub.repository import Branch, Hub, PushedCommit
+from ..package.card import load_lines, with_repo_id
 from ..package.verify import verify_package
+from .report import MAIN, MESSAGE, PushOptions, PushPlan, PushReport
 from .upload_set import Package, merge_cards
 
 if TYPE_CHECKING:
     from torch import nn
 
-MAIN = "main"
-MESSAGE = "Push a value-head package"
+logger = logging.getLogger(__name__)
+
 PATIENCE = 300.0  # seconds
-# Weights in other formats, under transformers' names: beside new weights they would be an older model's.
+# Weights in other formats, under transformers' names. Next to new weights they would be those of an older model.
 OTHER_WEIGHTS = re.compile(
     r"(pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json|model(-\d{5}-of-\d{5})?\.safetensors"
     r"|tf_model\.h5|flax_model\.msgpack)"
 )
-
-
-@dataclass(frozen=True)
-class PushReport:
-    """What a push did, or with `dry_run` would do. File tables map names to bytes."""
-
-    repo_id: str
-    revision: str  # the branch pushed to
-    commit: str | None  # the commit that holds the package; None in a dry run
-    url: str | None  # of that commit
-    committed: bool  # False where nothing had changed, and in a dry run
-    dry_run: bool
-    added: dict[str, int]
-    changed: dict[str, int]
-    deleted: dict[str, int]
-    unchanged: dict[str, int]
-    kept: dict[str, int]  # files in the repository that are not a package's, and are left alone
-    new_repository: bool
-    new_branch: bool
-    tag: str | None
-    pr_url: str | None  # with `create_pr`
-    load_lines: str | None  # the lines that load exactly this commit; None in a dry run
-
-    @property
-    def upload_size(self) -> int:
-        """Bytes of the files that are added or changed."""
-        return sum(self.added.values()) + sum(self.changed.values())
-
-    def __str__(self) -> str:
-        verb = "would push" if self.dry_run else "pushed" if self.committed else "nothing to push: unchanged"
-        lines = [f"{self.repo_id} ({self.revision}): {verb}"]
-        if self.new_repository or self.new_branch:
-            lines.append(f"  new {'repository' if self.new_repository else 'branch'}")
-        for what, files in (("add", self.added), ("change", self.changed), ("delete", self.deleted)):
-            lines += [f"  {what:<6} {name}  {size:,} bytes" for name, size in files.items()]
-        if self.added or self.changed:
-            lines.append(f"  upload at most {self.upload_size:,} bytes; {len(self.unchanged)} files are unchanged")
-        if self.kept:
-            lines.append(f"  keep   {', '.join(self.kept)}")
-        lines += [f"  {what:<6} {text}" for what, text in (("pr", self.pr_url), ("url", self.url)) if text]
-        return "\n".join([*lines, *(["", self.load_lines] if self.load_lines else [])])
 
 
 def push_package(
@@ -129,20 +90,10 @@ def push_package(
         PackageChangedError: the package was written to during the push. Nothing was committed.
         TagExistsError: the tag is on another commit.
     """
-    _check_options(revision=revision, create_pr=create_pr, tag=tag)
+    options = PushOptions(revision or MAIN, private, create_pr, tag, commit_message, dry_run=dry_run)
     hub = Hub(repo_id, token=token, patience=patience)
     hub.check_token()
-    return _push_folder(
-        Path(folder),
-        hub,
-        trust_remote_code=trust_remote_code,
-        branch=revision or MAIN,
-        private=private,
-        create_pr=create_pr,
-        tag=tag,
-        message=commit_message,
-        dry_run=dry_run,
-    )
+    return _verify_and_push(Path(folder), hub, options, trust_remote_code=trust_remote_code)
 
 
 def push_to_hub(
@@ -175,9 +126,10 @@ def push_to_hub(
     """
     from ..package.save import save_package
 
-    _check_options(revision=revision, create_pr=create_pr, tag=tag)
+    options = PushOptions(revision or MAIN, private, create_pr, tag, commit_message, dry_run=dry_run)
     hub = Hub(repo_id, token=token, patience=patience)
     hub.check_token()
+    _refuse_early(hub, options)
     with tempfile.TemporaryDirectory(prefix="gpt2-value-push-") as home:
         folder = Path(home, "package")
         save_package(
@@ -190,116 +142,136 @@ def push_to_hub(
             repo_id=hub.repo_id,
             max_shard_size=max_shard_size,
         )
-        return _push_folder(
-            folder,
-            hub,
-            branch=revision or MAIN,
-            private=private,
-            create_pr=create_pr,
-            tag=tag,
-            message=commit_message,
-            dry_run=dry_run,
-        )
+        return _verify_and_push(folder, hub, options)
 
 
-def _push_folder(folder: Path, hub: Hub, *, message: str, trust_remote_code: bool = False, **how: Any) -> PushReport:
-    """Refuse what must not leave, verify, and push. `how`: the other arguments of `push`."""
+def _verify_and_push(folder: Path, hub: Hub, options: PushOptions, *, trust_remote_code: bool = False) -> PushReport:
+    """Refuse what must not leave or cannot arrive, verify, and push."""
     package = Package.read(folder)
-    package.refuse_secrets(hub, message)
+    package.refuse_secrets(hub, options.message)
+    _refuse_early(hub, options)
     verify_package(folder, trust_remote_code=trust_remote_code)
-    return push(package, hub, message=message, **how)
+    return push(package, hub, options)
 
 
-def push(
-    package: Package,
-    hub: Hub,
-    *,
-    branch: str,
-    private: bool | None,
-    create_pr: bool,
-    tag: str | None,
-    message: str,
-    dry_run: bool,
-) -> PushReport:
-    """Push a package that was verified, with a token that was checked. Arguments and errors as in `push_package`."""
+def _refuse_early(hub: Hub, options: PushOptions) -> None:
+    """Ask the Hub for what it can refuse before anything was saved, verified or sent: a few small requests.
+
+    Raises:
+        PushOptionsError, TagExistsError, NoAccessError: as `push` would, later.
+    """
+    if _is_new(hub, options):
+        return
+    branch = hub.find_branch(options.branch)
+    if options.tag is not None and branch.tags.get(options.tag) not in (None, branch.commit):
+        raise _tag_exists(options.tag, branch.tags[options.tag])
+    hub.check_write_access(branch, create_pr=options.create_pr)
+
+
+def _is_new(hub: Hub, options: PushOptions) -> bool:
+    """Whether the repository has yet to be created."""
     is_private = hub.is_private()
-    new_repository = is_private is None
-    if not new_repository and private not in (None, is_private):
+    if is_private is not None and options.private not in (None, is_private):
         raise PushOptionsError(
-            f"private={private}, and {hub.repo_id} is {'private' if is_private else 'public'} already",
+            f"private={options.private}, and {hub.repo_id} is {'private' if is_private else 'public'} already",
             next_step=f"change it in {hub.url}/settings, or leave out private",
         )
-    if new_repository and not dry_run:
-        hub.create(private=private)
-    base = Branch(branch, "", {}, exists=False, tags={}) if new_repository and dry_run else hub.read_branch(branch)
+    return is_private is None
+
+
+def _tag_exists(tag: str, commit: str) -> TagExistsError:
+    return TagExistsError(
+        f"the tag {tag!r} is on {commit} already; nothing was committed",
+        expected="a free tag",
+        next_step="choose another, or delete that one first: hf repos tag delete",
+    )
+
+
+def push(package: Package, hub: Hub, options: PushOptions) -> PushReport:
+    """Push a package that was verified, with a token that was checked. Errors as in `push_package`.
+
+    Where it is interrupted (Ctrl-C), a line in the log says in which state the repository is.
+    """
+    states = [f"nothing was changed in {hub.repo_id}"]
+    try:
+        return _push(package, hub, options, enter=states.append)
+    except KeyboardInterrupt:
+        logger.warning("interrupted: %s", states[-1])
+        raise
+
+
+def _push(package: Package, hub: Hub, options: PushOptions, *, enter: Callable[[str], None]) -> PushReport:
+    """`enter` is told, in words, each state that the repository enters."""
+    new_repository = _is_new(hub, options)
+    if new_repository and not options.dry_run:
+        enter(f"{hub.repo_id} may have been created; it holds nothing of ours")
+        hub.create(private=options.private)
+    absent = new_repository and options.dry_run
+    base = Branch(options.branch, "", {}, exists=False, tags={}) if absent else hub.read_branch(options.branch)
     with tempfile.TemporaryDirectory(prefix="gpt2-value-card-") as scratch:
         package = _with_remote_card(package, hub, base, Path(scratch))
-        plan = _plan(package, base)
-        plan = replace(plan, repo_id=hub.repo_id, new_repository=new_repository, new_branch=not base.exists, tag=tag)
-        at = base.tags.get(tag) if tag is not None else None
-        nothing = not (plan.added or plan.changed or plan.deleted)
-        if at is not None and not (nothing and at == base.commit):
-            raise TagExistsError(
-                f"the tag {tag!r} is on {at} already; nothing was committed",
-                expected="a free tag",
-                next_step="choose another, or delete that one first: hf repos tag delete",
-            )
-        if dry_run:
-            return replace(plan, dry_run=True)
+        plan = _plan(package, base, options, repo_id=hub.repo_id, new_repository=new_repository)
+        if options.dry_run:
+            return PushReport(**vars(plan), dry_run=True)
         if not base.exists:
+            enter(f"{hub.repo_id} may have a new branch {base.name}; nothing was committed to it")
             hub.create_branch(base)
-        landed = Landed(base.commit)
-        if not nothing:
-            landed = _commit(package, hub, plan, base, message=message, create_pr=create_pr)
-    report = replace(
-        plan,
-        commit=landed.commit,
-        url=f"{hub.url}/commit/{landed.commit}",
-        committed=not nothing,
-        pr_url=f"{hub.url}/discussions/{landed.pr_number}" if landed.pr_number is not None else None,
-        load_lines=load_lines(hub.repo_id, revision=landed.commit, tokenizer=layout.TOKENIZER_CONFIG in package.files),
+        made = PushedCommit(base.commit)
+        if plan.makes_commit:
+            made = _commit(package, hub, plan, base, options, enter=enter)
+    report = PushReport(
+        **vars(plan),
+        commit=made.commit,
+        url=f"{hub.url}/commit/{made.commit}",
+        committed=plan.makes_commit,
+        pr_url=f"{hub.url}/discussions/{made.pr_number}" if made.pr_number is not None else None,
+        load_lines=load_lines(hub.repo_id, revision=made.commit, tokenizer=layout.TOKENIZER_CONFIG in package.files),
     )
-    if tag is not None:
+    if options.tag is not None and plan.sets_tag:
+        enter(f"the package is in {hub.repo_id}, commit {made.commit}; its tag may be missing")
         try:
-            hub.tag(tag, commit=landed.commit)
+            hub.tag(options.tag, commit=made.commit)
         except GPT2ValueHubError as error:
             raise type(error)(
-                f"the commit {landed.commit} did land, without its tag: {error.found}",
+                f"the commit {made.commit} did land, without its tag: {error.found}",
                 expected=error.expected,
                 next_step=f"{error.next_step}; the same push, run again, only sets the tag",
             ) from error
     return report
 
 
-def _commit(package: Package, hub: Hub, plan: PushReport, base: Branch, *, message: str, create_pr: bool) -> Landed:
+def _commit(
+    package: Package, hub: Hub, plan: PushPlan, base: Branch, options: PushOptions, *, enter: Callable[[str], None]
+) -> PushedCommit:
     """Upload what the plan adds and changes, and commit it with what it deletes."""
     files = {name: package.files[name] for name in (*plan.added, *plan.changed)}
     sources = {name: file.path if file.data is None else file.data for name, file in files.items()}
     deletions = [CommitOperationDelete(name, is_folder=False) for name in plan.deleted]
+    enter(f"nothing was committed to {hub.repo_id}; what was uploaded is not sent again")
     try:
-        with hub.uploaded(sources, branch=base.name, create_pr=create_pr) as additions:
-            package.check_unchanged()
-            return hub.commit([*additions, *deletions], onto=base, message=message, create_pr=create_pr)
+        additions = hub.upload(sources, branch=base.name, create_pr=options.create_pr)
+        package.check_unchanged()
+        enter(f"the commit was sent, and may be there: look at {hub.url}/commits/{base.name}")
+        return hub.commit(
+            [*additions, *deletions],
+            onto=base,
+            message=options.message,
+            create_pr=options.create_pr,
+            note=options.note,
+        )
     except (FileNotFoundError, ValueError):  # what huggingface_hub says of a file that is not there any more
         package.check_unchanged()
         raise
 
 
-def _check_options(*, revision: str | None, create_pr: bool, tag: str | None) -> None:
-    if create_pr and revision not in (None, MAIN):
-        raise PushOptionsError(
-            f"create_pr=True with revision {revision!r}", expected="main", next_step="leave out one of the two"
-        )
-    if create_pr and tag is not None:
-        raise PushOptionsError(
-            f"create_pr=True with tag {tag!r}", expected="one of them", next_step="tag the commit once it is merged"
-        )
+def _plan(package: Package, base: Branch, options: PushOptions, *, repo_id: str, new_repository: bool) -> PushPlan:
+    """What turns the branch into one that holds the package.
 
-
-def _plan(package: Package, base: Branch) -> PushReport:
-    """What turns the branch into one that holds the package."""
+    Raises:
+        TagExistsError: the tag is on another commit than the one that will hold the package.
+    """
     files = package.files
-    same = {name for name, file in files.items() if file.is_as(base.files.get(name))}
+    same = {name for name, file in files.items() if file.same_as(base.files.get(name))}
     kinds = {layout.kind_of(name) for name in files}
 
     def stale(name: str) -> bool:
@@ -308,24 +280,23 @@ def _plan(package: Package, base: Branch) -> PushReport:
             kind == "weights" or OTHER_WEIGHTS.fullmatch(name) is not None or (kind == "tokenizer" and kind in kinds)
         )
 
-    return PushReport(
-        repo_id="",
+    tagged = base.tags.get(options.tag) if options.tag is not None else None
+    plan = PushPlan(
+        repo_id=repo_id,
         revision=base.name,
-        commit=None,
-        url=None,
-        committed=False,
-        dry_run=False,
+        new_repository=new_repository,
+        new_branch=not base.exists,
         added={name: file.size for name, file in files.items() if name not in base.files},
         changed={n: file.size for n, file in files.items() if n in base.files and n not in same},
         deleted={name: file.size for name, file in base.files.items() if stale(name)},
         unchanged={name: file.size for name, file in files.items() if name in same},
         kept={name: f.size for name, f in base.files.items() if name not in files and not stale(name)},
-        new_repository=False,
-        new_branch=False,
-        tag=None,
-        pr_url=None,
-        load_lines=None,
+        tag=options.tag,
+        sets_tag=options.tag is not None and tagged is None,
     )
+    if options.tag is not None and tagged is not None and (plan.makes_commit or tagged != base.commit):
+        raise _tag_exists(options.tag, tagged)
+    return plan
 
 
 def _with_remote_card(package: Package, hub: Hub, base: Branch, scratch: Path) -> Package:
@@ -337,7 +308,7 @@ def _with_remote_card(package: Package, hub: Hub, base: Branch, scratch: Path) -
     theirs = base.files.get(layout.CARD)
     if ours is None or ours.data is None:
         return package
-    data = addressed(ours.data, hub.repo_id)
-    if theirs is not None and not ours.is_as(theirs):
+    data = with_repo_id(ours.data, hub.repo_id)
+    if theirs is not None and not ours.same_as(theirs):
         data = merge_cards(data, hub.read(layout.CARD, commit=base.commit, folder=scratch / "cache"), scratch)
     return replace(package, files={**package.files, layout.CARD: replace(ours, data=data, size=len(data))})

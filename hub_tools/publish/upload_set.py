@@ -1,7 +1,7 @@
 """The files of a package that a push takes along: read once, refused by name, and watched until the commit.
 
-Imports the standard library, huggingface_hub, PyYAML (which comes with it), and of hub_tools `errors`, `layout`,
-`reading` and `hub`.
+Imports the standard library, huggingface_hub, PyYAML (which comes with it), and of hub_tools `errors`, `files`,
+`layout` and `hub`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LocalFile:
     def sha256(self) -> str:
         return layout.sha256_of(self.path) if self.data is None else hashlib.sha256(self.data).hexdigest()
 
-    def is_as(self, remote: RemoteFile | None) -> bool:
+    def same_as(self, remote: RemoteFile | None) -> bool:
         """Whether the Hub has this very content. Git hashes a file as `blob <size>\\0<content>`."""
         if remote is None or remote.size != self.size:
             return False
@@ -83,7 +83,7 @@ class Package:
         if foreign:
             raise ForeignFileError(
                 f"{', '.join(map(repr, foreign))} do not belong to a package; nothing was uploaded",
-                expected="the files that save_package writes, and documents beside them",
+                expected="the files that save_package writes, and documents such as a license",
                 next_step="move them out of the folder; push other files on their own: hf upload",
             )
         pickles = [name for name in names if layout.kind_of(name) == "pickle"]

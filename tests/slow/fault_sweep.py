@@ -32,7 +32,7 @@ from support.hub_server import GITATTRIBUTES, Fault, HubServer
 from hub_tools.errors import GPT2ValueHubError
 from hub_tools.hub import retry
 from hub_tools.hub.repository import Hub
-from hub_tools.publish.push import Package, PushReport, push
+from hub_tools.publish.push import Package, PushOptions, PushReport, push
 
 REPO = "alice/value"
 DOWNLOADS = "/{repo_id}/resolve/{revision}/{filename}"
@@ -90,16 +90,8 @@ def run_push(folder: Path, scenario: Scenario, *, seconds: float = 60.0) -> Push
     """What `push_package` does after it has verified the package."""
     hub = Hub(REPO, patience=seconds)
     hub.check_token()
-    return push(
-        Package.read(folder),
-        hub,
-        branch=scenario.branch,
-        private=None,
-        create_pr=scenario.create_pr,
-        tag=scenario.tag,
-        message="push",
-        dry_run=False,
-    )
+    options = PushOptions(branch=scenario.branch, create_pr=scenario.create_pr, tag=scenario.tag, message="push")
+    return push(Package.read(folder), hub, options)
 
 
 def set_up(server: HubServer, scenario: Scenario) -> None:

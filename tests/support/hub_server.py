@@ -427,6 +427,6 @@ def _failure(fault: Fault) -> Answer:
     assert fault.status is not None
     headers = {"Retry-After": fault.retry_after} if fault.retry_after is not None else {}
     if fault.status >= 500:  # as gateways do it: a page, not JSON
-        return Answer(fault.status, b"<html><body>the gateway is unwell</body></html>", headers)
+        return Answer(fault.status, b"<html><body>Bad gateway</body></html>", headers)
     message = "Invalid credentials in Authorization header" if fault.status == 401 else fault.message
     return Answer(fault.status, {"error": message}, headers | {"X-Error-Message": message})

@@ -1,18 +1,22 @@
-"""Push checkpoints while training goes on: a snapshot between two steps, and all the rest in a process beside.
+"""Push checkpoints while training goes on: a copy between two steps, and all the rest in a worker process.
 
-Imports the standard library, huggingface_hub, torch, and of hub_tools `checkpoint_process`, `errors`, `hub`, `save`,
-`snapshot` and what these import. What happens to a checkpoint after it left this process is in `checkpoint_worker`.
+Imports the standard library, huggingface_hub, torch, and of hub_tools `errors`, `hub`, `replace_folder`, `job`,
+`snapshot` and what these import. While a checkpoint is on its way there are one thread, one worker (see `worker`) and
+one folder on the disk; while none is, there is nothing of these.
 """
 
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
-import pickle
+import subprocess
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,29 +32,21 @@ from ...errors import (
     HubUnavailableError,
     PusherClosedError,
     PushOptionsError,
-    SaveFailedError,
-    TokenizerMismatchError,
     WorkerDiedError,
 )
 from ...hub.repository import Hub
-from ...package.save import installed_shell
-from ..push import PATIENCE
-from .snapshot import Snapshot, places_of
-from .worker import Checkpoint, PushedCheckpoint, Settings
-from .worker_process import Home, WorkerProcess
+from ...package.replace_folder import discard, left_behind, locked_folder
+from ..push import MAIN, PATIENCE
+from .job import RESULT, BestRule, Destination, Job, PackageOptions, PushedCheckpoint, Result, result_from_json
+from .snapshot import Snapshot
+from .worker_process import kill, start
 
 logger = logging.getLogger(__name__)
 
 BEST = "best"  # the tag of the best checkpoint
 FIRST_LOOK = 5.0  # seconds that a Hub may take to answer before training starts without having asked it
-# How often a checkpoint is tried again after what may pass; a Hub that does not answer is tried again for ever.
-TRIES = {ConcurrentPushError: 5, WorkerDiedError: 2}
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    checkpoint: Checkpoint
-    snapshot: Snapshot
+TRIES = 3  # of a checkpoint, where its worker dies or others push; where the Hub does not answer, there is no limit
+FOLDER = "gpt2-value-checkpoints-"  # folders of this name in the system's folder for temporary files are ours
 
 
 class CheckpointPusher:
@@ -62,28 +58,28 @@ class CheckpointPusher:
                 if step % 500 == 0:
                     pusher.push(model, step=step, metrics={"reward": reward, "kl": kl}, tokenizer=tokenizer)
 
-    `push` copies the weights and returns: the next training step cannot tear them. One process beside this one, without
-    a GPU, saves, verifies and pushes, in order, on one core and (on Linux) only while that core is idle: where training
+    `push` copies the weights and returns: the next training step cannot change them. For each checkpoint one process,
+    without a GPU, saves, verifies and pushes, on one core and (on Linux) only while that core is idle: where training
     leaves none idle, checkpoints take longer, and training does not. Where pushing is slower than training, only the
     newest checkpoint waits, and those that it replaced are `skipped`; the last one is never dropped.
 
-    Memory and disk: this process holds at most two copies of the weights, one waiting and one being written to the
-    disk, in main memory, and uses them again; the process beside maps its copy from the disk and needs about 0.5 GB
-    for torch. On the disk there are at most two, the snapshot and its package, in the system's folder for temporary
-    files (`TMPDIR`). They are removed at the end; after a `kill -9`, by the process beside, within a second, or where
-    it was killed too by the next CheckpointPusher.
+    Memory and disk: this process holds at most two copies of the weights in main memory, one waiting and one being
+    written to the disk; the worker maps its copy from the disk and needs about 0.5 GB for torch. On the disk there are
+    at most two, the snapshot and its package, in the system's folder for temporary files (`TMPDIR`), and none while no
+    checkpoint is on its way. After a `kill -9` the worker removes them within seconds, and ends; where it was killed
+    too, the next CheckpointPusher does.
 
-    Verified: the first checkpoint in full, as by `verify_package`, and so is each one whose config, generation config,
+    Verified: in full, as by `verify_package`, is the first checkpoint and each whose config, generation config,
     tokenizer, or tensors' names, shapes or types are new. Of the others it is checked that they are complete, finite,
     and have this same code, but no fresh interpreter computes with them again.
 
-    Failures: what may pass (5xx, timeouts, no connection, somebody else's push in between) never reaches the training
-    loop: it is logged, and tried again until it works or a newer checkpoint waits; only `flush` and `close` give up,
-    after `patience`. Everything else (401, 403, 404, weights that are not finite, a full disk) is logged when it
-    happens, and raised by the next call of any method, once. `close` runs at the end of a `with` block, and at the
-    interpreter's exit where nobody called it: also an uncaught exception in the loop leaves the last checkpoint
-    pushed, or an error in the log which says that it is not. An exception on its way out of the `with` block is not
-    replaced by ours, which is logged.
+    Failures: what may pass (5xx, timeouts, no connection, somebody else's push in between) is logged, and tried again
+    until it works or a newer checkpoint waits; only `flush` and `close` give up, after `patience`. Everything else
+    (401, 403, 404, weights that are not finite, a full disk, an error of ours) is logged when it happens, and raised
+    by the next call of any method, once. `close` runs at the end of a `with` block, and at the interpreter's exit
+    where nobody called it: also an uncaught exception in the loop leaves the last checkpoint pushed, or an error in
+    the log which says that it is not. An exception on its way out of the `with` block is not replaced by ours, which
+    is logged.
 
     In a run of several processes, make one in the main process only. A process forked from this one (a data loader's
     worker) cannot use it, and does not disturb it.
@@ -95,7 +91,8 @@ class CheckpointPusher:
         token: a user access token; default is the one that huggingface_hub knows.
         metric_for_best_model: the metric by which checkpoints are compared, as in transformers' TrainingArguments.
             Each one that is better than all before carries `best_tag`. A checkpoint without this metric, with a NaN,
-            or that was skipped is never the best. A run that is resumed compares with the commit that has the tag.
+            or that was skipped is never the best. A run that is resumed compares with all checkpoints on the branch,
+            and with the one that has the tag.
         greater_is_better: default, as there: unless the metric's name ends in "loss".
         best_tag: a tag of the repository that is moved from one best checkpoint to the next.
         dataset: what the metrics were measured on, for the card: a dataset's id on the Hub, or words.
@@ -131,8 +128,6 @@ class CheckpointPusher:
                 f"greater_is_better={greater_is_better}, best_tag={best_tag!r} without metric_for_best_model",
                 next_step="name the metric, or leave out these two",
             )
-        if greater_is_better is None:
-            greater_is_better = metric_for_best_model is None or not metric_for_best_model.endswith("loss")
         hub = Hub(repo_id, token=token, patience=min(patience, FIRST_LOOK))
         try:
             hub.check_token()
@@ -141,36 +136,35 @@ class CheckpointPusher:
                 raise
             logger.warning("training starts without the Hub's consent: %s", error.found)
         self.repo_id = hub.repo_id
-        self._settings = Settings(
-            repo_id=hub.repo_id,
-            token=token,
-            revision=revision,
-            private=private,
-            metric_for_best_model=metric_for_best_model,
-            greater_is_better=greater_is_better,
-            best_tag=best_tag,
-            dataset=dataset,
-            base_model=base_model,
-            license=license,
-            tags=tuple(tags),
-            max_shard_size=max_shard_size,
-            patience=patience,
-        )
+        self._endpoint = hub.api.endpoint
+        rule = None
+        if metric_for_best_model is not None:
+            if greater_is_better is None:
+                greater_is_better = not metric_for_best_model.endswith("loss")
+            rule = BestRule(metric_for_best_model, greater_is_better, best_tag)
         self._owner = os.getpid()
-        self._home = Home()
-        self._process = WorkerProcess(self._home.folder, self._settings, hub.api.endpoint)
+        for folder, lock in left_behind(Path(tempfile.gettempdir()).glob(f"{FOLDER}*")):
+            discard(folder, lock)
         self._changed = threading.Condition()
         # All of these are read and written while holding _changed.
-        self._waiting: _Waiting | None = None
+        self._job = Job(  # what every checkpoint's job has in common, and what the last one found out
+            step=0,
+            metrics={},
+            dataset=dataset,
+            destination=Destination(hub.repo_id, revision or MAIN, private, token, patience),
+            package=PackageOptions(base_model, license, tuple(tags), max_shard_size),
+            rule=rule,
+        )
+        self._waiting: tuple[Job, Snapshot] | None = None
         self._on_its_way: int | None = None  # the step
-        self._writing: Snapshot | None = None
-        self._spare: Snapshot | None = None
+        self._in_memory = False  # whether the snapshot on its way is not on the disk yet
+        self._thread: threading.Thread | None = None
+        self._worker: subprocess.Popen[str] | None = None
         self._failures: list[CheckpointPushError] = []
         self._pushed: list[PushedCheckpoint] = []
         self._skipped: list[int] = []
         self._flushes = 0  # calls of flush that wait
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
         atexit.register(self._at_exit)
 
     def push(
@@ -196,24 +190,18 @@ class CheckpointPusher:
             PusherClosedError: after `close`, or in a forked process.
         """
         self._check_usable()
-        shell, state = installed_shell(model)
-        checkpoint = Checkpoint(
-            step=step,
-            metrics=_numbers(metrics or {}),
-            places=places_of(state),
-            config=shell.config.to_dict(),
-            generation_config=shell.generation_config,
-            tokenizer=None if tokenizer is None else _pickled(tokenizer),
-        )
+        numbers = _numbers(metrics or {})
         with self._changed:
-            snapshot = self._room_for(checkpoint)
-            snapshot.fill(state)
+            if self._waiting is not None and self._in_memory:
+                self._skip()  # before the copy and not after it: there are never more than two
+            snapshot = Snapshot.of(model, tokenizer)
             if self._waiting is not None:
-                self._skip(self._waiting)
-            self._waiting = _Waiting(checkpoint, snapshot)
-            if not self._thread.is_alive():
-                self._thread.start()
-            self._changed.notify_all()
+                self._skip()
+            if self._thread is None:  # it begins when we let go of the lock; where it cannot be started, nothing waits
+                thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._waiting = replace(self._job, step=step, metrics=numbers), snapshot
         self.check()
 
     def check(self) -> None:
@@ -232,56 +220,58 @@ class CheckpointPusher:
 
         Raises:
             CheckpointPushError: the last checkpoint, or an earlier one, did not reach the Hub.
-            PusherClosedError: in a forked process.
+            PusherClosedError: after `close`, or in a forked process.
         """
         self._check_usable()
         with self._changed:
             self._flushes += 1
-            self._changed.notify_all()
             try:
-                self._changed.wait_for(lambda: self._idle() or not self._thread.is_alive())
+                self._changed.wait_for(lambda: self._thread is None)
             finally:
                 self._flushes -= 1
         self.check()
 
     def close(self) -> None:
-        """`flush`, then end the process beside and remove what lies on the disk. Again: nothing.
+        """`flush`, and accept no more checkpoints. A second call does nothing.
 
         An interrupt (Ctrl-C) ends the waiting; what was not pushed by then is not, and the log says so.
 
         Raises:
             CheckpointPushError: as `flush`. The pusher is closed all the same.
         """
-        if self._closed or os.getpid() != self._owner:
+        if os.getpid() != self._owner:
             return
+        with self._changed:
+            if self._closed:
+                return
         try:
             self.flush()
         finally:
             with self._changed:
                 self._closed = True
                 lost = [self._on_its_way] if self._on_its_way is not None else []
-                lost += [self._waiting.checkpoint.step] if self._waiting is not None else []
-                self._waiting = self._spare = None
-                self._changed.notify_all()
+                lost += [self._waiting[0].step] if self._waiting is not None else []
+                self._waiting = None
+                thread = self._thread
+                if self._worker is not None:
+                    kill(self._worker)
+            atexit.unregister(self._at_exit)
             if lost:
                 logger.error("interrupted: not pushed to %s: step %s", self.repo_id, ", ".join(map(str, lost)))
-            try:
-                self._process.end(at_once=bool(lost))
-                if self._thread.is_alive():
-                    self._thread.join()
-            finally:
-                self._home.remove()
-                atexit.unregister(self._at_exit)
+            if thread is not None:
+                thread.join()
 
     @property
     def pushed(self) -> tuple[PushedCheckpoint, ...]:
         """The checkpoints that are on the Hub, in order."""
-        return tuple(self._pushed)
+        with self._changed:
+            return tuple(self._pushed)
 
     @property
     def skipped(self) -> tuple[int, ...]:
         """The steps of checkpoints that a newer one replaced before they left."""
-        return tuple(self._skipped)
+        with self._changed:
+            return tuple(self._skipped)
 
     def __enter__(self) -> CheckpointPusher:
         return self
@@ -293,120 +283,140 @@ class CheckpointPusher:
             self._close_and_log()
 
     def _at_exit(self) -> None:
-        if os.getpid() == self._owner and not self._closed:
+        if os.getpid() == self._owner:
             self._close_and_log()
 
     def _close_and_log(self) -> None:
-        if not self._idle():
+        with self._changed:
+            idle = self._thread is None
+        if not idle:
             logger.warning("waiting until the last checkpoint is on %s; Ctrl-C gives it up", self.repo_id)
         try:
             self.close()
         except CheckpointPushError as error:
             logger.error("%s", error)
 
-    def _idle(self) -> bool:
-        return self._waiting is None and self._on_its_way is None
-
     def _check_usable(self) -> None:
-        if self._closed or os.getpid() != self._owner:
-            raise PusherClosedError(
-                "this CheckpointPusher is closed"
-                if self._closed
-                else f"this CheckpointPusher belongs to process {self._owner}, from which this one was forked",
-                next_step="make a new one: CheckpointPusher(repo_id)",
-            )
+        found = None
+        if os.getpid() != self._owner:  # first: a fork may have copied the lock while somebody held it
+            found = f"this CheckpointPusher belongs to process {self._owner}, from which this one was forked"
+        else:
+            with self._changed:
+                if self._closed:
+                    found = "this CheckpointPusher is closed"
+        if found:
+            raise PusherClosedError(found, next_step="make a new one: CheckpointPusher(repo_id)")
 
-    # The buffers
-
-    def _room_for(self, checkpoint: Checkpoint) -> Snapshot:
-        """A buffer to fill. There are never more than two."""
-        spare, self._spare = self._spare, None
-        if spare is None and self._waiting is not None and self._writing is not None:
-            # One is being written, so the waiting one gives up its place, before and not after it is overwritten:
-            # an interrupt in the middle must leave no torn one waiting.
-            waiting, self._waiting = self._waiting, None
-            self._skipped.append(waiting.checkpoint.step)
-            spare = waiting.snapshot
-        if spare is not None and spare.places == checkpoint.places:
-            return spare
-        del spare
-        return Snapshot(checkpoint.places)
-
-    def _skip(self, waiting: _Waiting) -> None:
-        self._skipped.append(waiting.checkpoint.step)
-        self._spare = waiting.snapshot
-        logger.info("step %d is skipped: a newer checkpoint is there already", waiting.checkpoint.step)
+    def _skip(self) -> None:
+        """Let a newer checkpoint take the place of the one that waits."""
+        assert self._waiting is not None
+        step = self._waiting[0].step
+        self._waiting = None
+        self._skipped.append(step)
+        logger.info("step %d is skipped: a newer checkpoint is there already", step)
 
     # The thread
 
     def _run(self) -> None:
-        number = 0
+        """Push what waits, until nothing does."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
                 if self._waiting is None:
-                    return
-                waiting, self._waiting = self._waiting, None
-                self._on_its_way, self._writing = waiting.checkpoint.step, waiting.snapshot
-            number += 1
-            path = self._home.folder / f"snapshot-{number}"
-            try:
-                self._handle(waiting, path)
-            except GPT2ValueHubError as error:
-                self._fail(waiting.checkpoint.step, error)
-            finally:  # also where an error of ours ends this thread: nobody may wait for it then
-                path.unlink(missing_ok=True)
-                with self._changed:
-                    self._on_its_way = None
+                    self._thread = None
                     self._changed.notify_all()
-
-    def _handle(self, waiting: _Waiting, path: Path) -> None:
-        try:
-            waiting.snapshot.write(path)
-        except OSError as error:
-            raise SaveFailedError(
-                f"writing the snapshot to {path} failed: {error}",
-                expected="space for two copies of the model in the folder for temporary files",
-                next_step="make room there, or set TMPDIR to another folder, and start again",
-            ) from error
-        finally:
-            with self._changed:
-                self._writing, self._spare = None, waiting.snapshot
-        pushed = self._deliver(replace(waiting.checkpoint, snapshot=path))
-        if pushed is None:
-            return
-        with self._changed:
-            self._pushed.append(pushed)
-        logger.info("step %d is on %s: %s", pushed.step, self.repo_id, pushed.url)
-
-    def _deliver(self, checkpoint: Checkpoint) -> PushedCheckpoint | None:
-        """Have it pushed; again, where it failed in a way that passes. None: a newer one took its place."""
-        tries = dict.fromkeys(TRIES, 0)
-        while True:
+                    return
+                (job, snapshot), self._waiting = self._waiting, None
+                job = replace(job, verified=self._job.verified, best=self._job.best)
+                self._on_its_way, self._in_memory = job.step, True
             try:
-                return self._process.ask(checkpoint)
-            except (HubUnavailableError, ConcurrentPushError, WorkerDiedError) as error:
-                kind = type(error)
+                result = self._push(job, snapshot)
+            except BaseException as error:  # a thread has no caller: whatever it is, the next call raises it
+                self._fail(job.step, error)
+            else:
+                if result is not None:
+                    with self._changed:
+                        self._job = replace(self._job, verified=result.verified, best=result.best)
+                        self._pushed.append(result.pushed)
+                    logger.info("step %d is on %s: %s", job.step, self.repo_id, result.pushed.url)
+            finally:
+                snapshot.weights.clear()  # the traceback of an error would keep them
+                with self._changed:
+                    self._on_its_way, self._in_memory = None, False
+
+    def _push(self, job: Job, snapshot: Snapshot) -> Result | None:
+        """Have a checkpoint pushed; again, where it failed in a way that passes. None: a newer one took its place."""
+        folder, lock = locked_folder(FOLDER, Path(tempfile.gettempdir()))
+        try:
+            for attempt in itertools.count(1):
+                try:
+                    return self._work(job, snapshot, folder)
+                except (HubUnavailableError, ConcurrentPushError, WorkerDiedError) as error:
+                    unreachable = isinstance(error, HubUnavailableError)
+                    with self._changed:
+                        if self._closed or (not unreachable and attempt == TRIES):
+                            raise
+                        if unreachable and self._waiting is not None:
+                            self._skipped.append(job.step)
+                            logger.warning("step %d is skipped: %s", job.step, error.found)
+                            return None
+                        if unreachable and self._flushes:
+                            raise
+                    logger.warning("step %d is not on %s yet, and tried again: %s", job.step, self.repo_id, error)
+        finally:
+            discard(folder, lock)
+        raise AssertionError("unreachable")
+
+    def _work(self, job: Job, snapshot: Snapshot, folder: Path) -> Result:
+        """Have one worker do the job.
+
+        It is started before the snapshot is written: where this process is killed meanwhile, it removes the folder.
+
+        Raises:
+            WorkerDiedError: the worker ended without a result.
+            Everything that `push_checkpoint` raises.
+        """
+        result, last = folder / RESULT, "it printed nothing"
+        result.unlink(missing_ok=True)  # of an earlier attempt
+        with suppress(BrokenPipeError), start(folder, self._endpoint) as worker:  # a broken pipe: it has died
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            try:
                 with self._changed:
                     if self._closed:
-                        raise
-                    if kind in TRIES:
-                        tries[kind] += 1
-                        if tries[kind] >= TRIES[kind]:
-                            raise
-                    elif self._waiting is not None:
-                        self._skipped.append(checkpoint.step)
-                        logger.warning("step %d is skipped: %s", checkpoint.step, error.found)
-                        return None
-                    elif self._flushes:
-                        raise
-                logger.warning("step %d is not on %s yet, and tried again: %s", checkpoint.step, self.repo_id, error)
+                        raise WorkerDiedError("the pusher was closed in the meantime", next_step="push before close()")
+                    self._worker = worker
+                if snapshot.weights:
+                    snapshot.write(folder)
+                    snapshot.weights.clear()
+                    with self._changed:
+                        self._in_memory = False
+                worker.stdin.write(f"{job.to_json()}\n")
+                worker.stdin.close()
+                for line in worker.stdout:
+                    last = line.strip() or last
+                    logger.warning("step %d: %s", job.step, line.rstrip())
+            finally:
+                with self._changed:
+                    self._worker = None
+                kill(worker)  # where it has ended, what it started may live on
+        if not result.exists():
+            ended = f"signal {-worker.returncode}" if worker.returncode < 0 else f"exit status {worker.returncode}"
+            raise WorkerDiedError(
+                f"the process that pushes checkpoints ended with {ended}: {last[:500]}",
+                next_step="read what it printed, in the log; make sure that there is enough memory",
+            )
+        return result_from_json(result.read_text(encoding="utf-8"))
 
-    def _fail(self, step: int, cause: GPT2ValueHubError) -> None:
+    def _fail(self, step: int, cause: BaseException) -> None:
+        """Keep a failure for the next call."""
+        known = cause
+        if not isinstance(known, GPT2ValueHubError):
+            advice = "correct what this error names; the next checkpoint is tried all the same"
+            known = GPT2ValueHubError(f"{type(cause).__name__}: {cause}", next_step=advice)
         error = CheckpointPushError(
-            f"the checkpoint of step {step} is not on {self.repo_id}: {cause.found}",
-            expected=cause.expected,
-            next_step=cause.next_step,
+            f"the checkpoint of step {step} is not on {self.repo_id}: {known.found}",
+            expected=known.expected,
+            next_step=known.next_step,
             step=step,
         )
         error.__cause__ = cause
@@ -415,17 +425,6 @@ class CheckpointPusher:
             self._failures.append(error)
         if not closed:  # what an interrupt stopped, `close` tells
             logger.error("%s", error)
-
-
-def _pickled(tokenizer: Any) -> bytes:
-    try:
-        return pickle.dumps(tokenizer)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise TokenizerMismatchError(
-            f"the tokenizer, a {type(tokenizer).__name__}, cannot be copied: {error}",
-            expected="a tokenizer of transformers' own, without code",
-            next_step="load one with AutoTokenizer.from_pretrained(...)",
-        ) from error
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:

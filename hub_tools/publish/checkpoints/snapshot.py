@@ -1,79 +1,115 @@
-"""A copy of a model's weights in one block of memory, and the same on the disk for another process to map.
+"""A model as it was between two training steps: copied in memory, written to a folder, read by another process.
 
-Imports the standard library, torch. The copy is what training cannot tear: it is made between two
-steps, and the block is used again for the next one.
+Imports the standard library, torch, transformers, the remote code, and of hub_tools `errors` and `save`.
 """
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig
 
-ALIGNMENT = 64  # bytes; enough for every dtype and vector unit
+from configuration_gpt2_value import GPT2ValueConfig
+from modeling_gpt2_value import GPT2ValueModel
+
+from ...errors import SaveFailedError, TokenizerMismatchError
+from ...package.save import installed_shell
+
+WEIGHTS = "weights.pt"
+TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one tensor lies in the block. Tied tensors have the same place."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-    def of(self, block: torch.Tensor) -> torch.Tensor:
-        """The tensor in `block`: a view, no copy."""
-        return block[self.offset : self.offset + self.size].view(self.dtype).view(self.shape)
-
-
 class Snapshot:
-    """A block of main memory for the weights of one layout (names, dtypes, shapes), to be filled again and again."""
+    """A copy that training cannot change any more."""
 
-    def __init__(self, places: tuple[Place, ...]) -> None:
-        self.places = places
-        self._block = torch.empty(max((place.offset + place.size for place in places), default=0), dtype=torch.uint8)
+    config: Any
+    generation_config: Any
+    tokenizer: Any
+    weights: dict[str, torch.Tensor]  # in main memory; tied tensors share their copy
 
-    def fill(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy the weights; afterwards nothing that happens to `state` reaches the copy."""
-        done = set()
-        with torch.no_grad():
-            for place in self.places:
-                if place.offset not in done:
-                    place.of(self._block).copy_(state[place.name])  # from a GPU too; waits for it
-                    done.add(place.offset)
-
-    def write(self, path: Path) -> None:
-        """Write the block to a file, in one call, during which other threads run.
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any = None) -> Snapshot:
+        """Copy a model, from a GPU too.
 
         Raises:
-            OSError: the system refused, the disk is full.
+            WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
+            TokenizerMismatchError: a tokenizer that cannot be copied.
         """
-        with open(path, "wb", buffering=0) as file:
-            rest = memoryview(self._block.numpy().data)
-            while rest:
-                rest = rest[file.write(rest) :]
+        shell, state = installed_shell(model)  # its configs are copies
+        try:
+            tokenizer = copy.deepcopy(tokenizer)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TokenizerMismatchError(
+                f"the tokenizer, a {type(tokenizer).__name__}, cannot be copied: {error}",
+                expected="a tokenizer of transformers' own, without code",
+                next_step="load one with AutoTokenizer.from_pretrained(...)",
+            ) from error
+        return cls(shell.config, shell.generation_config, tokenizer, _copied(state))
+
+    def write(self, folder: Path) -> None:
+        """Write it to a folder; the weights in one file, during which other threads run.
+
+        `torch.save`, because it neither copies the weights again nor holds the interpreter lock, for which a training
+        step would wait; and it keeps tied tensors tied. It is read without running anything (`weights_only`).
+
+        Raises:
+            SaveFailedError: the system refused, the disk is full.
+            TypeError, ValueError: a field of a config that JSON cannot hold.
+        """
+        try:
+            (folder / "config.json").write_text(self.config.to_json_string(use_diff=False), encoding="utf-8")
+            if self.generation_config is not None:
+                self.generation_config.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder / TOKENIZER)
+            with open(folder / WEIGHTS, "wb") as file:
+                torch.save(self.weights, file)
+        except (OSError, RuntimeError) as error:  # a RuntimeError is torch's for a full disk
+            raise SaveFailedError(
+                f"writing the snapshot to {folder} failed: {error}",
+                expected="space for two copies of the model in the folder for temporary files",
+                next_step="free some space there, or set TMPDIR to another folder, and start again",
+            ) from error
 
 
-def places_of(state: Mapping[str, torch.Tensor]) -> tuple[Place, ...]:
-    """A layout for these weights; tensors that share their data share their place."""
-    places, offsets, end = [], dict[object, int](), 0
+def read_model(folder: Path) -> GPT2ValueModel:
+    """The model of a snapshot; its weights are mapped from the file, which must stay."""
+    config = GPT2ValueConfig.from_json_file(folder / "config.json")
+    model = GPT2ValueModel(config)
+    model.load_state_dict(torch.load(folder / WEIGHTS, mmap=True, weights_only=True), assign=True)
+    has_one = (folder / "generation_config.json").exists()
+    model.generation_config = GenerationConfig.from_pretrained(folder) if has_one else None
+    return model
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a snapshot; None where it has none."""
+    if not (folder / TOKENIZER).exists():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder / TOKENIZER, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
+        raise TokenizerMismatchError(
+            f"the tokenizer cannot be loaded again: {error}",
+            expected="a tokenizer of transformers' own, without code",
+            next_step="load one with AutoTokenizer.from_pretrained(...)",
+        ) from error
+
+
+def _copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    copies: dict[object, torch.Tensor] = {}
+    weights = {}
     for name, tensor in state.items():
-        identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        offset = offsets.setdefault(identity if tensor.numel() else name, end)
-        places.append(Place(name, tensor.dtype, tuple(tensor.shape), offset))
-        end = max(end, -(-(offset + places[-1].size) // ALIGNMENT) * ALIGNMENT)
-    return tuple(places)
-
-
-def map_snapshot(path: Path, places: tuple[Place, ...]) -> dict[str, torch.Tensor]:
-    """The weights that `Snapshot.write` wrote, mapped from the file, which must stay until they are let go."""
-    block = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    return {place.name: place.of(block) for place in places}
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if place not in copies:
+            copies[place] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        weights[name] = copies[place]
+    return weights

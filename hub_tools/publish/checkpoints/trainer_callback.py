@@ -1,7 +1,6 @@
 """transformers' Trainer pushes its checkpoints in the background.
 
-Imports the standard library, transformers and of hub_tools `checkpoint_pusher` and what it imports. When a Trainer
-calls what: https://huggingface.co/docs/transformers/main_classes/callback.
+Imports the standard library, transformers, and of hub_tools `pusher` and what it imports. When a Trainer calls what: https://huggingface.co/docs/transformers/main_classes/callback.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from .pusher import CheckpointPusher
 
-# What a Trainer logs beside metrics: of the clock, not of the model.
+# What a Trainer logs that is no metric: it measures the clock, not the model.
 BOOKKEEPING = re.compile(r"step|epoch|total_flos|.*_(runtime|per_second)|num_input_tokens_seen")
 
 
@@ -33,7 +32,7 @@ class CheckpointPusherCallback(TrainerCallback):
     DeepSpeed's third stage). The pusher stays open, for further training; Python closes it at exit.
 
     Args:
-        pusher: where to. In other processes than the main one pass it too, it does nothing there.
+        pusher: where checkpoints go. Pass it in every process; only the main one uses it.
     """
 
     def __init__(self, pusher: CheckpointPusher) -> None:

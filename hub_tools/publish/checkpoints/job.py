@@ -1,0 +1,155 @@
+"""What a training process and its worker tell each other, as JSON: one job, one result.
+
+Imports the standard library and of hub_tools `errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from ... import errors
+from ...errors import GPT2ValueHubError
+
+RESULT = "result.json"  # in the job's folder
+NOTE = "gpt2-value-checkpoint: "  # a line in a commit's description: the step and its metrics, as JSON
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where checkpoints go, and by whose token."""
+
+    repo_id: str
+    branch: str
+    private: bool | None
+    token: str | None = field(repr=False)
+    patience: float  # seconds
+
+
+@dataclass(frozen=True)
+class PackageOptions:
+    """How checkpoints are saved; see `save_package`."""
+
+    base_model: str | None
+    license: str | None
+    tags: tuple[str, ...]
+    max_shard_size: int | str
+
+
+@dataclass(frozen=True)
+class BestRule:
+    """Which checkpoint is the best, and the tag that it gets."""
+
+    metric: str
+    greater_is_better: bool
+    tag: str
+
+    def rate(self, commit: str, metrics: Mapping[str, float]) -> Best:
+        """A commit and how good it is. Without the metric, or with a NaN, nothing is the best."""
+        value = metrics.get(self.metric, math.nan)
+        score = value if self.greater_is_better else -value
+        return Best(score, commit) if math.isfinite(value) else Best()
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoint so far: a score, the higher the better, and its commit. (Where there is none: no commit.)"""
+
+    score: float = -math.inf
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint to push. The model itself lies in the job's folder (see `snapshot`)."""
+
+    step: int
+    metrics: dict[str, float]
+    dataset: str
+    destination: Destination
+    package: PackageOptions
+    rule: BestRule | None
+    verified: str | None = None  # fingerprint of the last package that was verified; see `worker`
+    best: Best | None = None  # None: not known yet
+
+    @property
+    def title(self) -> str:
+        """The commit's title: the step and the metrics."""
+        metrics = ", ".join(f"{name}={value:.6g}" for name, value in self.metrics.items())
+        return f"Step {self.step}: {metrics}" if metrics else f"Step {self.step}"
+
+    @property
+    def note(self) -> str:
+        """A line for the commit's description, by which a later run knows how good this checkpoint is."""
+        finite = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
+        return NOTE + json.dumps({"step": self.step, "metrics": finite})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        found = json.loads(text)
+        found["destination"] = Destination(**found["destination"])
+        found["package"] = PackageOptions(**found["package"])
+        found["rule"] = found["rule"] and BestRule(**found["rule"])
+        found["best"] = found["best"] and Best(**found["best"])
+        return cls(**found)
+
+
+@dataclass(frozen=True)
+class PushedCheckpoint:
+    """A checkpoint that is on the Hub."""
+
+    step: int
+    metrics: dict[str, float]
+    commit: str
+    url: str
+    committed: bool  # False where the branch held exactly this already
+    best: bool  # whether it is the best so far, and carries the tag
+
+
+@dataclass(frozen=True)
+class Result:
+    """A job that succeeded."""
+
+    pushed: PushedCheckpoint
+    verified: str
+    best: Best | None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def failure_to_json(error: GPT2ValueHubError) -> str:
+    """A job that failed in a way that a user can mend."""
+    fields = {"found": error.found, "expected": error.expected, "next_step": error.next_step}
+    return json.dumps({"error": type(error).__name__, **fields})
+
+
+def result_from_json(text: str) -> Result:
+    """What a job came to.
+
+    Raises:
+        The error that the job failed with, of its own type.
+    """
+    found = json.loads(text)
+    if "error" in found:
+        kind: type[GPT2ValueHubError] = getattr(errors, found.pop("error"))
+        raise kind(**found)
+    best = found["best"] and Best(**found["best"])
+    return Result(PushedCheckpoint(**found["pushed"]), found["verified"], best)
+
+
+def metrics_in(description: str) -> dict[str, float]:
+    """The metrics that a commit's description notes; none where it is no checkpoint's."""
+    for line in description.splitlines():
+        if line.startswith(NOTE):
+            try:
+                metrics = json.loads(line.removeprefix(NOTE))["metrics"]
+                return {name: float(value) for name, value in metrics.items()}
+            except (ValueError, TypeError, LookupError, AttributeError):  # somebody edited it
+                return {}
+    return {}
