@@ -328,7 +328,7 @@ def test_a_repository_without_a_package_is_not_a_missing_cache_file(package, tmp
         server.create("me/empty", {"README.md": b"nothing yet"})
         server.create("me/pickled", pickled)
         for reader in (load_package, inspect_package):
-            with pytest.raises(errors.NotAPackageError, match=r"me/empty has no config\.json"):
+            with pytest.raises(errors.NotAPackageError, match=r"me/empty holds no package"):
                 reader("me/empty", cache_dir=tmp_path / "cache")
             with pytest.raises(errors.PickleError, match=r"pytorch_model\.bin"):
                 reader("me/pickled", cache_dir=tmp_path / "cache")
