@@ -48,7 +48,7 @@ class Settings:
 
     out: Annotated[Path, option("Folder of the run: metrics.jsonl, checkpoint.pt, figure.png, package/.")]
     seed: Annotated[int, option("Of everything random.")] = 0
-    iterations: Annotated[int, option("Rollouts, each followed by `epochs` passes over it.")] = 60
+    iterations: Annotated[int, option("Rollouts, each followed by `epochs` passes over it.")] = 40
     base: Annotated[str | None, option("A GPT-2 or a package: a folder or Hub id. Default: the demo's.")] = None
     prompts: Annotated[Path | None, option("Text file, a prompt a line. Default: the demo's reviews.")] = None
     prompt_tokens_min: Annotated[int, option("Each prompt is cut at random between this and the next.")] = 2
@@ -65,7 +65,7 @@ class Settings:
     temperature: Annotated[float, option("As in rollout().")] = 1.0
     top_k: Annotated[int, option("As in rollout(); 0 is off.")] = 0
     top_p: Annotated[float, option("As in rollout(); 1 is off.")] = 1.0
-    learning_rate: Annotated[float, option("At first; it falls to 0 in a straight line.")] = 3e-4
+    learning_rate: Annotated[float, option("At first; it falls to 0 in a straight line.")] = 1e-4
     adam_eps: Annotated[float, option("Adam's eps: torch's default of 1e-8 makes much larger steps at first.")] = 1e-5
     max_grad_norm: Annotated[float, option("Gradients are clipped to this norm.")] = 1.0
     kl_coef: Annotated[float, option("Of the penalty, in units of reward a nat; where the controller starts.")] = 0.05
@@ -308,13 +308,14 @@ class Trainer:
 # The loop
 
 
-def train(settings: Settings, sample: Callable[..., Rollout] = rollout) -> list[dict[str, float]]:
-    """Run, or go on with, what the settings describe; returns its metrics, one dict an iteration.
+def train(settings: Settings, sample: Callable[..., Rollout] = rollout) -> Run:
+    """Run, or go on with, what the settings describe. In a run of several processes all of them call this.
 
     Raises:
         SettingsError: a setting that cannot be, or a folder that holds another run.
     """
-    accelerator = Accelerator(cpu=settings.cpu, log_with=settings.tracker, project_dir=settings.out)
+    cpu = settings.cpu or not torch.accelerator.is_available()  # where accelerate is not told, it starts no gloo there
+    accelerator = Accelerator(cpu=cpu, log_with=settings.tracker, project_dir=settings.out)
     if settings.batch_size % accelerator.num_processes:
         raise SettingsError(f"batch_size={settings.batch_size} cannot be split among {accelerator.num_processes}.")
     task = make_task(settings, accelerator.device)
@@ -325,24 +326,28 @@ def train(settings: Settings, sample: Callable[..., Rollout] = rollout) -> list[
         config = {name: "" if value is None else value for name, value in settings.plain().items()}
         accelerator.init_trackers("gpt2-value-ppo", config=config)
     is_main = accelerator.is_main_process
-    pusher = contextlib.nullcontext()
-    if settings.push_to is not None and is_main:
-        pusher = CheckpointPusher(settings.push_to, metric_for_best_model="reward", tags=["ppo"])
-    with pusher:
+    with pushing(settings) if is_main else contextlib.nullcontext() as pusher:
         bar = tqdm(range(start, settings.iterations), "PPO", settings.iterations, initial=start, disable=not is_main)
         for iteration in bar:
             metrics = trainer.iterate(iteration)
-            run.record(metrics)
+            is_saved = run.record(metrics)
             bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "kl")}, refresh=False)
-            is_due = (iteration + 1) % settings.save_every == 0 or iteration + 1 == settings.iterations
-            if settings.push_to is not None and is_main and is_due:
+            if pusher is not None and is_saved:
                 numbers = {name: metrics[name] for name in ("reward", "kl")}
                 pusher.push(task.package_model(), step=iteration + 1, metrics=numbers, tokenizer=task.tokenizer)
+    # DistributedDataParallel, if it is the last to hold the process group, waits while holding Python's lock for a
+    # thread that needs the lock (torch 2.13). So it goes first.
+    trainer.model = accelerator.unwrap_model(trainer.model)
+    accelerator.free_memory()
     accelerator.end_training()
-    if is_main:
-        save_package(task.package_model(), settings.out / "package", task.tokenizer)
-        draw_run(run.read(), task.before_and_after(trainer.model, settings), settings.out / "figure.png")
-    return run.read()
+    return run
+
+
+def pushing(settings: Settings) -> contextlib.AbstractContextManager[CheckpointPusher | None]:
+    """What pushes checkpoints to the Hub, if the settings name a repository."""
+    if settings.push_to is None:
+        return contextlib.nullcontext()
+    return CheckpointPusher(settings.push_to, metric_for_best_model="reward", tags=["ppo"])
 
 
 def main(**options: Any) -> None:
@@ -350,11 +355,16 @@ def main(**options: Any) -> None:
     logging.disable_progress_bar()
     settings = Settings(**options)
     try:
-        metrics = train(settings)
+        run = train(settings)
     except SettingsError as error:
         raise typer.BadParameter(str(error)) from error
-    first, last = metrics[0], metrics[-1]
-    print(f"reward {first['reward']:.2f} -> {last['reward']:.2f} at a KL of {last['kl']:.1f} nats: {settings.out}")
+    trainer, task = run.trainer, run.trainer.task
+    if trainer.accelerator.is_main_process:
+        metrics = run.read()
+        save_package(task.package_model(), settings.out / "package", task.tokenizer)
+        draw_run(metrics, task.before_and_after(settings.max_new_tokens), settings.out / "figure.png")
+        first, last = metrics[0], metrics[-1]
+        print(f"reward {first['reward']:.2f} -> {last['reward']:.2f} at a KL of {last['kl']:.1f} nats: {settings.out}")
 
 
 main.__doc__ = Settings.__doc__

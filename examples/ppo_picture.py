@@ -45,4 +45,5 @@ def draw_run(metrics: Sequence[dict[str, Any]], samples: Sequence[tuple[str, str
 
 def shortened(text: str) -> str:
     """The text in lines, cut off after the last that has room."""
+    text = "".join(letter for letter in text if letter.isprintable() or letter.isspace())
     return "\n".join(textwrap.wrap(text, WIDTH, max_lines=LINES, placeholder=" …")) or "(nothing)"

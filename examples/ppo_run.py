@@ -50,17 +50,18 @@ class Run:
         trainer.accelerator.wait_for_everyone()
         return state["iteration"]
 
-    def record(self, metrics: dict[str, float]) -> None:
-        """One more line of metrics, and where it is due a checkpoint that follows it."""
+    def record(self, metrics: dict[str, float]) -> bool:
+        """Write one more line of metrics, and where it is due a checkpoint after it; returns whether it was."""
         done, trainer = metrics["iteration"] + 1, self.trainer
         trainer.accelerator.log({name: value for name, value in metrics.items() if name != "iteration"}, step=done - 1)
+        is_due = done % trainer.settings.save_every == 0 or done == trainer.settings.iterations
         if not trainer.accelerator.is_main_process:
-            return
+            return is_due
         with self.metrics.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(metrics) + "\n")
             lines.flush()
             os.fsync(lines.fileno())  # on the disk before the checkpoint that counts on it
-        if done % trainer.settings.save_every == 0 or done == trainer.settings.iterations:
+        if is_due:
             state = {
                 "settings": trainer.settings.plain(),
                 "iteration": done,
@@ -69,6 +70,7 @@ class Run:
                 "kl_coef": trainer.controller.value,
             }
             _replace(self.checkpoint, lambda file: torch.save(state, file))
+        return is_due
 
     def read(self) -> list[dict[str, float]]:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]

@@ -23,7 +23,7 @@ from generation_gpt2_value import Rollout, rollout
 from modeling_gpt2_value import GPT2ValueModel
 
 Reward = Callable[[list[str]], Sequence[float]]
-REVIEWS = 2048  # of the grammar, whose openings are the prompts by default
+REVIEWS = 1024  # of the grammar, whose openings are the prompts by default
 KL_ESTIMATORS = ("k1", "k3", "exact")
 SHOWN = 4  # prompts whose responses are shown before and after
 
@@ -78,19 +78,20 @@ class Task:
             return self.model
         return copy.deepcopy(self.model).merge_and_unload()
 
-    def before_and_after(self, model: torch.nn.Module, settings: Any) -> list[tuple[str, str]]:
+    def before_and_after(self, max_new_tokens: int) -> list[tuple[str, str]]:
         """Texts of the reference and of the model, for the same prompts and the same random numbers."""
         queries = self.queries[:SHOWN]
 
         def responses(of: torch.nn.Module) -> list[str]:
             generator = torch.Generator(queries[0].device).manual_seed(self.seed)
             ends = self.tokenizer.eos_token_id
-            length = settings.max_new_tokens
-            return self.texts(rollout(of, queries, max_new_tokens=length, eos_token_id=ends, generator=generator))
+            return self.texts(
+                rollout(of, queries, max_new_tokens=max_new_tokens, eos_token_id=ends, generator=generator)
+            )
 
-        with self.as_reference(model) as reference:
+        with self.as_reference(self.model) as reference:
             before = responses(reference)
-        return list(zip(before, responses(model), strict=True))
+        return list(zip(before, responses(self.model), strict=True))
 
 
 def make_task(settings: Any, device: torch.device) -> Task:
@@ -103,7 +104,10 @@ def make_task(settings: Any, device: torch.device) -> Task:
         raise SettingsError(f"kl_estimator={settings.kl_estimator!r}; expected one of {', '.join(KL_ESTIMATORS)}.")
     if settings.kl_estimator == "exact" and settings.lora_rank:
         raise SettingsError("kl_estimator=exact needs a second model, which a LoRA does without; take k1 or k3.")
-    base = settings.base or str(small_gpt2().folder)
+    base = settings.base
+    if base is None:
+        torch.set_num_threads(1)  # a model this small is fastest so; with more, each short operation waits
+        base = str(small_gpt2().folder)
     tokenizer = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(settings.seed)  # of a new head and a new LoRA
     reference = None
@@ -150,7 +154,7 @@ def make_queries(settings: Any, tokenizer: Any) -> list[Tensor]:
     if not lines:
         raise SettingsError(f"prompts={settings.prompts} holds no line of text; expected a prompt a line.")
     dice = random.Random(settings.seed)
-    return [torch.tensor(tokenizer(line)["input_ids"][: dice.randint(least, most)]) for line in lines]
+    return [torch.tensor(ids[: dice.randint(least, most)]) for ids in tokenizer(lines)["input_ids"]]
 
 
 def reward_named(name: str) -> Reward:
