@@ -193,7 +193,8 @@ def classifier(settings: Any, device: torch.device) -> Reward:
     """
     tokenizer = AutoTokenizer.from_pretrained(settings.classifier)
     model = AutoModelForSequenceClassification.from_pretrained(settings.classifier).to(device).eval()
-    labels, label = model.config.label2id, settings.classifier_label
+    labels = {name: number for number, name in model.config.id2label.items()}
+    label = settings.classifier_label
     if label not in labels:
         raise SettingsError(f"classifier_label={label!r}; expected one of {', '.join(sorted(labels))}.")
 

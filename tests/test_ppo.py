@@ -17,6 +17,7 @@ import torch
 import typer
 from ppo_task import SettingsError
 from train_small_gpt2 import Recipe, small_gpt2
+from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from hub_tools import inspect_package
 
@@ -141,10 +142,9 @@ def test_the_kl_of_an_untrained_policy_is_zero_by_every_estimator_and_setting(qu
 def test_estimators_agree_on_a_trained_policy(quick):
     """k1 and k3 are estimates of the exact KL; after some training all three are of the same size."""
     found = {}
+    larger = {"batch_size": 64, "minibatch_size": 16, "kl_coef": 0.0, "iterations": 4, "learning_rate": 3e-3}
     for kind in ("k1", "k3", "exact"):
-        settings = dataclasses.replace(
-            elsewhere(quick, kind), kl_estimator=kind, kl_coef=0.0, batch_size=64, minibatch_size=16
-        )
+        settings = dataclasses.replace(elsewhere(quick, kind), kl_estimator=kind, **larger)
         found[kind] = trained(settings)[-1]["kl"]
     assert found["exact"] > 0.2
     assert found["k3"] == pytest.approx(found["exact"], rel=0.3)
@@ -176,6 +176,38 @@ def test_metrics_go_to_tensorboard(quick):
     assert told == pytest.approx([line["reward"] for line in lines_of(quick.out)], abs=1e-6)
 
 
+# LoRA
+
+
+def test_the_reference_of_a_lora_is_its_base_without_a_second_copy(quick, base):
+    run = ppo.train(dataclasses.replace(quick, lora_rank=2, learning_rate=1e-2))
+    task = run.trainer.task
+    assert task.reference is None
+    plain = GPT2LMHeadModel.from_pretrained(base).eval()
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        learnt = task.model(tokens).logits
+        torch.testing.assert_close(task.package_model()(tokens).logits, learnt, atol=1e-5, rtol=0)
+        with task.as_reference(task.model) as reference:
+            assert torch.equal(reference(tokens).logits, plain(tokens).logits)
+    assert not torch.allclose(learnt, plain(tokens).logits, atol=1e-3)
+    assert all("lora" in name or "v_head" in name for name in torch.load(run.checkpoint, weights_only=True)["model"])
+
+
+def test_a_lora_resumes_and_becomes_a_package(quick):
+    quick = dataclasses.replace(quick, lora_rank=2)
+    whole = trained(quick)
+    again = elsewhere(quick, "again")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_rewards, "calls", 0)
+        patch.setattr(ppo_rewards, "FAILS_AT", 3)
+        with pytest.raises(ppo_rewards.Stopped):
+            ppo.train(again)
+    ppo.main(**vars(again))
+    assert without_seconds(lines_of(again.out)) == whole
+    assert inspect_package(again.out / "package").n_embd == QUICK.n_embd
+
+
 # Prompts and rewards
 
 
@@ -186,6 +218,34 @@ def test_every_prompt_is_used_once_before_any_is_used_again(quick):
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
     assert [int(query) for query in task.prompts(2, 4)] == seen[8:12]  # of any iteration, without those before
+
+
+def test_a_classifier_gives_the_logit_of_its_label(quick, base, tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=400, id2label={0: "BAD", 1: "GOOD"}, pad_token_id=0)
+    judge = GPT2ForSequenceClassification(config).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer = AutoTokenizer.from_pretrained(base, pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    settings = dataclasses.replace(quick, classifier=str(tmp_path / "judge"), classifier_label="GOOD")
+    reward = ppo.make_task(settings, torch.device("cpu")).reward
+    with torch.no_grad():
+        alone = judge(torch.tensor([tokenizer("a good film")["input_ids"]])).logits[0, 1].item()
+    assert reward(["a good film", "a film that is much longer"])[0] == pytest.approx(alone, abs=1e-5)
+    with pytest.raises(SettingsError, match="expected one of BAD, GOOD"):
+        ppo.make_task(dataclasses.replace(settings, classifier_label="BEST"), torch.device("cpu"))
+
+
+def test_prompts_come_from_a_file(quick, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The first line\n\nAnother one, longer than eight tokens of any kind\n")
+    settings = dataclasses.replace(quick, prompts=tmp_path / "prompts.txt", prompt_tokens_min=8)
+    task = ppo.make_task(settings, torch.device("cpu"))
+    assert len(task.queries) == 2
+    assert "The first line".startswith(task.tokenizer.decode(task.queries[0]))
+    assert task.tokenizer.decode(task.queries[1]).startswith("An")
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(SettingsError, match="a prompt a line"):
+        ppo.make_task(settings, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -233,3 +293,35 @@ def test_two_processes_learn_what_one_does(quick):
     for name in ("reward", "response_length", "entropy"):
         assert lines[0][name] == pytest.approx(one[0][name], rel=0.15)
     assert lines[0]["reward"] != one[0]["reward"]  # other random numbers: two processes did draw
+
+
+# Learning
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A checkpoint that was trained for seconds, until it wrote some of the grammar's words."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return str(small_gpt2(Recipe(vocab_size=768, n_embd=64, n_layer=1, steps=200)).folder)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 8])
+def test_the_sentiment_of_a_lexicon_rises(writer, tmp_path, lora_rank):
+    settings = ppo.Settings(
+        out=tmp_path,
+        base=writer,
+        iterations=12,
+        batch_size=48,
+        max_new_tokens=24,
+        learning_rate=1e-2 if lora_rank else 1e-3,
+        lora_rank=lora_rank,
+        cpu=True,
+    )
+    metrics = ppo.train(settings).read()
+    reward, kl, explained = ([line[name] for line in metrics] for name in ("reward", "kl", "explained_variance"))
+    assert sum(reward[-3:]) / 3 > sum(reward[:2]) / 2 + 0.3
+    assert min(kl) > -0.1
+    assert kl[-1] > 0.5
+    assert max(explained[-3:]) > 0.1
+    assert metrics[0]["clip_fraction"] > metrics[-1]["clip_fraction"]
