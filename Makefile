@@ -5,7 +5,7 @@ SEED ?= 0
 OUT ?= runs/ppo
 BIN := .venv/bin
 
-.PHONY: help demo ppo test check bench matrix compare-trl faults fuzz release-hashes wheel clean
+.PHONY: help demo ppo test check bench matrix audit-power compare-trl faults fuzz release-hashes wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,6 +49,9 @@ compare-trl: .venv/.done .trl/.done  ## converted checkpoints against the number
 	rm -rf .trl/checkpoints
 	.trl/bin/python tests/compare_with_trl.py write .trl/checkpoints
 	$(BIN)/python tests/compare_with_trl.py compare .trl/checkpoints
+
+audit-power: .venv/.done  ## dishonest samplers that the audit catches, honest ones that it does not pass (slow)
+	$(BIN)/python tests/slow/audit_power.py
 
 faults: .venv/.done  ## fail every request of a push in every way; prints request x fault -> outcome
 	$(BIN)/python tests/fault_sweep.py

@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from generation_gpt2_value import Rollout, rollout
 from sampler_audit import SamplerAudit, audit_logits, audit_sampler
-from sampling_gpt2_value import sampling_logprobs
+from sampler_audit.evidence import sampling_logprobs
 
 TOKENS = 4000  # that each audit sees, at least
 PROMPT, RESPONSE = 8, 24  # tokens
@@ -79,6 +79,10 @@ QUIRKS = (
     Quirk("temperature", "temperature=0.8", generate={"top_k": 0, "temperature": 0.8}, rollout={"temperature": 0.8}),
     Quirk("top-p", "top_p=0.9", generate={"top_k": 0, "top_p": 0.9}, rollout={"top_p": 0.9}),
     Quirk("repetition penalty", "1.5 in generation_config", inherited={"repetition_penalty": 1.5}),
+    Quirk("bad words", "3 tokens in bad_words_ids", generate={"top_k": 0, "bad_words_ids": [[1], [12], [14]]}),
+    Quirk("suppressed tokens", "32 tokens", generate={"top_k": 0, "suppress_tokens": list(range(64, 96))}),
+    Quirk("no repetition", "no_repeat_ngram_size=1", generate={"top_k": 0, "no_repeat_ngram_size": 1}),
+    Quirk("sequence bias", "+2 nats for one token", generate={"top_k": 0, "sequence_bias": {(14,): 2.0}}),
     Quirk("left padding", "scored without position_ids", ragged=True),
     Quirk("dropout", "no eval(), dropout 0.1", training=True),
 )
@@ -208,14 +212,9 @@ def roll_out(stage: Stage, quirk: Quirk) -> Finding:
         drawn = drawn[_enough(drawn.response_mask)]
         audit = audit_sampler(policy, drawn)
     scored = drawn.response_mask
-    is_end = torch.arange(policy.config.vocab_size) == end
-    logprobs = sampling_logprobs(
-        _logits(policy, drawn)[scored],
-        temperature=drawn.temperature,
-        top_k=drawn.top_k,
-        top_p=drawn.top_p,
-        suppress=is_end if drawn.min_new_tokens else None,  # all of the response, where it is not 0
-    )
+    kept = None if drawn.kept is None else drawn.kept[scored]
+    early = (torch.arange(RESPONSE) < drawn.sampling.min_new_tokens).expand_as(scored)[scored]
+    logprobs = sampling_logprobs(_logits(policy, drawn)[scored], drawn.sampling, early=early, kept=kept)
     reference = log_softmax(_logits(stage.reference, drawn)[scored], -1)
     return _finding(drawn.logprobs[scored], logprobs, reference, drawn.responses[scored], audit)
 

@@ -6,13 +6,17 @@ Imports typer, of hub_tools the command's loading and showing, and, inside the f
 from __future__ import annotations
 
 import json as json_format
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from . import console
 from .cli_loading import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from generation_gpt2_value import Sampling
 
 EXIT_DISHONEST = 1
 BATCH = 64  # rows drawn at a time
@@ -60,6 +64,7 @@ def audit(
     """
     import torch
 
+    from generation_gpt2_value import Sampling
     from sampler_audit import audit_sampler
 
     options = _options(generate)
@@ -71,25 +76,18 @@ def audit(
     else:
         start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
         queries = [torch.tensor([0 if start is None else start])]
-    claim: dict[str, Any] = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_new_tokens": min_new_tokens,
-    }
     end = (options or {}).get("eos_token_id", model.generation_config.eos_token_id)
     torch.manual_seed(torch.seed() if seed is None else seed)
     try:
+        claim = Sampling(temperature, top_k, top_p, min_new_tokens, end)
         with console.working("drawing"):
-            rows, lengths = _draw(model, queries, claim, end, options, tokens)
-        if end is not None and (min_new_tokens or not score_padding):
-            claim["eos_token_id"] = end
+            rows, lengths = _draw(model, queries, claim, options, tokens)
         asked: dict[str, Any] = {"prompt_length": lengths}
-        if score_padding and "eos_token_id" in claim:  # with prompt_length, a response would end there
+        if score_padding and claim.eos_token_id:  # with prompt_length, a response would end there
             is_response = [torch.arange(len(row)) >= length for row, length in zip(rows, lengths, strict=True)]
             asked = {"response_mask": torch.nn.utils.rnn.pad_sequence(is_response, batch_first=True)}
         with console.working("auditing"):
-            found = audit_sampler(model, rows, alpha=alpha, **asked, **claim)
+            found = audit_sampler(model, rows, alpha=alpha, **asked, **asdict(claim))
         if plot is not None:
             found.plot(plot)
     except (TypeError, ValueError, ImportError) as error:  # every argument above is the user's
@@ -100,12 +98,12 @@ def audit(
             {
                 "package": package,
                 "sampler": sampler,
-                "claim": {**claim, "score_padding": score_padding},
+                "claim": {**asdict(claim), "score_padding": score_padding},
                 **found.to_json(),
             }
         )
     else:
-        settings = ", ".join(f"{name}={value}" for name, value in claim.items())
+        settings = ", ".join(f"{name}={value}" for name, value in asdict(claim).items())
         console.show_audit(found, sampler=sampler, claim=settings + (", padding was drawn" if score_padding else ""))
     if not found.honest:
         raise typer.Exit(EXIT_DISHONEST)
@@ -130,7 +128,7 @@ def _options(pairs: list[str] | None) -> dict[str, Any] | None:
 
 
 def _draw(
-    model: Any, queries: list[Any], claim: dict[str, Any], end: Any, options: dict[str, Any] | None, tokens: int
+    model: Any, queries: list[Any], claim: Sampling, options: dict[str, Any] | None, tokens: int
 ) -> tuple[list[Any], list[int]]:
     """Rows (prompt and response, without the prompt's padding) that have so many drawn tokens, and prompt lengths."""
     import torch
@@ -139,8 +137,8 @@ def _draw(
     from generation_gpt2_value import rollout
 
     longest = max(len(query) for query in queries)
-    ends = torch.tensor([] if end is None else end, dtype=torch.long).reshape(-1)
-    pad = int(ends[0]) if len(ends) else 0
+    ends = torch.tensor(claim.eos_token_id, dtype=torch.long)
+    pad = (*claim.eos_token_id, 0)[0]
     batch = [queries[row % len(queries)] for row in range(max(BATCH, len(queries)))]
     prompts = pad_sequence(batch, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(query) for query in batch], batch_first=True, padding_side="left")
@@ -149,8 +147,7 @@ def _draw(
     found = 0
     while found < tokens:
         if options is None:
-            eos = None if end is None else ends.tolist()
-            settings = {**claim, "eos_token_id": eos, "max_new_tokens": NEW_TOKENS}
+            settings = {**asdict(claim), "max_new_tokens": NEW_TOKENS}
             sequences = rollout(model, prompts, attention_mask=mask, **settings).sequences
         else:
             always = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "pad_token_id": pad}

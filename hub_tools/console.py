@@ -135,7 +135,8 @@ def show_audit(audit: SamplerAudit, *, sampler: str, claim: str) -> None:
     table.add_row("sampler", visible(sampler))
     table.add_row("claim", visible(claim))
     table.add_row("tokens", f"{audit.tokens:,}" + (f", {audit.impossible:,} impossible" if audit.impossible else ""))
-    table.add_row("statistic", f"G = {audit.statistic:.1f}, {audit.degrees_of_freedom} degrees of freedom")
+    for name, test in audit.tests.items():
+        table.add_row(name, f"p = {test.p_value:.2g}" if test.was_made else "too few tokens to test")
     table.add_row("p-value", f"{audit.p_value:.2g} (dishonest below {audit.alpha:g})")
     table.add_row("KL bias", f"{audit.bias_nats:+.4f} ± {audit.standard_error:.4f} nats per token")
     out.print(Text(audit.verdict, "bold green" if audit.honest else "bold red"))

@@ -1,19 +1,20 @@
-"""What a sampler claims: which tokens it drew, and by which settings. The input of `sampler_audit`, checked.
+"""What a sampler claims: which tokens it drew, and by which settings. The input of `audit_sampler`, checked.
 
-Imports torch alone. A claim about a `Rollout` is read off it; about other tokens, it is what the caller says.
+Imports torch and the remote code. A claim about a `Rollout` is read off it; about other tokens, it is what the caller
+says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_new_tokens": 0}
+from decoding_gpt2_value import are_ids
+from sampling_gpt2_value import Sampling
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,22 +22,21 @@ class Claim:
     """`tokens [B, P+T]`, and for each of them what is said about it.
 
     Attributes:
-        tokens: int64; 0 where the model may not see one.
-        attention_mask: int64, 1 where the model may see the token.
-        drawn: bool, the token is claimed as drawn.
-        early: bool, an end-of-text token cannot be drawn here.
-        support: int64, how many tokens top-p left, where a `Rollout` says so.
-        settings: `temperature`, `top_k` and `top_p`.
-        eos_token_id: the end-of-text tokens.
+        tokens: `[B, P+T]` int64; 0 where the model may not see one.
+        attention_mask: `[B, P+T]` int64, 1 where the model may see the token.
+        drawn: `[B, P+T]` bool, the token is claimed as drawn.
+        early: `[B, P+T]` bool, an end-of-text token cannot be drawn here.
+        kept: `[B, T, K]` of the last T columns, which tokens each draw chose among, as in `Rollout`; None where that
+            is for the settings to say.
+        sampling: the settings.
     """
 
     tokens: torch.Tensor
     attention_mask: torch.Tensor
     drawn: torch.Tensor
     early: torch.Tensor
-    support: torch.Tensor | None
-    settings: dict[str, Any]
-    eos_token_id: tuple[int, ...]
+    kept: torch.Tensor | None
+    sampling: Sampling
 
     @property
     def columns(self) -> int:
@@ -47,44 +47,54 @@ class Claim:
     def to(self, device: torch.device) -> Claim:
         """The same claim with its tensors on another device."""
         fields: dict[str, Any] = dict(vars(self))
-        for name, value in fields.items():
-            fields[name] = value.to(device) if isinstance(value, torch.Tensor) else value
-        return Claim(**fields)
+        moved = {name: value.to(device) for name, value in fields.items() if isinstance(value, torch.Tensor)}
+        return Claim(**{**fields, **moved})
 
 
 def read_claim(
-    sequences, vocabulary, *, prompt_length, attention_mask, response_mask, eos_token_id, **settings
+    sequences: Any,
+    vocabulary: int,
+    *,
+    prompt_length: Any,
+    attention_mask: torch.Tensor | None,
+    response_mask: torch.Tensor | None,
+    **settings: Any,
 ) -> Claim:
     """The claim that these arguments of `audit_sampler` make; settings that are None were not given.
 
     Raises:
         TypeError, ValueError: it is unclear, contradicts itself, or is not about tokens of this vocabulary.
     """
+    given = {name: value for name, value in settings.items() if value is not None}
     if type(sequences).__name__ == "Rollout":  # by name: a package's own class is another one than the checkout's
         masks = {"prompt_length": prompt_length, "attention_mask": attention_mask, "response_mask": response_mask}
-        others = {**masks, **settings, "eos_token_id": eos_token_id}
-        given = [name for name, value in others.items() if value is not None]
-        if given:
+        beside = [name for name, value in {**masks, **given}.items() if value is not None]
+        if beside:
             raise TypeError(
-                f"got a Rollout together with {', '.join(given)}; a Rollout brings its own. Leave these out, or pass "
+                f"got a Rollout together with {', '.join(beside)}; a Rollout brings its own. Leave these out, or pass "
                 "rollout.sequences with prompt_length to audit it under another claim."
             )
-        tokens, mask, P = sequences.sequences, sequences.attention_mask.bool(), _prompt_columns(sequences)
+        if not hasattr(sequences, "sampling"):
+            raise TypeError(
+                "this Rollout is one of version 0.1.0, which did not keep what it drew from; pass rollout.sequences "
+                "with attention_mask, response_mask and the settings."
+            )
+        sampling = Sampling(
+            **{field.name: getattr(sequences.sampling, field.name) for field in dataclasses.fields(Sampling)}
+        )
+        tokens, mask, kept = sequences.sequences, sequences.attention_mask.bool(), sequences.kept
+        P = tokens.shape[1] - sequences.responses.shape[1]
         drawn, starts = pad(sequences.response_mask, (P, 0)), torch.full_like(tokens[:, 0], P)
-        support = None if sequences.support is None else pad(sequences.support, (P, 0))
-        eos, settings = sequences.eos_token_id, {name: getattr(sequences, name) for name in DEFAULTS}
     else:
-        eos = _ids(eos_token_id)
+        sampling, kept = Sampling(**given), None
         tokens, mask, exists = _rows(sequences, attention_mask, prompt_length)
-        drawn, starts = _drawn(tokens, exists, prompt_length, response_mask, eos)
-        support = None
-        settings = {name: default if settings[name] is None else settings[name] for name, default in DEFAULTS.items()}
-    check_settings(**settings, eos=eos)
-    _check_claim(tokens, mask, drawn, vocabulary, eos)
+        drawn, starts = _drawn(tokens, exists, prompt_length, response_mask, sampling.eos_token_id)
+    sampling.check_vocabulary(vocabulary)
+    _check_claim(tokens, mask, drawn, vocabulary)
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    early = places < (starts + settings.pop("min_new_tokens")).unsqueeze(-1)
+    early = places < (starts + sampling.min_new_tokens).unsqueeze(-1)
     early &= places >= starts.unsqueeze(-1)
-    return Claim(tokens.masked_fill(~mask, 0), mask.long(), drawn, early, support, settings, eos)
+    return Claim(tokens.masked_fill(~mask, 0), mask.long(), drawn, early, kept, sampling)
 
 
 def _rows(sequences, attention_mask, prompt_length):
@@ -151,7 +161,7 @@ def _drawn(tokens, exists, prompt_length, response_mask, eos):
     return drawn, starts
 
 
-def _check_claim(tokens, mask, drawn, vocabulary, eos):
+def _check_claim(tokens, mask, drawn, vocabulary):
     check_tokens(tokens, mask, vocabulary)
     hidden = drawn & ~mask
     if hidden.any():
@@ -164,14 +174,11 @@ def _check_claim(tokens, mask, drawn, vocabulary, eos):
     if first.any():
         row, column = first.nonzero()[0].tolist()
         raise ValueError(f"row {row} claims its first token (column {column}) as drawn; expected a prompt before it.")
-    for token in eos:
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"eos_token_id={token} is not in the vocabulary of {vocabulary} tokens.")
 
 
 def check_tokens(tokens, mask, vocabulary):
     """Raises TypeError or ValueError where `tokens [...]` under `mask [...]` are not ids of the vocabulary."""
-    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+    if not are_ids(tokens):
         raise TypeError(f"tokens are {tokens.dtype}; expected token ids, an integer dtype: try .long().")
     outside = mask & ((tokens < 0) | (tokens >= vocabulary))
     if outside.any():
@@ -180,27 +187,3 @@ def check_tokens(tokens, mask, vocabulary):
             f"the id {int(tokens[tuple(place)])} at {place} is outside the vocabulary of {vocabulary} tokens; was it "
             "made with this model's tokenizer? Padding needs an attention_mask."
         )
-
-
-def check_settings(*, temperature, top_k, top_p, min_new_tokens=0, eos=()):
-    """Raises ValueError where settings are none that tokens can be drawn by."""
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature={temperature}; expected a finite number > 0: greedy decoding draws nothing.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}; expected a number in (0, 1], 1.0 for off.")
-    if isinstance(top_k, float) or top_k < 0:
-        raise ValueError(f"top_k={top_k}; expected an int >= 0, 0 for off.")
-    if min_new_tokens < 0:
-        raise ValueError(f"min_new_tokens={min_new_tokens}; expected an int >= 0, 0 for off.")
-    if min_new_tokens and not eos:
-        raise ValueError(f"min_new_tokens={min_new_tokens} has no effect without eos_token_id; pass both or neither.")
-
-
-def _ids(eos_token_id):
-    if eos_token_id is None:
-        return ()
-    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
-
-
-def _prompt_columns(rollout):
-    return rollout.sequences.shape[1] - rollout.responses.shape[1]

@@ -1,10 +1,10 @@
 """What drawn tokens say about the distributions that they claim to come from, chunk by chunk.
 
-Imports torch and the remote code. Method: the randomised probability integral transform of every token (Brockwell, 2007,
-"Universal residuals: a multivariate transformation", Statistics & Probability Letters 77; Czado, Gneiting & Held, 2009,
-"Predictive model assessment for count data", Biometrics 65). Along a sequence the transforms are independent and uniform
-if each token is a draw from its claimed distribution (Rosenblatt, 1952, "Remarks on a multivariate transformation",
-Annals of Mathematical Statistics 23).
+Imports torch and the remote code. Method: the randomised probability integral transform of every token (Brockwell,
+2007, "Universal residuals: a multivariate transformation", Statistics & Probability Letters 77; Czado, Gneiting & Held,
+2009, "Predictive model assessment for count data", Biometrics 65). Along a sequence the transforms are independent and
+uniform if each token is a draw from its claimed distribution (Rosenblatt, 1952, "Remarks on a multivariate
+transformation", Annals of Mathematical Statistics 23).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Evidence:
     Attributes:
         transforms: `[n]` float64, uniform on [0, 1] for honest draws.
         surprises: `[n]` float64, log p(x) + H(p): mean 0 for honest draws, whatever the distributions are.
-        variances, fourths: `[n]` float64, the second and the fourth moment of the surprise under the claim.
+        variances: `[n]` float64, of the surprise under the claim.
         impossible: `[n]` bool, the token has probability zero under the claim.
         observed, expected: `[GROUPS]` float64, how often tokens of each group were drawn and should have been.
         covariance: `[GROUPS, GROUPS]` float64, of `observed` under the claim.
@@ -39,7 +39,6 @@ class Evidence:
     transforms: torch.Tensor
     surprises: torch.Tensor
     variances: torch.Tensor
-    fourths: torch.Tensor
     impossible: torch.Tensor
     observed: torch.Tensor
     expected: torch.Tensor
@@ -49,9 +48,16 @@ class Evidence:
     def none(cls, vocabulary: int) -> Evidence:
         """No token yet."""
         groups = min(vocabulary, GROUPS)
-        numbers = [torch.zeros(0, dtype=torch.float64) for _ in range(4)]
-        counts = [torch.zeros(groups, dtype=torch.float64) for _ in range(2)]
-        return cls(*numbers, torch.zeros(0, dtype=torch.bool), *counts, torch.zeros(groups, groups, dtype=torch.float64))
+        nothing, counts = torch.zeros(0, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
+        return cls(
+            transforms=nothing,
+            surprises=nothing,
+            variances=nothing,
+            impossible=nothing.bool(),
+            observed=counts,
+            expected=counts.clone(),
+            covariance=torch.zeros(groups, groups, dtype=torch.float64),
+        )
 
     @torch.no_grad()
     def add(
@@ -74,36 +80,34 @@ class Evidence:
         logits = logits.double()
         logprobs = sampling_logprobs(logits, sampling, early=early, kept=kept)  # [n, V]
         probs = logprobs.exp()
+        own = logprobs.gather(-1, tokens.unsqueeze(-1))  # [n, 1]
+        if kept is None and (own == -math.inf).any():
+            # Which tokens top-k and top-p keep is decided by rounding where two are all but tied: another engine may
+            # have kept one that is not kept here. It counts as the last token that is.
+            on_edge = (own == -math.inf).squeeze(-1) & _is_on_edge(logits, tokens, sampling, early)
+            tokens = torch.where(on_edge, logprobs.masked_fill(probs == 0, 0.0).argmin(-1), tokens)
+            own = logprobs.gather(-1, tokens.unsqueeze(-1))
         # Tokens are ordered by falling probability, ties by their ids; with u uniform the transform of x is
         # P(tokens before x) + u * p(x).
-        own = logprobs.gather(-1, tokens.unsqueeze(-1))  # [n, 1]
         ids = torch.arange(logits.shape[-1], device=logits.device)
         is_before = (logprobs > own) | ((logprobs == own) & (ids < tokens.unsqueeze(-1)))
         before = (probs * is_before).sum(-1)
         own, prob = own.squeeze(-1), own.exp().squeeze(-1)  # [n]
-        if kept is None and (prob == 0).any():
-            on_edge = (prob == 0) & _is_on_edge(logits, tokens, sampling, early)
-            smallest = probs.masked_fill(probs == 0, 1.0).amin(-1)
-            own, prob = torch.where(on_edge, smallest.log(), own), torch.where(on_edge, smallest, prob)
-            before = torch.where(on_edge, 1.0 - smallest, before)
         where = "cpu" if generator is None else generator.device
         uniform = torch.rand(tokens.shape, generator=generator, device=where, dtype=torch.float64).to(logits.device)
         finite = logprobs.masked_fill(probs == 0, 0.0)
         entropy = -(probs * finite).sum(-1, keepdim=True)
-        centred = finite + entropy  # [n, V]
-        moments = [(probs * centred**power).sum(-1) for power in (2, 4)]
 
         columns = {
             "transforms": (before + uniform * prob).clamp(0.0, 1.0),
             "surprises": own + entropy.squeeze(-1),
-            "variances": moments[0],
-            "fourths": moments[1],
+            "variances": (probs * (finite + entropy) ** 2).sum(-1),
             "impossible": prob == 0,
         }
         for name, column in columns.items():
             setattr(self, name, torch.cat([getattr(self, name), column.cpu()]))
         groups = len(self.observed)
-        of = ids if groups == logits.shape[-1] else ids * HASH % 2**32 % groups
+        of = ids if groups == logits.shape[-1] else (ids * HASH % 2**32) * groups // 2**32
         grouped = torch.zeros(len(tokens), groups, dtype=torch.float64, device=logits.device)
         grouped = grouped.index_add_(1, of, probs).cpu()  # [n, groups]
         self.observed += torch.bincount(of[tokens], minlength=groups).cpu()

@@ -27,18 +27,18 @@ class SamplerAudit:
         statistic: G of the likelihood-ratio test that the transforms are uniform, with Williams' correction.
         degrees_of_freedom: of the chi-square distribution that G has for an honest sampler.
         tests: the four tests by name: `"calibration"` (that G test: are probabilities right?), `"identity"` (is each
-            token drawn as often as it should be?), `"order"` (does one draw depend on another?), `"spread"` (are all rows
-            and all steps drawn alike?).
-        p_value: of the smallest of their p-values, given that there are four: how often an honest sampler does as badly.
-            0 if a token was `impossible`.
+            token drawn as often as it should be?), `"order"` (does one draw depend on another?), `"spread"` (are all
+            rows and all steps drawn alike?). One for which there were too few tokens has 0 degrees of freedom.
+        p_value: of the smallest of their p-values, given how many there are: how often an honest sampler does as
+            badly. 0 if a token was `impossible`.
         alpha: the level of the verdict: one honest sampler in 1 / alpha is called dishonest.
         bias_nats: what the mismatch adds to a KL penalty, in nats per token: the mean over drawn tokens of
             log p(x) + H(p), about 0 for honest draws; -inf if a token was `impossible`.
         standard_error: of `bias_nats`, for honest draws, whose terms are uncorrelated; NaN if one was `impossible`.
         tokens: how many drawn tokens were tested.
         impossible: how many of them have probability zero under the claim.
-        edges: of the bins of the G test, K + 1 numbers from 0 to 1. The last of ten even bins is halved as often as the
-            number of tokens allows: the rare tokens are where truncation and padding show.
+        edges: of the bins of the G test, K + 1 numbers from 0 to 1. The last of ten even bins (five below 100 tokens)
+            is halved as often as the number of tokens allows: the rare tokens are where truncation and padding show.
         histogram: transforms in each bin, K numbers.
         transforms: `[tokens]` float64 on the CPU, in the order of rows and columns; uniform on [0, 1] if honest.
     """
@@ -69,7 +69,7 @@ class SamplerAudit:
     @property
     def failed(self) -> tuple[str, ...]:
         """The tests by which the sampler is dishonest, the clearest first."""
-        level = -math.expm1(math.log1p(-self.alpha) / len(self.tests))
+        level = -math.expm1(math.log1p(-self.alpha) / sum(test.was_made for test in self.tests.values()))
         by_p_value = sorted(self.tests.items(), key=lambda item: item[1].p_value)
         return tuple(name for name, outcome in by_p_value if outcome.p_value < level)
 

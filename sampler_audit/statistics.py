@@ -1,7 +1,7 @@
 """The four tests of an audit: calibration, identity, order, spread. Each gives a p-value that is uniform if honest.
 
-Imports torch. Transforms are independent and uniform on [0, 1] for honest draws; surprises are martingale differences
-with known moments.
+Imports torch. For honest draws the transforms are independent and uniform on [0, 1], so their normal scores are
+independent standard normal numbers; how often a token is drawn has a known mean and variance.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-EVEN_BINS = 10
+LEAST_EXPECTED = 10  # in a bin: below, the distribution of G is not near enough to chi-square
+LEAST_PAIRS = 20  # of transforms, to correlate them
 LEAST_VARIANCE = 5.0  # of a count: below, its distribution is not near enough to a normal one
 
 
@@ -22,6 +23,11 @@ class Outcome(NamedTuple):
     degrees_of_freedom: float
     p_value: float
 
+    @property
+    def was_made(self) -> bool:
+        """Whether there was enough to test."""
+        return self.degrees_of_freedom > 0
+
 
 def calibration(transforms: torch.Tensor) -> tuple[Outcome, torch.Tensor, torch.Tensor]:
     """Are probabilities right? A likelihood-ratio test (G-test) that the transforms `[n]` are uniform.
@@ -29,16 +35,18 @@ def calibration(transforms: torch.Tensor) -> tuple[Outcome, torch.Tensor, torch.
     With Williams' correction (1976, "Improved likelihood ratio tests for complete contingency tables", Biometrika 63).
 
     Returns:
-        the result; the edges of the bins: even ones, the last halved while at least 10 are expected in each half, since
-        the rare tokens are where truncation and padding show; and the count in each bin.
+        the result; the edges of the bins, in each of which at least 10 are expected: ten even ones (five below 100
+        tokens), the last halved as often as possible, since the rare tokens are where truncation and padding show; and
+        the count in each bin.
     """
     n = len(transforms)
-    edges = [bin / EVEN_BINS for bin in range(EVEN_BINS)]
-    tail = 1.0 / EVEN_BINS
-    while n * tail / 2 >= 10:
+    even = 10 if n >= 10 * LEAST_EXPECTED else 5
+    starts = [bin / even for bin in range(even)]
+    tail = 1.0 / even
+    while n * tail / 2 >= LEAST_EXPECTED:
         tail /= 2
-        edges.append(1.0 - tail)
-    edges = torch.tensor([*edges, 1.0], dtype=torch.float64)
+        starts.append(1.0 - tail)
+    edges = torch.tensor([*starts, 1.0], dtype=torch.float64)
     widths = edges.diff()
     observed = torch.bincount(torch.bucketize(transforms, edges[1:-1], right=True), minlength=len(widths)).double()
     g = 2.0 * torch.special.xlogy(observed, observed / (n * widths)).sum()
@@ -55,21 +63,27 @@ def identity(observed: torch.Tensor, expected: torch.Tensor, covariance: torch.T
     """
     variances, axes = torch.linalg.eigh(covariance)
     used = variances >= LEAST_VARIANCE
-    if not used.any():
+    freedom = int(used.sum())
+    if not freedom:
         return Outcome(0.0, 0, 1.0)
-    deviations = (axes.T @ (observed - expected))[used]
-    statistic = (deviations**2 / variances[used]).sum()
-    return Outcome(float(statistic), int(used.sum()), chi_square_tail(statistic, int(used.sum())))
+    variances, axes = variances[used], axes[:, used]
+    statistic = (((observed - expected) @ axes) ** 2 / variances).sum()
+    # Small counts are nearly Poisson numbers, whose squares vary more than those of normal ones. The gamma
+    # distribution with this variance stands for chi-square's.
+    excess = (expected * (axes**2 / variances).sum(1) ** 2).sum() / (2.0 * freedom)
+    p_value = chi_square_tail(statistic / (1.0 + excess), freedom / (1.0 + float(excess)))
+    return Outcome(float(statistic), freedom, p_value)
 
 
 def order(transforms: torch.Tensor, drawn: torch.Tensor) -> Outcome:
-    """Is each draw independent of the others? Of the transforms `[B, T]` where `drawn [B, T]`, by two tests.
+    """Is each draw independent of the others? Of the transforms `[B, T]` where `drawn [B, T]`, by three tests.
 
     Neighbours: correlations of the first two Legendre polynomials of each transform with those of the next in the row,
-    and of the same step in the next row; under independence they are uncorrelated with variance 1 (Neyman, 1937,
-    "Smooth test for goodness of fit"). Patterns: the strongest line in the two-dimensional periodogram of the normal
-    scores, after Fisher (1929, "Tests of significance in harmonic analysis"): alternation, drift, a sequence that
-    repeats from row to row.
+    and of the same step in the next row (Neyman, 1937, "Smooth test for goodness of fit"), as self-normalised sums,
+    whose tails are no heavier than normal ones for few pairs either (Efron, 1969, "Student's t-test under symmetry
+    conditions"). Patterns: the strongest line in the two-dimensional periodogram of the normal scores (Fisher, 1929,
+    "Tests of significance in harmonic analysis"): alternation, drift, a sequence that repeats from row to row. Repeats:
+    the strongest correlation of each row with the one so many rows later, as of processes that began with one seed.
     """
     x = 2.0 * transforms - 1.0
     scores = torch.stack([math.sqrt(3.0) * x, math.sqrt(5.0) * (3.0 * x**2 - 1.0) / 2.0], -1)  # [B, T, 2]
@@ -78,46 +92,70 @@ def order(transforms: torch.Tensor, drawn: torch.Tensor) -> Outcome:
         (scores[:, :-1], scores[:, 1:], drawn[:, :-1] & drawn[:, 1:]),
         (scores[:-1], scores[1:], drawn[:-1] & drawn[1:]),
     ):
-        if pairs.sum() >= 20:
-            products = here[pairs].T @ there[pairs] / math.sqrt(int(pairs.sum()))  # [2, 2]
-            squares, terms = squares + (products**2).sum(), terms + 4
+        if pairs.sum() >= LEAST_PAIRS:
+            products = here[pairs].unsqueeze(-1) * there[pairs].unsqueeze(-2)  # [pairs, 2, 2]
+            squares, terms = squares + (products.sum(0) ** 2 / (products**2).sum(0)).sum(), terms + 4
     neighbours = chi_square_tail(squares, terms) if terms else 1.0
 
-    n = int(drawn.sum())
-    normal = torch.special.ndtri(transforms.clamp(1e-12, 1 - 1e-12)).masked_fill(~drawn, 0.0)
-    power = torch.fft.fft2(normal).abs() ** 2 / n
-    # Real and imaginary part have the variances (1 +- r) / 2, with r from the mask; P(power > x) <= exp(-x / (1 + r)).
-    mask = torch.fft.fft2(drawn.double()).abs() / n
+    power = torch.fft.fft2(normal_scores(transforms, drawn)).abs() ** 2 / int(drawn.sum())
+    # Real and imaginary part have the variances (1 +- r) / 2, with r from the mask: P(power > x) <= exp(-x / (1 + r)).
+    mask = torch.fft.fft2(drawn.double()).abs() / int(drawn.sum())
     rows, steps = (torch.arange(size) * 2 % size for size in drawn.shape)
-    logs = -power / (1.0 + mask[rows][:, steps])
+    strongest = float((power / (1.0 + mask[rows][:, steps])).amax())
     lines = (drawn.numel() + 1) // 2  # a real signal has every line twice
-    pattern = min(1.0, lines * math.exp(float(logs.amin())))
-    return Outcome(float(squares), terms, both(neighbours, pattern))
+    pattern = -math.expm1(lines * math.log1p(-math.exp(-strongest))) if strongest > 0 else 1.0
+    return Outcome(
+        float(squares), terms, both(neighbours, pattern, _repeats(scores[..., 0].masked_fill(~drawn, 0.0), drawn))
+    )
 
 
-def spread(surprises, variances, fourths, drawn) -> Outcome:
-    """Is it one sampler? Whether sums of the surprises `[B, T]` over rows, and over steps, vary as they should.
+def _repeats(scores, drawn):
+    """The p-value of the strongest correlation of `scores [B, T]` with those of the same step some rows later."""
 
-    Too much: some rows, or some steps, were drawn by another temperature than others. Too little: draws were balanced
-    against each other.
+    def of_later_rows(x):
+        spectrum = torch.fft.rfft(x.double(), 2 * len(x), dim=0)  # twice the rows: the last ones do not meet the first
+        return torch.fft.irfft(spectrum.abs() ** 2, 2 * len(x), dim=0)[1 : len(x)].sum(1)
+
+    used = of_later_rows(drawn) >= LEAST_PAIRS
+    if not used.any():
+        return 1.0
+    strongest = float((of_later_rows(scores)[used] ** 2 / of_later_rows(scores**2)[used]).amax())
+    return both(*[chi_square_tail(strongest, 1)] * int(used.sum()))
+
+
+def spread(transforms: torch.Tensor, variances: torch.Tensor, drawn: torch.Tensor, *, evenness: float) -> Outcome:
+    """Is it one sampler? Whether sums of normal scores `[B, T]` over rows, and over steps, vary as they should.
+
+    Too much: some rows, or some steps, were drawn at another temperature than others. Too little: draws were balanced
+    against each other. A temperature moves a token in proportion to the standard deviation of its log-probability, so
+    that is the weight of its score.
+
+    Args:
+        transforms: `[B, T]`, where `drawn [B, T]`.
+        variances: `[B, T]`, of the log-probability of a token that is drawn there.
+        evenness: the probability that honest transforms are spread over the unit interval as evenly as these, or more.
     """
-    fields = [field.masked_fill(~drawn, 0.0) for field in (surprises, variances, fourths)]
+    scores = normal_scores(transforms, drawn) * variances.sqrt()
     results = []
     for dim in (1, 0):
-        sums, variance, fourth = (field.sum(dim) for field in fields)
-        second = (fields[1] ** 2).sum(dim)
-        mean = variance.sum()
-        spread_of_squares = (2.0 * variance**2 + fourth - 3.0 * second).sum()  # variance of the sum of squares
-        if mean <= 0 or spread_of_squares <= 0:
+        sums, expected = scores.sum(dim), variances.masked_fill(~drawn, 0.0).sum(dim)  # of each row, or step
+        mean = float(expected.sum())
+        if mean <= 0:
             continue
-        # A gamma distribution with that mean and variance.
-        shape, scale = mean**2 / spread_of_squares, spread_of_squares / mean
-        statistic = (sums**2).sum()
-        upper = chi_square_tail(2.0 * statistic / scale, 2.0 * float(shape))
-        results.append(Outcome(float(statistic / mean), len(sums), min(1.0, 2.0 * min(upper, 1.0 - upper))))
+        # A sum of weighted chi-square numbers is nearly a gamma number with the same mean and variance (Satterthwaite,
+        # 1946, "An approximate distribution of estimates of variance components").
+        freedom = mean**2 / float((expected**2).sum())
+        statistic = float((sums**2).sum()) / mean * freedom
+        upper = chi_square_tail(statistic, freedom)
+        results.append(Outcome(statistic, freedom, min(1.0, 2.0 * min(upper, 1.0 - upper))))
     if not results:
         return Outcome(0.0, 0, 1.0)
-    return Outcome(results[0].statistic, results[0].degrees_of_freedom, both(*(result.p_value for result in results)))
+    return Outcome(*results[0][:2], both(evenness, *(result.p_value for result in results)))
+
+
+def normal_scores(transforms: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers as standard normal ones; 0 where nothing was drawn."""
+    return torch.special.ndtri(transforms.clamp(1e-12, 1 - 1e-12)).masked_fill(~drawn, 0.0)
 
 
 def both(*p_values: float) -> float:

@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import math
+from collections import Counter
 
+import dishonest_samplers
 import pytest
 import torch
 from conftest import make_tiny_model, plain_twin
@@ -83,8 +85,49 @@ def test_the_p_value_is_that_of_a_g_test(model):
     g = stats.power_divergence(audit.histogram, expected.numpy(), lambda_="log-likelihood").statistic
     williams = 1 + ((1 / widths).sum().item() - 1) / (6 * audit.tokens * audit.degrees_of_freedom)
     assert audit.statistic == pytest.approx(g / williams, rel=1e-9)
-    assert audit.p_value == pytest.approx(stats.chi2.sf(audit.statistic, audit.degrees_of_freedom), rel=1e-6)
+    p_value = audit.tests["calibration"].p_value
+    assert p_value == pytest.approx(stats.chi2.sf(audit.statistic, audit.degrees_of_freedom), rel=1e-6)
+    smallest = min(test.p_value for test in audit.tests.values())
+    assert audit.p_value == pytest.approx(1 - (1 - smallest) ** 4, rel=1e-6)  # Sidak's of four
     assert sum(audit.histogram) == audit.tokens == 4 * 20 * T
+
+
+@pytest.mark.parametrize("shape", [(50,), (10, 5), (2, 60), (40, 10)], ids=str)
+def test_few_tokens_give_no_more_false_alarms(shape):
+    """Of each test alone: p-values below its share of the level, 1 in 4,000, where 0.4 of 1,500 are expected."""
+    torch.manual_seed(0)
+    small = Counter()
+    for _ in range(1500):
+        logits = torch.randn(*shape, 30) * 2
+        tokens = torch.multinomial(logits.softmax(-1).view(-1, 30), 1).view(shape)
+        audit = audit_logits(logits, tokens)
+        small.update(name for name, test in audit.tests.items() if test.p_value < 2.5e-4)
+    assert max(small.values(), default=0) <= 4
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 50}, {"top_p": 0.9}, {}], ids=str)
+def test_honest_rollouts_in_bfloat16_pass(settings):
+    """Sampling and auditing round otherwise, and so cut off otherwise; the rollout keeps what it drew from."""
+    model = make_sharp_model().bfloat16()
+    torch.manual_seed(0)
+    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=150, **settings)
+    audits = [audit_sampler(model, drawn[part::12], batch_size=64) for part in range(12)]
+    assert [audit.impossible for audit in audits] == [0] * 12
+    assert all(audit.honest for audit in audits), [str(audit) for audit in audits]
+
+
+def test_a_rollout_is_audited_over_the_tokens_that_it_drew_from(model):
+    """The model learns between drawing and auditing: what is no longer in its top 5 was possible all the same."""
+    torch.manual_seed(0)
+    drawn = model.rollout(EVEN, max_new_tokens=T, num_return_sequences=20, top_k=5)
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in moved.transformer.parameters():
+            weight.add_(0.01 * weight.std() * torch.randn_like(weight))
+    assert audit_sampler(moved, drawn).impossible == 0
+    assert audit_sampler(moved, drawn.sequences, prompt_length=3, top_k=5).impossible > 0
+    spoilt = dataclasses.replace(drawn, kept=~drawn.kept)  # a bit mask of the others
+    assert audit_sampler(model, spoilt).impossible == drawn.response_mask.sum()
 
 
 def test_a_rollout_passes_in_training_mode_and_is_audited_like_its_tokens(model):
@@ -208,6 +251,45 @@ def test_scoring_without_position_ids_and_with_dropout_is_caught(model):
     assert audit_sampler(model, drawn).honest
     assert audit_logits(unplaced, drawn.responses).p_value < 1e-4
     assert audit_logits(noisy, drawn.responses).p_value < 1e-4
+
+
+@pytest.mark.parametrize("sampler", dishonest_samplers.DISHONEST, ids=lambda sampler: sampler.__name__)
+def test_what_only_some_tokens_or_their_order_show_is_caught(sampler):
+    """At 40 rows of 100 tokens; `make audit-power` counts how often."""
+    model = make_sharp_model(n_positions=128)
+    torch.manual_seed(1)
+    prompts = torch.randint(0, 96, (40, 3))
+    sequences = dishonest_samplers.draw(model, prompts, **sampler(40, 100, 96))
+    audit = audit_sampler(model, sequences, prompt_length=3)
+    assert audit.tokens == 4000
+    assert not audit.honest
+    assert audit.failed
+
+
+def test_the_same_draws_pass_where_they_are_random_and_of_one_distribution():
+    model = make_sharp_model(n_positions=128)
+    torch.manual_seed(1)
+    prompts = torch.randint(0, 96, (40, 3))
+    sequences = dishonest_samplers.draw(model, prompts, **dishonest_samplers.honest(40, 100, 96))
+    audit = audit_sampler(model, sequences, prompt_length=3)
+    assert audit.honest
+    assert audit.failed == ()
+
+
+def test_banned_ids_of_a_large_vocabulary_are_caught():
+    """Ids are counted in 512 groups; some tokens are frequent everywhere, as in any language."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(8192) + 1.5 * torch.randn(100, 8192)
+    tokens = torch.multinomial(logits.softmax(-1), 40, replacement=True)  # [100, 40]
+    everywhere = logits[:, None].expand(100, 40, 8192)
+    assert audit_logits(everywhere, tokens).honest
+    for banned in (slice(4096, None), slice(0, None, 5)):
+        fewer = logits.clone()
+        fewer[:, banned] = -math.inf
+        tokens = torch.multinomial(fewer.softmax(-1), 40, replacement=True)
+        audit = audit_logits(everywhere, tokens)
+        assert "identity" in audit.failed
+        assert not audit.honest
 
 
 def test_another_model_s_tokens_are_caught(model):
@@ -336,6 +418,7 @@ def test_bad_input_is_refused_with_what_to_do(model):
         (ValueError, "at least 50", {"prompt_length": 22}),
         (ValueError, "alpha=2", {"prompt_length": 3, "alpha": 2}),
         (ValueError, "batch_size=0", {"prompt_length": 3, "batch_size": 0}),
+        (ValueError, "top_k=2.5", {"prompt_length": 3, "top_k": 2.5}),
     ]
     for kind, words, claim in cases:
         with pytest.raises(kind, match=words):
@@ -352,6 +435,8 @@ def test_bad_input_is_refused_with_what_to_do(model):
         audit_sampler(model, [], prompt_length=3)
     with pytest.raises(ValueError, match="a list needs none"):
         audit_sampler(model, list(tokens), prompt_length=3, attention_mask=mask)
+    with pytest.raises(ValueError, match="positions end at 64"):
+        audit_sampler(model, tokens.repeat(1, 3), prompt_length=3)
     with pytest.raises(TypeError, match="audit_logits"):
         audit_sampler(lambda x: x, drawn)
     with pytest.raises(ValueError, match=r"tokens \[3\]"):
