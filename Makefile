@@ -1,9 +1,11 @@
 # Everything runs in .venv, which the first target that needs it makes from nothing.
 PYTHON ?= python3
 BASE ?=
+SEED ?= 0
+OUT ?= runs/ppo
 BIN := .venv/bin
 
-.PHONY: help demo test check docs bench matrix audit-power compare-trl faults fuzz release-hashes tree wheel clean
+.PHONY: help demo test check docs bench matrix audit-power compare-trl faults fuzz release-hashes tree wheel clean ppo
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,9 +21,15 @@ help:  ## this list
 demo: .venv/.done  ## from a GPT-2 checkpoint to a loaded package and a picture; BASE=openai-community/gpt2 or a folder
 	$(BIN)/python examples/demo.py $(if $(BASE),--base "$(BASE)")
 
+ppo: .venv/.done  ## PPO on the demo's model and a sentiment lexicon, with a figure; SEED=0 OUT=runs/ppo
+	$(BIN)/python examples/ppo.py --out "$(OUT)" --seed $(SEED)
+
 test: .venv/.done  ## the test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py
 	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py  # alone: its workers give way to everything
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py --ignore tests/test_ppo_pushes.py
+	# Alone: the process that pushes gives way to everything else.
+	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py tests/test_ppo_pushes.py
 
 check: .venv/.done  ## lint, format, types, who imports whom, and whether the API reference builds
 	$(BIN)/ruff check .
@@ -70,4 +78,4 @@ wheel: .venv/.done  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --quiet
 
 clean:  ## remove what the targets above made
-	rm -rf .venv .matrix .trl build dist demo *.egg-info
+	rm -rf .venv .matrix .trl build dist demo runs *.egg-info

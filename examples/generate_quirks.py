@@ -72,6 +72,7 @@ class Quirk:
 
 
 LONG = {"min_new_tokens": RESPONSE}
+BIASED = {(token,): 2.0 for token in (1, 12, 14)}
 QUIRKS = (
     Quirk("padding after the end", "every column is scored", scores_padding=True),
     Quirk("end suppressed", f"min_new_tokens={RESPONSE}", generate={"top_k": 0, **LONG}, rollout=LONG),
@@ -82,7 +83,7 @@ QUIRKS = (
     Quirk("bad words", "3 tokens in bad_words_ids", generate={"top_k": 0, "bad_words_ids": [[1], [12], [14]]}),
     Quirk("suppressed tokens", "every second id", generate={"top_k": 0, "suppress_tokens": list(range(2, 1024, 2))}),
     Quirk("no repetition", "no_repeat_ngram_size=1", generate={"top_k": 0, "no_repeat_ngram_size": 1}),
-    Quirk("sequence bias", "+2 nats for one token", generate={"top_k": 0, "sequence_bias": {(14,): 2.0}}),
+    Quirk("sequence bias", "+2 nats for 3 tokens", generate={"top_k": 0, "sequence_bias": BIASED}),
     Quirk("left padding", "scored without position_ids", ragged=True),
     Quirk("dropout", "no eval(), dropout 0.1", training=True),
 )
