@@ -25,10 +25,8 @@ ppo: .venv/.done  ## PPO on the demo's model and a sentiment lexicon, with a fig
 	$(BIN)/python examples/ppo.py --out "$(OUT)" --seed $(SEED)
 
 test: .venv/.done  ## the test suite
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py
-	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py  # alone: its workers give way to everything
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py --ignore tests/test_ppo_pushes.py
-	# Alone: the process that pushes gives way to everything else.
+	# Alone: their worker processes give way to everything.
 	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py tests/test_ppo_pushes.py
 
 check: .venv/.done  ## lint, format, types, who imports whom, and whether the API reference builds

@@ -32,6 +32,7 @@ from hub_tools.errors import (
     NonFiniteWeightsError,
     PusherClosedError,
     PushOptionsError,
+    UnsavableConfigError,
 )
 from hub_tools.package.replace_folder import discard, locked_folder
 from hub_tools.publish.checkpoints import pusher as checkpoint_pusher
@@ -170,12 +171,24 @@ def test_what_a_worker_started_ends_with_it():
     wait_for(lambda: ended(started))
 
 
-def test_a_checkpoint_that_cannot_be_written_is_a_failure_and_no_silence(server, pusher):
+def test_a_checkpoint_that_cannot_be_written_is_a_failure_and_no_silence(server, pusher, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_pusher.Snapshot, "write", full_disk)
+        pusher.push(make_tiny_model(), step=2)
+        with pytest.raises(CheckpointPushError, match=r"step 2.*No space left"):
+            pusher.flush()
+
+
+def test_a_config_that_could_not_be_saved_is_refused_at_once_and_stops_nothing(server, pusher):
     model = make_tiny_model()
     model.generation_config.made_of = object()  # JSON has no word for it
-    pusher.push(model, step=2)
-    with pytest.raises(CheckpointPushError, match=r"step 2.*TypeError"):
-        pusher.flush()
+    with pytest.raises(UnsavableConfigError):
+        pusher.push(model, step=2)
+    pusher.flush()
+    assert pusher.pushed == ()
 
 
 def test_a_worker_that_cannot_be_started_is_told_at_the_next_call_and_stops_nothing(server, pusher, monkeypatch):

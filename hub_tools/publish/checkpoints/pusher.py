@@ -348,6 +348,8 @@ class CheckpointPusher:
         folder, lock = locked_folder(FOLDER, Path(tempfile.gettempdir()))
         try:
             for attempt in itertools.count(1):
+                with self._changed:
+                    flushing = self._flushes > 0  # it gives up after an attempt that began when somebody waited already
                 try:
                     return self._work(job, snapshot, folder)
                 except (HubUnavailableError, ConcurrentPushError, WorkerDiedError) as error:
@@ -359,7 +361,7 @@ class CheckpointPusher:
                             self._skipped.append(job.step)
                             logger.warning("step %d is skipped: %s", job.step, error.found)
                             return None
-                        if unreachable and self._flushes:
+                        if unreachable and flushing:
                             raise
                     logger.warning("step %d is not on %s yet, and tried again: %s", job.step, self.repo_id, error)
         finally:
