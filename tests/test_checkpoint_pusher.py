@@ -120,7 +120,7 @@ def ended(pid):
         return True
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "this never happened"

@@ -100,8 +100,10 @@ def _verify(folder: Path, verified: str | None) -> str:
     facts = {name: digest for name, digest in hashes.items() if layout.kind_of(name) != "weights"}
     headers = {name: read_safetensors_header(folder, name) for name in hashes if name.endswith(".safetensors")}
     fingerprint = hashlib.sha256(repr((sorted(facts.items()), sorted(headers.items()))).encode()).hexdigest()
-    if fingerprint != verified:
+    by_an_earlier_attempt = folder.with_name(f"verified-{fingerprint}")
+    if fingerprint != verified and not by_an_earlier_attempt.exists():
         verify_package(folder, timeout=VERIFY_TIMEOUT)
+        by_an_earlier_attempt.touch()
     else:
         for problem in problems(inspect_package(folder)):
             raise problem
