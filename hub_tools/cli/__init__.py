@@ -1,6 +1,6 @@
 """The `gpt2-value` command: thin, one function a subcommand. What it shows is in `console`.
 
-Imports typer and, inside the functions that need them, the rooms of hub_tools; so `--help` and `inspect`
+Imports typer and, inside the functions that need them, the modules of hub_tools; so `--help` and `inspect`
 start at once.
 
 Exit status, for scripts: 0 done; 1 refused or failed, with the reason and the next step on stderr; 2 wrong
