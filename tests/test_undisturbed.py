@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_tiny_model
 from torch import nn
+from torch.utils.checkpoint import CheckpointError
 
 from generation_gpt2_value import rescore, rollout
 
@@ -115,7 +116,7 @@ def test_an_interrupt_leaves_nothing_changed(plain):
                 signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0005, 0.03))
                 while True:
                     gradient_of(model, rescore(model, rollout(model, RAGGED, max_new_tokens=4)))
-            except Interrupt:
+            except (Interrupt, CheckpointError):  # torch reports one of its recomputation in its own words
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 interrupted += 1
     finally:
