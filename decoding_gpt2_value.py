@@ -146,10 +146,11 @@ def _is_altered(module, but_by=("transformers.",)):
     found = [vars(module).get(name) for name in ("forward", "_original_forward")]  # Accelerate keeps what it wraps
     found = [f for f in found if f is not None and getattr(f, "__func__", None) is not type(module).forward]
     for function in [*found, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
-        # Where its code stands: `__module__` may be that of a function which it wraps.
-        code = getattr(getattr(function, "__func__", function), "__globals__", {})
-        if not code.get("__name__", "").startswith(but_by):
-            return True
+        # By where its code stands, and that of the function which a decorator of a library wraps.
+        for f in (getattr(function, "__func__", function), inspect.unwrap(function)):
+            written_in = getattr(f, "__globals__", {}).get("__name__", "")
+            if f is not type(module).forward and not written_in.startswith(but_by):
+                return True
     return False
 
 
@@ -159,7 +160,7 @@ def without_dropout(model, *, checkpointing=False):
     With `checkpointing`, layers whose activations are checkpointed still are; without, they can use a cache. Raises
     TypeError where there is dropout that the copy cannot reach.
     """
-    if not (_has_dropout(model) if checkpointing else any(module.training for module in model.modules())):
+    if not any(module.training for module in model.modules()):
         return model
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise TypeError("the dropout inside DistributedDataParallel cannot be switched off: call model.eval() first.")
@@ -169,7 +170,7 @@ def without_dropout(model, *, checkpointing=False):
         fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
         # transformers checkpoints a layer in training mode only, so there its own dropouts are set to 0 instead.
         fields["training"] = module.training and checkpointing and bool(fields.get("gradient_checkpointing"))
-        fields.update(dict.fromkeys(_dropouts(module), 0.0))
+        fields |= {**dict.fromkeys(_dropouts(module), 0.0), "_compiled_call_impl": None}  # that is bound to the module
         for name in {"forward", "_old_forward", "_original_forward"} & set(fields):  # Accelerate's
             fields[name] = _bound_to_copies(fields[name], copies, module)
     return copies[model]
@@ -305,7 +306,7 @@ def decoder_for(model, tokens, mask):
         config, modules = model.config, [model.lm_head, *model.transformer.modules()]
         odd = config.scale_attn_by_inverse_layer_idx, config.reorder_and_upcast_attn, config.add_cross_attention
         known = PLAIN | {nn.ModuleList, type(ACT2FN[config.activation_function])}
-        plain = config.scale_attn_weights and not any(odd)
+        plain = not any(odd) and config.scale_attn_weights and config._attn_implementation in ("eager", "sdpa")
         plain &= all(type(module) in known and not _is_altered(module) for module in modules)
         # Quantised weights, sharded ones and pruned heads are of another class or shape.
         plain &= all(type(weight) is nn.Parameter for module in modules for weight in module.parameters(recurse=False))

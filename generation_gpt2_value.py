@@ -67,7 +67,7 @@ class Rollout:
 
     def __getitem__(self, rows):
         """The given rows (a slice, a list, a 1-D tensor of indices or a mask) as a `Rollout`."""
-        if isinstance(rows, int):
+        if not isinstance(rows, (slice, list)) and getattr(rows, "ndim", 0) != 1:
             raise TypeError(f"rollout[{rows}]: select rows with a slice, a list or a tensor, as in rollout[{rows}:].")
         return self._map(lambda tensor: tensor[rows])
 

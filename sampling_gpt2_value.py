@@ -179,8 +179,8 @@ def _invert(weights, target):
 
 
 def is_finite(logits):
-    """Whether all of `logits [..., V]` are finite: their sum is so exactly when each of them is."""
-    return logits.detach().sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).isfinite()
+    """Whether all of `logits [..., V]` are finite: their sum in float64 is so exactly when each of them is."""
+    return logits.detach().sum(-1, dtype=torch.float64).isfinite()
 
 
 def whole_number(name, value, low):

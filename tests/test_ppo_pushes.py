@@ -1,7 +1,7 @@
 """examples/ppo.py pushes its checkpoints. Run alone: what pushes gives way to everything else on the machine."""
 
 import ppo
-from fault_sweep import serving
+from slow.fault_sweep import serving
 from train_small_gpt2 import Recipe, small_gpt2
 
 

@@ -425,3 +425,71 @@ def distributed_worker(rank, kind, folder):
 def test_two_processes_learn_the_mean_of_what_each_would_learn_alone(kind, tmp_path):
     torch.multiprocessing.spawn(distributed_worker, (kind, tmp_path), nprocs=2)
     assert {"done-0", "done-1"} <= set(os.listdir(tmp_path))
+
+
+# What a stranger tried
+
+
+def test_layers_that_were_compiled_in_place_lose_their_dropout_too():
+    model = make_policy(resid_pdrop=0.3).train()
+    for block in model.transformer.h:
+        block.compile(backend="eager")
+    drawn = draw(model, {})
+    torch.testing.assert_close(rescore(model, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+
+
+def test_noise_that_no_attribute_names_is_switched_off_in_training_mode():
+    model = make_policy(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0).train()
+    mlp = model.transformer.h[0].mlp
+
+    class Noisy(type(mlp)):
+        def forward(self, x):
+            return torch.nn.functional.dropout(super().forward(x), 0.3, self.training)
+
+    mlp.__class__ = Noisy
+    drawn = draw(model, {})
+    torch.testing.assert_close(rescore(model, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_hook_under_a_decorator_of_torch_is_a_hook():
+    model = make_policy()
+
+    @torch.no_grad()
+    def double(module, args, output):
+        if getattr(output, "logits", None) is not None:
+            output.logits = output.logits * 2
+        return output
+
+    model.register_forward_hook(double)
+    drawn = draw(model, {})
+    torch.testing.assert_close(rescore(model, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+
+
+def test_tokens_banned_by_the_lowest_number_of_the_dtype_are_finite():
+    class Banning(GPT2ValueModel):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits[..., 90:] = torch.finfo(output.logits.dtype).min
+            return output
+
+    model = make_policy()
+    model.__class__ = Banning
+    drawn = draw(model, {})
+    assert (drawn.responses < 90).all()
+    torch.testing.assert_close(rescore(model, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_reference_that_is_not_finite_is_an_error():
+    model, reference = make_policy(), make_policy()
+    drawn = draw(model, {})
+    with torch.no_grad():
+        reference.transformer.ln_f.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        rescore(model, drawn, reference=reference)
+
+
+@pytest.mark.parametrize("rows", [1, True, torch.tensor(1), (0, 1)], ids=str)
+def test_what_selects_no_rows_is_refused(rows):
+    drawn = draw(make_policy(), {})
+    with pytest.raises(TypeError, match="select rows"):
+        drawn[rows]
