@@ -140,7 +140,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         scored, _ = run(model, *seen, score=request, use_cache=False)
     else:
         scored = request.answer(*inputs_and_head(model, *seen, T))
-    check_finite(scored.logprobs if scored.kl is None else scored.logprobs + scored.kl)
+    check_finite(scored.logprobs if scored.kl is None else scored.logprobs.where(~scored.kl.isnan(), scored.kl))
     return scored
 
 
