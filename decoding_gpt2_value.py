@@ -183,15 +183,10 @@ def _bound_to_copies(function, copies, module):
         return functools.partial(function.func, *arguments, **function.keywords)
     if isinstance(function, MethodType) and function.__self__ in copies:
         return MethodType(function.__func__, copies[function.__self__])
-    if _has_dropout(module):
+    if any(child.training and any(_dropouts(child)) for child in module.modules()):
         what = f"the forward of a {type(module).__name__} was replaced by a function whose dropout"
         raise TypeError(f"{what} cannot be switched off from outside: call model.eval() first.")
     return function
-
-
-def _has_dropout(model):
-    """Whether the model, in the mode that it is in, drops anything at random."""
-    return any(module.training and any(_dropouts(module)) for module in model.modules())
 
 
 def _dropouts(module):
@@ -241,7 +236,9 @@ class GPT2Decoder(Decoder):
         dtype = torch.promote_types(model.dtype, torch.float32) if on_cpu else model.dtype
         self.past = torch.zeros(shape, dtype=dtype, device=tokens.device)
         self.seen = 0
-        self.packs = on_cpu and torch.backends.mkldnn.enabled and _can_pack(model.dtype)
+        # A processor without products of bfloat16 or float16 takes float32's, which round the same sums.
+        can_pack = [kind for kind in (model.dtype, dtype) if on_cpu and _can_pack(kind)]
+        self.packs = can_pack[0] if can_pack and torch.backends.mkldnn.enabled else None
         self.packed: dict = {}
         gelu = config.activation_function == "gelu_new"  # transformers computes it in eight steps
         self.activation = nn.GELU(approximate="tanh") if gelu else model.transformer.h[0].mlp.act
@@ -278,9 +275,12 @@ class GPT2Decoder(Decoder):
         else:
             if layer not in self.packed:  # Conv1D keeps its weight as [in, out]; oneDNN wants [out, in]
                 weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-                self.packed[layer] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), len(x))
-            name, algorithm = ("gelu", "tanh") if fuses else ("none", "")
-            x = torch.ops.mkldnn._linear_pointwise(x, self.packed[layer], layer.bias, name, [], algorithm)
+                weight, bias = (w if w is None else w.to(self.packs) for w in (weight, layer.bias))
+                if len(x) > 1:  # one row is multiplied as fast by a weight as it is
+                    weight = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
+                self.packed[layer] = weight, bias
+            how = ("gelu", [], "tanh") if fuses else ("none", [], "")
+            x = torch.ops.mkldnn._linear_pointwise(x.to(self.packs), *self.packed[layer], *how).to(x.dtype)
         return x if activation is None or fuses else activation(x)
 
 
