@@ -279,7 +279,7 @@ class GPT2Decoder(Decoder):
                 if len(x) > 1:  # one row is multiplied as fast by a weight as it is
                     weight = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
                 self.packed[layer] = weight, bias
-            how = ("gelu", [], "tanh") if fuses else ("none", [], "")
+            how: tuple = ("gelu", [], "tanh") if fuses else ("none", [], "")
             x = torch.ops.mkldnn._linear_pointwise(x.to(self.packs), *self.packed[layer], *how).to(x.dtype)
         return x if activation is None or fuses else activation(x)
 
