@@ -223,8 +223,8 @@ class Decoder:
 class GPT2Decoder(Decoder):
     """For a plain GPT-2: keys and values are written into storage of their final size.
 
-    On a CPU the products go through oneDNN's packed weights, which takes about half the time of torch's default for so
-    few rows. They are packed anew for each rollout, and so are never older than the model's.
+    On a CPU the products are oneDNN's, by packed weights where a rollout begins with several rows, in about half the
+    time of torch's default. Weights are packed anew for each rollout, and so are never older than the model's.
     """
 
     def __init__(self, model, tokens, mask):
@@ -237,8 +237,8 @@ class GPT2Decoder(Decoder):
         self.past = torch.zeros(shape, dtype=dtype, device=tokens.device)
         self.seen = 0
         # A processor without products of bfloat16 or float16 takes float32's, which round the same sums.
-        can_pack = [kind for kind in (model.dtype, dtype) if on_cpu and _can_pack(kind)]
-        self.packs = can_pack[0] if can_pack and torch.backends.mkldnn.enabled else None
+        candidates = (model.dtype, dtype) if on_cpu and torch.backends.mkldnn.enabled else ()
+        self.product_dtype = next(filter(_can_pack, candidates), None)  # None: each layer is called as it is
         self.packed: dict = {}
         gelu = config.activation_function == "gelu_new"  # transformers computes it in eight steps
         self.activation = nn.GELU(approximate="tanh") if gelu else model.transformer.h[0].mlp.act
@@ -269,18 +269,18 @@ class GPT2Decoder(Decoder):
         return self._linear(last, self.model.lm_head), value
 
     def _linear(self, x, layer, activation=None):
-        fuses = self.packs and isinstance(activation, nn.GELU)
-        if not self.packs:
-            x = layer(x)
-        else:
-            if layer not in self.packed:  # Conv1D keeps its weight as [in, out]; oneDNN wants [out, in]
-                weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-                weight, bias = (w if w is None else w.to(self.packs) for w in (weight, layer.bias))
-                if len(x) > 1:  # one row is multiplied as fast by a weight as it is
-                    weight = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-                self.packed[layer] = weight, bias
-            how: tuple = ("gelu", [], "tanh") if fuses else ("none", [], "")
-            x = torch.ops.mkldnn._linear_pointwise(x.to(self.packs), *self.packed[layer], *how).to(x.dtype)
+        if self.product_dtype is None:
+            return layer(x) if activation is None else activation(layer(x))
+        if layer not in self.packed:  # Conv1D keeps its weight as [in, out]; oneDNN wants [out, in]
+            weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+            weight, bias = (w if w is None else w.to(self.product_dtype) for w in (weight, layer.bias))
+            if len(x) > 1:  # one row is multiplied as fast by a weight as it is
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
+            self.packed[layer] = weight, bias
+        fuses = isinstance(activation, nn.GELU)
+        how: tuple = ("gelu", [], "tanh") if fuses else ("none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(x.to(self.product_dtype), *self.packed[layer], *how)
+        x = product.to(x.dtype)
         return x if activation is None or fuses else activation(x)
 
 

@@ -80,9 +80,10 @@ def ways(model, queries, T, *, compiled=None, seed_loop=False, engine=None):
     if engine is not None:
         found[PEER] = lambda: ctranslate2_responses(engine, queries.tolist(), T)
     if queries.device.type == "cpu":
-        found[BY_MM] = bare_products(model, B, T, packed=False)
-        if can_pack(model.dtype):
-            found[BY_ONEDNN] = bare_products(model, B, T, packed=True)
+        found[BY_MM] = bare_products(model, B, T)
+        packs = next(filter(can_pack, (model.dtype, torch.float32)), None)  # as the decoder chooses
+        if packs is not None:
+            found[BY_ONEDNN] = bare_products(model, B, T, packed_as=packs)
     return found
 
 
@@ -124,19 +125,19 @@ def ctranslate2_responses(engine, prompts, T):
     return results
 
 
-def bare_products(model, B, T, *, packed):
-    """The matrix products of T steps of B rows, and nothing else."""
+def bare_products(model, B, T, *, packed_as=None):
+    """The matrix products of T steps of B rows, and nothing else: by torch.mm, or packed by oneDNN as this dtype."""
     weights = [module.weight.t() for module in model.transformer.modules() if type(module).__name__ == "Conv1D"]
     weights.append(model.lm_head.weight)  # [out, in]
     pairs = [(torch.randn(B, weight.shape[1], dtype=weight.dtype), weight) for weight in weights]
-    if packed:
+    if packed_as is not None:
         pack = torch.ops.mkldnn._reorder_linear_weight
-        pairs = [(rows, pack(weight.contiguous(), B)) for rows, weight in pairs]
+        pairs = [(rows.to(packed_as), pack(weight.to(packed_as).contiguous(), B)) for rows, weight in pairs]
 
     def run():
         for _ in range(T):
             for rows, weight in pairs:
-                if packed:
+                if packed_as is not None:
                     torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
                 else:
                     torch.mm(rows, weight.t())

@@ -21,7 +21,7 @@ def decoder_of(model):
 class WithoutPacking(GPT2Decoder):
     def __init__(self, *args):
         super().__init__(*args)
-        self.packs = None
+        self.product_dtype = None
 
 
 @pytest.mark.parametrize("fields", [{}, {"activation_function": "relu"}, {"n_inner": 48}])
