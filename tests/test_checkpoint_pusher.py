@@ -555,6 +555,27 @@ def test_a_run_that_is_killed_while_nothing_is_on_its_way_leaves_the_disk_clean(
     assert [commit.title for commit in server.history("alice/idle")] == ["Step 1", "initial commit"]
 
 
+def test_a_run_that_is_killed_when_its_worker_is_done_leaves_the_disk_clean(tmp_path):
+    """The folder is the run's to remove, which it may not live to do."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    job = replace(JOB, destination=replace(JOB.destination, token="hf_any", patience=0.1))
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from hub_tools.publish.checkpoints.worker_process import start\n"
+        "folder = Path(sys.argv[1])\nworker = start(folder, 'http://127.0.0.1:9')\n"
+        "worker.stdin.write(sys.argv[2] + '\\n')\nworker.stdin.close()\n"
+        "assert worker.stdout.read() == ''\nprint([file.name for file in folder.iterdir()], flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", script, str(folder), job.to_json()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+    assert "result.json" in done.stdout
+    wait_for(lambda: not folder.exists())
+
+
 def test_an_uncaught_exception_leaves_the_last_checkpoint_pushed_and_says_which_one_is_not(runs):
     server, processes, places = runs
     _, printed = processes["fails"].communicate(timeout=180)

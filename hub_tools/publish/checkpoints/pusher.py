@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -346,32 +346,34 @@ class CheckpointPusher:
     def _push(self, job: Job, snapshot: Snapshot) -> Result | None:
         """Have a checkpoint pushed; again, where it failed in a way that passes. None: a newer one took its place."""
         folder, lock = locked_folder(FOLDER, Path(tempfile.gettempdir()))
-        try:
-            for attempt in itertools.count(1):
-                with self._changed:
-                    flushing = self._flushes > 0  # it gives up after an attempt that began when somebody waited already
-                try:
-                    return self._work(job, snapshot, folder)
-                except (HubUnavailableError, ConcurrentPushError, WorkerDiedError) as error:
-                    unreachable = isinstance(error, HubUnavailableError)
+        with ExitStack() as workers:
+            try:
+                for attempt in itertools.count(1):
                     with self._changed:
-                        if self._closed or (not unreachable and attempt == TRIES):
-                            raise
-                        if unreachable and self._waiting is not None:
-                            self._skipped.append(job.step)
-                            logger.warning("step %d is skipped: %s", job.step, error.found)
-                            return None
-                        if unreachable and flushing:
-                            raise
-                    logger.warning("step %d is not on %s yet, and tried again: %s", job.step, self.repo_id, error)
-        finally:
-            discard(folder, lock)
+                        flushing = self._flushes > 0  # an attempt that begins while somebody waits is the last
+                    try:
+                        return self._work(job, snapshot, folder, workers)
+                    except (HubUnavailableError, ConcurrentPushError, WorkerDiedError) as error:
+                        unreachable = isinstance(error, HubUnavailableError)
+                        with self._changed:
+                            if self._closed or (not unreachable and attempt == TRIES):
+                                raise
+                            if unreachable and self._waiting is not None:
+                                self._skipped.append(job.step)
+                                logger.warning("step %d is skipped: %s", job.step, error.found)
+                                return None
+                            if unreachable and flushing:
+                                raise
+                        logger.warning("step %d is not on %s yet, and tried again: %s", job.step, self.repo_id, error)
+            finally:
+                discard(folder, lock)
         raise AssertionError("unreachable")
 
-    def _work(self, job: Job, snapshot: Snapshot, folder: Path) -> Result:
-        """Have one worker do the job.
+    def _work(self, job: Job, snapshot: Snapshot, folder: Path, workers: ExitStack) -> Result:
+        """Have one worker do the job, and leave it to `workers` to end it when the folder is gone.
 
-        It is started before the snapshot is written: where this process is killed meanwhile, it removes the folder.
+        Should this process be killed, the worker removes the folder. So it is started before the snapshot is written,
+        and one of an earlier attempt ends only when it is there.
 
         Raises:
             WorkerDiedError: the worker ended without a result.
@@ -379,32 +381,37 @@ class CheckpointPusher:
         """
         result, last = folder / RESULT, "it printed nothing"
         result.unlink(missing_ok=True)  # of an earlier attempt
-        with suppress(BrokenPipeError), start(folder, self._endpoint) as worker:  # a broken pipe: it has died
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            try:
+        with workers.pop_all():
+            workers.enter_context(suppress(BrokenPipeError))  # closing the pipe to one that died
+            worker = workers.enter_context(start(folder, self._endpoint))
+            workers.callback(kill, worker)
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            with self._changed:
+                if self._closed:
+                    raise WorkerDiedError("the pusher was closed in the meantime", next_step="push before close()")
+                self._worker = worker
+            if snapshot.weights:
+                snapshot.write(folder)
+                snapshot.weights.clear()
                 with self._changed:
-                    if self._closed:
-                        raise WorkerDiedError("the pusher was closed in the meantime", next_step="push before close()")
-                    self._worker = worker
-                if snapshot.weights:
-                    snapshot.write(folder)
-                    snapshot.weights.clear()
-                    with self._changed:
-                        self._in_memory = False
+                    self._in_memory = False
+            with suppress(BrokenPipeError):  # it has died
                 worker.stdin.write(f"{job.to_json()}\n")
                 worker.stdin.close()
-                for line in worker.stdout:
-                    last = line.strip() or last
-                    logger.warning("step %d: %s", job.step, line.rstrip())
-            finally:
-                with self._changed:
-                    self._worker = None
-                kill(worker)  # where it has ended, what it started may live on
+            for line in worker.stdout:
+                last = line.strip() or last
+                logger.warning("step %d: %s", job.step, line.rstrip())
+        finally:
+            with self._changed:
+                self._worker = None
         if not result.exists():
-            ended = f"signal {-worker.returncode}" if worker.returncode < 0 else f"exit status {worker.returncode}"
+            kill(worker)  # where it has ended, what it started may live on
+            status = worker.wait()
             raise WorkerDiedError(
-                f"the process that pushes checkpoints ended with {ended}: {last[:500]}",
+                "the process that pushes checkpoints ended with "
+                f"{f'signal {-status}' if status < 0 else f'exit status {status}'}: {last[:500]}",
                 next_step="read what it printed, in the log; make sure that there is enough memory",
             )
         return result_from_json(result.read_text(encoding="utf-8"))

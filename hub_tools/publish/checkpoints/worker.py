@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
-import signal
 import sys
-import threading
-import time
 from operator import attrgetter
 from pathlib import Path
 
@@ -137,14 +133,11 @@ def _best_on_the_hub(job: Job, rule: BestRule, hub: Hub) -> Best:
     return max(rated, key=SCORE, default=Best())
 
 
-def main(folder_name: str, parent: int) -> None:
+def main(folder: Path) -> None:
     """Read a job from the standard input, do it, and write the result or the error to `result.json` in the folder."""
-    folder = Path(folder_name)
-    if os.name == "posix":
-        threading.Thread(target=_end_with, args=(parent, folder), daemon=True).start()
     line = sys.stdin.readline()
-    if not line.endswith("\n"):  # the parent ended before the snapshot was whole
-        _end(folder)
+    if not line.endswith("\n"):  # the parent died before the snapshot was whole
+        return
     try:
         result = push_checkpoint(Job.from_json(line), folder).to_json()
     except GPT2ValueHubError as error:
@@ -152,23 +145,3 @@ def main(folder_name: str, parent: int) -> None:
     scratch = folder / f"{RESULT}.new"
     scratch.write_text(result, encoding="utf-8")
     scratch.rename(folder / RESULT)
-
-
-def _end_with(parent: int, folder: Path) -> None:
-    """End when the parent has died. Not by the end of a pipe: processes that it forked hold that open, too."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    _end(folder)
-
-
-def _end(folder: Path) -> None:
-    """Remove the folder and end, with the interpreter that verifies, if there is one. Both that and our main thread may
-    still be writing there, so what was removed can be there again."""
-    for _ in range(100):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            break
-        time.sleep(0.05)
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)

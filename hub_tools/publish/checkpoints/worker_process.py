@@ -56,8 +56,9 @@ def give_way(pid: int) -> None:
 
 
 def kill(worker: subprocess.Popen[str]) -> None:
-    """Kill a worker that nobody has waited for yet, and the interpreter in which it verifies."""
-    if hasattr(os, "killpg"):
+    """Kill a worker and the interpreter in which it verifies, unless somebody has waited for it and so knows its end:
+    its number may be another process's by then."""
+    if worker.returncode is None and hasattr(os, "killpg"):
         # it has not come to making its group; or (macOS) nobody but itself is in it, dead
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.pid, signal.SIGKILL)
