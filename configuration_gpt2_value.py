@@ -36,7 +36,7 @@ class GPT2ValueConfig(GPT2Config):
             value at exactly 0 ("The N Implementation Details of RLHF with PPO", Huang et al., 2023).
 
     Raises:
-        ValueError: a field has the wrong type or is out of range; the message names it, and what was expected.
+        ValueError: a field has the wrong type or is out of range; the message says which, and what was expected.
             (transformers 5 checks the types of GPT-2's own fields first, with an error of its own that names them.)
     """
 

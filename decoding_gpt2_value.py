@@ -60,16 +60,16 @@ def check_tokens(model, tokens, mask, new_tokens=0):
         raise TypeError(f"queries are {tokens.dtype}; expected token ids, an integer dtype: try queries.long().")
     lengths = mask.sum(1)
     if len(tokens) == 0 or not lengths.all():
-        row = int(lengths.argmin()) if len(tokens) else 0
-        raise ValueError(f"prompt {row} is empty; expected at least one token, such as the end-of-text token.")
+        which = f"prompt {int(lengths.argmin())} is" if len(tokens) else "there are no prompts: the batch is"
+        raise ValueError(f"{which} empty; expected at least one token, such as the end-of-text token.")
     for row, column in (((tokens < 0) | (tokens >= vocabulary)) & mask.bool()).nonzero().tolist():
         what = f"prompt {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens"
         raise ValueError(f"{what}; was it made by this model's tokenizer? Padding needs an attention_mask.")
     positions = getattr(model.config, "max_position_embeddings", None)
     longest = int(lengths.max()) + new_tokens
     if positions is not None and longest > positions:
-        what = f"the longest prompt with its new tokens has {longest} tokens, this model's positions end at {positions}"
-        raise ValueError(f"{what}; shorten the prompts, or lower max_new_tokens.")
+        what = f"the longest row has {longest} tokens with those to draw, this model's positions end at {positions}"
+        raise ValueError(f"{what}; shorten the prompts, or draw fewer tokens (max_new_tokens).")
     return vocabulary
 
 
@@ -145,7 +145,9 @@ def _is_altered(module, but_by=("transformers.",)):
     """Whether a hook, or a forward that was put on the module, changes what calling it does; but by these libraries."""
     found = [vars(module).get(name) for name in ("forward", "_original_forward")]  # Accelerate keeps what it wraps
     found = [f for f in found if f is not None and getattr(f, "__func__", None) is not type(module).forward]
-    for function in [*found, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+    hooks = [module._forward_pre_hooks, module._forward_hooks]  # and those of all modules
+    hooks += [nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks]
+    for function in [*found, *(hook for group in hooks for hook in group.values())]:
         # By where its code stands, and that of the function which a decorator of a library wraps.
         for f in (getattr(function, "__func__", function), inspect.unwrap(function)):
             written_in = getattr(f, "__globals__", {}).get("__name__", "")
@@ -279,8 +281,7 @@ class GPT2Decoder(Decoder):
             self.packed[layer] = weight, bias
         fuses = isinstance(activation, nn.GELU)
         how: tuple = ("gelu", [], "tanh") if fuses else ("none", [], "")
-        product = torch.ops.mkldnn._linear_pointwise(x.to(self.product_dtype), *self.packed[layer], *how)
-        x = product.to(x.dtype)
+        x = torch.ops.mkldnn._linear_pointwise(x.to(self.product_dtype), *self.packed[layer], *how).to(x.dtype)
         return x if activation is None or fuses else activation(x)
 
 
@@ -292,10 +293,12 @@ def _can_pack(dtype):
     x, weight = (torch.arange(2048.0).view(32, 64).mul(scale).sin().to(dtype) for scale in (0.7, 1.3))
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-        found = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        pairs = (x, packed), (x[:1], weight.t().contiguous().t())  # one row by a weight as Conv1D has it
+        found = [torch.ops.mkldnn._linear_pointwise(*pair, None, "none", [], "") for pair in pairs]
     except RuntimeError:  # a dtype that this processor has no products for
         return False
-    return torch.allclose(found, F.linear(x, weight), rtol=0, atol=64 * torch.finfo(dtype).eps)
+    expected, bound = F.linear(x, weight), 64 * torch.finfo(dtype).eps
+    return all(torch.allclose(product, expected[: len(product)], rtol=0, atol=bound) for product in found)
 
 
 def decoder_for(model, tokens, mask):

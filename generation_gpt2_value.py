@@ -14,19 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 try:
     from .decoding_gpt2_value import are_ids, check_tokens, decoder_for, unwrapped
-    from .sampling_gpt2_value import (
-        Sampling,
-        compact,
-        draw,
-        is_finite,
-        kept_tokens,
-        sampling_distribution,
-        whole_number,
-    )
+    from .sampling_gpt2_value import Sampling, compact, draw, is_finite, kept_set, sampling_distribution, whole_number
     from .scoring_gpt2_value import Rescored, check_finite, rescore
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from decoding_gpt2_value import are_ids, check_tokens, decoder_for, unwrapped
-    from sampling_gpt2_value import Sampling, compact, draw, is_finite, kept_tokens, sampling_distribution, whole_number
+    from sampling_gpt2_value import Sampling, compact, draw, is_finite, kept_set, sampling_distribution, whole_number
     from scoring_gpt2_value import Rescored, check_finite, rescore
 
 __all__ = ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"]
@@ -47,7 +39,7 @@ class Rollout:
             sampling distribution; 0 where masked.
         values: as `logprobs`, the value of the state before each token; None without a value head.
         truncated: `[B]` bool, the row ran out of `max_new_tokens` before an end-of-text token was drawn.
-        kept: which tokens each draw chose among, as `kept_tokens` stores them: `[B, T, K]` int32 ids, -1 in unused
+        kept: which tokens each draw chose among, as `kept_set` stores them: `[B, T, K]` int32 ids, -1 in unused
             places, or `[B, T, ceil(V / 8)]` uint8 bits, whichever is smaller; None where nothing was cut off.
         sampling: the `Sampling` that it was drawn by.
     """
@@ -106,16 +98,15 @@ def rollout(
 ):
     """Draw responses to prompts, with the log-probability of each token and the value of the state before it.
 
-    Dropout is off, whatever mode the model is in. A plain GPT-2, on its own or in a wrapper that nobody hooked, is
-    decoded by a step of this package that computes the same function faster; any other model by its own forward.
+    Dropout is off, whatever mode the model is in. A plain GPT-2, also one in a wrapper, is decoded by a step of this
+    package that computes the same function faster; a model that a hook or an override alters, by its own forward.
 
     Args:
         model: any causal language model of transformers; `values` are reported where its output has a `value`.
         queries: `[B, P]` int64, or a list of 1-D tensors of any lengths.
         attention_mask: `[B, P]`, 0 for padding, on either side; needed where `queries` is padded.
         max_new_tokens: T, columns of the response.
-        min_new_tokens, temperature, top_k, top_p, eos_token_id: as in `Sampling`; without `eos_token_id` every response
-            has T tokens.
+        min_new_tokens, temperature, top_k, top_p, eos_token_id: as in `Sampling`; without the last, no row ends early.
         pad_token_id: what fills a row after its end; default: the first `eos_token_id`, else 0.
         num_return_sequences: responses for each prompt; rows of one prompt stand together.
         generator: where the random numbers come from; default: torch's global generator of the model's device.
@@ -133,6 +124,8 @@ def rollout(
     sampling.check_vocabulary(vocabulary)
     if pad >= vocabulary:
         raise ValueError(f"pad_token_id={pad} is not in the vocabulary of {vocabulary} tokens; pass an id below that.")
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise TypeError(f"generator is a {type(generator).__name__}; expected torch.Generator().manual_seed(...).")
 
     device = unwrapped(model)[-1].device
     prompts, prompt_mask = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
@@ -156,7 +149,7 @@ def rollout(
         now = running[rows]
         tokens[rows, P + t] = torch.where(now, drawn, pad)
         mask[rows, P + t] = now.long()
-        for name, column in (("logprobs", logprob), ("values", value), ("kept", kept_tokens(step, sampling))):
+        for name, column in (("logprobs", logprob), ("values", value), ("kept", kept_set(step, sampling))):
             if column is not None:
                 nothing = -1 if column.dtype == torch.int32 else 0
                 if t == 0:
@@ -187,13 +180,12 @@ def _left_pad(queries, attention_mask, pad):
     if not isinstance(queries, torch.Tensor):
         if attention_mask is not None:
             raise ValueError("attention_mask goes with a [batch, tokens] tensor of queries; a list needs none.")
-        if not isinstance(queries, (list, tuple)) or any(query is None or isinstance(query, str) for query in queries):
-            raise TypeError(
-                "queries: expected token ids, a [batch, tokens] tensor or a list of 1-D tensors, not texts."
-            )
-        if not queries:
+        try:
+            rows = [torch.as_tensor(query) for query in queries]
+        except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists
+            raise TypeError(f"queries holds no token ids ({error}); expected tensors of ids, not texts.") from error
+        if not rows:
             raise ValueError("queries is empty; expected at least one prompt.")
-        rows = [torch.as_tensor(query) for query in queries]
         for row, query in enumerate(rows):
             if query.dim() != 1:
                 raise ValueError(f"queries[{row}] has shape {list(query.shape)}; expected a 1-D tensor of token ids.")
@@ -203,7 +195,7 @@ def _left_pad(queries, attention_mask, pad):
         attention_mask = pad_sequence([torch.ones_like(query).long() for query in rows], batch_first=True)
     if queries.dim() != 2:
         raise ValueError(f"queries has shape {list(queries.shape)}; expected [batch, tokens]: try queries[None].")
-    mask = torch.ones_like(queries, dtype=torch.long) if attention_mask is None else attention_mask
+    mask = torch.ones_like(queries, dtype=torch.long) if attention_mask is None else torch.as_tensor(attention_mask)
     if mask.shape != queries.shape:
         raise ValueError(f"attention_mask has shape {[*mask.shape]}, queries {[*queries.shape]}; expected the same.")
     if not ((mask == 0) | (mask == 1)).all():

@@ -204,8 +204,9 @@ class GPT2ValueModel(GPT2LMHeadModel):
             if not name.startswith(PASSED_ON) and not (name == "head_mask" and TAKES_HEAD_MASK):
                 why = "transformers 5 removed it" if name == "head_mask" else "it is no argument of this model"
                 raise TypeError(f"{type(self).__name__}.forward() cannot honour {name}: {why}. Leave it out.")
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        given = inputs_embeds if input_ids is None else input_ids  # neither: GPT2Model says what is missing
+        if position_ids is None and given is not None and attention_mask is not None and attention_mask.dim() == 2:
+            tokens = given.shape[1]
             past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else None
             if isinstance(past, int) and attention_mask.shape[1] != past + tokens:
                 what = f"attention_mask has {attention_mask.shape[1]} columns; expected {past + tokens}"
@@ -238,8 +239,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         value = v_head(hidden_states).squeeze(-1)  # [batch, tokens]
         loss = None
         if labels is not None:
-            counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **counted)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         extras = body.past_key_values, body.hidden_states, body.attentions, body.cross_attentions
         output = GPT2ValueOutput(loss, logits, *extras, value)
         if return_dict is None:

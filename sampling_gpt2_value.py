@@ -55,14 +55,20 @@ class Sampling:
         """Whether top-k or top-p leave any of so many tokens out."""
         return self.top_p < 1.0 or 0 < self.top_k < vocabulary
 
-    def check_vocabulary(self, vocabulary):
-        """Raise ValueError where these settings cannot draw from a vocabulary of so many tokens."""
+    def check_vocabulary(self, vocabulary, kept=None):
+        """Raise ValueError where these settings, or `kept` sets of them, are not for a vocabulary of so many tokens."""
         for token in self.eos_token_id:
             if token >= vocabulary:
                 raise ValueError(f"eos_token_id={token} is not in the vocabulary of {vocabulary} tokens.")
         if self.min_new_tokens and len(set(self.eos_token_id)) == vocabulary:
             what = f"min_new_tokens={self.min_new_tokens} leaves nothing to draw: eos_token_id names every token"
             raise ValueError(f"{what}. Pass fewer end-of-text tokens, or min_new_tokens=0.")
+        if kept is not None:
+            low, high = int(kept.max()) + 1, vocabulary
+            if kept.dtype == torch.uint8:  # up to the last bit that is set, up to the last byte
+                low, high = 8 * (kept.shape[-1] - 1) + int(kept[..., -1].max()).bit_length(), 8 * kept.shape[-1]
+            if not low <= vocabulary <= high:
+                raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
 
 
 def sampling_distribution(logits, sampling, *, early=None, kept=None):
@@ -76,8 +82,7 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
         logits: `[..., V]`, any float dtype.
         sampling: the `Sampling`.
         early: `[...]` bool, True where fewer than `min_new_tokens` tokens were drawn before; None: nowhere.
-        kept: `[..., K]`, which tokens an earlier draw chose among, as `kept_tokens` returned it; the settings cut
-            nothing more off.
+        kept: `[..., K]`, which tokens an earlier draw chose among (`kept_set`): the settings then cut nothing off.
 
     Returns `[..., V]` float32 (float64 from float64): logits divided by the temperature and shifted so that the largest
     is 0; -inf for what cannot be drawn. Their `log_softmax(-1)` are log-probabilities.
@@ -104,7 +109,7 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
     return torch.full_like(logits, -math.inf).scatter(-1, tokens, highest)
 
 
-def kept_tokens(logits, sampling):
+def kept_set(logits, sampling):
     """Which tokens the distribution `logits [..., V]` leaves to be drawn, in the fewer bytes; None if all of them.
 
     `[..., top_k]` int32 ids, and -1 in unused places; or `[..., ceil(V / 8)]` uint8, one bit for each token of the
@@ -140,7 +145,7 @@ def _as_ids(mask, size):
 
 
 def _as_mask(kept, vocabulary):
-    """What `kept_tokens` or `compact` returned, as a mask `[..., V]` bool."""
+    """What `kept_set` or `compact` returned, as a mask `[..., V]` bool."""
     if kept.dtype == torch.uint8:
         bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
         return (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)[..., :vocabulary].bool()

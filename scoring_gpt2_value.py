@@ -122,7 +122,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         what = f"rescore() got a {type(rollout).__name__}"
         raise TypeError(f"{what}; expected the Rollout that rollout() of this version returned.")
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
-    rollout.sampling.check_vocabulary(vocabulary)
+    rollout.sampling.check_vocabulary(vocabulary, rollout.kept)
     its = vocabulary if reference is None else check_tokens(reference, rollout.sequences, rollout.attention_mask)
     if its != vocabulary:
         raise ValueError(f"the model's vocabulary has {vocabulary} tokens, the reference's {its}; expected the same.")

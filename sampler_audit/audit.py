@@ -14,7 +14,7 @@ import torch
 from decoding_gpt2_value import check_tokens as check_fit
 from decoding_gpt2_value import innermost, inputs_and_head, unwrapped
 from generation_gpt2_value import Rollout
-from sampling_gpt2_value import Sampling
+from sampling_gpt2_value import Sampling, number, whole_number
 
 from . import statistics
 from .claim import check_tokens, read_claim
@@ -75,9 +75,8 @@ def audit_sampler(
         TypeError, ValueError: the claim is unclear or contradicts itself, fewer than 50 tokens are claimed, a token is
             not in the vocabulary, or logits are NaN or infinite.
     """
-    _check_level(alpha)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; expected at least 1.")
+    _check_options(alpha, generator)
+    batch_size = whole_number("batch_size", batch_size, 1)
     inner = _language_model(model)
     vocabulary = inner.get_input_embeddings().weight.shape[0]
     masks: dict[str, Any] = {
@@ -144,8 +143,9 @@ def audit_logits(
     Raises:
         TypeError, ValueError: shapes, settings, tokens or logits are not as above, or there are fewer than 50 tokens.
     """
-    _check_level(alpha)
+    _check_options(alpha, generator)
     sampling = Sampling(temperature, top_k, top_p)
+    logits, tokens = torch.as_tensor(logits), torch.as_tensor(tokens)
     if logits.dim() < 1 or logits.shape[:-1] != tokens.shape:
         raise ValueError(
             f"logits has shape {list(logits.shape)}, tokens {list(tokens.shape)}; expected [..., vocabulary] and [...]."
@@ -194,9 +194,11 @@ def _judge(evidence: Evidence, drawn: torch.Tensor, alpha: float) -> SamplerAudi
     )
 
 
-def _check_level(alpha):
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha={alpha}; expected a number in (0, 1), such as 1e-3.")
+def _check_options(alpha, generator):
+    if number("alpha", alpha, 0, 1) in (0, 1):
+        raise ValueError(f"alpha={alpha}; expected a number between 0 and 1, such as 1e-3.")
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise TypeError(f"generator is a {type(generator).__name__}; expected torch.Generator().manual_seed(...).")
 
 
 def _language_model(model):

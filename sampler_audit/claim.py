@@ -89,7 +89,7 @@ def read_claim(
         sampling, kept = Sampling(**given), None
         tokens, mask, exists = _rows(sequences, attention_mask, prompt_length)
         drawn, starts = _drawn(tokens, exists, prompt_length, response_mask, sampling.eos_token_id)
-    sampling.check_vocabulary(vocabulary)
+    sampling.check_vocabulary(vocabulary, kept)
     _check_claim(tokens, mask, drawn, vocabulary)
     places = torch.arange(tokens.shape[1], device=tokens.device)
     early = places < (starts + sampling.min_new_tokens).unsqueeze(-1)
@@ -105,6 +105,7 @@ def _rows(sequences, attention_mask, prompt_length):
         exists = torch.ones_like(sequences, dtype=torch.bool)
         if attention_mask is None:
             return sequences, exists, exists
+        attention_mask = torch.as_tensor(attention_mask)
         if isinstance(prompt_length, int) and attention_mask.shape == (len(sequences), prompt_length):
             attention_mask = pad(attention_mask, (0, sequences.shape[1] - prompt_length), value=1)
         if attention_mask.shape != sequences.shape:
@@ -115,7 +116,10 @@ def _rows(sequences, attention_mask, prompt_length):
         return sequences, attention_mask.to(sequences.device).bool(), exists
     if attention_mask is not None:
         raise ValueError("attention_mask goes with a [batch, tokens] tensor of sequences; a list needs none.")
-    rows = [torch.as_tensor(row) for row in sequences]
+    try:
+        rows = [torch.as_tensor(row) for row in sequences]
+    except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists
+        raise TypeError(f"sequences holds no token ids ({error}); expected tensors of ids, not texts.") from error
     if not rows or any(row.dim() != 1 for row in rows):
         raise ValueError(
             "sequences: expected a [batch, tokens] tensor or a list of 1-D tensors, with at least one row."
@@ -136,6 +140,7 @@ def _drawn(tokens, exists, prompt_length, response_mask, eos):
         )
     places = torch.arange(columns, device=tokens.device)
     if response_mask is not None:
+        response_mask = torch.as_tensor(response_mask)
         if response_mask.dim() != 2 or response_mask.shape[0] != B or response_mask.shape[1] > columns:
             raise ValueError(
                 f"response_mask has shape {list(response_mask.shape)}, sequences {list(tokens.shape)}; expected the "
@@ -143,7 +148,12 @@ def _drawn(tokens, exists, prompt_length, response_mask, eos):
             )
         drawn = pad(response_mask.to(tokens.device).bool(), (columns - response_mask.shape[1], 0))
         return drawn, torch.where(drawn, places, columns).amin(-1)
-    starts = torch.as_tensor(prompt_length, device=tokens.device)
+    try:
+        starts = torch.as_tensor(prompt_length, device=tokens.device)
+    except (TypeError, ValueError, RuntimeError):  # no numbers: the next check names what came
+        starts = torch.empty(0)
+    if not are_ids(starts):
+        raise TypeError(f"prompt_length={prompt_length!r}; expected a whole number of columns, or one for each row.")
     if starts.dim() > 1 or (starts.dim() == 1 and len(starts) != B):
         raise ValueError(
             f"prompt_length has shape {list(starts.shape)}; expected one number, or one for each of {B} rows."

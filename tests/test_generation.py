@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from generation_gpt2_value import Rollout, rescore, respond_to_batch, rollout
-from sampling_gpt2_value import Sampling, draw, kept_tokens, sampling_distribution
+from sampling_gpt2_value import Sampling, draw, kept_set, sampling_distribution
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 EOS = [1, 2, 3, 4, 5, 6, 7, 8]  # several, so that rows of a random model end early
@@ -264,7 +264,7 @@ def test_what_was_kept_is_kept_by_whoever_scores_it(settings, vocabulary):
     mine, other = torch.randn(2, 5, vocabulary) * 2
     sampling = Sampling(**settings)
     possible = sampling_logprobs(mine, sampling) > -math.inf
-    kept = kept_tokens(sampling_distribution(mine, sampling), sampling)
+    kept = kept_set(sampling_distribution(mine, sampling), sampling)
     assert torch.equal(sampling_logprobs(other, sampling, kept=kept) > -math.inf, possible)
     expected = other.double().masked_fill(~possible, -math.inf).log_softmax(-1)
     torch.testing.assert_close(sampling_logprobs(other, sampling, kept=kept).double(), expected, atol=1e-5, rtol=0)
@@ -535,6 +535,13 @@ TWO = torch.tensor([[1, 2], [3, 4]])
         (["two", "texts"], {}, TypeError, "not texts"),
         ({"input_ids": TWO}, {}, TypeError, "not texts"),
         ([None], {}, TypeError, "not texts"),
+        ([["two", "texts"]], {}, TypeError, "not texts"),
+        ([[[1], [2, 3]]], {}, TypeError, "queries holds no token ids"),
+        (None, {}, TypeError, "queries holds no token ids"),
+        (5, {}, TypeError, "queries holds no token ids"),
+        (torch.zeros((0, 3), dtype=torch.long), {}, ValueError, "there are no prompts"),
+        (TWO, {"generator": 5}, TypeError, "generator is a int"),
+        (TWO, {"attention_mask": [[1, 1]]}, ValueError, "attention_mask has shape"),
     ],
 )
 def test_bad_input_is_refused_before_any_compute(unused_model, queries, arguments, error, message):
@@ -557,6 +564,15 @@ def test_logits_that_are_not_finite_are_refused_with_row_and_step(number):
         model.rollout(RAGGED, max_new_tokens=5)
     with pytest.raises(ValueError, match="are NaN or infinite"):
         model.rescore(drawn)
+
+
+def test_a_mask_may_be_a_list():
+    model, mask = make_tiny_model(), [[0, *[1] * (TWO.shape[1] - 1)] for _ in TWO]
+    first, second = (
+        model.rollout(TWO, attention_mask=m, max_new_tokens=3, generator=torch.Generator().manual_seed(0))
+        for m in (mask, torch.tensor(mask))
+    )
+    assert torch.equal(first.sequences, second.sequences)
 
 
 def test_rescoring_refuses_what_is_not_a_rollout_of_this_vocabulary():

@@ -417,6 +417,13 @@ def test_bad_input_is_refused_with_what_to_do(model):
         (ValueError, "eos_token_id=96", {"prompt_length": 3, "eos_token_id": 96}),
         (ValueError, "at least 50", {"prompt_length": 22}),
         (ValueError, "alpha=2", {"prompt_length": 3, "alpha": 2}),
+        (ValueError, "alpha='1'", {"prompt_length": 3, "alpha": "1"}),
+        (ValueError, "alpha=1", {"prompt_length": 3, "alpha": 1}),
+        (TypeError, "prompt_length=5.5", {"prompt_length": 5.5}),
+        (TypeError, "prompt_length='3'", {"prompt_length": "3"}),
+        (TypeError, "generator is a int", {"prompt_length": 3, "generator": 7}),
+        (ValueError, "batch_size=2.5", {"prompt_length": 3, "batch_size": 2.5}),
+        (ValueError, "attention_mask has shape", {"prompt_length": 3, "attention_mask": [[1, 1]]}),
         (ValueError, "batch_size=0", {"prompt_length": 3, "batch_size": 0}),
         (ValueError, "top_k=2.5", {"prompt_length": 3, "top_k": 2.5}),
     ]
@@ -433,6 +440,8 @@ def test_bad_input_is_refused_with_what_to_do(model):
         audit_sampler(model, tokens[0], prompt_length=3)
     with pytest.raises(ValueError, match="list of 1-D tensors"):
         audit_sampler(model, [], prompt_length=3)
+    with pytest.raises(TypeError, match="not texts"):
+        audit_sampler(model, ["a text"], prompt_length=3)
     with pytest.raises(ValueError, match="a list needs none"):
         audit_sampler(model, list(tokens), prompt_length=3, attention_mask=mask)
     with pytest.raises(ValueError, match="positions end at 64"):

@@ -3,6 +3,7 @@
 That is: by a policy that has learnt since, by a reference, in another dtype, wrapped, hooked, or overridden.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -177,6 +178,29 @@ def replaced(model):
     return model
 
 
+@contextlib.contextmanager
+def a_hook_on_every_module():
+    def halve(module, args, output):
+        return output / 2 if isinstance(module, torch.nn.Linear) and module.out_features == 300 else None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(halve)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_hook_on_every_module_is_seen_by_both():
+    model = make_policy()
+    with a_hook_on_every_module():
+        drawn = draw(model, {})
+        logits = model(drawn.sequences, attention_mask=drawn.attention_mask).logits[:, -25:-1]
+        expected = logits.log_softmax(-1).gather(-1, drawn.responses.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(drawn.logprobs, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(rescore(model, drawn).logprobs, expected, atol=1e-5, rtol=0)
+    assert (rescore(model, drawn).logprobs - expected).abs().max() > 0.1
+
+
 def with_a_hook_inside(model):
     model.transformer.h[1].register_forward_hook(lambda module, args, output: output * 1.1)
     return model
@@ -288,6 +312,31 @@ def test_kept_tokens_travel_with_the_rollout(tmp_path):
     rows = torch.randperm(len(drawn))[:5]
     for same, where in ((loaded, slice(None)), (drawn.to("cpu"), slice(None)), (drawn[rows], rows)):
         torch.testing.assert_close(rescore(other, same).logprobs, expected[where], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 5}], ids=["bits", "ids"])
+def test_sets_kept_of_another_vocabulary_are_refused(settings):
+    """Every drawn token is in the small vocabulary; only the sets tell."""
+    model = make_tiny_model(vocab_size=96)
+    drawn = rollout(model, RAGGED[:1], max_new_tokens=8, num_return_sequences=8, **settings)
+    assert drawn.kept.dtype == (torch.uint8 if "top_p" in settings else torch.int32)
+    drawn.sequences.remainder_(89)
+    drawn.responses.remainder_(89)
+    for fewer in (95, 90, 89):
+        with pytest.raises(ValueError, match=f"not of this model's vocabulary of {fewer} tokens"):
+            rescore(make_tiny_model(vocab_size=fewer), with_set_of_token_95(drawn))
+    assert rescore(model, with_set_of_token_95(drawn)).logprobs.shape == (8, 8)
+
+
+def with_set_of_token_95(drawn):
+    """A rollout whose first token was also drawn from among token 95."""
+    changed = drawn[:]
+    changed.kept = drawn.kept.clone()
+    if drawn.kept.dtype == torch.uint8:
+        changed.kept[0, 0, -1] |= 1 << 7
+    else:
+        changed.kept[0, 0, -1] = 95
+    return changed
 
 
 def test_a_token_that_was_not_kept_has_no_probability():
