@@ -35,12 +35,12 @@ class GPT2ValueConfig(GPT2Config):
         value_head_initializer_range (`float`, defaults to 0.0): std of the projection's initial weights. 0 starts every
             value at exactly 0 ("The N Implementation Details of RLHF with PPO", Huang et al., 2023).
 
-    Raises:
-        ValueError: a field has the wrong type or is out of range; the message says which, and what was expected.
-            (transformers 5 checks the types of GPT-2's own fields first, with an error of its own that names them.)
+    Raises ValueError where a field has the wrong type or is out of range, naming it and what was expected. transformers
+    5 checks the types of GPT-2's own fields first, with an error of its own.
     """
 
     model_type = "gpt2_value"
+    keys_to_ignore_at_inference = ["past_key_values", "value"]  # Trainer's compute_metrics gets the logits
 
     def __init__(
         self, *, summary_last_dropout=0.0, detach_value_head=False, value_head_initializer_range=0.0, **kwargs

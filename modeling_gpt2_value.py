@@ -20,6 +20,7 @@ from typing import Optional
 import torch
 from torch import nn
 from transformers import Cache, GPT2LMHeadModel, GPT2Model
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 # From a local folder, transformers 4.57.6 to 5.0.0 copy into their module cache only the siblings that are named here:
@@ -39,7 +40,10 @@ except ImportError:  # a checkout or a wheel, where these files are top-level mo
 
 TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters  # transformers 4 does
 # How names begin that transformers' own generation, Trainer and attention kernels send through a model's **kwargs.
-PASSED_ON = ("cache_position", "cu_seq_lens_", "max_length_", "output_attentions", "output_hidden_states")
+PASSED_ON = ("cache", "cu_seq_lens_", "max_length_", "output_attentions", "output_hidden_states", "is_causal")
+PASSED_ON += ("block_table", "logits_indices", "logits_processor_args", "read_index", "write_index")
+# Trainer's label smoothing shifts the labels only for class names that stand here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(gpt2_value="GPT2ValueModel", gpt2_value_seed="GPT2HeadWithValueModel")
 
 
 @dataclass
@@ -77,7 +81,6 @@ class ValueHead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config  # read at each call, so that detaching is stored in one place, the one that is saved
         width = config.num_labels if config.summary_proj_to_labels else config.hidden_size
         self.summary = Float32Linear(config.hidden_size, width) if config.summary_use_proj else nn.Identity()
         self.activation = nn.Tanh() if config.summary_activation == "tanh" else nn.Identity()
@@ -85,8 +88,6 @@ class ValueHead(nn.Module):
         self.last_dropout = nn.Dropout(config.summary_last_dropout)
 
     def forward(self, hidden_states):
-        if self.config.detach_value_head:
-            hidden_states = hidden_states.detach()
         with torch.autocast(hidden_states.device.type, enabled=False):
             output = self.first_dropout(hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)))
             return self.last_dropout(self.activation(self.summary(output)))
@@ -217,29 +218,24 @@ class GPT2ValueModel(GPT2LMHeadModel):
         if score is not None:
             quiet = [without_dropout(layer, checkpointing=True) for layer in (transformer, lm_head, v_head)]
             transformer, lm_head, v_head = quiet
-        body = transformer(
-            input_ids=input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
+        kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        kwargs |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+        body = transformer(**kwargs, use_cache=use_cache, return_dict=True)
         hidden_states = body.last_hidden_state  # [batch, tokens, n_embd]
         if score is not None:
             hidden_states = hidden_states[:, -score.tokens.shape[1] :]
-            return score.answer(hidden_states, lm_head, as_scalars(v_head(hidden_states).squeeze(-1)))
+        # Read from the model's config at each call: it is the one that is saved, and peft copies the head.
+        value = v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
+        if score is not None:
+            return score.answer(hidden_states, lm_head, as_scalars(value))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = lm_head(hidden_states[:, kept, :])
-        value = v_head(hidden_states).squeeze(-1)  # [batch, tokens]
+        logits = lm_head(hidden_states[:, kept, :])  # value: [batch, tokens]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                loss = loss + 0.0 * value.sum()  # DistributedDataParallel waits for a gradient of every parameter
         extras = body.past_key_values, body.hidden_states, body.attentions, body.cross_attentions
         output = GPT2ValueOutput(loss, logits, *extras, value)
         if return_dict is None:

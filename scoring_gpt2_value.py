@@ -131,6 +131,8 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
     seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
     other = None
     if reference is not None:
+        if unwrapped(reference)[-1] is unwrapped(model)[-1]:
+            raise ValueError("the reference is the model itself, whose KL is 0; pass a copy made before training.")
         device = unwrapped(reference)[-1].device
         with torch.no_grad():
             other = inputs_and_head(innermost(reference), *(x.to(device) for x in seen[:2]), seen[2], T)[:2]
