@@ -39,7 +39,7 @@ class Rollout:
             sampling distribution; 0 where masked.
         values: as `logprobs`, the value of the state before each token; None without a value head.
         truncated: `[B]` bool, the row ran out of `max_new_tokens` before an end-of-text token was drawn.
-        kept: which tokens each draw chose among, as `kept_set` stores them: `[B, T, K]` int32 ids, -1 in unused
+        kept: which tokens each draw chose among, as `compact` stores them: `[B, T, K]` int32 ids, -1 in unused
             places, or `[B, T, ceil(V / 8)]` uint8 bits, whichever is smaller; None where nothing was cut off.
         sampling: the `Sampling` that it was drawn by.
     """
@@ -151,10 +151,9 @@ def rollout(
         mask[rows, P + t] = now.long()
         for name, column in (("logprobs", logprob), ("values", value), ("kept", kept_set(step, sampling))):
             if column is not None:
-                nothing = -1 if column.dtype == torch.int32 else 0
                 if t == 0:
-                    found[name] = column.new_full((B, T, *column.shape[1:]), nothing)
-                found[name][rows, t] = column.where(now.view(-1, *[1] * (column.dim() - 1)), nothing)
+                    found[name] = column.new_zeros((B, T, *column.shape[1:]))
+                found[name][rows, t] = column.where(now.view(-1, *[1] * (column.dim() - 1)), 0)
         running[rows] = now & ~torch.isin(drawn, ends)
         # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
         if device.type == "cpu" or t % 16 == 15 or t == T - 1:

@@ -110,38 +110,25 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
 
 
 def kept_set(logits, sampling):
-    """Which tokens the distribution `logits [..., V]` leaves to be drawn, in the fewer bytes; None if all of them.
+    """Which tokens the distribution `logits [..., V]` leaves to be drawn; None if all of them.
 
-    `[..., top_k]` int32 ids, and -1 in unused places; or `[..., ceil(V / 8)]` uint8, one bit for each token of the
-    vocabulary, the lowest first.
+    `[..., ceil(V / 8)]` uint8, one bit for each token of the vocabulary, the lowest first.
     """
     vocabulary = logits.shape[-1]
     if not sampling.cuts_off(vocabulary):
         return None
-    mask, width = logits > -math.inf, -(-vocabulary // 8)
-    if 0 < 4 * sampling.top_k <= width:
-        return _as_ids(mask, sampling.top_k)
-    mask = nn.functional.pad(mask.byte(), (0, 8 * width - vocabulary))
+    mask = nn.functional.pad((logits > -math.inf).byte(), (0, -vocabulary % 8))
     bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (mask.unflatten(-1, (width, 8)) << bits).sum(-1, dtype=torch.uint8)
+    return (mask.unflatten(-1, (-1, 8)) << bits).sum(-1, dtype=torch.uint8)
 
 
 def compact(kept, vocabulary):
-    """The sets `kept [B, T, ...]` without unused columns, as ids where these are smaller than a bit mask."""
-    is_bits = kept.dtype == torch.uint8
-    sizes = [(_as_mask(row, vocabulary) if is_bits else row >= 0).sum(-1).amax() for row in kept]
-    longest = int(torch.stack(sizes).amax())
-    if not is_bits:
-        return kept[..., :longest].clone()
+    """The sets `kept [B, T, ceil(V / 8)]` as ids `[B, T, K]` int32, -1 in unused places, where these are smaller."""
+    longest = int(torch.stack([_as_mask(row, vocabulary).sum(-1).amax() for row in kept]).amax())
     if 4 * longest > kept.shape[-1]:
         return kept
-    return torch.stack([_as_ids(_as_mask(row, vocabulary), longest) for row in kept])
-
-
-def _as_ids(mask, size):
-    """A mask `[..., V]` bool with at most `size` tokens as their ids `[..., size]` int32, and -1 in unused places."""
-    is_kept, tokens = mask.byte().topk(size)
-    return tokens.masked_fill(is_kept == 0, -1).int()
+    found = [_as_mask(row, vocabulary).byte().topk(longest) for row in kept]
+    return torch.stack([tokens.masked_fill(is_kept == 0, -1).int() for is_kept, tokens in found])
 
 
 def _as_mask(kept, vocabulary):
