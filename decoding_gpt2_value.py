@@ -96,7 +96,7 @@ def inputs_and_head(model, tokens, mask, columns, T):
     A plain GPT-2's inputs are its hidden states, so that nobody has to hold all logits; any other's are the logits.
     """
     quiet = without_dropout(model, checkpointing=True)
-    if is_unaltered(model):
+    if is_unaltered(model) and type(model.lm_head) is nn.Linear:
         body, _ = run(quiet.transformer, tokens, mask, columns, use_cache=False)
         return body.last_hidden_state[:, -T:], quiet.lm_head, None
     output, values = run(quiet, tokens, mask, columns, logits_to_keep=T, use_cache=False)

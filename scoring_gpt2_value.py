@@ -5,11 +5,14 @@ token over the very set that it was drawn from. Logits are computed a chunk of t
 backward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174).
 """
 
+import contextlib
 import dataclasses
 import math
+import warnings
 from typing import Any, Optional
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
@@ -113,7 +116,8 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         model: any causal language model of transformers with the rollout's vocabulary.
         rollout: a `Rollout` of B rows and T response columns.
         with_entropy: also give the entropy of the sampling distribution at each token.
-        reference: a second model; also give the KL divergence to it at each token. It receives no gradient.
+        reference: a second model; also give the KL divergence to it at each token. It receives no gradient. Or
+            "disable_adapter": a PEFT model's own base, for which its adapter is disabled meanwhile, in all threads.
 
     Returns `Rescored`. Raises TypeError or ValueError if the rollout does not fit the model, or logits are not finite.
     """
@@ -121,20 +125,31 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
         what = f"rescore() got a {type(rollout).__name__}"
         raise TypeError(f"{what}; expected the Rollout that rollout() of this version returned.")
+    adapter = next((wrapper for wrapper in unwrapped(model) if hasattr(wrapper, "disable_adapter")), None)
+    asks = isinstance(reference, str)
+    if asks and (reference != "disable_adapter" or adapter is None):
+        raise ValueError(f'reference={reference!r}; expected a model, or "disable_adapter" for that of a PEFT model.')
+    if asks:
+        reference = model
+    elif reference is not None and adapter is not None and unwrapped(reference)[-1] is unwrapped(model)[-1]:
+        raise ValueError('the reference is the model itself, whose KL is 0; pass reference="disable_adapter".')
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
     rollout.sampling.check_vocabulary(vocabulary, rollout.kept)
     its = vocabulary if reference is None else check_tokens(reference, rollout.sequences, rollout.attention_mask)
     if its != vocabulary:
         raise ValueError(f"the model's vocabulary has {vocabulary} tokens, the reference's {its}; expected the same.")
+    learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters())
+    head = [*getattr(unwrapped(model)[-1], "v_head", nn.Identity()).parameters()]
+    if learns and head and not any(weight.requires_grad or weight.any() for weight in head):
+        what = 'the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it'
+        warnings.warn(what, stacklevel=2)
     rollout, T = rollout.to(unwrapped(model)[-1].device), rollout.responses.shape[1]
     tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
     seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
     other = None
     if reference is not None:
-        if unwrapped(reference)[-1] is unwrapped(model)[-1]:
-            raise ValueError("the reference is the model itself, whose KL is 0; pass a copy made before training.")
         device = unwrapped(reference)[-1].device
-        with torch.no_grad():
+        with torch.no_grad(), adapter.disable_adapter() if asks else contextlib.nullcontext():
             other = inputs_and_head(innermost(reference), *(x.to(device) for x in seen[:2]), seen[2], T)[:2]
     asked = rollout.responses.masked_fill(~rollout.response_mask, 0)
     request = ScoreRequest(asked, rollout.response_mask, rollout.sampling, rollout.kept, with_entropy, other)
