@@ -40,7 +40,7 @@ except ImportError:  # a checkout or a wheel, where these files are top-level mo
 
 TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters  # transformers 4 does
 # How names begin that transformers' own generation, Trainer and attention kernels send through a model's **kwargs.
-PASSED_ON = ("cache", "cu_seq_lens_", "max_length_", "output_attentions", "output_hidden_states", "is_causal")
+PASSED_ON: tuple = ("cache", "cu_seq_lens_", "max_length_", "output_attentions", "output_hidden_states", "is_causal")
 PASSED_ON += ("block_table", "logits_indices", "logits_processor_args", "read_index", "write_index")
 # Trainer's label smoothing shifts the labels only for class names that stand here.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(gpt2_value="GPT2ValueModel", gpt2_value_seed="GPT2HeadWithValueModel")

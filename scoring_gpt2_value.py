@@ -125,7 +125,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
         what = f"rescore() got a {type(rollout).__name__}"
         raise TypeError(f"{what}; expected the Rollout that rollout() of this version returned.")
-    adapter = next((wrapper for wrapper in unwrapped(model) if hasattr(wrapper, "disable_adapter")), None)
+    adapter: Any = next((wrapper for wrapper in unwrapped(model) if hasattr(wrapper, "disable_adapter")), None)
     asks = isinstance(reference, str)
     if asks and (reference != "disable_adapter" or adapter is None):
         raise ValueError(f'reference={reference!r}; expected a model, or "disable_adapter" for that of a PEFT model.')
