@@ -68,9 +68,7 @@ def check_tokens(model, tokens, mask, new_tokens=0):
     positions = getattr(model.config, "max_position_embeddings", None)
     longest = int(lengths.max()) + new_tokens
     if positions is not None and longest > positions:
-        what = (
-            f"the longest row and what is to be drawn have {longest} tokens, this model's positions end at {positions}"
-        )
+        what = f"the longest row, new tokens included, has {longest} tokens, this model's positions end at {positions}"
         raise ValueError(f"{what}; shorten the prompts, or draw fewer tokens (max_new_tokens).")
     return vocabulary
 

@@ -14,20 +14,22 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 SECTIONS = (
     (
         "Rollouts, float32",
-        "rollout.py --rounds 2 --seed-loop --shapes 16x16x48",
-        "Tokens, log-probabilities and values for PPO. `generate(output_scores=True)` gives no values, `generate()` "
-        "alone neither; the seed's loop ran once.",
+        "rollout.py --rounds 3 --seed-loop --shapes 16x16x48",
+        "Tokens, log-probabilities and values for PPO. `generate(output_scores=True)`, `generate()` alone and "
+        "CTranslate2 (`pip install ctranslate2`) give no values; the seed's loop ran once.",
     ),
-    ("Rollouts, other shapes", "rollout.py --rounds 1 --shapes 1x16x48 64x16x16 16x16x128", ""),
-    ("Scoring with gradients", "rescore.py --rounds 1", "Memory of processes of their own; time interleaved in one."),
+    ("Rollouts, other shapes", "rollout.py --rounds 3 --shapes 1x16x48 64x16x48 16x16x128", ""),
+    ("Scoring with gradients", "rescore.py --rounds 3", "Memory of processes of their own; time interleaved in one."),
     (
         "Rollouts, bfloat16",
-        "rollout.py --rounds 2 --dtype bfloat16 --shapes 16x16x12",
-        "On a CPU the decode step keeps its cache and attention in float32, whatever the weights are.",
+        "rollout.py --rounds 3 --dtype bfloat16 --shapes 16x1x4",
+        "A CPU without bfloat16 instructions of its own: torch multiplies slowly there, so few tokens are used. The "
+        "decode step then multiplies in float32 and rounds each layer's result; its cache and attention are in "
+        "float32 on every CPU.",
     ),
     (
         "Rollouts of torch.compile(model)",
-        "rollout.py --rounds 2 --compile --layers 2 --shapes 16x16x12",
+        "rollout.py --rounds 3 --compile --layers 2 --shapes 16x16x12",
         "Two layers only, since compiling takes long. A rollout decodes the model inside the wrapper, compiled or not.",
     ),
     (
