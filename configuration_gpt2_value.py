@@ -23,8 +23,7 @@ class GPT2ValueConfig(GPT2Config):
 
     Args:
         num_labels (`int`, defaults to 1): outputs of the head's projection. A value is a scalar: only 1 is accepted.
-        summary_type (`str`, defaults to `"cls_index"`): GPT-2's field, of no effect here since every token has a value;
-            `"attn"` is refused, as it is in transformers.
+        summary_type (`str`, defaults to `"cls_index"`): GPT-2's field, unused here; `"attn"` is refused as there.
         summary_use_proj (`bool`, defaults to `True`): project the hidden state. If `False` the head has no weights.
         summary_proj_to_labels (`bool`, defaults to `True`): project to `num_labels`, else to `n_embd`. If either of the
             two is `False`, `value` is `[batch, tokens, n_embd]`.
@@ -40,7 +39,7 @@ class GPT2ValueConfig(GPT2Config):
     """
 
     model_type = "gpt2_value"
-    keys_to_ignore_at_inference = ["past_key_values", "value"]  # Trainer's compute_metrics gets the logits
+    keys_to_ignore_at_inference = ["past_key_values", "value"]  # Trainer's predictions are the logits
 
     def __init__(
         self, *, summary_last_dropout=0.0, detach_value_head=False, value_head_initializer_range=0.0, **kwargs

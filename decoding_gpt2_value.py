@@ -57,13 +57,13 @@ def check_tokens(model, tokens, mask, new_tokens=0):
     model = unwrapped(model)[-1]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not are_ids(tokens):
-        raise TypeError(f"queries are {tokens.dtype}; expected token ids, an integer dtype: try queries.long().")
+        raise TypeError(f"tokens are {tokens.dtype}; expected token ids, an integer dtype: try .long().")
     lengths = mask.sum(1)
     if len(tokens) == 0 or not lengths.all():
-        which = f"prompt {int(lengths.argmin())} is" if len(tokens) else "there are no prompts: the batch is"
-        raise ValueError(f"{which} empty; expected at least one token, such as the end-of-text token.")
+        which = f"row {int(lengths.argmin())} has no tokens" if len(tokens) else "there are no rows"
+        raise ValueError(f"{which}; expected at least one token in each, such as the end-of-text token.")
     for row, column in (((tokens < 0) | (tokens >= vocabulary)) & mask.bool()).nonzero().tolist():
-        what = f"prompt {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens"
+        what = f"row {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens"
         raise ValueError(f"{what}; was it made by this model's tokenizer? Padding needs an attention_mask.")
     positions = getattr(model.config, "max_position_embeddings", None)
     longest = int(lengths.max()) + new_tokens
@@ -80,12 +80,15 @@ def are_ids(tokens):
 
 def run(model, tokens, mask, columns, *, logits_to_keep=None, **kwargs):
     """Run the model on a slice of the columns of `tokens [B, P+T]`: its output, and `[B, columns]` values or None."""
-    accepted = _forward_parameters(unwrapped(model)[-1])
+    inner = unwrapped(model)[-1]
+    accepted, vocabulary = _forward_parameters(inner), inner.get_input_embeddings().weight.shape[0]
     if "position_ids" in accepted:
         kwargs["position_ids"] = positions(mask)[:, columns]
     if "logits_to_keep" in accepted and logits_to_keep is not None:
         kwargs["logits_to_keep"] = logits_to_keep
     output = model(input_ids=tokens[:, columns], attention_mask=mask[:, : columns.stop], return_dict=True, **kwargs)
+    if logits_to_keep is not None and getattr(output, "logits", tokens[..., :0]).shape[-1] != vocabulary:
+        raise TypeError(f"a {type(model).__name__} gives no logits over its vocabulary; expected a causal LM.")
     values = getattr(output, "value", None)
     return output, None if values is None else as_scalars(values)
 
@@ -109,7 +112,7 @@ def _forward_parameters(model):
     for kind in type(model).__mro__:
         if "forward" in vars(kind):
             parameters = inspect.signature(vars(kind)["forward"]).parameters
-            names |= parameters.keys()
+            names |= {"position_ids"} if kind is nn.Module else parameters.keys()  # all classes handed **kwargs on
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                 break
     return names
@@ -142,16 +145,17 @@ def is_unaltered(model, *, but_by=("transformers.",)):
 
 
 def _is_altered(module, but_by=("transformers.",)):
-    """Whether a hook, or a forward that was put on the module, changes what calling it does; but by these libraries."""
+    """Whether a hook, or a function put on the module or its class, changes what a call does; but these libraries'."""
+    own = getattr(type(module), "own_forward", None)
     found = [vars(module).get(name) for name in ("forward", "_original_forward")]  # Accelerate keeps what it wraps
     found = [f for f in found if f is not None and getattr(f, "__func__", None) is not type(module).forward]
     hooks = [module._forward_pre_hooks, module._forward_hooks]  # and those of all modules
     hooks += [nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks]
-    for function in [*found, *(hook for group in hooks for hook in group.values())]:
-        # By where its code stands, and that of the function which a decorator of a library wraps.
+    functions = [(function, but_by) for function in (*found, *(hook for group in hooks for hook in group.values()))]
+    for function, libraries in (*functions, (type(module).__call__, LIBRARIES), (type(module).forward, LIBRARIES)):
+        # The module in which its code stands tells; where a library's decorator wraps a function, both must pass.
         for f in (getattr(function, "__func__", function), inspect.unwrap(function)):
-            written_in = getattr(f, "__globals__", {}).get("__name__", "")
-            if f is not type(module).forward and not written_in.startswith(but_by):
+            if f is not own and not getattr(f, "__globals__", {}).get("__name__", "").startswith(libraries):
                 return True
     return False
 
@@ -212,7 +216,7 @@ class Decoder:
         new = slice(0 if self.cache is None else columns - 1, columns)
         settings = {"logits_to_keep": 1, "past_key_values": self.cache, "use_cache": True}
         output, values = run(self.model, self.tokens[self.rows], self.mask[self.rows], new, **settings)
-        self.cache = output.past_key_values
+        self.cache = getattr(output, "past_key_values", None)  # without one, all columns are run again
         return output.logits[:, -1], None if values is None else values[:, -1]
 
     def keep(self, rows):
@@ -232,7 +236,7 @@ class GPT2Decoder(Decoder):
     def __init__(self, model, tokens, mask):
         super().__init__(model, tokens, mask)
         config, on_cpu = model.config, tokens.device.type == "cpu"
-        shape = (config.n_layer, 2, len(tokens), config.n_head, tokens.shape[1], config.n_embd // config.n_head)
+        shape = (len(model.transformer.h), 2, len(mask), config.n_head, mask.shape[1], config.n_embd // config.n_head)
         # Zeros and not empty: what is masked is still multiplied by 0, and must not be NaN.
         # On a CPU attention is faster in float32, whatever the weights are.
         dtype = torch.promote_types(model.dtype, torch.float32) if on_cpu else model.dtype

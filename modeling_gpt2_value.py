@@ -39,10 +39,10 @@ except ImportError:  # a checkout or a wheel, where these files are top-level mo
     from scoring_gpt2_value import rescore
 
 TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters  # transformers 4 does
-# How names begin that transformers' own generation, Trainer and attention kernels send through a model's **kwargs.
-PASSED_ON: tuple = ("cache", "cu_seq_lens_", "max_length_", "output_attentions", "output_hidden_states", "is_causal")
-PASSED_ON += ("block_table", "logits_indices", "logits_processor_args", "read_index", "write_index")
-# Trainer's label smoothing shifts the labels only for class names that stand here.
+# Names that transformers' own generation, Trainer and attention kernels send through a model's **kwargs.
+PASSED_ON = "block_table cache cache_position cu_seq_lens_k cu_seq_lens_q is_causal logits_indices max_length_k"
+PASSED_ON += " logits_processor_args max_length_q output_attentions output_hidden_states read_index write_index"
+# Trainer's label smoothing shifts the labels only for the class names in this registry; the keys are not used.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(gpt2_value="GPT2ValueModel", gpt2_value_seed="GPT2HeadWithValueModel")
 
 
@@ -202,7 +202,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         for name in kwargs:
-            if not name.startswith(PASSED_ON) and not (name == "head_mask" and TAKES_HEAD_MASK):
+            if name not in PASSED_ON.split() and not (name == "head_mask" and TAKES_HEAD_MASK):
                 why = "transformers 5 removed it" if name == "head_mask" else "it is no argument of this model"
                 raise TypeError(f"{type(self).__name__}.forward() cannot honour {name}: {why}. Leave it out.")
         given = inputs_embeds if input_ids is None else input_ids  # neither: GPT2Model says what is missing
@@ -230,7 +230,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         if score is not None:
             return score.answer(hidden_states, lm_head, as_scalars(value))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = lm_head(hidden_states[:, kept, :])  # value: [batch, tokens]
+        logits = lm_head(hidden_states[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)

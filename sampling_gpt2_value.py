@@ -56,14 +56,14 @@ class Sampling:
         return self.top_p < 1.0 or 0 < self.top_k < vocabulary
 
     def check_vocabulary(self, vocabulary, kept=None):
-        """Raise ValueError where these settings, or `kept` sets of them, are not for a vocabulary of so many tokens."""
+        """Raise ValueError where these settings, or a rollout's `kept`, are not for a vocabulary of so many tokens."""
         for token in self.eos_token_id:
             if token >= vocabulary:
                 raise ValueError(f"eos_token_id={token} is not in the vocabulary of {vocabulary} tokens.")
         if self.min_new_tokens and len(set(self.eos_token_id)) == vocabulary:
             what = f"min_new_tokens={self.min_new_tokens} leaves nothing to draw: eos_token_id names every token"
             raise ValueError(f"{what}. Pass fewer end-of-text tokens, or min_new_tokens=0.")
-        if kept is not None:
+        if kept is not None and kept.numel():
             low, high = int(kept.max()) + 1, vocabulary
             if kept.dtype == torch.uint8:  # up to the last bit that is set, up to the last byte
                 low, high = 8 * (kept.shape[-1] - 1) + int(kept[..., -1].max()).bit_length(), 8 * kept.shape[-1]
@@ -110,10 +110,7 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
 
 
 def kept_set(logits, sampling):
-    """Which tokens the distribution `logits [..., V]` leaves to be drawn; None if all of them.
-
-    `[..., ceil(V / 8)]` uint8, one bit for each token of the vocabulary, the lowest first.
-    """
+    """Which tokens a distribution `logits [..., V]` leaves: `[..., ceil(V / 8)]` uint8 bits, lowest first; or None."""
     vocabulary = logits.shape[-1]
     if not sampling.cuts_off(vocabulary):
         return None
@@ -123,7 +120,7 @@ def kept_set(logits, sampling):
 
 
 def compact(kept, vocabulary):
-    """The sets `kept [B, T, ceil(V / 8)]` as ids `[B, T, K]` int32, -1 in unused places, where these are smaller."""
+    """The sets `kept [B, T, ceil(V / 8)]`, or if that is smaller: their ids `[B, T, K]` int32, -1 in unused places."""
     longest = int(torch.stack([_as_mask(row, vocabulary).sum(-1).amax() for row in kept]).amax())
     if 4 * longest > kept.shape[-1]:
         return kept
@@ -171,8 +168,8 @@ def _invert(weights, target):
 
 
 def is_finite(logits):
-    """Whether all of `logits [..., V]` are finite: their sum in float64 is so exactly when each of them is."""
-    return logits.detach().sum(-1, dtype=torch.float64).isfinite()
+    """Whether all of `logits [..., V]` are finite."""
+    return logits.detach().isfinite().all(-1)
 
 
 def whole_number(name, value, low):

@@ -117,7 +117,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         rollout: a `Rollout` of B rows and T response columns.
         with_entropy: also give the entropy of the sampling distribution at each token.
         reference: a second model; also give the KL divergence to it at each token. It receives no gradient. Or
-            "disable_adapter": a PEFT model's own base, for which its adapter is disabled meanwhile, in all threads.
+            "disable_adapter": the model is a PeftModel, whose base is run with the adapter off (for all threads).
 
     Returns `Rescored`. Raises TypeError or ValueError if the rollout does not fit the model, or logits are not finite.
     """
@@ -126,24 +126,23 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         what = f"rescore() got a {type(rollout).__name__}"
         raise TypeError(f"{what}; expected the Rollout that rollout() of this version returned.")
     adapter: Any = next((wrapper for wrapper in unwrapped(model) if hasattr(wrapper, "disable_adapter")), None)
-    asks = isinstance(reference, str)
+    asks, inner = isinstance(reference, str), unwrapped(model)[-1]
     if asks and (reference != "disable_adapter" or adapter is None):
-        raise ValueError(f'reference={reference!r}; expected a model, or "disable_adapter" for that of a PEFT model.')
+        raise ValueError(f'reference={reference!r}; expected a model, or "disable_adapter" with a PeftModel.')
     if asks:
         reference = model
-    elif reference is not None and adapter is not None and unwrapped(reference)[-1] is unwrapped(model)[-1]:
+    elif reference is not None and hasattr(inner, "peft_config") and unwrapped(reference)[-1] is inner:
         raise ValueError('the reference is the model itself, whose KL is 0; pass reference="disable_adapter".')
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
     rollout.sampling.check_vocabulary(vocabulary, rollout.kept)
     its = vocabulary if reference is None else check_tokens(reference, rollout.sequences, rollout.attention_mask)
     if its != vocabulary:
         raise ValueError(f"the model's vocabulary has {vocabulary} tokens, the reference's {its}; expected the same.")
-    learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters())
-    head = [*getattr(unwrapped(model)[-1], "v_head", nn.Identity()).parameters()]
-    if learns and head and not any(weight.requires_grad or weight.any() for weight in head):
+    head = [*getattr(inner, "v_head", nn.Identity()).parameters()] if hasattr(inner, "peft_config") else []
+    if torch.is_grad_enabled() and head and not any(weight.requires_grad or weight.any() for weight in head):
         what = 'the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it'
         warnings.warn(what, stacklevel=2)
-    rollout, T = rollout.to(unwrapped(model)[-1].device), rollout.responses.shape[1]
+    rollout, T = rollout.to(inner.device), rollout.responses.shape[1]
     tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
     seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
     other = None

@@ -145,7 +145,11 @@ def audit_logits(
     """
     _check_options(alpha, generator)
     sampling = Sampling(temperature, top_k, top_p)
-    logits, tokens = torch.as_tensor(logits), torch.as_tensor(tokens)
+    for name, found in (("logits", logits), ("tokens", tokens)):
+        if not isinstance(found, torch.Tensor):
+            raise TypeError(f"{name} is a {type(found).__name__}; expected a tensor.")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits are {logits.dtype}; expected a float dtype.")
     if logits.dim() < 1 or logits.shape[:-1] != tokens.shape:
         raise ValueError(
             f"logits has shape {list(logits.shape)}, tokens {list(tokens.shape)}; expected [..., vocabulary] and [...]."
@@ -153,7 +157,7 @@ def audit_logits(
     vocabulary = logits.shape[-1]
     check_tokens(tokens, torch.ones_like(tokens, dtype=torch.bool), vocabulary)
     evidence = Evidence.none(vocabulary)
-    pieces = logits.detach().reshape(-1, vocabulary), tokens.reshape(-1).to(logits.device)
+    pieces = logits.detach().reshape(-1, vocabulary), tokens.long().reshape(-1).to(logits.device)
     for chunk, drawn in zip(*(piece.split(_rows_at_a_time(vocabulary)) for piece in pieces), strict=True):
         evidence.add(chunk, drawn, sampling, generator=generator)
     shape = (-1, tokens.shape[-1]) if tokens.dim() > 1 else (1, -1)

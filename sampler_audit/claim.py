@@ -7,6 +7,7 @@ says.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ def read_claim(
         drawn, starts = _drawn(tokens, exists, prompt_length, response_mask, sampling.eos_token_id)
     sampling.check_vocabulary(vocabulary, kept)
     _check_claim(tokens, mask, drawn, vocabulary)
+    tokens = tokens.long()
     places = torch.arange(tokens.shape[1], device=tokens.device)
     early = places < (starts + sampling.min_new_tokens).unsqueeze(-1)
     early &= places >= starts.unsqueeze(-1)
@@ -105,8 +107,8 @@ def _rows(sequences, attention_mask, prompt_length):
         exists = torch.ones_like(sequences, dtype=torch.bool)
         if attention_mask is None:
             return sequences, exists, exists
-        attention_mask = torch.as_tensor(attention_mask)
-        if isinstance(prompt_length, int) and attention_mask.shape == (len(sequences), prompt_length):
+        attention_mask = _mask("attention_mask", attention_mask)
+        if isinstance(prompt_length, numbers.Integral) and attention_mask.shape == (len(sequences), prompt_length):
             attention_mask = pad(attention_mask, (0, sequences.shape[1] - prompt_length), value=1)
         if attention_mask.shape != sequences.shape:
             raise ValueError(
@@ -130,6 +132,13 @@ def _rows(sequences, attention_mask, prompt_length):
     return padded, exists, exists
 
 
+def _mask(name, mask):
+    mask = torch.as_tensor(mask)
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{name} holds other numbers than 0 and 1; expected 1 for a token, 0 for none.")
+    return mask
+
+
 def _drawn(tokens, exists, prompt_length, response_mask, eos):
     """Which tokens are claimed as drawn, `[B, P+T]` bool, and the column where each row's response starts, `[B]`."""
     B, columns = tokens.shape
@@ -140,7 +149,7 @@ def _drawn(tokens, exists, prompt_length, response_mask, eos):
         )
     places = torch.arange(columns, device=tokens.device)
     if response_mask is not None:
-        response_mask = torch.as_tensor(response_mask)
+        response_mask = _mask("response_mask", response_mask)
         if response_mask.dim() != 2 or response_mask.shape[0] != B or response_mask.shape[1] > columns:
             raise ValueError(
                 f"response_mask has shape {list(response_mask.shape)}, sequences {list(tokens.shape)}; expected the "

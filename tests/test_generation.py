@@ -447,6 +447,41 @@ def test_any_causal_language_model_can_be_sampled_and_scored(family):
     assert respond_to_batch(model, torch.stack([RAGGED[0]] * 2), txt_len=4).shape == (2, 4)
 
 
+@pytest.mark.parametrize("kind", ["OpenAIGPT", "Mamba"])
+def test_a_model_without_a_cache_of_keys_and_values_is_run_over_all_columns_again(kind):
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {
+        "OpenAIGPT": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "Mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    }[kind]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=96, **shape)
+    model = getattr(transformers, "OpenAIGPTLMHeadModel" if kind == "OpenAIGPT" else "MambaForCausalLM")(config).eval()
+    drawn = rollout(model, RAGGED[:1] * 3, max_new_tokens=5)
+    logits = model(drawn.sequences).logits[:, -6:-1]
+    expected = logits.log_softmax(-1).gather(-1, drawn.responses.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(drawn.logprobs, expected, atol=1e-5, rtol=0)
+    assert_rescoring_gives_the_rollout_back(model, drawn)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Model", "GPT2ForSequenceClassification", "GPT2ForTokenClassification"])
+def test_what_gives_no_logits_over_the_vocabulary_is_refused(kind):
+    import transformers
+
+    model = getattr(transformers, kind)(make_tiny_model().config).eval()
+    with pytest.raises(TypeError, match=f"a {kind} gives no logits over its vocabulary"):
+        rollout(model, RAGGED, max_new_tokens=2)
+    with pytest.raises(TypeError, match=f"a {kind} gives no logits over its vocabulary"):
+        rescore(model, make_tiny_model().rollout(RAGGED, max_new_tokens=2))
+
+
+def test_layers_that_were_dropped_from_the_model_are_not_missed():
+    model = make_tiny_model()
+    model.transformer.h = model.transformer.h[:1]
+    assert_rescoring_gives_the_rollout_back(model, model.rollout(RAGGED, max_new_tokens=5))
+
+
 def test_a_peft_model_can_be_sampled_and_scored():
     from peft import LoraConfig, get_peft_model
 
@@ -481,9 +516,9 @@ TWO = torch.tensor([[1, 2], [3, 4]])
     ("queries", "arguments", "error", "message"),
     [
         ([], {}, ValueError, "at least one prompt"),
-        ([torch.tensor([1]), torch.tensor([])], {}, ValueError, "prompt 1 is empty"),
-        (TWO, {"attention_mask": torch.tensor([[0, 0], [1, 1]])}, ValueError, "prompt 0 is empty"),
-        (torch.zeros((2, 0), dtype=torch.long), {}, ValueError, "prompt 0 is empty"),
+        ([torch.tensor([1]), torch.tensor([])], {}, ValueError, "row 1 has no tokens"),
+        (TWO, {"attention_mask": torch.tensor([[0, 0], [1, 1]])}, ValueError, "row 0 has no tokens"),
+        (torch.zeros((2, 0), dtype=torch.long), {}, ValueError, "row 0 has no tokens"),
         (TWO.float(), {}, TypeError, "float32; expected token ids"),
         ([torch.tensor([1.0])], {}, TypeError, "float32; expected token ids"),
         (TWO + 95, {}, ValueError, "prompt 0 holds the id 96, outside the vocabulary of 96"),
@@ -539,7 +574,7 @@ TWO = torch.tensor([[1, 2], [3, 4]])
         ([[[1], [2, 3]]], {}, TypeError, "queries holds no token ids"),
         (None, {}, TypeError, "queries holds no token ids"),
         (5, {}, TypeError, "queries holds no token ids"),
-        (torch.zeros((0, 3), dtype=torch.long), {}, ValueError, "there are no prompts"),
+        (torch.zeros((0, 3), dtype=torch.long), {}, ValueError, "there are no rows"),
         (TWO, {"generator": 5}, TypeError, "generator is a int"),
         (TWO, {"attention_mask": [[1, 1]]}, ValueError, "attention_mask has shape"),
     ],

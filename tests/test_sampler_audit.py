@@ -422,6 +422,8 @@ def test_bad_input_is_refused_with_what_to_do(model):
         (TypeError, "prompt_length=5.5", {"prompt_length": 5.5}),
         (TypeError, "prompt_length='3'", {"prompt_length": "3"}),
         (TypeError, "generator is a int", {"prompt_length": 3, "generator": 7}),
+        (ValueError, "attention_mask holds other numbers", {"prompt_length": 3, "attention_mask": mask * 0.5}),
+        (ValueError, "response_mask holds other numbers", {"response_mask": mask * 2}),
         (ValueError, "batch_size=2.5", {"prompt_length": 3, "batch_size": 2.5}),
         (ValueError, "attention_mask has shape", {"prompt_length": 3, "attention_mask": [[1, 1]]}),
         (ValueError, "batch_size=0", {"prompt_length": 3, "batch_size": 0}),
@@ -446,6 +448,12 @@ def test_bad_input_is_refused_with_what_to_do(model):
         audit_sampler(model, list(tokens), prompt_length=3, attention_mask=mask)
     with pytest.raises(ValueError, match="positions end at 64"):
         audit_sampler(model, tokens.repeat(1, 3), prompt_length=3)
+    with pytest.raises(ValueError, match="there are no rows"):
+        audit_sampler(model, drawn[[]])
+    with pytest.raises(TypeError, match="logits is a NoneType"):
+        audit_logits(None, None)
+    with pytest.raises(TypeError, match="logits are torch.complex64"):
+        audit_logits(torch.zeros(60, 5) * 1j, torch.zeros(60, dtype=torch.long))
     with pytest.raises(TypeError, match="audit_logits"):
         audit_sampler(lambda x: x, drawn)
     with pytest.raises(ValueError, match=r"tokens \[3\]"):

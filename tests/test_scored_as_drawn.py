@@ -5,6 +5,7 @@ That is: by a policy that has learnt since, by a reference, in another dtype, wr
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import os
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from generation_gpt2_value import rescore, rollout
 from modeling_gpt2_value import GPT2ValueModel
@@ -512,6 +513,102 @@ def test_a_hook_under_a_decorator_of_torch_is_a_hook():
     model.register_forward_hook(double)
     drawn = draw(model, {})
     torch.testing.assert_close(rescore(model, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+
+
+def assert_scored_by_its_own_call(model, **arguments):
+    """A rollout and its scores are those of the model's own logits."""
+    drawn = draw(model, {})
+    with torch.no_grad():
+        inputs = {"input_ids": drawn.sequences, "attention_mask": drawn.attention_mask, **arguments}
+        positions = (drawn.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        logits = model(**inputs, position_ids=positions).logits[:, -25:-1].float()
+    expected = logits.log_softmax(-1).gather(-1, drawn.responses.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(drawn.logprobs, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rescore(model, drawn).logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["GPT2MLP", "GPT2Attention", "GPT2Block", "GPT2Model", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("plain", [False, True], ids=["value", "plain"])
+def test_a_forward_that_was_patched_on_the_class_is_run(name, plain, monkeypatch):
+    """As kernel libraries patch models. Each output is changed where it is a tensor, or its first is."""
+    from transformers.models.gpt2 import modeling_gpt2
+
+    kind = getattr(modeling_gpt2, name)
+    original = kind.forward
+
+    def louder(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        if isinstance(output, tuple):
+            return (output[0] * 1.3, *output[1:])
+        if isinstance(output, torch.Tensor):
+            return output * 1.3
+        key = "logits" if "logits" in output else "last_hidden_state"
+        output[key] = output[key] * 1.3
+        return output
+
+    functools.update_wrapper(louder, original)
+    monkeypatch.setattr(kind, "forward", louder)
+    model = plain_twin(make_policy()) if plain else make_policy()
+    assert_scored_by_its_own_call(model)
+
+
+class Called(GPT2ValueModel):
+    def __call__(self, *args, **kwargs):
+        output = super().__call__(*args, **kwargs)
+        if hasattr(output, "logits"):
+            output.logits = output.logits * 2
+        return output
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **kwargs):
+        output = self.module(**kwargs)
+        output.logits = output.logits * 2
+        return output
+
+
+class InnerPolicy(PreTrainedModel):
+    """Hands everything on, and names no argument of its own."""
+
+    config_class = GPT2Config
+    _supports_sdpa = True
+
+    def __init__(self, inner):
+        super().__init__(inner.config)
+        self.inner = inner
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def called(model):
+    model.__class__ = Called
+    return model
+
+
+@pytest.mark.parametrize("wrap", [called, Wrapper, lambda m: InnerPolicy(plain_twin(m))], ids=["call", "wrap", "inner"])
+def test_what_a_model_s_own_call_gives_is_scored(wrap):
+    assert_scored_by_its_own_call(wrap(make_policy()).eval())
+
+
+def test_float64_tokens_banned_by_the_lowest_number_are_finite():
+    class Banning(GPT2ValueModel):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits[..., 90:] = torch.finfo(output.logits.dtype).min
+            return output
+
+    model = make_policy().double()
+    model.__class__ = Banning
+    assert (draw(model, {}).responses < 90).all()
 
 
 def test_tokens_banned_by_the_lowest_number_of_the_dtype_are_finite():

@@ -79,11 +79,19 @@ def test_an_adapted_model_is_refused_as_its_own_reference():
     for reference in (model, model.base_model.model):
         with pytest.raises(ValueError, match='pass reference="disable_adapter"'):
             rescore(model, drawn, reference=reference)
+        with pytest.raises(ValueError, match='pass reference="disable_adapter"'):
+            model.rescore(drawn, reference=reference)
+    added = make_tiny_model()
+    added.add_adapter(peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True))
+    with pytest.raises(ValueError, match='pass reference="disable_adapter"'):
+        rescore(added, drawn, reference=added)
     with model.disable_adapter(), pytest.raises(ValueError, match='pass reference="disable_adapter"'):
         rescore(model, drawn, reference=model)
     with pytest.raises(ValueError, match="expected a model, or"):
         rescore(model, drawn, reference="base")
-    with pytest.raises(ValueError, match="for that of a PEFT model"):
+    with pytest.raises(ValueError, match="with a PeftModel"):
+        model.rescore(drawn, reference="disable_adapter")  # a method of the inner model, which knows no PeftModel
+    with pytest.raises(ValueError, match="with a PeftModel"):
         rescore(make_tiny_model(), drawn, reference="disable_adapter")
 
 
@@ -98,7 +106,9 @@ def test_a_head_of_zeros_that_nothing_trains_is_named():
             rescore(model, drawn)
         rescore(lora(make_tiny_model(value_head_initializer_range=0.0), modules_to_save=["v_head"]), drawn)
         rescore(lora(make_tiny_model()), drawn)  # a head that has learnt may be frozen
-        rescore(make_tiny_model(value_head_initializer_range=0.0), drawn)
+        without_adapter = make_tiny_model(value_head_initializer_range=0.0)
+        without_adapter.v_head.requires_grad_(False)  # as for a trainer that has no use for values
+        rescore(without_adapter, drawn)
 
 
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
@@ -171,7 +181,6 @@ def test_label_smoothing_shifts_for_an_adapter_and_for_the_seed_s_class(tmp_path
     _, adapted = trained(lora(model_without_dropout()), tmp_path / "adapted", label_smoothing_factor=0.1, max_steps=1)
     _, base = trained(lora(plain_model()), tmp_path / "base", label_smoothing_factor=0.1, max_steps=1)
     assert adapted == pytest.approx(base, abs=1e-6)
-    seed.returns_dict = True  # Trainer's label smoother reads a dictionary, or the second item of a tuple
     _, loss = trained(seed, tmp_path / "seed", label_smoothing_factor=0.1, max_steps=1)
     assert loss == pytest.approx(expected, abs=1e-6)
 
