@@ -119,8 +119,7 @@ def create(
             base_model=base if is_hub_id(base) else None,
         )
     if json:
-        fields = {"folder": str(package.folder), "files": package.files, "parameters": package.parameters}
-        console.show_json({**fields, "replaced": package.replaced, "load_lines": package.load_lines})
+        console.show_json({**asdict(package), "folder": str(package.folder)})
     else:
         console.show_saved(package)
 
@@ -369,9 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _findings(report: PackageReport) -> list[str]:
     """Why `verify` would refuse a package that can be read."""
-    from ..package.verify import problems
+    from ..package.verify import refusals
 
-    return [problem.found for problem in problems(report)]
+    return [refusal.found for refusal in refusals(report)]
 
 
 def _response(tokenizer: Any, prompt: str, rollout: Any) -> dict[str, Any]:

@@ -11,28 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from modeling_gpt2_value import GPT2ValueModel
 
-from ..errors import (
-    FolderRefusedError,
-    GPT2ValueHubError,
-    LoadError,
-    NonFiniteWeightsError,
-    SaveFailedError,
-    UnsavableConfigError,
-    WrongModelError,
-)
-from ..files import AGAIN, read_json
-from ..layout import CONFIG, HEAD_PREFIX, LITTER, kind_of
+from ..errors import LoadError, NonFiniteWeightsError, UnsavableConfigError, WrongModelError
+from ..files import AGAIN
+from ..layout import HEAD_PREFIX, kind_of
 from ..library_errors import as_ours
-from ..package.inspection import inspect_stage, local_folder
-from ..package.replace_folder import staged
+from ..package.finite import not_finite
+from ..package.inspection import inspect_stage
+from ..package.replace_folder import staging_folder
+from ..package.source import local_folder
 from ..package.stage import make_loadable, stage_package
+from ..package.target import check_target, writing_to
 from ..package.tokenizer import load_tokenizer
-from .weight_files import listed
 
 # Fields of a package's config.json that GPT-2's own does not have, or that say which class it is for.
 NOT_GPT2 = (
@@ -102,26 +95,18 @@ def export_policy(
             expected="a GPT2ValueModel, unwrapped, or the folder of a package",
             next_step="save it with save_package, and export that folder",
         )
-    target = _export_target(Path(folder), overwrite=overwrite)
+    target = _target(folder, overwrite=overwrite)
     with as_ours(_not_savable):
         plain = _plain_gpt2(model)
         if plain.generation_config is not None:
             plain.generation_config.validate(strict=True)
-    try:
-        with staged(target) as staging:
-            plain.save_pretrained(staging.package)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging.package)
-            files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
-            staging.commit()
-    except (OSError, SafetensorError) as err:
-        if isinstance(err, GPT2ValueHubError):
-            raise
-        raise SaveFailedError(
-            f"exporting to {target} failed: {err}",
-            expected=f"a folder in {target.parent} that can be written, and space for the model",
-            next_step="make room or choose another folder, and export again",
-        ) from err
+    with writing_to(target), staging_folder(target) as staging:
+        plain.save_pretrained(staging.package)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging.package)
+        files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
+        _target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+        staging.commit()
     return ExportedPolicy(
         folder=target,
         files=files,
@@ -152,11 +137,11 @@ def _read_package(
         tokenizer = None
         if with_tokenizer and report.tokenizer is not None:
             tokenizer = load_tokenizer(loadable, name, config=model.config)
-    for key, weight in model.state_dict().items():
-        if not bool(weight.isfinite().all()):
-            raise NonFiniteWeightsError(
-                f"NaN or infinite values in {key} of {name}", expected="finite weights", next_step=AGAIN
-            )
+    damaged = list(not_finite(model.state_dict()))
+    if damaged:
+        raise NonFiniteWeightsError(
+            f"NaN or infinite values in {', '.join(damaged[:5])} of {name}", expected="finite weights", next_step=AGAIN
+        )
     return model, tokenizer
 
 
@@ -191,25 +176,11 @@ def _not_savable(gist: str) -> UnsavableConfigError:
     )
 
 
-def _export_target(folder: Path, *, overwrite: bool) -> Path:
-    """The folder to write, links resolved; refuses what an export must not replace."""
-    target = folder.resolve()
-
-    def refuse(found: str, next_step: str) -> FolderRefusedError:
-        return FolderRefusedError(f"{target} {found}", expected="a new folder, or an empty one", next_step=next_step)
-
-    if not target.exists():
-        return target
-    if not target.is_dir():
-        raise refuse("is a file", "choose another name")
-    names = sorted(set(os.listdir(target)) - LITTER)
-    if not names:
-        return target
-    if not overwrite:
-        raise refuse(f"holds {listed(names)}", "choose another folder, or pass overwrite=True")
-    others = [name for name in names if kind_of(name) not in ("config", "weights", "tokenizer")]
-    if others:
-        raise refuse(f"holds {listed(others)}, which would be lost", "choose another folder")
-    if CONFIG not in names or read_json(target, CONFIG).get("model_type") != GPT2Config.model_type:
-        raise refuse("holds something else than a plain GPT-2, which would be lost", "choose another folder")
-    return target
+def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    return check_target(
+        folder,
+        overwrite=overwrite,
+        what="a plain GPT-2",
+        model_type=GPT2Config.model_type,
+        may_replace=lambda name: kind_of(name) in ("config", "weights", "tokenizer"),
+    )
