@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -50,6 +50,7 @@ app = typer.Typer(
     "3 (inspect) readable, but verify would refuse it.",
 )
 
+ExportKind = Literal["policy", "token-classification", "sequence-classification"]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 
 
@@ -289,15 +290,19 @@ def convert(
 def export(
     package: Annotated[Path, typer.Argument(help="A package's folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the plain GPT-2 to: new, or empty.")],
+    kind: Annotated[ExportKind, typer.Option("--as", help="The policy, or the critic as a classifier.")] = "policy",
     overwrite: Annotated[bool, typer.Option(help="Replace a plain GPT-2 that is there already.")] = False,
     json: Json = False,
 ) -> None:
-    """Write a package's policy as a plain GPT-2, without head and code, for any runtime that knows GPT-2."""
-    from ..convert.export import export_policy
+    """Write a package's policy as a plain GPT-2 for any runtime, or its critic as a classifier; without code."""
+    from ..convert import critic, export
 
     quiet_transformers()
     with console.working(f"exporting {package}"):
-        exported = export_policy(package, out, overwrite=overwrite)
+        if kind == "policy":
+            exported = export.export_policy(package, out, overwrite=overwrite)
+        else:
+            exported = critic.export_critic(package, out, head=kind, overwrite=overwrite)
     if json:
         console.show_json(exported.to_json())
     else:

@@ -85,7 +85,7 @@ def show_exported(exported: ExportedPolicy) -> None:
             (visible(str(exported.folder)), "bold"), f" written: {exported.parameters:,} parameters, {total}\n"
         )
     )
-    out.print(Text(f"model = AutoModelForCausalLM.from_pretrained({str(exported.folder)!r})", "cyan"))
+    out.print(Text(f"model = {exported.architecture}.from_pretrained({str(exported.folder)!r})", "cyan"))
 
 
 def show_inspection(package: PackageReport, findings: Sequence[str]) -> None:
