@@ -13,6 +13,7 @@ from .layout import __version__
 
 if TYPE_CHECKING:
     from .convert.convert import Conversion, convert_checkpoint
+    from .convert.critic import export_critic
     from .convert.export import ExportedPolicy, export_policy
     from .errors import GPT2ValueHubError
     from .package.inspection import PackageReport, inspect_package
@@ -30,6 +31,7 @@ _HOMES = {
     "PushedCheckpoint": "publish.checkpoints.job",
     "Conversion": "convert.convert",
     "convert_checkpoint": "convert.convert",
+    "export_critic": "convert.critic",
     "ExportedPolicy": "convert.export",
     "export_policy": "convert.export",
     "GPT2ValueHubError": "errors",
@@ -60,6 +62,7 @@ __all__ = [
     "VerificationReport",
     "__version__",
     "convert_checkpoint",
+    "export_critic",
     "export_policy",
     "inspect_package",
     "load_package",

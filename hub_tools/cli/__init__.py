@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -50,6 +50,7 @@ app = typer.Typer(
     "3 (inspect) readable, but verify would refuse it.",
 )
 
+ExportKind = Literal["policy", "token-classification", "sequence-classification"]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 
 
@@ -119,8 +120,7 @@ def create(
             base_model=base if is_hub_id(base) else None,
         )
     if json:
-        fields = {"folder": str(package.folder), "files": package.files, "parameters": package.parameters}
-        console.show_json({**fields, "replaced": package.replaced, "load_lines": package.load_lines})
+        console.show_json({**asdict(package), "folder": str(package.folder)})
     else:
         console.show_saved(package)
 
@@ -290,15 +290,19 @@ def convert(
 def export(
     package: Annotated[Path, typer.Argument(help="A package's folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the plain GPT-2 to: new, or empty.")],
+    kind: Annotated[ExportKind, typer.Option("--as", help="The policy, or the critic as a classifier.")] = "policy",
     overwrite: Annotated[bool, typer.Option(help="Replace a plain GPT-2 that is there already.")] = False,
     json: Json = False,
 ) -> None:
-    """Write a package's policy as a plain GPT-2, without head and code, for any runtime that knows GPT-2."""
-    from ..convert.export import export_policy
+    """Write a package's policy as a plain GPT-2 for any runtime, or its critic as a classifier; without code."""
+    from ..convert import critic, export
 
     quiet_transformers()
     with console.working(f"exporting {package}"):
-        exported = export_policy(package, out, overwrite=overwrite)
+        if kind == "policy":
+            exported = export.export_policy(package, out, overwrite=overwrite)
+        else:
+            exported = critic.export_critic(package, out, head=kind, overwrite=overwrite)
     if json:
         console.show_json(exported.to_json())
     else:
@@ -369,9 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _findings(report: PackageReport) -> list[str]:
     """Why `verify` would refuse a package that can be read."""
-    from ..package.verify import problems
+    from ..package.verify import refusals
 
-    return [problem.found for problem in problems(report)]
+    return [refusal.found for refusal in refusals(report)]
 
 
 def _response(tokenizer: Any, prompt: str, rollout: Any) -> dict[str, Any]:

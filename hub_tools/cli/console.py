@@ -85,7 +85,7 @@ def show_exported(exported: ExportedPolicy) -> None:
             (visible(str(exported.folder)), "bold"), f" written: {exported.parameters:,} parameters, {total}\n"
         )
     )
-    out.print(Text(f"model = AutoModelForCausalLM.from_pretrained({str(exported.folder)!r})", "cyan"))
+    out.print(Text(f"model = {exported.architecture}.from_pretrained({str(exported.folder)!r})", "cyan"))
 
 
 def show_inspection(package: PackageReport, findings: Sequence[str]) -> None:
@@ -110,8 +110,8 @@ def show_inspection(package: PackageReport, findings: Sequence[str]) -> None:
         table.add_row("not known", visible(f"{name}: {', '.join(fields)[:300]}; no library is shown these fields"))
     versions = ", ".join(f"{visible(name)} {visible(version)}" for name, version in package.versions.items())
     table.add_row("written with", versions or "not recorded")
-    at = f" at {visible(package.commit)}" if package.commit else ""
-    out.print(Text.assemble((visible(package.source), "bold"), at))
+    commit = f" at {visible(package.commit)}" if package.commit else ""
+    out.print(Text.assemble((visible(package.source), "bold"), commit))
     out.print(table)
     for file in package.code:  # as `sha256sum` writes it, and not in the table, which would fold it
         out.print(Text.assemble((file.sha256, "dim"), "  ", visible(file.name)))

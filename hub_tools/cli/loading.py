@@ -15,7 +15,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .. import layout, limits
-from ..errors import MissingFileError, NotAPackageError, SourceError
+from ..errors import NotAPackageError, SourceError
 from ..library_errors import as_ours
 
 MAX_SEED = (1 << 63) - 1  # torch's
@@ -169,24 +169,14 @@ def quiet_transformers() -> None:
 
 def _folder_of(source: str, revision: str | None) -> Path:
     """The folder, or the snapshot in the Hub's cache, that holds the checkpoint."""
-    from ..package.inspection import repository_id
-
     if os.path.isdir(source):
         return Path(source)
-    if repository_id(source, {}) is None and not source.replace("-", "").isalnum():  # "gpt2" is an old name on the Hub
-        raise _does_not_load(source, revision, "there is no such folder, and it is no name of a repository")
-    from ..hub import download
+    from ..hub.download import fetch
+    from ..hub.repository_id import is_repository_id
 
-    folder = download.fetch(source, revision=revision).folder
-    if not (folder / layout.CONFIG).is_file():
-        raise _does_not_load(source, revision, "the repository has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise MissingFileError(
-            f"{source} has no weights in safetensors; pickles are not downloaded",
-            expected=layout.WEIGHTS,
-            next_step="if it has a pickle: hf download REPO --local-dir FOLDER, then name that folder",
-        )
-    return folder
+    if not is_repository_id(source):
+        raise _does_not_load(source, revision, "there is no such folder, and it is no name of a repository")
+    return fetch(source, revision=revision).folder
 
 
 def _gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -220,9 +210,9 @@ def _no_tokenizer(source: str) -> SourceError:
 
 
 def _does_not_load(source: str, revision: str | None, gist: str) -> SourceError:
-    at = f" at revision {revision}" if revision else ""
+    where = f"{source} at revision {revision}" if revision else source
     return SourceError(
-        f"{source}{at} does not load: {gist}",
+        f"{where} does not load: {gist}",
         expected="a GPT-2 model, in a folder or on the Hub",
         next_step="check the name, the revision, and for a private repository the login: hf auth login",
     )

@@ -1,4 +1,4 @@
-"""The policy alone, as a plain GPT-2 that any GPT-2 runtime loads.
+"""The policy alone, or the critic alone, as a plain GPT-2 that any GPT-2 runtime loads.
 
 Imports torch, transformers, the model, and of hub_tools what reads packages and what replaces folders.
 """
@@ -6,33 +6,27 @@ Imports torch, transformers, the model, and of hub_tools what reads packages and
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gpt2_value import GPT2ValueModel
 
-from ..errors import (
-    FolderRefusedError,
-    GPT2ValueHubError,
-    LoadError,
-    NonFiniteWeightsError,
-    SaveFailedError,
-    UnsavableConfigError,
-    WrongModelError,
-)
-from ..files import AGAIN, read_json
-from ..layout import CONFIG, HEAD_PREFIX, LITTER, kind_of
+from ..errors import LoadError, MissingHeadError, NonFiniteWeightsError, UnsavableConfigError, WrongModelError
+from ..files import AGAIN
+from ..layout import HEAD_PREFIX, kind_of
 from ..library_errors import as_ours
-from ..package.inspection import inspect_stage, local_folder
-from ..package.replace_folder import staged
+from ..package.finite import not_finite
+from ..package.inspection import inspect_stage
+from ..package.replace_folder import staging_folder
+from ..package.source import local_folder
 from ..package.stage import make_loadable, stage_package
+from ..package.target import check_target, writing_to
 from ..package.tokenizer import load_tokenizer
-from .weight_files import listed
 
 # Fields of a package's config.json that GPT-2's own does not have, or that say which class it is for.
 NOT_GPT2 = (
@@ -54,6 +48,7 @@ NOT_GPT2 = (
 class ExportedPolicy:
     """A plain GPT-2 that lies on the disk, whole."""
 
+    architecture: str  # its class
     folder: Path
     files: dict[str, int]  # name -> bytes
     parameters: int
@@ -93,8 +88,21 @@ def export_policy(
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
         And what `inspect_package` raises for a package that is not whole.
     """
+    return write_plain(_plain_gpt2, model, folder, tokenizer=tokenizer, overwrite=overwrite, needs_head=False)
+
+
+def write_plain(
+    as_plain: Callable[[GPT2ValueModel], GPT2PreTrainedModel],
+    model: GPT2ValueModel | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    overwrite: bool,
+    needs_head: bool,
+) -> ExportedPolicy:
+    """Write what `as_plain` makes of the model, and the tokenizer; the rest is as in `export_policy`."""
     if isinstance(model, (str, os.PathLike)):
-        model, its_tokenizer = _read_package(model, with_tokenizer=tokenizer is None)
+        model, its_tokenizer = _read_package(model, with_tokenizer=tokenizer is None, needs_head=needs_head)
         tokenizer = tokenizer or its_tokenizer
     if not isinstance(model, GPT2ValueModel):
         raise WrongModelError(
@@ -102,27 +110,18 @@ def export_policy(
             expected="a GPT2ValueModel, unwrapped, or the folder of a package",
             next_step="save it with save_package, and export that folder",
         )
-    target = _export_target(Path(folder), overwrite=overwrite)
+    target = _target(folder, overwrite=overwrite)
     with as_ours(_not_savable):
-        plain = _plain_gpt2(model)
-        if plain.generation_config is not None:
-            plain.generation_config.validate(strict=True)
-    try:
-        with staged(target) as staging:
-            plain.save_pretrained(staging.package)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging.package)
-            files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
-            staging.commit()
-    except (OSError, SafetensorError) as err:
-        if isinstance(err, GPT2ValueHubError):
-            raise
-        raise SaveFailedError(
-            f"exporting to {target} failed: {err}",
-            expected=f"a folder in {target.parent} that can be written, and space for the model",
-            next_step="make room or choose another folder, and export again",
-        ) from err
+        plain = as_plain(model)
+    with writing_to(target), staging_folder(target) as staging:
+        plain.save_pretrained(staging.package)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging.package)
+        files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
+        _target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+        staging.commit()
     return ExportedPolicy(
+        architecture=type(plain).__name__,
         folder=target,
         files=files,
         parameters=sum(weight.numel() for weight in plain.parameters()),
@@ -132,13 +131,17 @@ def export_policy(
 
 
 def _read_package(
-    source: str | os.PathLike[str], *, with_tokenizer: bool
+    source: str | os.PathLike[str], *, with_tokenizer: bool, needs_head: bool
 ) -> tuple[GPT2ValueModel, PreTrainedTokenizerBase | None]:
     """A package's weights in this installation's model, and its tokenizer, from a private copy. Its code is not run, so
     nobody needs to have reviewed it."""
     name = os.fspath(source)
     with stage_package(local_folder(source)) as copy:
         report = inspect_stage(copy, name)
+        if needs_head and report.head is None:
+            raise MissingHeadError(
+                f"{name} has no value head", expected=f"{HEAD_PREFIX}summary.weight and .bias", next_step=AGAIN
+            )
         stored = max(report.dtypes, key=lambda dtype: report.dtypes[dtype])  # the body's: a head may differ
         loadable = make_loadable(copy, ())
         with as_ours(lambda gist: _does_not_load(name, gist)):
@@ -152,11 +155,11 @@ def _read_package(
         tokenizer = None
         if with_tokenizer and report.tokenizer is not None:
             tokenizer = load_tokenizer(loadable, name, config=model.config)
-    for key, weight in model.state_dict().items():
-        if not bool(weight.isfinite().all()):
-            raise NonFiniteWeightsError(
-                f"NaN or infinite values in {key} of {name}", expected="finite weights", next_step=AGAIN
-            )
+    damaged = list(not_finite(model.state_dict()))
+    if damaged:
+        raise NonFiniteWeightsError(
+            f"NaN or infinite values in {', '.join(damaged[:5])} of {name}", expected="finite weights", next_step=AGAIN
+        )
     return model, tokenizer
 
 
@@ -168,12 +171,16 @@ def _does_not_load(name: str, gist: str) -> LoadError:
     )
 
 
+def gpt2_fields(model: GPT2ValueModel) -> dict[str, Any]:
+    """The fields of the model's config that GPT-2's own has."""
+    return {name: value for name, value in model.config.to_dict().items() if name not in NOT_GPT2}
+
+
 def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
     """A `GPT2LMHeadModel` around the same weights, which are not copied where they are on the CPU. Good for
     saving alone: it has no memory of its own, and lacks the buffers that are in no state dict."""
-    fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_GPT2}
     with torch.device("meta"):
-        plain = GPT2LMHeadModel(GPT2Config.from_dict(fields))
+        plain = GPT2LMHeadModel(GPT2Config.from_dict(gpt2_fields(model)))
     state = {
         name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if not name.startswith(HEAD_PREFIX)
     }
@@ -181,6 +188,7 @@ def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
     plain.tie_weights()
     if model.generation_config is not None:
         plain.generation_config = model.generation_config
+        plain.generation_config.validate(strict=True)
     return plain
 
 
@@ -191,25 +199,11 @@ def _not_savable(gist: str) -> UnsavableConfigError:
     )
 
 
-def _export_target(folder: Path, *, overwrite: bool) -> Path:
-    """The folder to write, links resolved; refuses what an export must not replace."""
-    target = folder.resolve()
-
-    def refuse(found: str, next_step: str) -> FolderRefusedError:
-        return FolderRefusedError(f"{target} {found}", expected="a new folder, or an empty one", next_step=next_step)
-
-    if not target.exists():
-        return target
-    if not target.is_dir():
-        raise refuse("is a file", "choose another name")
-    names = sorted(set(os.listdir(target)) - LITTER)
-    if not names:
-        return target
-    if not overwrite:
-        raise refuse(f"holds {listed(names)}", "choose another folder, or pass overwrite=True")
-    others = [name for name in names if kind_of(name) not in ("config", "weights", "tokenizer")]
-    if others:
-        raise refuse(f"holds {listed(others)}, which would be lost", "choose another folder")
-    if CONFIG not in names or read_json(target, CONFIG).get("model_type") != GPT2Config.model_type:
-        raise refuse("holds something else than a plain GPT-2, which would be lost", "choose another folder")
-    return target
+def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    return check_target(
+        folder,
+        overwrite=overwrite,
+        what="a plain GPT-2",
+        model_type=GPT2Config.model_type,
+        may_replace=lambda name: kind_of(name) in ("config", "weights", "tokenizer"),
+    )

@@ -36,14 +36,12 @@ from ..errors import (
     RemoteNotFoundError,
     UnsafeFileError,
 )
-from ..files import HEADER_LIMIT, MIB
+from ..files import HEADER_LIMIT, LFS_POINTER, MIB
 from .retry import Retrier, other_token, status_of, token_source
 
 PATIENCE = 60.0  # seconds for which a request may keep failing in ways that pass
 # What inspection reads whole. Nothing of it is larger in a sound package: a tokenizer of a million tokens.
 OUTLINE_LIMIT = 256 * MIB
-
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 _TEXTS = [layout.CONFIG, layout.GENERATION_CONFIG, layout.WEIGHTS_INDEX, layout.RECORD, *sorted(layout.TOKENIZER)]
 _CODE = "*.py"
@@ -102,49 +100,47 @@ def fetch(
         token,
     )
     snapshot = Snapshot(Path(folder), Path(folder).name)
-    _refuse_no_package(snapshot, repo_id, token)
-    return snapshot
-
-
-def _refuse_no_package(snapshot: Snapshot, repo_id: str, token: str | None) -> None:
-    """Say what is there instead, where there is no package. (Whether a package is sound, inspection finds out.)"""
     names = {path.name for path in snapshot.folder.iterdir()} if snapshot.folder.is_dir() else set()
     for name in sorted(names):
         path = snapshot.folder / name
         if path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
             raise _pointer(repo_id, name)
-    if any(layout.kind_of(name) == "weights" for name in names):
-        return
-    listed = set() if offline() else _listed(repo_id, snapshot.commit, token)
-    _refuse_names(names | listed, repo_id)
+    if not (_has_model(names) or local_files_only or offline()):
+        # what is there instead was not downloaded: only the list of files tells
+        api = HfApi(token=token, library_name="gpt2-value", library_version=layout.__version__)
+        names |= set(_ask(lambda: api.list_repo_files(repo_id, revision=snapshot.commit), repo_id, revision, token))
+    _refuse_no_model(names, repo_id)
+    return snapshot
 
 
-def _refuse_names(names: set[str], repo_id: str) -> None:
-    """
+def _has_model(names: set[str]) -> bool:
+    return layout.CONFIG in names and any(layout.kind_of(name) == "weights" for name in names)
+
+
+def _refuse_no_model(names: set[str], repo_id: str) -> None:
+    """Refuse a repository by the names of its files: without a config it holds no model. (Whether a package is sound,
+    inspection finds out.)
+
     Raises:
-        NotAPackageError, PickleError: these are no package's files.
+        NotAPackageError: it holds no model.
+        PickleError: all of its weights are pickles.
     """
-    if any(layout.kind_of(name) == "weights" for name in names):
-        return
-    pickles = sorted(name for name in names if layout.kind_of(name) == "pickle")
-    if layout.CONFIG in names and pickles:
-        raise PickleError(
-            f"{repo_id} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when opened",
-            expected="weights in safetensors",
-            next_step="ask its author for safetensors; or download it, and where it is a checkpoint of another "
-            "library: gpt2-value convert FOLDER OUT",
-        )
     if layout.CONFIG not in names:
         raise NotAPackageError(
             f"{repo_id} holds no package: it has {', '.join(sorted(names)[:5]) or 'no files'}",
-            expected="a repository with config.json and model.safetensors, as gpt2-value push makes it",
+            expected=f"a repository with {layout.CONFIG} and {layout.WEIGHTS}, as gpt2-value push makes it",
             next_step="check the name and the revision",
         )
-
-
-def _listed(repo_id: str, commit: str, token: str | None) -> set[str]:
-    api = HfApi(token=token, library_name="gpt2-value", library_version=layout.__version__)
-    return set(_ask(lambda: api.list_repo_files(repo_id, revision=commit), repo_id, commit, token))
+    pickles = sorted(name for name in names if layout.kind_of(name) == "pickle")
+    if pickles and not _has_model(names):
+        raise PickleError(
+            f"{repo_id} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when opened; "
+            "none was downloaded",
+            expected="weights in safetensors",
+            next_step=f"ask its author for safetensors; or hf download {repo_id} --local-dir FOLDER , and read it "
+            "without running it: gpt2-value create --base FOLDER OUT , or, where another library wrote it: gpt2-value "
+            "convert FOLDER OUT",
+        )
 
 
 def _pointer(repo_id: str, name: str) -> CorruptFileError:
@@ -186,7 +182,7 @@ def fetch_outline(
     )
     commit = str(info.sha)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    _refuse_names(set(sizes), repo_id)
+    _refuse_no_model(set(sizes), repo_id)
     for name, size in sizes.items():
         # a Hub serves what git can hold, which is neither; a server that claims to be one may say anything
         if PurePosixPath(name).is_absolute() or not {"..", ""}.isdisjoint(name.split("/")) or "\0" in name:

@@ -1,7 +1,7 @@
 """The model card, rendered from facts about the model; nothing in it is invented.
 
-Imports the standard library, huggingface_hub, `errors` and `layout`. What the metadata mean:
-https://huggingface.co/docs/hub/model-cards#model-card-metadata.
+Imports the standard library, huggingface_hub, and of hub_tools `errors`, `layout` and `hub.repository_id`. What the
+metadata mean: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .. import layout
 from ..errors import CardMetadataError
+from ..hub.repository_id import is_repository_id
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ("gpt2", "gpt2-value", "value-head", "reinforcement-learning", "ppo")
-
-_NAME = r"[A-Za-z0-9]([\w.\-]*[A-Za-z0-9])?"
-_HUB_ID = re.compile(rf"({_NAME}/)?{_NAME}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,10 @@ class CardFacts:
     versions: dict[str, str]
 
 
-def is_hub_id(text: str) -> bool:
+def is_hub_id(text: object) -> bool:
     """Whether `text` has the form of a repository's id on the Hub (`gpt2`, `openai-community/gpt2`) and names
     no file or folder here: of the two, transformers prefers the folder."""
-    return (
-        _HUB_ID.fullmatch(text) is not None
-        and len(text) <= 96
-        and "--" not in text
-        and ".." not in text
-        and not os.path.exists(text)
-    )
+    return is_repository_id(text) and not os.path.exists(str(text))
 
 
 def load_lines(where: str, *, tokenizer: bool, revision: str | None = None) -> str:
@@ -87,13 +79,13 @@ def render_card(
     Raises:
         CardMetadataError: a value that the Hub would reject, or a local path as `base_model`.
     """
-    if base_model is not None and not (isinstance(base_model, str) and is_hub_id(base_model)):
+    if base_model is not None and not is_hub_id(base_model):
         raise CardMetadataError(
             f"base_model {base_model!r} is {'a local path' if os.path.exists(str(base_model)) else 'no Hub id'}",
             expected="the id of a repository on the Hub, as openai-community/gpt2",
             next_step="pass that id, or leave base_model out",
         )
-    if repo_id is not None and not (isinstance(repo_id, str) and _HUB_ID.fullmatch(repo_id)):
+    if repo_id is not None and not is_repository_id(repo_id):
         raise CardMetadataError(
             f"repo_id {repo_id!r} is not a Hub id",
             expected="user/name",

@@ -8,8 +8,6 @@ before you load, is skops': https://skops.readthedocs.io/en/stable/persistence.h
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,24 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import layout, limits
-from ..errors import (
-    CodeReferenceError,
-    CorruptFileError,
-    MissingFileError,
-    NotAPackageError,
-    PickleError,
-    UnusedOptionError,
-    WeightsMismatchError,
-)
-from ..files import AGAIN, Tensor, file_in, read_json, read_safetensors_header
+from ..errors import CodeReferenceError, CorruptFileError
+from ..files import AGAIN, file_in, read_json
 from . import allowed_fields
-from .config_json import check_config, check_memory, expected_shapes, tied
+from .config_json import check_config, tied
 from .record import Record, read_record
 from .releases import releases, versions_of
+from .source import HubOptions, local_folder, repository_id
 from .stage import Stage
-
-HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+from .weight_headers import FLOATS, Head, check_tensors, read_weights
 
 
 @dataclass(frozen=True)
@@ -45,18 +34,6 @@ class CodeFile:
     sha256: str
     installed: bool  # byte-identical to this installed version's file of the same name
     releases: tuple[str, ...]  # the released versions that have it, byte for byte; the installed one counts
-
-
-@dataclass(frozen=True)
-class Head:
-    """The value head's projection: `[1, n_embd]` gives one value per token. `()` if its config says no
-    projection: then the value is the hidden state, and the head has no weights."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def describe(self) -> str:
-        return f"{list(self.shape)} {self.dtype}" if self.shape else "no projection: the value is the hidden state"
 
 
 @dataclass(frozen=True)
@@ -136,72 +113,38 @@ def inspect_package(
         WeightsMismatchError: tensors that are missing, unknown, or of the wrong shape or dtype.
         CodeReferenceError: `auto_map` does not name the package's own classes.
     """
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    repo_id = repository_id(source, hub)
+    options = HubOptions(revision, token, None if cache_dir is None else Path(cache_dir), local_files_only)
+    repo_id = repository_id(source, options)
     if repo_id is None:
         return _inspect(local_folder(source), os.fspath(source), hash_weights=hash_weights)
-    return _inspect_repository(
-        repo_id, revision, hash_weights, token, None if cache_dir is None else Path(cache_dir), local_files_only
-    )
+    return _inspect_repository(repo_id, options, hash_weights=hash_weights)
 
 
-def repository_id(source: str | os.PathLike[str], options: Mapping[str, Any]) -> str | None:
-    """`source` if it is the id of a repository on the Hub, and no folder here; None for a folder.
-
-    Raises:
-        UnusedOptionError: one of the `options`, which are for the Hub, with a folder.
-    """
-    if isinstance(source, str) and HUB_ID.fullmatch(source) and not os.path.exists(source):
-        return source
-    for name, value in options.items():
-        if value:
-            raise UnusedOptionError(
-                f"{name}={'...' if name == 'token' else value} for {os.fspath(source)!r}",
-                expected="owner/name of a repository on the Hub: a folder has no use for it",
-                next_step=f"leave {name} out",
-            )
-    return None
-
-
-def _inspect_repository(
-    repo_id: str,
-    revision: str | None,
-    hash_weights: bool,
-    token: str | None,
-    cache_dir: Path | None,
-    local_files_only: bool,
-) -> PackageReport:
-    """The report on a repository, from an outline of it; from the cache where all of it is wanted, or offline."""
+def _inspect_repository(repo_id: str, options: HubOptions, *, hash_weights: bool) -> PackageReport:
+    """The report on a repository: from an outline of it; from whole files where the weights are to be hashed; from the
+    cache where nobody may be asked."""
     from ..hub import download
 
-    if not (hash_weights or local_files_only or download.offline()):
+    if hash_weights or options.local_files_only or download.offline():
+        snapshot = download.fetch(
+            repo_id,
+            revision=options.revision,
+            token=options.token,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+        )
+        report = _inspect(snapshot.folder, repo_id, hash_weights=hash_weights)
+    else:
         with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as outline:
             snapshot = download.fetch_outline(
-                repo_id, Path(outline), revision=revision, token=token, cache_dir=cache_dir
+                repo_id,
+                Path(outline),
+                revision=options.revision,
+                token=options.token,
+                cache_dir=options.cache_dir,
             )
-            refuse_no_package(Path(outline), repo_id)
             report = _inspect(Path(outline), repo_id, hash_weights=False)
-    else:
-        snapshot = download.fetch(
-            repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        refuse_no_package(snapshot.folder, repo_id)
-        report = _inspect(snapshot.folder, repo_id, hash_weights=hash_weights)
     return replace(report, folder=snapshot.folder, commit=snapshot.commit)
-
-
-def refuse_no_package(folder: Path, repo_id: str) -> None:
-    """Refuse what was fetched of a repository that holds no package.
-
-    Raises:
-        NotAPackageError.
-    """
-    if not (folder / layout.CONFIG).exists():
-        raise NotAPackageError(
-            f"{repo_id} has no {layout.CONFIG}: there is no package in it",
-            expected="a repository that save_package's files were pushed to",
-            next_step=f"check the name and the revision, or push one: gpt2-value push FOLDER {repo_id}",
-        )
 
 
 def inspect_stage(copy: Stage, source: str) -> PackageReport:
@@ -230,9 +173,9 @@ def _inspect(
     allowed_fields.reduce(layout.GENERATION_CONFIG, generation_config)
     tokenizer, tokenizer_config = _read_tokenizer(folder, names, limits.vocabulary_bytes(config["vocab_size"]))
 
-    shards = _read_weights(folder, names, pickles)
+    shards = read_weights(folder, names, pickles)
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
-    head = _check_tensors(tensors, config)
+    head = check_tensors(tensors, config)
     dtypes: dict[str, int] = {}
     for tensor in tensors.values():
         dtypes[FLOATS[tensor.dtype]] = dtypes.get(FLOATS[tensor.dtype], 0) + tensor.elements
@@ -284,31 +227,6 @@ def _inspect(
     )
 
 
-def local_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder that `source` names.
-
-    Raises:
-        NotAPackageError: there is none.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.parent.is_dir():
-        pattern = layout.staging_name(folder.resolve())
-        for beside in sorted(folder.resolve().parent.iterdir()):
-            if pattern.fullmatch(beside.name) and (beside / "previous").is_dir():
-                raise NotAPackageError(
-                    f"{folder} is missing: a save was interrupted; the package that was there is in {beside}",
-                    next_step="save again, which puts it back first, or: "
-                    + shlex.join(["mv", str(beside / "previous"), str(folder)]),
-                )
-    raise NotAPackageError(
-        f"{os.fspath(source)!r} is not a folder",
-        expected="the folder of a value-head package",
-        next_step="write one: gpt2-value create --base openai-community/gpt2 FOLDER",
-    )
-
-
 def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tuple[str | None, dict[str, Any]]:
     """The tokenizer's class, if the package has one, and its settings. Refuses tokenizers that bring code, or that
     are read from elsewhere. A vocabulary may be large, so only its size is looked at: `vocabulary` bytes at most."""
@@ -333,90 +251,6 @@ def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tupl
     # the class is shown to people, whatever it says; loading is strict about it
     allowed_fields.reduce(layout.TOKENIZER_CONFIG, {k: v for k, v in settings.items() if k != "tokenizer_class"})
     return str(settings.get("tokenizer_class"))[:80], settings
-
-
-def _read_weights(folder: Path, names: Sequence[str], pickles: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """The weight files that a loader reads, and what each holds."""
-    if layout.WEIGHTS in names and layout.WEIGHTS_INDEX in names:
-        raise CorruptFileError(
-            f"both {layout.WEIGHTS} and {layout.WEIGHTS_INDEX} are there, which may be two different models",
-            expected="one of them",
-            next_step="remove the stale one, or write the package again with hub_tools.save_package",
-        )
-    if layout.WEIGHTS in names:
-        return {layout.WEIGHTS: read_safetensors_header(folder, layout.WEIGHTS)}
-    if layout.WEIGHTS_INDEX not in names:
-        if pickles:
-            raise PickleError(
-                f"the only weights are pickles, which were not opened: {', '.join(map(repr, pickles))}",
-                expected=f"{layout.WEIGHTS}",
-                next_step="gpt2-value create --base FOLDER OUT reads them with weights_only=True",
-            )
-        raise MissingFileError(
-            f"{layout.WEIGHTS} is not in {folder}",
-            expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
-            next_step=AGAIN,
-        )
-    weight_map = read_json(folder, layout.WEIGHTS_INDEX, limit=limits.INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(
-            f"{layout.WEIGHTS_INDEX} has no weight_map",
-            expected="tensor names and their files",
-            next_step=AGAIN,
-        )
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or not layout.SHARD.fullmatch(shard):
-            raise CorruptFileError(
-                f"{layout.WEIGHTS_INDEX} names the file {str(shard)[:200]!r}",
-                expected="files of the package, like model-00001-of-00002.safetensors",
-                next_step=AGAIN,
-            )
-    shards = {name: read_safetensors_header(folder, name) for name in sorted(set(weight_map.values()))}
-    held = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
-    if held != weight_map or sum(map(len, shards.values())) != len(held):
-        wrong = sorted(set(held.items()) ^ set(weight_map.items())) or [("a tensor", "two shards")]
-        raise WeightsMismatchError(
-            f"{layout.WEIGHTS_INDEX} and the shards disagree about {wrong[0][0]!r} ({wrong[0][1]})",
-            expected="every tensor in the shard that the index names, and nowhere else",
-            next_step=AGAIN,
-        )
-    return shards
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Head | None:
-    """Compare the tensors with what `config.json` calls for; return the head's, or None where it has none."""
-    # a bound for the loop below: one layer has more tensors than this
-    if config["n_layer"] > len(tensors):
-        raise WeightsMismatchError(
-            f"config.json says {config['n_layer']:,} layers; the weights are {len(tensors):,} tensors",
-            expected="12 tensors or more for each layer",
-            next_step=AGAIN,
-        )
-    check_memory(config)
-    expected = expected_shapes(config)
-    head_names = {name for name in expected if name.startswith(layout.HEAD_PREFIX)}
-    unknown = sorted(set(tensors) - set(expected))
-    missing = sorted(set(expected) - set(tensors))
-    if head_names and not any(name.startswith(layout.HEAD_PREFIX) for name in tensors):
-        missing = [name for name in missing if name not in head_names]  # no head at all is reported, not refused
-    if unknown or missing:
-        what = f"unknown tensors: {unknown[:5]}" if unknown else f"missing tensors: {missing[:5]}"
-        raise WeightsMismatchError(
-            f"{what} ({len(unknown)} unknown, {len(missing)} missing)",
-            expected="exactly the tensors that config.json calls for",
-            next_step=AGAIN,
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name] or tensor.dtype not in FLOATS:
-            raise WeightsMismatchError(
-                f"tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}",
-                expected=f"shape {list(expected[name])}, in one of {sorted(FLOATS)}",
-                next_step=AGAIN,
-            )
-    if not head_names:
-        return Head((), "")
-    head = tensors.get(layout.HEAD_PREFIX + "summary.weight")
-    return Head(head.shape, FLOATS[head.dtype]) if head is not None else None
 
 
 def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:

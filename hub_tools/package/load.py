@@ -29,18 +29,12 @@ from ..errors import (
 from ..files import AGAIN
 from ..library_errors import as_ours
 from .finite import not_finite
-from .inspection import (
-    PackageReport,
-    inspect_package,
-    inspect_stage,
-    local_folder,
-    refuse_no_package,
-    repository_id,
-)
+from .inspection import PackageReport, inspect_stage
 from .releases import Release, diff_command, releases
+from .source import HubOptions, local_folder, repository_id
 from .stage import make_loadable, stage_package
 from .tokenizer import load_tokenizer
-from .verify import problems
+from .verify import refusals
 
 if TYPE_CHECKING:
     import torch
@@ -108,9 +102,9 @@ def load_package(
         UnusedOptionError: an option that has no use here, or is no hash.
         And everything that `inspect_package` raises.
     """
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options = HubOptions(revision, token, None if cache_dir is None else Path(cache_dir), local_files_only)
     reviewed = _checked(reviewed_sha256)
-    repo_id, commit = repository_id(source, hub), None
+    repo_id, commit = repository_id(source, options), None
     if repo_id is None:
         folder = local_folder(source)
     else:
@@ -118,16 +112,12 @@ def load_package(
 
         snapshot = download.fetch(
             repo_id,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            local_files_only=local_files_only,
+            revision=options.revision,
+            token=options.token,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
         )
         folder, commit = snapshot.folder, snapshot.commit
-        refuse_no_package(folder, repo_id)
-        if not any(folder.glob("*.safetensors")) and not local_files_only:
-            # only the outline of the repository says what is there instead: pickles, which are not downloaded
-            inspect_package(repo_id, revision=commit, token=token, cache_dir=cache_dir)
     with stage_package(folder) as copy:
         package = replace(inspect_stage(copy, os.fspath(source)), commit=commit)
         _refuse(package, MissingHeadError)
@@ -166,9 +156,9 @@ def _checked(reviewed: Mapping[str, str] | None) -> dict[str, str]:
 def _refuse(package: PackageReport, kind: type[GPT2ValueHubError]) -> None:
     """Refuse a package that `verify_package` would refuse for this reason. Others are harmless here: what does not
     belong to a package is neither read nor run, and a card or a record that is missing is not needed."""
-    for problem in problems(package):
-        if isinstance(problem, kind):
-            raise problem
+    for refusal in refusals(package):
+        if isinstance(refusal, kind):
+            raise refusal
 
 
 def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> Release | None:

@@ -73,9 +73,9 @@ def record_release(to: Path = RELEASES) -> dict[str, str]:
     return installed
 
 
-def _recorded(at: Path) -> dict[str, dict[str, str]]:
+def _recorded(file: Path) -> dict[str, dict[str, str]]:
     """Version -> file name -> SHA-256, in the order of release."""
-    found: dict[str, dict[str, str]] = json.loads(at.read_text(encoding="utf-8"))
+    found: dict[str, dict[str, str]] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 

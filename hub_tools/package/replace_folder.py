@@ -77,7 +77,7 @@ class Staging:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Staging]:
+def staging_folder(target: Path) -> Iterator[Staging]:
     """A `Staging` for `target`; its folder is gone afterwards, unless the process is killed.
 
     Cleans up after saves of the same target that were killed. Saves of the same target that run at the same

@@ -37,7 +37,7 @@ from .card import CardFacts, load_lines, render_card
 from .finite import not_finite
 from .probe import measure
 from .record import PROBE_TEXT, Record, probe
-from .replace_folder import staged
+from .replace_folder import staging_folder
 from .target import check_target, writing_to
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -111,7 +111,7 @@ def save_package(
     if tokenizer is not None:
         _check_tokenizer(tokenizer, installed.config.vocab_size)
     card = render_card(_facts(installed, tokenizer), base_model=base_model, license=license, tags=tags, repo_id=repo_id)
-    with writing_to(target), staged(target) as staging:
+    with writing_to(target), staging_folder(target) as staging:
         _write(staging.package, installed, tokenizer, card, max_shard_size)
         files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
         _target(folder, overwrite=overwrite)  # writing may have taken minutes: look again

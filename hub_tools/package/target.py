@@ -71,7 +71,9 @@ def check_target(
     if not names:
         return target
     if not overwrite:
-        raise refuse("is not empty, and overwrite is off", "choose another folder, or pass overwrite=True")
+        raise refuse(
+            "is not empty, and overwrite is off", "choose another folder, or pass overwrite=True (--overwrite)"
+        )
     foreign = [name for name in names if not may_replace(name)]
     if foreign:
         raise refuse(f"holds {foreign[:5]}, which would be lost", "move them elsewhere, or choose another folder")

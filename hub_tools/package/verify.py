@@ -36,9 +36,10 @@ from ..errors import (
     VerificationTimeoutError,
 )
 from ..files import AGAIN
-from .inspection import PackageReport, inspect_stage, local_folder
+from .inspection import PackageReport, inspect_stage
 from .record import PROBE_TEXT, Record, read_record
 from .releases import diff_command
+from .source import local_folder
 from .stage import make_loadable, stage_package
 
 TOLERANCE = 1e-5  # of the largest recorded number, or of 1 if that is larger
@@ -107,9 +108,9 @@ def verify_package(
     _check_timeout(timeout)
     with stage_package(local_folder(Path(source))) as copy:  # a path is never a repository's id
         package = inspect_stage(copy, os.fspath(source))
-        for problem in problems(package):
-            if not (trust_remote_code and isinstance(problem, UntrustedCodeError)):
-                raise problem
+        for refusal in refusals(package):
+            if not (trust_remote_code and isinstance(refusal, UntrustedCodeError)):
+                raise refusal
         record = read_record(copy.folder)
         found = _run(package, make_loadable(copy, package.code_sha256), record, timeout)
     _check_loading(found)
@@ -152,7 +153,7 @@ def verify_package(
     )
 
 
-def problems(package: PackageReport) -> list[GPT2ValueHubError]:
+def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
     """What `inspect_package` only reports and `verify_package` refuses: a package that is not complete, is
     not only a package, is not as it was saved, or brings other code. The first is the one that
     `verify_package` raises."""

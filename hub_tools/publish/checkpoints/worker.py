@@ -23,7 +23,7 @@ from ...hub.repository import Hub
 from ...package.inspection import inspect_package
 from ...package.record import read_record
 from ...package.save import save_package
-from ...package.verify import problems, verify_package
+from ...package.verify import refusals, verify_package
 from ..push import PushOptions, push
 from ..upload_set import Package
 from .job import RESULT, Best, BestRule, Job, PushedCheckpoint, Result, failure_to_json, metrics_in
@@ -101,8 +101,8 @@ def _verify(folder: Path, verified: str | None) -> str:
         verify_package(folder, timeout=VERIFY_TIMEOUT)
         by_an_earlier_attempt.touch()
     else:
-        for problem in problems(inspect_package(folder)):
-            raise problem
+        for refusal in refusals(inspect_package(folder)):
+            raise refusal
     return fingerprint
 
 

@@ -1,0 +1,71 @@
+"""Where a package is: in a folder here, or in a repository on the Hub.
+
+Imports only the standard library and of hub_tools `errors` and `layout`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from .. import layout
+from ..errors import NotAPackageError, UnusedOptionError
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to ask the Hub for a repository. A folder has no use for any of these."""
+
+    revision: str | None = None  # branch, tag or commit
+    token: str | None = None  # instead of the one that huggingface_hub knows
+    cache_dir: Path | None = None  # instead of huggingface_hub's
+    local_files_only: bool = False  # take what is in the cache, and ask nobody
+
+
+def repository_id(source: str | os.PathLike[str], options: HubOptions) -> str | None:
+    """`source` if it is written as a repository on the Hub is, `owner/name`, and nothing here is called so; None for
+    a folder. Whether it is an id that the Hub allows, huggingface_hub says when the Hub is asked.
+
+    Raises:
+        UnusedOptionError: one of the `options`, and `source` is a folder.
+    """
+    if isinstance(source, str) and not os.path.exists(source):
+        parts = source.split("/")
+        if len(parts) == 2 and not {"", ".", "..", "~"}.intersection(parts):
+            return source
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value:
+            raise UnusedOptionError(
+                f"{option.name}={'...' if option.name == 'token' else value} for {os.fspath(source)!r}",
+                expected="owner/name of a repository on the Hub: a folder has no use for it",
+                next_step=f"leave {option.name} out",
+            )
+    return None
+
+
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """The folder that `source` names.
+
+    Raises:
+        NotAPackageError: there is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.parent.is_dir():
+        pattern = layout.staging_name(folder.resolve())
+        for neighbour in sorted(folder.resolve().parent.iterdir()):
+            if pattern.fullmatch(neighbour.name) and (neighbour / "previous").is_dir():
+                raise NotAPackageError(
+                    f"{folder} is missing: a save was interrupted; the package that was there is in {neighbour}",
+                    next_step="save again, which puts it back first, or: "
+                    + shlex.join(["mv", str(neighbour / "previous"), str(folder)]),
+                )
+    raise NotAPackageError(
+        f"{os.fspath(source)!r} is not a folder",
+        expected="the folder of a value-head package",
+        next_step="write one: gpt2-value create --base openai-community/gpt2 FOLDER",
+    )

@@ -1,0 +1,115 @@
+"""The weights of a package, by their headers: which files hold which tensors, and are they those of its config?
+
+Imports only the standard library and of hub_tools `errors`, `files`, `layout`, `limits` and `config_json`. The data of
+the weights are not read, and pickles are not opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import layout, limits
+from ..errors import CorruptFileError, MissingFileError, PickleError, WeightsMismatchError
+from ..files import AGAIN, Tensor, read_json, read_safetensors_header
+from .config_json import check_memory, expected_shapes
+
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name -> torch's
+
+
+@dataclass(frozen=True)
+class Head:
+    """The value head's projection: `[1, n_embd]` gives one value per token. `()` if its config says no
+    projection: then the value is the hidden state, and the head has no weights."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def describe(self) -> str:
+        return f"{list(self.shape)} {self.dtype}" if self.shape else "no projection: the value is the hidden state"
+
+
+def read_weights(folder: Path, names: Sequence[str], pickles: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """The weight files that a loader reads, and what each holds."""
+    if layout.WEIGHTS in names and layout.WEIGHTS_INDEX in names:
+        raise CorruptFileError(
+            f"both {layout.WEIGHTS} and {layout.WEIGHTS_INDEX} are there, which may be two different models",
+            expected="one of them",
+            next_step="remove the stale one, or write the package again with hub_tools.save_package",
+        )
+    if layout.WEIGHTS in names:
+        return {layout.WEIGHTS: read_safetensors_header(folder, layout.WEIGHTS)}
+    if layout.WEIGHTS_INDEX not in names:
+        if pickles:
+            raise PickleError(
+                f"the only weights are pickles, which were not opened: {', '.join(map(repr, pickles))}",
+                expected=f"{layout.WEIGHTS}",
+                next_step="gpt2-value create --base FOLDER OUT reads them with weights_only=True",
+            )
+        raise MissingFileError(
+            f"{layout.WEIGHTS} is not in {folder}",
+            expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
+            next_step=AGAIN,
+        )
+    weight_map = read_json(folder, layout.WEIGHTS_INDEX, limit=limits.INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(
+            f"{layout.WEIGHTS_INDEX} has no weight_map",
+            expected="tensor names and their files",
+            next_step=AGAIN,
+        )
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not layout.SHARD.fullmatch(shard):
+            raise CorruptFileError(
+                f"{layout.WEIGHTS_INDEX} names the file {str(shard)[:200]!r}",
+                expected="files of the package, like model-00001-of-00002.safetensors",
+                next_step=AGAIN,
+            )
+    shards = {name: read_safetensors_header(folder, name) for name in sorted(set(weight_map.values()))}
+    held = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
+    if held != weight_map or sum(map(len, shards.values())) != len(held):
+        wrong = sorted(set(held.items()) ^ set(weight_map.items())) or [("a tensor", "two shards")]
+        raise WeightsMismatchError(
+            f"{layout.WEIGHTS_INDEX} and the shards disagree about {wrong[0][0]!r} ({wrong[0][1]})",
+            expected="every tensor in the shard that the index names, and nowhere else",
+            next_step=AGAIN,
+        )
+    return shards
+
+
+def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Head | None:
+    """Compare the tensors with what `config.json` calls for; return the head's, or None where it has none."""
+    # a bound for the loop below: one layer has more tensors than this
+    if config["n_layer"] > len(tensors):
+        raise WeightsMismatchError(
+            f"config.json says {config['n_layer']:,} layers; the weights are {len(tensors):,} tensors",
+            expected="12 tensors or more for each layer",
+            next_step=AGAIN,
+        )
+    check_memory(config)
+    expected = expected_shapes(config)
+    head_names = {name for name in expected if name.startswith(layout.HEAD_PREFIX)}
+    unknown = sorted(set(tensors) - set(expected))
+    missing = sorted(set(expected) - set(tensors))
+    if head_names and not any(name.startswith(layout.HEAD_PREFIX) for name in tensors):
+        missing = [name for name in missing if name not in head_names]  # no head at all is reported, not refused
+    if unknown or missing:
+        what = f"unknown tensors: {unknown[:5]}" if unknown else f"missing tensors: {missing[:5]}"
+        raise WeightsMismatchError(
+            f"{what} ({len(unknown)} unknown, {len(missing)} missing)",
+            expected="exactly the tensors that config.json calls for",
+            next_step=AGAIN,
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name] or tensor.dtype not in FLOATS:
+            raise WeightsMismatchError(
+                f"tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}",
+                expected=f"shape {list(expected[name])}, in one of {sorted(FLOATS)}",
+                next_step=AGAIN,
+            )
+    if not head_names:
+        return Head((), "")
+    head = tensors.get(layout.HEAD_PREFIX + "summary.weight")
+    return Head(head.shape, FLOATS[head.dtype]) if head is not None else None
