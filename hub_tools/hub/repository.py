@@ -127,7 +127,8 @@ class Hub:
             raise NoAccessError(
                 "the token may only read",
                 expected="a token with write permission",
-                next_step=f"make one at {self.api.endpoint}/settings/tokens; then {other_token(self._token_source)}",
+                next_step=f"make one at {self.api.endpoint}/settings/tokens; then "
+                + other_token(self._token_source, "that one"),
             )
 
     def is_private(self) -> bool | None:

@@ -104,13 +104,17 @@ class Retrier:
         token: hidden in all errors.
         endpoint: the Hub's address.
         token_source: where the token comes from, for advice about a wrong one: "argument", "HF_TOKEN" or "login".
+        writes: whether the requests are made to write, for advice about a token that may not.
     """
 
-    def __init__(self, *, seconds: float, token: str, endpoint: str, token_source: str = "login") -> None:
+    def __init__(
+        self, *, seconds: float, token: str, endpoint: str, token_source: str = "login", writes: bool = True
+    ) -> None:
         self._seconds = seconds
         self._token = token
         self._endpoint = endpoint
         self._token_source = token_source
+        self._writes = writes
 
     def call(
         self,
@@ -183,6 +187,8 @@ class Retrier:
 
     def _way_in(self, what: str) -> str:
         """The advice for a token that may not do something."""
+        if not self._writes:
+            return "ask its owner for access; then " + other_token(self._token_source, "a token of your account")
         if what == CREATE:
             return (
                 "create it under your own name, or with a token of its owner's; if it exists already, it is private, "
@@ -200,6 +206,7 @@ class Retrier:
             parts.append(str(error.__cause__))
         text = " ".join(" ".join(parts).split()).replace(self._token, "[token]")
         text = re.sub(r"For more information check: \S+ ?", "", text)
+        text = re.sub(r" Please make sure you specified the correct .*huggingface_hub/authentication", "", text)
         return re.sub(r"\?[^\s'\"]+", "?[...]", text)[:500] or type(error).__name__
 
     def _refusal(self, what: str, error: Exception) -> Exception:
@@ -225,13 +232,17 @@ class Retrier:
         return error
 
 
-def other_token(source: str) -> str:
-    """The advice for a token that is not accepted. A token that is set anywhere else overrides the login's."""
+def other_token(source: str, needed: str = "a token that the Hub accepts") -> str:
+    """The advice where the token will not do. A token that is passed, or set in HF_TOKEN, overrides the login's.
+
+    Args:
+        source: where it comes from, see `token_source`.
+        needed: the token that would do, in words.
+    """
     return {
-        "argument": "pass another token=..., one with write permission",
-        "HF_TOKEN": "correct the environment variable HF_TOKEN, which overrides the login; or unset it, and log in "
-        "with a write token: hf auth login",
-    }.get(source, "log in with a write token: hf auth login; or pass token=... (or set HF_TOKEN)")
+        "argument": f"pass {needed} as token=...",
+        "HF_TOKEN": f"set HF_TOKEN, which overrides the login, to {needed}; or unset it and log in: hf auth login",
+    }.get(source, f"log in with {needed}: hf auth login; or pass it as token=... (or set HF_TOKEN)")
 
 
 def token_source(token: str | None) -> str:
