@@ -73,7 +73,7 @@ def fetch(
     cache_dir: Path | None = None,
     local_files_only: bool = False,
 ) -> Snapshot:
-    """All files of a package that a loader reads, at one commit, in the Hub's cache.
+    """Download the files of a package that a loader reads, at one commit, to the Hub's cache.
 
     Where the Hub cannot be reached, or in offline mode, the cache answers alone, as it does for transformers.
 
@@ -119,9 +119,8 @@ def fetch(
 
 
 def _answers(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Ask for the revision, which a Hub that is well answers at once. Whether it does is found out here, because a
-    download may take for ever and huggingface_hub waits for its first answer as long. False where the Hub cannot be
-    reached: then the cache may do."""
+    """Ask for the revision, and say whether the Hub can be reached; where it cannot, the cache may do. A download has
+    no time limit, and huggingface_hub sets none for its first answer, so a silent Hub is found out here."""
     try:
         api.model_info(repo_id, revision=revision)
     except (OSError, RuntimeError, ValueError) as error:
@@ -136,8 +135,7 @@ def _has_model(names: set[str]) -> bool:
 
 
 def _refuse_no_model(names: set[str], repo_id: str) -> None:
-    """Refuse a repository by the names of its files: without a config it holds no model. (Whether a package is sound,
-    inspection finds out.)
+    """Refuse a repository whose files, by their names, are no model's. (Inspection finds out whether they are sound.)
 
     Raises:
         NotAPackageError: it holds no model.
@@ -178,7 +176,7 @@ def fetch_outline(
     token: str | None = None,
     cache_dir: Path | None = None,
 ) -> Snapshot:
-    """What inspection reads of a package: JSON and code, and of the weights only the headers.
+    """Download what inspection reads of a package: JSON and code, and only the headers of the weights.
 
     Args:
         into: a new folder, which will hold one file for each of the repository's: JSON and code whole; weights with
@@ -265,7 +263,7 @@ def _read_whole(name: str) -> bool:
 
 
 def _header(files: HfFileSystem, place: str) -> bytes:
-    """The first bytes of a safetensors file, as far as its header goes: two requests for a range each."""
+    """Return the start of a safetensors file, up to the end of its header. Two requests, for a range of bytes each."""
     with files.open(place, "rb", cache_type="none") as file:  # no read-ahead, which is 5 MiB otherwise
         length = bytes(file.read(8))
         if len(length) < 8:
@@ -278,8 +276,8 @@ def _header(files: HfFileSystem, place: str) -> bytes:
 def _ask(
     request: Callable[[], T], repo_id: str, revision: str | None, token: str | None, *, transfer: float = 0.0
 ) -> T:
-    """A request's answer, after retries; `transfer` is how many seconds its bytes may take. What the Hub refuses is
-    raised as an error of ours, which holds no token."""
+    """Make a request, with retries, and return its answer; `transfer` is how many seconds its bytes may take. What the
+    Hub refuses is raised as an error of ours, which holds no token."""
     secret = token or get_token() or "\0"
     source = token_source(token)
     retrier = Retrier(seconds=PATIENCE, token=secret, endpoint=HfApi().endpoint, token_source=source, writes=False)
@@ -304,7 +302,7 @@ def _ask(
 
 
 def _refusal(error: Exception, where: str, text: str, source: str) -> Exception:
-    """The typed error for what the Hub, or its cache, does not give."""
+    """Return the typed error for what the Hub, or its cache, does not give."""
     if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
         return NoAccessError(
             f"{where} is gated: {text}",

@@ -46,7 +46,8 @@ T = TypeVar("T")
 
 
 def _http_errors() -> tuple[type[Exception], tuple[type[Exception], ...]]:
-    """The base of all errors of the HTTP library under huggingface_hub, and those of a connection that broke.
+    """Return the base class of all errors of the HTTP library under huggingface_hub, and its errors for broken
+    connections.
 
     huggingface_hub 0.36 stands on requests, later ones on httpx (under changing names): its own error says which.
     """
@@ -186,7 +187,7 @@ class Retrier:
         )
 
     def _way_in(self, what: str) -> str:
-        """The advice for a token that may not do something."""
+        """Return the advice for a token that may not do something."""
         if not self._writes:
             return "ask its owner for access; then " + other_token(self._token_source, "a token of your account")
         if what == CREATE:
@@ -200,7 +201,7 @@ class Retrier:
         )
 
     def text(self, error: BaseException) -> str:
-        """What went wrong, in one line, without the token and without the signatures of upload addresses."""
+        """Say what went wrong, in one line, without the token and without the signatures of upload addresses."""
         parts = [str(error)]
         if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ..."
             parts.append(str(error.__cause__))
@@ -210,7 +211,7 @@ class Retrier:
         return re.sub(r"\?[^\s'\"]+", "?[...]", text)[:500] or type(error).__name__
 
     def _refusal(self, what: str, error: Exception) -> Exception:
-        """The typed error for a failure that waiting does not mend."""
+        """Return the typed error for a failure that waiting does not mend."""
         status = status_of(error)
         text = f"could not {what}: {self.text(error)}"
         if isinstance(error, OfflineModeIsEnabled):
@@ -233,7 +234,8 @@ class Retrier:
 
 
 def other_token(source: str, needed: str = "a token that the Hub accepts") -> str:
-    """The advice where the token will not do. A token that is passed, or set in HF_TOKEN, overrides the login's.
+    """Return the advice for a token that will not do. A token that is passed, or set in HF_TOKEN, overrides the
+    login's.
 
     Args:
         source: where it comes from, see `token_source`.
@@ -246,7 +248,7 @@ def other_token(source: str, needed: str = "a token that the Hub accepts") -> st
 
 
 def token_source(token: str | None) -> str:
-    """Where huggingface_hub takes the token from: "argument", "HF_TOKEN" or "login"."""
+    """Return where huggingface_hub takes the token from: "argument", "HF_TOKEN" or "login"."""
     if token:
         return "argument"
     return "HF_TOKEN" if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") else "login"
@@ -258,7 +260,7 @@ def is_http(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status of an error, if it has one."""
+    """Return the HTTP status of an error, if it has one."""
     response = _response(error)
     return None if response is None else int(response.status_code)
 
@@ -272,7 +274,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error and its causes: an upload's failure comes wrapped in a RuntimeError."""
+    """Return the error and its causes: an upload's failure comes wrapped in a RuntimeError."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -290,7 +292,7 @@ def _response(error: BaseException) -> Any:
 
 
 def _retry_after(error: BaseException) -> float | None:
-    """Seconds that the Hub asked us to wait: a number, or a date (RFC 9110, section 10.2.3)."""
+    """Return how many seconds the Hub asked us to wait: a number, or a date (RFC 9110, section 10.2.3)."""
     response = _response(error)
     value = "" if response is None else response.headers.get("Retry-After", "").strip()
     if value.isdigit():
