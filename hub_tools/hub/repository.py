@@ -20,11 +20,7 @@ from urllib.parse import quote
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import GitCommitInfo, GitRefs, RepoFile
-from huggingface_hub.utils import (
-    build_hf_headers,
-    get_session,
-    validate_repo_id,
-)
+from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
 from .. import layout
 from ..errors import (
