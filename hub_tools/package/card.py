@@ -125,7 +125,7 @@ def render_card(
 
 
 def with_repo_id(card: bytes, repo_id: str) -> bytes:
-    """Return a card that was rendered without `repo_id` as if it had been rendered with it; any other card unchanged."""
+    """Return a card that was rendered without `repo_id` as if it had been rendered with it; others unchanged."""
     found = card
     for tokenizer in (True, False):
         here, there = (load_lines(where, tokenizer=tokenizer) for where in (".", repo_id))

@@ -161,7 +161,7 @@ def _inspect(
     names: Sequence[str] | None = None,
     sha256: Mapping[str, str] | None = None,
 ) -> PackageReport:
-    """Report on a folder. For a stage, `names` are the names in its source, and `sha256` are the hashes of its files."""
+    """Report on a folder. For a stage, `names` are the names in its source, and `sha256` the hashes of its files."""
     names = sorted(os.listdir(folder)) if names is None else names
     pickles = tuple(name for name in names if layout.kind_of(name) == "pickle")
 
