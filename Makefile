@@ -5,7 +5,7 @@ SEED ?= 0
 OUT ?= runs/ppo
 BIN := .venv/bin
 
-.PHONY: help demo test check docs bench matrix audit-power compare-trl faults fuzz release-hashes tree wheel clean ppo
+.PHONY: help demo test test-oldest check docs bench matrix audit-power compare-trl faults fuzz release-hashes tree wheel clean ppo
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,6 +28,16 @@ test: .venv/.done  ## the test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py --ignore tests/test_ppo_pushes.py
 	# Alone: their worker processes give way to everything.
 	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py tests/test_ppo_pushes.py
+
+.oldest/.done: setup.cfg pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .oldest
+	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch
+	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	@touch $@
+
+test-oldest: .oldest/.done  ## the test suite on the oldest versions that setup.cfg allows (slow)
+	.oldest/bin/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py --ignore tests/test_ppo_pushes.py
+	.oldest/bin/python -m pytest -q tests/test_checkpoint_pusher.py tests/test_ppo_pushes.py
 
 check: .venv/.done  ## lint, format, types, who imports whom, and whether the API reference builds
 	$(BIN)/ruff check .
@@ -76,4 +86,4 @@ wheel: .venv/.done  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --quiet
 
 clean:  ## remove what the targets above made
-	rm -rf .venv .matrix .trl build dist demo runs *.egg-info
+	rm -rf .venv .oldest .matrix .trl build dist demo runs *.egg-info

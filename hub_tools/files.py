@@ -1,4 +1,4 @@
-"""Reading files that may be hostile: bounded sizes, strict JSON, safetensors headers, no links outwards.
+"""Reading files that may be hostile: bounded sizes, strict JSON, safetensors headers, no links that lead elsewhere.
 
 Imports only the standard library and `errors`. Runs nothing and opens no pickle. The weights' format:
 https://github.com/huggingface/safetensors#format.
@@ -51,7 +51,7 @@ class Tensor:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The path of a package's file, after making sure that it is a regular file that lies in the package.
+    """Return the path of a package's file, after making sure that it is a regular file that lies in the package.
 
     Links are followed only to where the Hub's own cache puts them: `snapshots/<commit>/x -> blobs/<hash>`.
 
@@ -85,7 +85,7 @@ def file_in(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes.
+    """Read a JSON object from a file of at most `limit` bytes.
 
     Raises:
         MissingFileError, UnsafeFileError: see `file_in`.
@@ -96,7 +96,7 @@ def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
 
 
 def read_bytes(folder: Path, name: str, *, limit: int) -> bytes:
-    """A file of at most `limit` bytes.
+    """Read a file of at most `limit` bytes.
 
     Raises:
         MissingFileError, UnsafeFileError: see `file_in`.
@@ -106,7 +106,7 @@ def read_bytes(folder: Path, name: str, *, limit: int) -> bytes:
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """A JSON object, read strictly; see `read_json`. `name` is for the message."""
+    """Parse a JSON object strictly; see `read_json`. `name` is for the message."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = dict(pairs)
@@ -136,7 +136,8 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
 
 
 def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, from its header. Its data must be there to the byte, but is not read.
+    """Read the tensors' names, types and shapes from the header of a safetensors file. Its data is not read, but must
+    have exactly the size that the header says.
 
     Raises:
         MissingFileError, UnsafeFileError: see `file_in`.
@@ -194,7 +195,7 @@ def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def _tensor(entry: Any, corrupt: Any) -> tuple[Tensor, tuple[int, int]]:
-    """One header entry as a `Tensor`, and the bytes that it occupies."""
+    """Return one header entry as a `Tensor`, and the bytes that it occupies."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise corrupt("its entry is not complete")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -213,7 +214,7 @@ def _tensor(entry: Any, corrupt: Any) -> tuple[Tensor, tuple[int, int]]:
 
 
 def _read(path: Path, offset: int, limit: int, name: str, *, exactly: bool = False) -> bytes:
-    """Bytes from `offset` to the file's end, refusing more than `limit`; or `exactly` that many."""
+    """Read from `offset` to the file's end and refuse more than `limit` bytes; with `exactly`, read only so many."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

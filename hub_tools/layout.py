@@ -77,7 +77,7 @@ Kind = Literal["config", "weights", "code", "tokenizer", "card", "record", "comp
 
 
 def kind_of(name: str) -> Kind:
-    """What a package's file of this name is. `foreign`: it has no place in a package."""
+    """Return what a package's file of this name is. `foreign`: it has no place in a package."""
     if name in (CONFIG, GENERATION_CONFIG):
         return "config"
     if name in (WEIGHTS, WEIGHTS_INDEX) or SHARD.fullmatch(name):
@@ -105,12 +105,13 @@ def written_by_save(name: str) -> bool:
 
 
 def staging_name(folder: Path) -> re.Pattern[str]:
-    """Names of the folders in which saves of `folder` are prepared; they lie beside it."""
+    """Return the pattern of the names of the staging folders beside `folder`, in which its saves are prepared."""
     return re.compile(rf"\.{re.escape(folder.name)}\.saving-[a-z0-9_]{{8}}")
 
 
 def installed_code() -> dict[str, Path]:
-    """This installed version's remote code, by file name. Everywhere it lies beside `hub_tools`.
+    """Return this installed version's remote code, by file name. It lies beside `hub_tools` in a checkout and in a
+    wheel.
 
     Raises:
         MissingFileError: the installation is incomplete.
@@ -127,12 +128,12 @@ def installed_code() -> dict[str, Path]:
 
 
 def installed_hashes() -> dict[str, str]:
-    """SHA-256, in hexadecimal, of this installed version's remote code, by file name."""
+    """Return the SHA-256, in hexadecimal, of this installed version's remote code, by file name."""
     return {name: sha256_of(path) for name, path in installed_code().items()}
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal, read in pieces of 1 MiB."""
+    """Return the SHA-256 of a file, in hexadecimal, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

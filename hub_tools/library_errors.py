@@ -1,4 +1,4 @@
-"""What libraries raise for input that they cannot use, as one of our errors: the one place where that is decided.
+"""Turn what libraries raise for input that they cannot use into errors of ours.
 
 Imports the standard library and of hub_tools `errors`; the libraries' own types are looked up once they are imported.
 """
@@ -54,7 +54,7 @@ def as_ours(error: Callable[[str], GPT2ValueHubError]) -> Iterator[None]:
 
 
 def gist(error: BaseException) -> str:
-    """What an exception says, on one line of at most 500 characters."""
+    """Return what an exception says, on one line of at most 500 characters."""
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import shutil
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -62,6 +64,22 @@ def make_tiny_model(seed=0, **fields):
 @pytest.fixture
 def tiny_model():
     return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """The folder of a package of the tiny model, for reading."""
+    from hub_tools import save_package
+
+    folder = tmp_path_factory.mktemp("saved") / "package"
+    save_package(make_tiny_model(), folder)
+    return folder
+
+
+@pytest.fixture
+def package(saved, tmp_path):
+    """A copy of that package, which a test may change."""
+    return Path(shutil.copytree(saved, tmp_path / "package"))
 
 
 @pytest.fixture

@@ -178,6 +178,28 @@ def test_a_file_in_the_folders_place_is_refused(tiny_model, tmp_path):
         export_policy(tiny_model, tmp_path / "policy")
 
 
+def test_a_git_checkout_and_the_current_directory_are_never_replaced(tiny_model, tmp_path, monkeypatch):
+    export_policy(tiny_model, tmp_path / "policy")
+    monkeypatch.chdir(tmp_path / "policy")
+    with pytest.raises(errors.FolderRefusedError, match="current directory"):
+        export_policy(tiny_model, tmp_path / "policy", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy" / ".git").mkdir()
+    with pytest.raises(errors.FolderRefusedError, match="git checkout"):
+        export_policy(tiny_model, tmp_path / "policy", overwrite=True)
+    assert (tmp_path / "policy" / ".git").is_dir()
+
+
+def test_a_write_that_the_system_refuses_is_a_save_that_failed(tiny_model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", full)
+    with pytest.raises(errors.SaveFailedError, match="No space left"):
+        export_policy(tiny_model, tmp_path / "policy")
+    assert list(tmp_path.iterdir()) == [], "nothing is left beside it"
+
+
 def test_what_is_not_a_value_head_model_is_refused(tiny_model, tmp_path):
     for other in (plain_twin(tiny_model), torch.nn.DataParallel(tiny_model)):
         with pytest.raises(errors.WrongModelError, match=type(other).__name__):

@@ -30,18 +30,6 @@ MODELING = "modeling_gpt2_value.py"
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "package"
-    save_package(make_tiny_model(), folder)
-    return folder
-
-
-@pytest.fixture
-def package(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "package"))
-
-
 @pytest.fixture
 def with_tokenizer(tiny_tokenizer, tmp_path):
     save_package(make_tiny_model(), tmp_path / "spoken", tiny_tokenizer)

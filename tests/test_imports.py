@@ -14,9 +14,8 @@ from hub_tools import layout
 ROOT = Path(__file__).parent.parent
 REMOTE = sorted(ROOT.glob("*_gpt2_value.py"))
 PACKAGES = [path for name in ("hub_tools", "sampler_audit") for path in sorted((ROOT / name).rglob("*.py"))]
-# Imported where it is found, and not declared as needed: peft only merges adapters, matplotlib only draws, and yaml
-# comes with huggingface_hub.
-NOT_DECLARED = {"peft", "matplotlib", "yaml"}
+NOT_DECLARED = {"matplotlib"}  # imported where it is found, and not declared as needed: it only draws
+MODULES = {"PyYAML": "yaml"}  # of distributions with another name
 
 
 def imports(path):
@@ -96,11 +95,27 @@ def test_a_file_of_auto_map_itself_imports_every_sibling_that_it_needs(name):
     assert siblings_of(ROOT / f"{name}.py") == needed
 
 
-@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_library_that_is_imported_is_declared(path):
+def asked_for(section, option):
+    """The distributions that setup.cfg asks for, and the oldest version of each that it allows."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    declared = {re.match(r"\w+", line)[0] for line in setup["options"]["install_requires"].split()}
+    return dict(re.findall(r"^(\w+)>=([\d.]+)", setup[section][option], re.MULTILINE))
+
+
+def test_the_oldest_versions_that_are_allowed_are_those_that_the_suite_runs_on():
+    constraints = (ROOT / "constraints-oldest.txt").read_text()
+    tested = dict(re.findall(r"^(\w+)==([\d.]+)$", constraints, re.MULTILINE))
+    allowed = asked_for("options", "install_requires")
+    extras = {name: version for name, version in asked_for("options.extras_require", "test").items() if name in tested}
+    for name, version in {**allowed, **extras}.items():
+        assert name in tested, f"{name} is in setup.cfg and not in constraints-oldest.txt"
+        if name != "torch":  # the machines that run this have one torch
+            assert tested[name] in (version, f"{version}.0"), name
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_library_that_is_imported_is_declared(path):
+    declared = {MODULES.get(name, name) for name in asked_for("options", "install_requires")}
     own = {"hub_tools", "sampler_audit", *(module.stem for module in REMOTE)}
     assert outside(path) <= declared | own | NOT_DECLARED
 

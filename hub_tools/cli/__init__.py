@@ -1,7 +1,7 @@
-"""The `gpt2-value` command: thin, one function a subcommand. What it shows is in `console`.
+"""The `gpt2-value` command: one short function for each subcommand. What they print is in `console`.
 
-Imports typer and, inside the functions that need them, the modules of hub_tools; so `--help` and `inspect`
-start at once.
+Imports typer, and the modules of hub_tools inside the functions that need them, so that `--help` and `inspect` start
+at once.
 
 Exit status, for scripts: 0 done; 1 refused or failed, with the reason and the next step on stderr; 2 wrong
 usage; 3 (`inspect` only) the package can be read, but `verify` would refuse it. `audit` exits with 1 for a
@@ -75,7 +75,7 @@ def about(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """GPT-2 with a value head: make a package, look into it, prove that it loads, and let it answer.
+    """GPT-2 with a value head: make a package, inspect it, prove that it loads, and sample from it.
 
     A [bold]package[/] is a folder that one line of Python loads, wherever torch and transformers are:
     AutoModel.from_pretrained(FOLDER, trust_remote_code=True). Start with:
@@ -261,7 +261,8 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace a package that is there already.")] = True,
     json: Json = False,
 ) -> None:
-    """Make a package of TRL's, trlx's, the seed's or a reward model's checkpoint, with the numbers that it gave there.
+    """Make a package of a checkpoint of TRL's, trlx's, the seed's or a reward model. It gives the same numbers as
+    there.
 
     No code that comes with the checkpoint is run. What could not be kept is listed.
     """
@@ -372,14 +373,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _findings(report: PackageReport) -> list[str]:
-    """Why `verify` would refuse a package that can be read."""
+    """Return why `verify` would refuse a package that can be read."""
     from ..package.verify import refusals
 
     return [refusal.found for refusal in refusals(report)]
 
 
 def _response(tokenizer: Any, prompt: str, rollout: Any) -> dict[str, Any]:
-    """One row of a rollout, as plain values."""
+    """Return one row of a rollout as plain values."""
     drawn = rollout.response_mask[0]
     ids = rollout.responses[0][drawn].tolist()
     logprobs = rollout.logprobs[0][drawn].tolist()

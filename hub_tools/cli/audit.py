@@ -118,7 +118,7 @@ def audit(
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any] | None:
-    """`["top_k=50"]` as `{"top_k": 50}`, values read as JSON, or as text where they are none; None if not given."""
+    """Return `["top_k=50"]` as `{"top_k": 50}`. Values are JSON, or else text. None where no option was given."""
     if not pairs:
         return None
     options: dict[str, Any] = {}
@@ -146,7 +146,8 @@ def _not_generated(options: str, gist: str) -> UnusedOptionError:
 def _draw(
     model: Any, queries: list[Any], claim: Sampling, options: dict[str, Any] | None, tokens: int
 ) -> tuple[list[Any], list[int]]:
-    """Rows (prompt and response, without the prompt's padding) that have so many drawn tokens, and prompt lengths."""
+    """Draw at least `tokens` tokens. Return rows (a prompt without its padding, and a response) and the prompts'
+    lengths."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 

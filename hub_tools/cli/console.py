@@ -1,7 +1,6 @@
-"""What the `gpt2-value` command shows: tables, numbers coloured by size, errors. No decisions are made here.
+"""What the `gpt2-value` command prints: tables, numbers coloured by size, errors.
 
-Imports rich, and of hub_tools only the records that it shows. Results go to stdout, everything else to
-stderr.
+Imports rich, and of hub_tools only the records that it prints. Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ _LOW, _MIDDLE, _HIGH = (214, 72, 72), (200, 200, 200), (64, 160, 96)  # red, gre
 
 
 def working(what: str) -> Status:
-    """A context in which stderr, where it is a terminal, says what is going on."""
+    """Show on stderr what is going on, as long as the context lasts and where stderr is a terminal."""
     return err.status(Text(visible(what)))
 
 
 def show_json(value: Any) -> None:
-    """A result for a script, on stdout, alone."""
+    """Print a result for a script, alone on stdout."""
     print(json.dumps(value, indent=2))
 
 
 def show_error(error: GPT2ValueHubError) -> None:
-    """What was found in red, then what was expected and what to do."""
+    """Print what was found, in red, then what was expected and what to do next."""
     err.print(Text.assemble(("error: ", "bold red"), (visible(error.found), "red")))
     if error.expected:
         err.print(Text.assemble(("expected: ", "bold"), visible(error.expected)))
@@ -157,7 +156,7 @@ def show_push(report: PushReport) -> None:
 
 
 def show_responses(responses: Sequence[dict[str, Any]]) -> None:
-    """For each response, its text and a row per token: log-probability, and value of the state before it.
+    """Print each response, and a row for each of its tokens: log-probability, and value of the state before it.
 
     Colours run from red (lowest) to green (highest) over all the responses, so that they can be compared."""
     tokens = [token for response in responses for token in response["tokens"]]
@@ -183,7 +182,7 @@ def show_responses(responses: Sequence[dict[str, Any]]) -> None:
 
 
 def size(bytes: int) -> str:
-    """A number of bytes for people, in decimal units."""
+    """Write a number of bytes for people, in decimal units."""
     number, unit = float(bytes), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 1000 or unit == "TB":
@@ -193,12 +192,12 @@ def size(bytes: int) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` as it may be shown on one line: what a terminal would obey is written as its escape."""
+    """Return `text` as it may be printed on one line: what a terminal would obey is written as its escape."""
     return visible_lines(text).replace("\n", "\\n")
 
 
 def command(*words: object) -> str:
-    """A line to type into a shell, whatever is in the words."""
+    """Return a line to type into a shell, quoted whatever is in the words."""
     return visible(shlex.join(map(str, words)))
 
 

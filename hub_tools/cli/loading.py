@@ -1,4 +1,5 @@
-"""How the `gpt2-value` command loads models and tokenizers: reviewed, or from a private copy, and quietly.
+"""Load models and tokenizers for the `gpt2-value` command: only reviewed code, from private copies, without other
+output.
 
 Imports typer, of hub_tools what loads, and, inside the functions that need them, transformers, safetensors and the
 model.
@@ -38,7 +39,7 @@ class Loaded:
 
 
 def load_reviewed(source: str, *, revision: str | None, reviewed: list[str] | None) -> Loaded:
-    """A package, as `load_package` loads it: its code runs only if it is a released version's or was reviewed.
+    """Load a package as `load_package` does: its code runs only if it is a released version's or was reviewed.
 
     Args:
         reviewed: `NAME=SHA256` for each file of code that the user has read.
@@ -61,7 +62,7 @@ def load_reviewed(source: str, *, revision: str | None, reviewed: list[str] | No
 
 
 def load_sampler(source: str, *, revision: str | None, reviewed: list[str] | None) -> Loaded:
-    """A package as `load_reviewed` loads it, or a plain GPT-2, which has no code, as `load_base` does."""
+    """Load a package as `load_reviewed` does, or a plain GPT-2, which has no code, as `load_base` does."""
     try:
         return load_reviewed(source, revision=revision, reviewed=reviewed)
     except NotAPackageError:
@@ -69,7 +70,8 @@ def load_sampler(source: str, *, revision: str | None, reviewed: list[str] | Non
 
 
 def load_base(source: str, *, revision: str | None, dtype: str = "auto", tokenizer: bool | None = True) -> Loaded:
-    """A GPT-2 checkpoint or a package, by this installation's code, from a private copy; nothing of it is run.
+    """Load a GPT-2 checkpoint or a package from a private copy, by this installation's code. None of its own code is
+    run.
 
     Args:
         tokenizer: True: there must be one. None: load it where there is one. False: leave it.
@@ -132,7 +134,7 @@ def load_base(source: str, *, revision: str | None, dtype: str = "auto", tokeniz
 
 
 def encode(tokenizer: Any, prompts: list[str], source: str) -> list[Any]:
-    """Each prompt's token ids, `[P]`.
+    """Return each prompt's token ids, `[P]`.
 
     Raises:
         SourceError: there is no tokenizer.
@@ -160,7 +162,7 @@ def refuse_revision_of_a_folder(source: str, revision: str | None) -> None:
 
 
 def quiet_transformers() -> None:
-    """No progress bars or warnings of transformers' among the command's own output."""
+    """Keep transformers' progress bars and warnings out of the command's own output."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -168,7 +170,7 @@ def quiet_transformers() -> None:
 
 
 def _folder_of(source: str, revision: str | None) -> Path:
-    """The folder, or the snapshot in the Hub's cache, that holds the checkpoint."""
+    """Return the folder that holds the checkpoint: `source` itself, or the snapshot in the Hub's cache."""
     if os.path.isdir(source):
         return Path(source)
     from ..hub.download import fetch
@@ -180,14 +182,14 @@ def _folder_of(source: str, revision: str | None) -> Path:
 
 
 def _gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a plain GPT-2's config, or of a package's, that say what its body is."""
+    """Return the fields that describe the body, of a plain GPT-2's config or of a package's."""
     if config.get("model_type", "gpt2") == layout.MODEL_TYPE:
         return config
     return {"model_type": "gpt2", **{name: value for name, value in config.items() if name not in NOT_OURS}}
 
 
 def _unpickle(folder: Path) -> None:
-    """Put safetensors in the place of a pickle, which is read without running what it asks for."""
+    """Replace a pickle by safetensors. It is read without running what it asks for."""
     path = folder / PICKLED
     if not path.exists():
         return

@@ -1,8 +1,8 @@
 """Fetch a package from a Hub without running any of it: all that a loader reads, or only what inspection reads.
 
-Imports the standard library, huggingface_hub (0.36 and newer), and of hub_tools `errors`, `files`, `layout` and
-`retry`. Only files that belong to a package are fetched, and never a pickle. The Hub's cache and its offline mode
-are huggingface_hub's own: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+Imports the standard library, huggingface_hub (0.36 and newer), and of hub_tools `errors`, `files`, `layout`, `retry`
+and `transfers`. Only files that belong to a package are fetched, and never a pickle. The Hub's cache and its offline
+mode are huggingface_hub's own: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from ..errors import (
     UnsafeFileError,
 )
 from ..files import HEADER_LIMIT, LFS_POINTER, MIB
-from .retry import Retrier, other_token, status_of, token_source
+from .retry import Retrier, is_http, other_token, status_of, token_source
+from .transfers import no_warning_of_empty_downloads
 
 PATIENCE = 60.0  # seconds for which a request may keep failing in ways that pass
 # What inspection reads whole. Nothing of it is larger in a sound package: a tokenizer of a million tokens.
@@ -72,7 +73,7 @@ def fetch(
     cache_dir: Path | None = None,
     local_files_only: bool = False,
 ) -> Snapshot:
-    """All files of a package that a loader reads, at one commit, in the Hub's cache.
+    """Download the files of a package that a loader reads, at one commit, to the Hub's cache.
 
     Where the Hub cannot be reached, or in offline mode, the cache answers alone, as it does for transformers.
 
@@ -83,13 +84,17 @@ def fetch(
         AuthenticationError, NoAccessError: the Hub does not accept the token, or wants one.
         HubUnavailableError: the Hub cannot be reached, or must not be asked, and the cache does not have it.
     """
+    cached_only = local_files_only or offline()
+    api = HfApi(token=token, library_name="gpt2-value", library_version=layout.__version__)
+    if not cached_only:
+        _ask(lambda: _answers(api, repo_id, revision), repo_id, revision, token)
     folder = _ask(
         lambda: snapshot_download(
             repo_id,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
-            local_files_only=local_files_only or offline(),
+            local_files_only=cached_only,
             allow_patterns=[*_TEXTS, layout.CARD, _CODE, *_WEIGHTS],
             ignore_patterns=[_NOT_IN_FOLDERS],
             library_name="gpt2-value",
@@ -98,6 +103,7 @@ def fetch(
         repo_id,
         revision,
         token,
+        transfer=math.inf,
     )
     snapshot = Snapshot(Path(folder), Path(folder).name)
     names = {path.name for path in snapshot.folder.iterdir()} if snapshot.folder.is_dir() else set()
@@ -105,12 +111,23 @@ def fetch(
         path = snapshot.folder / name
         if path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
             raise _pointer(repo_id, name)
-    if not (_has_model(names) or local_files_only or offline()):
+    if not (_has_model(names) or cached_only):
         # what is there instead was not downloaded: only the list of files tells
-        api = HfApi(token=token, library_name="gpt2-value", library_version=layout.__version__)
         names |= set(_ask(lambda: api.list_repo_files(repo_id, revision=snapshot.commit), repo_id, revision, token))
     _refuse_no_model(names, repo_id)
     return snapshot
+
+
+def _answers(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Ask for the revision, and say whether the Hub can be reached; where it cannot, the cache may do. A download has
+    no time limit, and huggingface_hub sets none for its first answer, so a silent Hub is found out here."""
+    try:
+        api.model_info(repo_id, revision=revision)
+    except (OSError, RuntimeError, ValueError) as error:
+        if status_of(error) is None and is_http(error):
+            return False
+        raise
+    return True
 
 
 def _has_model(names: set[str]) -> bool:
@@ -118,16 +135,16 @@ def _has_model(names: set[str]) -> bool:
 
 
 def _refuse_no_model(names: set[str], repo_id: str) -> None:
-    """Refuse a repository by the names of its files: without a config it holds no model. (Whether a package is sound,
-    inspection finds out.)
+    """Refuse a repository whose files, by their names, are no model's. (Inspection finds out whether they are sound.)
 
     Raises:
         NotAPackageError: it holds no model.
         PickleError: all of its weights are pickles.
     """
     if layout.CONFIG not in names:
+        files = sorted(name for name in names if layout.kind_of(name) != "litter")
         raise NotAPackageError(
-            f"{repo_id} holds no package: it has {', '.join(sorted(names)[:5]) or 'no files'}",
+            f"{repo_id} holds no package: it has {', '.join(files[:5]) or 'no files'}",
             expected=f"a repository with {layout.CONFIG} and {layout.WEIGHTS}, as gpt2-value push makes it",
             next_step="check the name and the revision",
         )
@@ -159,7 +176,7 @@ def fetch_outline(
     token: str | None = None,
     cache_dir: Path | None = None,
 ) -> Snapshot:
-    """What inspection reads of a package: JSON and code, and of the weights only the headers.
+    """Download what inspection reads of a package: JSON and code, and only the headers of the weights.
 
     Args:
         into: a new folder, which will hold one file for each of the repository's: JSON and code whole; weights with
@@ -211,6 +228,7 @@ def fetch_outline(
             repo_id,
             revision,
             token,
+            transfer=math.inf,
         )
     )
     files = HfFileSystem(token=token, skip_instance_cache=True)
@@ -245,7 +263,7 @@ def _read_whole(name: str) -> bool:
 
 
 def _header(files: HfFileSystem, place: str) -> bytes:
-    """The first bytes of a safetensors file, as far as its header goes: two requests for a range each."""
+    """Return the start of a safetensors file, up to the end of its header. Two requests, for a range of bytes each."""
     with files.open(place, "rb", cache_type="none") as file:  # no read-ahead, which is 5 MiB otherwise
         length = bytes(file.read(8))
         if len(length) < 8:
@@ -255,16 +273,21 @@ def _header(files: HfFileSystem, place: str) -> bytes:
         return length + bytes(file.read(min(claimed, HEADER_LIMIT)))
 
 
-def _ask(request: Callable[[], T], repo_id: str, revision: str | None, token: str | None) -> T:
-    """A request's answer, after retries. What the Hub refuses is raised as an error of ours, which holds no token."""
+def _ask(
+    request: Callable[[], T], repo_id: str, revision: str | None, token: str | None, *, transfer: float = 0.0
+) -> T:
+    """Make a request, with retries, and return its answer; `transfer` is how many seconds its bytes may take. What the
+    Hub refuses is raised as an error of ours, which holds no token."""
     secret = token or get_token() or "\0"
-    retrier = Retrier(seconds=PATIENCE, token=secret, endpoint=HfApi().endpoint, token_source=token_source(token))
+    source = token_source(token)
+    retrier = Retrier(seconds=PATIENCE, token=secret, endpoint=HfApi().endpoint, token_source=source, writes=False)
     where = f"{repo_id} at revision {revision}" if revision else repo_id
 
     def attempt() -> T:
         refusal: Exception
         try:
-            return request()
+            with no_warning_of_empty_downloads():
+                return request()
         except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
             refusal = error
         except LocalEntryNotFoundError as error:
@@ -273,18 +296,18 @@ def _ask(request: Callable[[], T], repo_id: str, revision: str | None, token: st
             refusal = error
         except OfflineModeIsEnabled as error:
             refusal = error
-        raise _refusal(refusal, where, retrier.text(refusal), token_source(token))
+        raise _refusal(refusal, where, retrier.text(refusal), source)
 
-    return retrier.call(f"download {where}", attempt, transfer=math.inf)
+    return retrier.call(f"download {where}", attempt, transfer=transfer)
 
 
 def _refusal(error: Exception, where: str, text: str, source: str) -> Exception:
-    """The typed error for what the Hub, or its cache, does not give."""
+    """Return the typed error for what the Hub, or its cache, does not give."""
     if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
         return NoAccessError(
             f"{where} is gated: {text}",
             expected="a token of somebody who was given access",
-            next_step="ask for access on its page, and log in: hf auth login; or pass token=...",
+            next_step="ask for access on its page; then " + other_token(source, "a token of your account"),
         )
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return HubUnavailableError(
@@ -293,6 +316,12 @@ def _refusal(error: Exception, where: str, text: str, source: str) -> Exception:
             next_step="leave out local_files_only, unset HF_HUB_OFFLINE, and check the connection; then run the same "
             "again",
         )
+    if isinstance(error, RevisionNotFoundError):
+        return RemoteNotFoundError(
+            f"{where} is not on the Hub: the repository is, and has no such revision: {text}",
+            expected="a branch, a tag or a commit of the repository",
+            next_step="check the revision on the repository's page; without one, main is taken",
+        )
     if status_of(error) == 401 and isinstance(error, RepositoryNotFoundError) and "credentials" in text.lower():
         return AuthenticationError(
             f"{where}: {text}", expected="a token that the Hub accepts", next_step=other_token(source)
@@ -300,5 +329,5 @@ def _refusal(error: Exception, where: str, text: str, source: str) -> Exception:
     return RemoteNotFoundError(
         f"{where} is not on the Hub, or not for this token: {text}",
         expected="a folder, or owner/name of a repository with a package",
-        next_step="check the name and the revision; for a private repository log in: hf auth login",
+        next_step="check the name; if it is private, " + other_token(source, "a token that may see it"),
     )

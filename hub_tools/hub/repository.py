@@ -20,11 +20,7 @@ from urllib.parse import quote
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import GitCommitInfo, GitRefs, RepoFile
-from huggingface_hub.utils import (
-    build_hf_headers,
-    get_session,
-    validate_repo_id,
-)
+from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
 from .. import layout
 from ..errors import (
@@ -127,7 +123,8 @@ class Hub:
             raise NoAccessError(
                 "the token may only read",
                 expected="a token with write permission",
-                next_step=f"make one at {self.api.endpoint}/settings/tokens; then {other_token(self._token_source)}",
+                next_step=f"make one at {self.api.endpoint}/settings/tokens; then "
+                + other_token(self._token_source, "that one"),
             )
 
     def is_private(self) -> bool | None:
@@ -139,7 +136,7 @@ class Hub:
         return bool(info.private)
 
     def create(self, *, private: bool | None) -> None:
-        """Create the repository. One that appeared in the meantime is as good."""
+        """Create the repository, unless somebody else has done so in the meantime."""
         self._call(
             CREATE,
             self.api.create_repo,
@@ -149,7 +146,7 @@ class Hub:
         )
 
     def find_branch(self, name: str) -> Branch:
-        """The branch's head, without its files.
+        """Return the branch's head, without its files.
 
         Raises:
             PushOptionsError: there is a tag of this name, or it is a commit.
@@ -173,7 +170,7 @@ class Hub:
         return Branch(name, commit, {}, exists=name in heads, tags=tags)
 
     def read_branch(self, name: str) -> Branch:
-        """The branch's head, and what is in it. Raises what `find_branch` raises."""
+        """Return the branch's head, and what is in it. Raises what `find_branch` raises."""
         branch = self.find_branch(name)
         entries = self._call(
             "list the files",
@@ -187,7 +184,8 @@ class Hub:
         return replace(branch, files=files)
 
     def check_write_access(self, branch: Branch, *, create_pr: bool) -> None:
-        """Ask how a small file would have to be uploaded, which the Hub answers only to whoever may push it.
+        """Check that the token may push, by asking how to upload a small file: the Hub answers that only to those who
+        may.
 
         Raises:
             NoAccessError: the token may not.
@@ -202,7 +200,7 @@ class Hub:
         )
 
     def create_branch(self, branch: Branch) -> None:
-        """Create the branch where it was said to start. One that appeared in the meantime is looked at later."""
+        """Create the branch at the commit that was read, unless somebody else has created it in the meantime."""
         self._call(
             f"create the branch {branch.name}",
             self.api.create_branch,
@@ -213,7 +211,7 @@ class Hub:
         )
 
     def read(self, path: str, *, commit: str, folder: Path) -> bytes:
-        """A file's content, fetched by way of `folder`, which is left to the caller."""
+        """Return a file's content. It is downloaded to `folder`, which the caller removes."""
         fetched = self._call(
             f"read {path}", self.api.hf_hub_download, self.repo_id, path, revision=commit, cache_dir=folder
         )
@@ -327,11 +325,11 @@ class Hub:
         self._call(f"tag {tag}", self.api.create_tag, self.repo_id, tag=tag, revision=commit, look=look)
 
     def tagged(self, tag: str) -> str | None:
-        """The commit that has the tag."""
+        """Return the commit that has the tag; None where no commit has it."""
         return next((ref.target_commit for ref in self._refs().tags if ref.name == tag), None)
 
     def commits(self, revision: str) -> list[GitCommitInfo]:
-        """The commits of a revision, newest first."""
+        """Return the commits of a revision, newest first."""
         return self._call("list the commits", self.api.list_repo_commits, self.repo_id, revision=revision)
 
     def move_tag(self, tag: str, *, commit: str) -> None:
@@ -353,7 +351,7 @@ class Hub:
         self.tag(tag, commit=commit)
 
     def _own_commit(self, push_id: str, onto: Branch) -> PushedCommit | None:
-        """Our commit, if it is on the branch; None if the branch is where it was."""
+        """Return our commit if it is on the branch, and None if the branch has not moved."""
         head = self._call("look at the branch", self.api.model_info, self.repo_id, revision=onto.name).sha
         if head == onto.commit:
             return None

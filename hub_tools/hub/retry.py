@@ -46,7 +46,8 @@ T = TypeVar("T")
 
 
 def _http_errors() -> tuple[type[Exception], tuple[type[Exception], ...]]:
-    """The base of all errors of the HTTP library under huggingface_hub, and those of a connection that broke.
+    """Return the base class of all errors of the HTTP library under huggingface_hub, and its errors for broken
+    connections.
 
     huggingface_hub 0.36 stands on requests, later ones on httpx (under changing names): its own error says which.
     """
@@ -104,13 +105,17 @@ class Retrier:
         token: hidden in all errors.
         endpoint: the Hub's address.
         token_source: where the token comes from, for advice about a wrong one: "argument", "HF_TOKEN" or "login".
+        writes: whether the requests are made to write, for advice about a token that may not.
     """
 
-    def __init__(self, *, seconds: float, token: str, endpoint: str, token_source: str = "login") -> None:
+    def __init__(
+        self, *, seconds: float, token: str, endpoint: str, token_source: str = "login", writes: bool = True
+    ) -> None:
         self._seconds = seconds
         self._token = token
         self._endpoint = endpoint
         self._token_source = token_source
+        self._writes = writes
 
     def call(
         self,
@@ -182,7 +187,9 @@ class Retrier:
         )
 
     def _way_in(self, what: str) -> str:
-        """The advice for a token that may not do something."""
+        """Return the advice for a token that may not do something."""
+        if not self._writes:
+            return "ask its owner for access; then " + other_token(self._token_source, "a token of your account")
         if what == CREATE:
             return (
                 "create it under your own name, or with a token of its owner's; if it exists already, it is private, "
@@ -194,16 +201,17 @@ class Retrier:
         )
 
     def text(self, error: BaseException) -> str:
-        """What went wrong, in one line, without the token and without the signatures of upload addresses."""
+        """Say what went wrong, in one line, without the token and without the signatures of upload addresses."""
         parts = [str(error)]
         if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ..."
             parts.append(str(error.__cause__))
         text = " ".join(" ".join(parts).split()).replace(self._token, "[token]")
         text = re.sub(r"For more information check: \S+ ?", "", text)
+        text = re.sub(r" Please make sure you specified the correct .*huggingface_hub/authentication", "", text)
         return re.sub(r"\?[^\s'\"]+", "?[...]", text)[:500] or type(error).__name__
 
     def _refusal(self, what: str, error: Exception) -> Exception:
-        """The typed error for a failure that waiting does not mend."""
+        """Return the typed error for a failure that waiting does not mend."""
         status = status_of(error)
         text = f"could not {what}: {self.text(error)}"
         if isinstance(error, OfflineModeIsEnabled):
@@ -225,17 +233,22 @@ class Retrier:
         return error
 
 
-def other_token(source: str) -> str:
-    """The advice for a token that is not accepted. A token that is set anywhere else overrides the login's."""
+def other_token(source: str, needed: str = "a token that the Hub accepts") -> str:
+    """Return the advice for a token that will not do. A token that is passed, or set in HF_TOKEN, overrides the
+    login's.
+
+    Args:
+        source: where it comes from, see `token_source`.
+        needed: the token that would do, in words.
+    """
     return {
-        "argument": "pass another token=..., one with write permission",
-        "HF_TOKEN": "correct the environment variable HF_TOKEN, which overrides the login; or unset it, and log in "
-        "with a write token: hf auth login",
-    }.get(source, "log in with a write token: hf auth login; or pass token=... (or set HF_TOKEN)")
+        "argument": f"pass {needed} as token=...",
+        "HF_TOKEN": f"set HF_TOKEN, which overrides the login, to {needed}; or unset it and log in: hf auth login",
+    }.get(source, f"log in with {needed}: hf auth login; or pass it as token=... (or set HF_TOKEN)")
 
 
 def token_source(token: str | None) -> str:
-    """Where huggingface_hub takes the token from: "argument", "HF_TOKEN" or "login"."""
+    """Return where huggingface_hub takes the token from: "argument", "HF_TOKEN" or "login"."""
     if token:
         return "argument"
     return "HF_TOKEN" if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") else "login"
@@ -247,7 +260,7 @@ def is_http(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status of an error, if it has one."""
+    """Return the HTTP status of an error, if it has one."""
     response = _response(error)
     return None if response is None else int(response.status_code)
 
@@ -261,7 +274,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error and its causes: an upload's failure comes wrapped in a RuntimeError."""
+    """Return the error and its causes: an upload's failure comes wrapped in a RuntimeError."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -279,7 +292,7 @@ def _response(error: BaseException) -> Any:
 
 
 def _retry_after(error: BaseException) -> float | None:
-    """Seconds that the Hub asked us to wait: a number, or a date (RFC 9110, section 10.2.3)."""
+    """Return how many seconds the Hub asked us to wait: a number, or a date (RFC 9110, section 10.2.3)."""
     response = _response(error)
     value = "" if response is None else response.headers.get("Retry-After", "").strip()
     if value.isdigit():

@@ -1,10 +1,11 @@
-"""How huggingface_hub uploads: by which protocol, and with which progress bars.
+"""How huggingface_hub moves files: by which protocol, with which progress bars, and with which warnings.
 
 Imports the standard library and huggingface_hub (0.36 and newer), whose settings it changes for a while.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +35,18 @@ def bars_only_on_a_terminal() -> Iterator[None]:
     finally:
         if hide:
             enable_progress_bars()
+
+
+@contextmanager
+def no_warning_of_empty_downloads() -> Iterator[None]:
+    """Keep huggingface_hub from listing our patterns where no file fits one: an error of ours says what is there."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No files matched")
+
+    logger = logging.getLogger("huggingface_hub._snapshot_download")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)

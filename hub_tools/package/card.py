@@ -45,7 +45,8 @@ def is_hub_id(text: object) -> bool:
 
 
 def load_lines(where: str, *, tokenizer: bool, revision: str | None = None) -> str:
-    """The lines that load a package: `where` is a folder, or a repository's id, whose `revision` may be pinned."""
+    """Return the lines that load a package. `where` is a folder or a repository's id; of a repository, `revision` may
+    pin one."""
     pinned = "" if revision is None else f", revision={json.dumps(revision)}"
     arguments = f"{json.dumps(where)}{pinned}, trust_remote_code=True"
     lines = [
@@ -66,7 +67,7 @@ def render_card(
     tags: Sequence[str] = (),
     repo_id: str | None = None,
 ) -> ModelCard:
-    """The card of a package.
+    """Render the card of a package.
 
     Args:
         facts: what the model is.
@@ -124,7 +125,7 @@ def render_card(
 
 
 def with_repo_id(card: bytes, repo_id: str) -> bytes:
-    """A card that was rendered without `repo_id`, as one that was rendered with it; any other card as it is."""
+    """Return a card that was rendered without `repo_id` as if it had been rendered with it; others unchanged."""
     found = card
     for tokenizer in (True, False):
         here, there = (load_lines(where, tokenizer=tokenizer) for where in (".", repo_id))

@@ -35,8 +35,8 @@ REFUSED = (
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Refuse a `config.json` that is not a value-head GPT-2's, or whose values cannot be right, or with which
-    a loader would read other files, run other code, or fill the memory.
+    """Refuse a `config.json` of another kind of model, one whose values cannot be right, and one that makes a loader
+    read other files, run other code, or fill the memory.
 
     Raises:
         NotAPackageError, CodeReferenceError, CorruptFileError.
@@ -83,7 +83,7 @@ def check_sizes(config: dict[str, Any]) -> None:
     )
     for name in ("tie_word_embeddings", "add_cross_attention", "summary_use_proj", "summary_proj_to_labels"):
         expect(name, type(config.get(name, True)) is bool, "true or false")
-    # names under which transformers would read the same fields a second time, behind our back
+    # names under which transformers would read the same fields a second time, unchecked
     for alias in ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"):
         expect(alias, alias not in config, "GPT-2's own names: n_embd, n_positions, n_head, n_layer")
     # transformers makes a label for each
@@ -94,7 +94,7 @@ def check_sizes(config: dict[str, Any]) -> None:
 
 
 def check_memory(config: Mapping[str, Any]) -> None:
-    """Refuse a config from which a loader would make far more than the weights are.
+    """Refuse a config from which a loader would allocate far more memory than the weights need.
 
     Raises:
         CorruptFileError.
@@ -113,7 +113,7 @@ def tied(config: Mapping[str, Any]) -> bool:
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a package and its shape, from the fields of `config.json`. GPT-2 keeps its matrices as
+    """Return every tensor of a package and its shape, from the fields of `config.json`. GPT-2 keeps its matrices as
     `[in, out]` (transformers' Conv1D); the head is `[out, in]` (torch's Linear)."""
     vocab, positions, n = config["vocab_size"], config["n_positions"], config["n_embd"]
     inner = config.get("n_inner") or 4 * n
@@ -146,7 +146,8 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def count_numbers(config: Mapping[str, Any]) -> int:
-    """How many numbers all tensors of a package have together; computed in no time also for a hostile `n_layer`."""
+    """Return how many numbers all tensors of a package have together. One layer is counted and multiplied, so that a
+    hostile `n_layer` costs no time."""
     without, with_one = (
         sum(math.prod(shape) for shape in expected_shapes({**config, "n_layer": layers}).values()) for layers in (0, 1)
     )

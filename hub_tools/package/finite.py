@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def not_finite(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """The tensors that hold NaN or infinity, and how many such values each holds; `{}` where all are finite.
+    """Return the tensors that hold NaN or infinity, and how many such values each holds; `{}` where all are finite.
 
     (`probe.py` asks the same for itself: it runs where none of hub_tools can be seen.)
     """

@@ -85,7 +85,7 @@ def inspect_package(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> PackageReport:
-    """What is inside a package, without running any of it.
+    """Report what is inside a package, without running any of it.
 
     Every tensor's name, shape and dtype is compared with what `config.json` calls for, so that a report means
     that the weights are complete; a package that cannot be read, or that contradicts itself, is refused. What
@@ -121,8 +121,8 @@ def inspect_package(
 
 
 def _inspect_repository(repo_id: str, options: HubOptions, *, hash_weights: bool) -> PackageReport:
-    """The report on a repository: from an outline of it; from whole files where the weights are to be hashed; from the
-    cache where nobody may be asked."""
+    """Report on a repository. An outline of it is enough, unless the weights are to be hashed; offline, the cache must
+    do."""
     from ..hub import download
 
     if hash_weights or options.local_files_only or download.offline():
@@ -148,7 +148,7 @@ def _inspect_repository(repo_id: str, options: HubOptions, *, hash_weights: bool
 
 
 def inspect_stage(copy: Stage, source: str) -> PackageReport:
-    """What is inside a package, from a private copy of it (see `stage_package`), with the hashes of all files."""
+    """Report on a private copy of a package (see `stage_package`), for which the hashes of all files are known."""
     report = _inspect(copy.folder, source, names=copy.names, sha256=copy.sha256)
     return replace(report, folder=copy.source)
 
@@ -161,7 +161,7 @@ def _inspect(
     names: Sequence[str] | None = None,
     sha256: Mapping[str, str] | None = None,
 ) -> PackageReport:
-    """The report on a folder; of a stage, `names` are those in its source, and `sha256` the hashes of all its files."""
+    """Report on a folder. For a stage, `names` are the names in its source, and `sha256` the hashes of its files."""
     names = sorted(os.listdir(folder)) if names is None else names
     pickles = tuple(name for name in names if layout.kind_of(name) == "pickle")
 
@@ -228,8 +228,9 @@ def _inspect(
 
 
 def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tuple[str | None, dict[str, Any]]:
-    """The tokenizer's class, if the package has one, and its settings. Refuses tokenizers that bring code, or that
-    are read from elsewhere. A vocabulary may be large, so only its size is looked at: `vocabulary` bytes at most."""
+    """Return the tokenizer's class, if the package has one, and its settings. Refuses tokenizers that bring code, or
+    that are read from elsewhere. A vocabulary may be large, so only its size is looked at: `vocabulary` bytes at most.
+    """
     files = [name for name in names if layout.kind_of(name) == "tokenizer"]
     for name in files:
         if name in layout.TOKENIZER_SETTINGS and name.endswith(".json"):
@@ -254,7 +255,7 @@ def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tupl
 
 
 def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:
-    """Every Python file of the package, hashed."""
+    """Hash every file of code in the package."""
     installed, known = layout.installed_hashes(), releases()
     files = []
     for name in names:
@@ -270,7 +271,7 @@ def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:
 
 
 def _versions(config: Mapping[str, Any], record: Record | None) -> dict[str, str]:
-    """The versions of what wrote the package."""
+    """Return the versions of the libraries that wrote the package."""
     if record is not None:
         return record.versions
     version = config.get("transformers_version")
@@ -285,7 +286,7 @@ def _changed(
     hash_weights: bool,
     sha256: Mapping[str, str] | None,
 ) -> tuple[str, ...]:
-    """Files that are recorded and not as they were saved, or that should be recorded and are not."""
+    """Return the files that differ from the record: changed, missing, or added since."""
     if record is None:
         return ()
     here = {name for name in names if layout.written_by_save(name)} - {layout.CARD, layout.RECORD}

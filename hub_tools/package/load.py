@@ -134,7 +134,7 @@ def load_package(
 
 
 def _checked(reviewed: Mapping[str, str] | None) -> dict[str, str]:
-    """The reviewed hashes, in small letters."""
+    """Check the reviewed hashes, and return them in lower case."""
     if reviewed is None:
         return {}
     if not isinstance(reviewed, Mapping):
@@ -154,15 +154,15 @@ def _checked(reviewed: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _refuse(package: PackageReport, kind: type[GPT2ValueHubError]) -> None:
-    """Refuse a package that `verify_package` would refuse for this reason. Others are harmless here: what does not
-    belong to a package is neither read nor run, and a card or a record that is missing is not needed."""
+    """Refuse a package that `verify_package` would refuse with this type of error. Its other reasons do not matter for
+    loading: foreign files are neither read nor run, and neither card nor record is needed."""
     for refusal in refusals(package):
         if isinstance(refusal, kind):
             raise refusal
 
 
 def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> Release | None:
-    """The release that the package's code is; None where it is not one, and was reviewed. Or refuse it."""
+    """Return the release whose code the package has, or None where its code was reviewed; refuse any other code."""
     code = package.code_sha256
     changed = [name for name, digest in reviewed.items() if code.get(name) != digest]
     release = next((release for release in releases() if release.is_in(code)), None)
@@ -208,7 +208,7 @@ def _untrusted(
 
 
 def _load_model(stage: Path, package: PackageReport, dtype: torch.dtype | None, *, by_installed_code: bool) -> Any:
-    """The model, loaded strictly, with finite weights."""
+    """Load the model strictly, and refuse weights that are not finite."""
     import torch
     from transformers import AutoModel
 

@@ -1,4 +1,4 @@
-"""What a model computes on the probe; run as a script in a fresh interpreter, what a *package* does.
+"""Measure what a model computes on the probe; as a script, load a package in a fresh interpreter and measure that.
 
 Imports only the standard library, torch and transformers, inside the functions: `verify.py` runs this file by
 its path, isolated, where neither a checkout nor an installed copy of this project can be seen.
@@ -13,7 +13,8 @@ from typing import Any
 
 
 def measure(model: Any, token_ids: list[int], logit_ids: list[int]) -> dict[str, Any]:
-    """`logits`, `logsumexp`, `values` of a `Record`: one forward pass of a float32 model, eval mode, CPU."""
+    """Return `logits`, `logsumexp` and `values` for a `Record`: one forward pass of a float32 model in eval mode on the
+    CPU."""
     import torch
 
     with torch.no_grad():
@@ -27,7 +28,7 @@ def measure(model: Any, token_ids: list[int], logit_ids: list[int]) -> dict[str,
 
 
 def load_and_measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Load `job["folder"]` as a user would, one line, and measure it."""
+    """Load `job["folder"]` by the one line that a user types, and measure it."""
     import torch
     import transformers
 
@@ -60,7 +61,7 @@ def load_and_measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int | None:
-    """The largest resident set of this process so far; None where the system does not say (Windows)."""
+    """Return the largest resident set of this process so far; None where the system does not say (Windows)."""
     try:
         import resource
     except ImportError:

@@ -46,7 +46,7 @@ class Record:
 
 
 def probe(*, vocab_size: int, n_positions: int) -> tuple[list[int], list[int]]:
-    """The probe for a model of this size: the ids to feed, and the ids whose logits are recorded.
+    """Return the probe for a model of this size: the ids to feed, and the ids whose logits are recorded.
 
     Up to 16 tokens, and 32 logits spread over the vocabulary; both include its first and last id, since those
     are what a wrong resize loses.
@@ -59,7 +59,7 @@ def probe(*, vocab_size: int, n_positions: int) -> tuple[list[int], list[int]]:
 
 
 def read_record(folder: Path) -> Record:
-    """The record of a package, checked for shape.
+    """Read the record of a package, and check its shape.
 
     Raises:
         MissingFileError, UnsafeFileError, CorruptFileError: see `files`.

@@ -31,7 +31,7 @@ class Release:
 
 
 def releases() -> tuple[Release, ...]:
-    """Every version whose code is known: the installed one, as it is on the disk, then the released ones, newest
+    """Return every version whose code is known: the installed one, as it is on the disk, then the released ones, newest
     first.
 
     Raises:
@@ -45,12 +45,13 @@ def releases() -> tuple[Release, ...]:
 
 
 def versions_of(name: str, sha256: str, among: tuple[Release, ...]) -> tuple[str, ...]:
-    """The versions that have a file of this name and content."""
+    """Return the versions that have a file of this name and content."""
     return tuple(dict.fromkeys(release.version for release in among if release.sha256.get(name) == sha256))
 
 
 def diff_command(path: Path) -> str:
-    """What to type to read a file of code: against the installed one where there is one of its name."""
+    """Return the command that shows a file of code: how it differs from the installed file of its name, where there is
+    one."""
     installed = layout.installed_code().get(path.name)
     return shlex.join(["diff", "-u", str(installed), str(path)] if installed else ["less", str(path)])
 
@@ -74,7 +75,7 @@ def record_release(to: Path = RELEASES) -> dict[str, str]:
 
 
 def _recorded(file: Path) -> dict[str, dict[str, str]]:
-    """Version -> file name -> SHA-256, in the order of release."""
+    """Read version -> file name -> SHA-256, in the order of release."""
     found: dict[str, dict[str, str]] = json.loads(file.read_text(encoding="utf-8"))
     return found
 

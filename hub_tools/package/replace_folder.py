@@ -7,8 +7,9 @@ the old folder is renamed to `previous` in the staging folder, and the new one t
 renames the place is empty, and a process killed just there leaves `previous`, which the next save puts back
 before it does anything else.
 
-Folders for what is on its way are locked while their process lives, so that what a killed process left can be removed.
-Checkpoints use such folders too. Where the file system has no locks, no folder counts as left behind.
+A staging folder is locked while its process lives, so that the next save can tell which folders a killed process left,
+and remove them. The snapshots of checkpoints lie in such folders too. Where the file system has no locks, no folder
+counts as left behind.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from filelock import FileLock, Timeout
 
 from .. import layout
 
-LOCK = "lock"  # the file in each of them
+LOCK = "lock"  # the file that is locked, in each staging folder
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h; macOS's RENAME_SWAP, in sys/stdio.h, is 2 as well
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 class Staging:
-    """A folder beside `target`, and the way to put what was prepared in it in the target's place."""
+    """A staging folder beside `target`. A package is prepared in it, and `commit` puts that in the target's place."""
 
     def __init__(self, home: Path, target: Path) -> None:
         self.home = home
@@ -64,7 +65,7 @@ class Staging:
                     break
                 self._make_room()
                 replaced = True
-            except FileNotFoundError:  # another save was faster, and is between its two renames
+            except FileNotFoundError:  # another save of this target is between its two renames
                 continue
         _sync(self.target.parent)
         return replaced
@@ -78,7 +79,7 @@ class Staging:
 
 @contextmanager
 def staging_folder(target: Path) -> Iterator[Staging]:
-    """A `Staging` for `target`; its folder is gone afterwards, unless the process is killed.
+    """Make a staging folder for `target`, and remove it afterwards.
 
     Cleans up after saves of the same target that were killed. Saves of the same target that run at the same
     time do not disturb each other, and the last to finish wins: each holds a lock in its own staging folder,
@@ -106,7 +107,7 @@ def clean(target: Path) -> None:
 
 
 def _put_back(home: Path, target: Path) -> None:
-    """Where a save was stopped between its two renames, what was there comes back."""
+    """Undo the first rename where a save was stopped between its two."""
     previous = home / "previous"
     if previous.is_dir() and not target.exists():
         os.rename(previous, target)
@@ -137,7 +138,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Flush files and folder to the disk: after a power cut the names then have their data."""
+    """Flush files and folder to the disk, so that after a power cut no file is empty."""
     for path in sorted(folder.iterdir()):
         _sync(path)
     _sync(folder)
@@ -154,8 +155,8 @@ def _sync(path: Path) -> None:
 
 
 def locked_folder(prefix: str, parent: Path) -> tuple[Path, FileLock]:
-    """A new folder in `parent`, and its lock, which this process holds."""
-    while True:  # once; again if somebody took the folder for left behind before it was locked, and removed it
+    """Make a folder in `parent`; return it and its lock, which this process holds."""
+    while True:  # before the lock is taken, another process may think that the folder was left behind, and remove it
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         lock = FileLock(folder / LOCK)
         try:
@@ -170,21 +171,22 @@ def locked_folder(prefix: str, parent: Path) -> tuple[Path, FileLock]:
 
 
 def left_behind(folders: Iterable[Path]) -> Iterator[tuple[Path, FileLock]]:
-    """Those of `folders` whose process is dead, and their locks, now held here, for `discard`."""
+    """Yield those of `folders` whose process is dead, each with its lock, which this process then holds: pass both to
+    `discard`."""
     for folder in folders:
         if folder.is_symlink() or not folder.is_dir():
             continue
         lock = FileLock(folder / LOCK, timeout=0)
         try:
             lock.acquire()
-        except (Timeout, NotImplementedError, OSError):  # at work; no locks here; somebody else's, or just gone
+        except (Timeout, NotImplementedError, OSError):  # in use; no locks here; not ours, or just gone
             continue
         yield folder, lock
 
 
 def discard(folder: Path, lock: FileLock) -> None:
-    """Remove a folder, and let go of its lock."""
-    shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed now is left behind, for the next to remove
+    """Remove a folder, and release its lock."""
+    shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed now, the next save removes
     lock.release()
     if os.name == "nt":  # Windows removes no file that is open
         shutil.rmtree(folder, ignore_errors=True)

@@ -136,8 +136,9 @@ def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
 
 def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.Tensor]]:
-    """This installed version's model with the configs of `model`, on the meta device, and the weights of `model` that
-    belong in it, after checking that they are a whole model's. (Not whether they are finite.)
+    """Return an empty model of this installed version's class, on the meta device, with the configs of `model`; and the
+    weights of `model`, after checking that the empty model takes exactly these. (Whether they are finite is not
+    checked.)
 
     Raises:
         WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
@@ -169,8 +170,8 @@ def _unsavable(gist: str) -> UnsavableConfigError:
 
 
 def _installed_copy(model: nn.Module) -> GPT2ValueModel:
-    """This installed version's model, in eval mode on the CPU, around the same weights (shared, not copied,
-    where they are on the CPU), after checking that they are finite and a whole model's."""
+    """Return a model of this installed version's class, in eval mode on the CPU, that holds the same weights (shared
+    where they are on the CPU, else copied), after checking that they are complete and finite."""
     installed, state = installed_shell(model)
     body = {name: tensor.cpu() for name, tensor in state.items() if name != "lm_head.weight"}
     tied = installed.config.tie_word_embeddings

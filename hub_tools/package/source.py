@@ -25,8 +25,8 @@ class HubOptions:
 
 
 def repository_id(source: str | os.PathLike[str], options: HubOptions) -> str | None:
-    """`source` if it is written as a repository on the Hub is, `owner/name`, and nothing here is called so; None for
-    a folder. Whether it is an id that the Hub allows, huggingface_hub says when the Hub is asked.
+    """Return `source` if it reads as `owner/name` on the Hub and is no path here; None for a folder. huggingface_hub
+    checks the id itself when the Hub is asked.
 
     Raises:
         UnusedOptionError: one of the `options`, and `source` is a folder.
@@ -47,7 +47,7 @@ def repository_id(source: str | os.PathLike[str], options: HubOptions) -> str | 
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder that `source` names.
+    """Return the folder that `source` names.
 
     Raises:
         NotAPackageError: there is none.

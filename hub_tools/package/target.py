@@ -24,7 +24,7 @@ def check_target(
     model_type: str,
     may_replace: Callable[[str], bool],
 ) -> Path:
-    """The folder to replace, links resolved; refuses what must not be lost.
+    """Return the folder to replace, with links resolved; refuse one that holds what must not be lost.
 
     Args:
         folder: where somebody wants to write.
@@ -58,7 +58,7 @@ def check_target(
     if os.path.ismount(target):
         raise refuse("is a mount point, which cannot be replaced in one step", f"use a folder in it: {target}/model")
     if target in (Path.cwd(), *Path.cwd().parents):
-        raise refuse("is the current directory, or holds it: it would vanish under your feet", "cd elsewhere first")
+        raise refuse("is the current directory, or holds it: it would be removed", "cd elsewhere first")
     try:
         names = sorted(set(os.listdir(target)) - layout.LITTER)
     except OSError as error:

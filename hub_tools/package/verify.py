@@ -77,13 +77,12 @@ def verify_package(
 ) -> VerificationReport:
     """Prove that a package loads, strictly, and computes what it did when it was saved.
 
-    First everything that `inspect_package` looks at, with every file's hash, of a private copy of the package (see
-    `stage`); then the same copy, in an isolated interpreter that has torch and
-    transformers and cannot see this project, `AutoModel.from_pretrained(folder, trust_remote_code=True)`: no
-    key may be missing, unknown or of another shape, every weight must be finite, and logits and values on the
-    recorded probe must agree to 1e-5 of the largest recorded number (or of 1, if that is larger). One
-    tolerance holds for all dtypes, since both sides compute in float32: a bfloat16 or float16 weight converts
-    to float32 exactly.
+    The package is copied to a private folder (see `stage`) and inspected there, as `inspect_package` does, with the
+    hash of every file. Then an isolated interpreter, which has torch and transformers and cannot see this project,
+    calls `AutoModel.from_pretrained(folder, trust_remote_code=True)` on the same copy. No key may be missing, unknown
+    or of another shape. Every weight must be finite. Logits and values on the recorded probe must agree to 1e-5 of the
+    largest recorded number (or of 1, if that is larger). One tolerance holds for all dtypes, since both sides compute
+    in float32: a bfloat16 or float16 weight converts to float32 exactly.
 
     This *runs the package's code*. Code that is byte-identical to this installed version's is run without
     asking; any other is refused unless you pass `trust_remote_code=True`, transformers' own word for it. The
@@ -154,9 +153,8 @@ def verify_package(
 
 
 def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
-    """What `inspect_package` only reports and `verify_package` refuses: a package that is not complete, is
-    not only a package, is not as it was saved, or brings other code. The first is the one that
-    `verify_package` raises."""
+    """Return an error for each thing that `inspect_package` only reports and `verify_package` refuses: files that are
+    missing, foreign, or not as they were saved, and other code. `verify_package` raises the first."""
     found: list[GPT2ValueHubError] = []
     if package.head is None:
         found.append(
@@ -285,7 +283,8 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
 
 
 def _search_path() -> list[str]:
-    """Where this interpreter finds torch and transformers, for one without PYTHONPATH and user site."""
+    """Return the folders where this interpreter finds torch and transformers: an isolated one sees neither PYTHONPATH
+    nor the user's site-packages."""
     folders = []
     for name in ("torch", "transformers"):
         spec = importlib.util.find_spec(name)
@@ -320,7 +319,7 @@ def _largest(rows: list[list[float]]) -> float:
 
 
 def _difference(recorded: list[list[float]], found: list[list[float]]) -> float:
-    """The largest absolute difference; infinite where the shapes differ."""
+    """Return the largest absolute difference; infinity where the shapes differ."""
     if [len(row) for row in recorded] != [len(row) for row in found]:
         return math.inf
     rows = zip(recorded, found, strict=True)

@@ -32,7 +32,7 @@ class Head:
 
 
 def read_weights(folder: Path, names: Sequence[str], pickles: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """The weight files that a loader reads, and what each holds."""
+    """Return the weight files that a loader reads, and the tensors that each holds."""
     if layout.WEIGHTS in names and layout.WEIGHTS_INDEX in names:
         raise CorruptFileError(
             f"both {layout.WEIGHTS} and {layout.WEIGHTS_INDEX} are there, which may be two different models",
