@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import shutil
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -16,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from configuration_gpt2_value import GPT2ValueConfig
+from hub_tools import save_package
 from modeling_gpt2_value import GPT2ValueModel
 from sampling_gpt2_value import sampling_distribution
 
@@ -72,6 +75,19 @@ def tiny_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """The folder of a package of `make_tiny_model`, to be read; `package` is a copy of it, to be spoiled."""
+    folder = tmp_path_factory.mktemp("saved") / "package"
+    save_package(make_tiny_model(), folder)
+    return folder
+
+
+@pytest.fixture
+def package(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "package"))
 
 
 def plain_twin(model):

@@ -23,22 +23,10 @@ from modeling_gpt2_value import GPT2ValueModel
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "package"
-    save_package(make_tiny_model(), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def saved_in_shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "package"
     save_package(make_tiny_model(), folder, max_shard_size=40_000)
     return folder
-
-
-@pytest.fixture
-def package(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "package"))
 
 
 @pytest.fixture

@@ -32,18 +32,6 @@ MODELING = "modeling_gpt2_value.py"
 RELEASED = Path(__file__).parent / "released"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "package"
-    save_package(make_tiny_model(), folder)
-    return folder
-
-
-@pytest.fixture
-def package(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "package"))
-
-
 @pytest.fixture
 def server():
     with serving(xet=False) as server:

@@ -26,7 +26,7 @@ from ..errors import (
     UnusedOptionError,
     WeightsMismatchError,
 )
-from ..files import AGAIN, Tensor, file_in, read_json, read_safetensors_header
+from ..files import AGAIN, Tensor, file_in, read_json, read_safetensors_header, sha256_in
 from . import allowed_fields
 from .config_json import check_config, check_memory, expected_shapes, tied
 from .record import Record, read_record
@@ -291,17 +291,15 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         NotAPackageError: there is none.
     """
     folder = Path(source)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # and not is_dir(), which fails on names that are too long
         return folder
-    if folder.parent.is_dir():
-        pattern = layout.staging_name(folder.resolve())
-        for beside in sorted(folder.resolve().parent.iterdir()):
-            if pattern.fullmatch(beside.name) and (beside / "previous").is_dir():
-                raise NotAPackageError(
-                    f"{folder} is missing: a save was interrupted; the package that was there is in {beside}",
-                    next_step="save again, which puts it back first, or: "
-                    + shlex.join(["mv", str(beside / "previous"), str(folder)]),
-                )
+    beside = _interrupted_save(folder)
+    if beside is not None:
+        raise NotAPackageError(
+            f"{folder} is missing: a save was interrupted; the package that was there is in {beside}",
+            next_step="save again, which puts it back first, or: "
+            + shlex.join(["mv", str(beside / "previous"), str(folder)]),
+        )
     raise NotAPackageError(
         f"{os.fspath(source)!r} is not a folder",
         expected="the folder of a value-head package",
@@ -309,13 +307,26 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
     )
 
 
+def _interrupted_save(folder: Path) -> Path | None:
+    """The folder in which a save that was interrupted left the package that lay at `folder`."""
+    try:
+        real = Path(os.path.realpath(folder))
+        pattern = layout.staging_name(real)
+        found = sorted(beside for beside in real.parent.iterdir() if pattern.fullmatch(beside.name))
+    except (OSError, ValueError):  # nothing can lie at such a place
+        return None
+    return next((beside for beside in found if (beside / "previous").is_dir()), None)
+
+
 def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tuple[str | None, dict[str, Any]]:
     """The tokenizer's class, if the package has one, and its settings. Refuses tokenizers that bring code, or that
     are read from elsewhere. A vocabulary may be large, so only its size is looked at: `vocabulary` bytes at most."""
     files = [name for name in names if layout.kind_of(name) == "tokenizer"]
     for name in files:
-        if name in layout.TOKENIZER_SETTINGS and name.endswith(".json"):
-            read_json(folder, name, limit=limits.TOKENIZER_SETTINGS_BYTES)
+        if name in (layout.SPECIAL_TOKENS_MAP, layout.ADDED_TOKENS):
+            allowed_fields.reduce(name, read_json(folder, name, limit=limits.TOKENIZER_SETTINGS_BYTES))
+        elif name == layout.TOKENIZER_CONFIG:
+            continue
         else:
             size = file_in(folder, name).stat().st_size
             limit = limits.TOKENIZER_SETTINGS_BYTES if name in layout.TOKENIZER_SETTINGS else vocabulary
@@ -357,20 +368,8 @@ def _read_weights(folder: Path, names: Sequence[str], pickles: tuple[str, ...]) 
             expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
             next_step=AGAIN,
         )
-    weight_map = read_json(folder, layout.WEIGHTS_INDEX, limit=limits.INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(
-            f"{layout.WEIGHTS_INDEX} has no weight_map",
-            expected="tensor names and their files",
-            next_step=AGAIN,
-        )
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or not layout.SHARD.fullmatch(shard):
-            raise CorruptFileError(
-                f"{layout.WEIGHTS_INDEX} names the file {str(shard)[:200]!r}",
-                expected="files of the package, like model-00001-of-00002.safetensors",
-                next_step=AGAIN,
-            )
+    index = read_json(folder, layout.WEIGHTS_INDEX, limit=limits.INDEX_BYTES)
+    weight_map = allowed_fields.reduce(layout.WEIGHTS_INDEX, index)["weight_map"]
     shards = {name: read_safetensors_header(folder, name) for name in sorted(set(weight_map.values()))}
     held = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
     if held != weight_map or sum(map(len, shards.values())) != len(held):
@@ -430,7 +429,7 @@ def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:
                 raise CorruptFileError(
                     f"{name!r} has {size:,} bytes", expected=f"at most {limits.CODE_BYTES:,}", next_step=AGAIN
                 )
-            digest = layout.sha256_of(folder / name)
+            digest = sha256_in(folder, name)
             files.append(CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest, known)))
     return tuple(files)
 
@@ -460,7 +459,7 @@ def _changed(
         if sha256 is not None:
             found = sha256[name]
         elif hash_weights or layout.kind_of(name) != "weights":
-            found = layout.sha256_of(file_in(folder, name))
+            found = sha256_in(folder, name)
         else:
             continue
         if found != record.sha256[name]:

@@ -106,7 +106,7 @@ def save_package(
         FolderRefusedError: `folder` holds something else, or cannot be replaced in one step.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
     """
-    target = _target(folder, overwrite=overwrite)
+    target = save_target(folder, overwrite=overwrite)
     installed = _installed_copy(model)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, installed.config.vocab_size)
@@ -114,7 +114,7 @@ def save_package(
     with writing_to(target), staged(target) as staging:
         _write(staging.package, installed, tokenizer, card, max_shard_size)
         files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
-        _target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+        save_target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
         replaced = staging.commit()
     return SavedPackage(
         folder=target,
@@ -125,7 +125,12 @@ def save_package(
     )
 
 
-def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
+def save_target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The folder that `save_package` would write, links resolved.
+
+    Raises:
+        FolderRefusedError: it holds something else, or cannot be replaced in one step.
+    """
     return check_target(
         folder,
         overwrite=overwrite,
