@@ -103,6 +103,8 @@ def try_case(home: Path, mutation: Mutation, reader: str, watch: Watch) -> tuple
         folder = Path(parent, "source")
         shutil.copytree(home / base, folder)
         mutation.edit(folder)
+        if reader == "respond":  # whose record would otherwise shield everything behind it
+            fuzz_packages.fit_record(folder)
         try:
             with watch.over(Path(parent)):
                 outcome = READERS.get(reader, convert)(home, folder, Path(parent, "out"), reader)
