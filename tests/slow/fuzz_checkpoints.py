@@ -54,7 +54,7 @@ def write_bases(home: Path) -> None:
     save_file(state, home / "base-convert" / "model.safetensors", metadata={"format": "pt"})
     for name in ("pickle", "plain"):
         shutil.copytree(home / "base-convert", home / f"base-{name}")
-        for path in (home / f"base-{name}").glob("*tok*"):  # a tokenizer costs each case a process
+        for path in (home / f"base-{name}").glob("*tok*"):
             path.unlink()
     (home / "base-pickle" / "model.safetensors").unlink()
     torch.save(state, home / "base-pickle" / "pytorch_model.bin")
@@ -99,6 +99,8 @@ def try_case(home: Path, mutation: Mutation, reader: str, watch: Watch) -> tuple
     from hub_tools.errors import GPT2ValueHubError
 
     base = f"base-{mutation.base}" if reader in READERS else f"base-{reader}"
+    if reader == "convert" and not any("token" in text for text in (mutation.kind, mutation.name)):
+        base = "base-plain"  # a tokenizer costs each case a process
     with tempfile.TemporaryDirectory(dir=home) as parent:
         folder = Path(parent, "source")
         shutil.copytree(home / base, folder)

@@ -5,6 +5,7 @@
     --every 10        # a tenth of the cases
     --results FILE    # each outcome is written there; the cases that it holds already are not tried again
     --processes 1     # how many at a time; 2 otherwise
+    --seconds 120     # for one case, on a machine that has other things to do
     --list            # every case and its outcome
 
 Cases run in processes that may not grow by more than a GiB, and that are stopped when one case takes longer than
@@ -258,9 +259,12 @@ def main(hunt: Hunt, *, by_record: bool) -> None:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=CASE_SECONDS)
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
-    outcomes = run_all(hunt, processes=options.processes, every=options.every, results=options.results)
+    outcomes = run_all(
+        hunt, processes=options.processes, every=options.every, seconds=options.seconds, results=options.results
+    )
     bad = [outcome for outcome in outcomes if not outcome.good]
     for what, listed in (("", outcomes if options.list else []), ("DEFECT ", bad)):
         for outcome in listed:
