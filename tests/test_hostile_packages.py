@@ -20,7 +20,8 @@ from slow.fault_sweep import serving
 from test_inspection import edit_json
 from test_load_package import same_weights
 from test_verify import record_again
-from tokenizers import normalizers
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from hub_tools import errors, inspect_package, layout, limits, load_package, save_package, verify_package
 from hub_tools.convert import pickle_outline
@@ -260,6 +261,22 @@ def test_a_config_that_json_cannot_hold_is_not_half_written(value, tiny_model, t
     with pytest.raises(errors.UnsavableConfigError):
         save_package(tiny_model, tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_cannot_read_is_not_a_traceback(tmp_path):
+    """One that needs a token which it does not have fails only when it is used."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[], unk_token="missing"))
+    with pytest.raises(errors.TokenizerMismatchError, match="cannot read"):
+        save_package(make_tiny_model(), tmp_path / "p", PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert not (tmp_path / "p").exists()
+
+
+def test_weights_that_are_finite_and_too_large_are_not_a_traceback(tiny_model, tmp_path):
+    with torch.no_grad():
+        tiny_model.transformer.wte.weight.fill_(3e38)
+    with pytest.raises(errors.NonFiniteWeightsError, match="too large"):
+        save_package(tiny_model, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize("facts", [{"license": 5}, {"base_model": 5}, {"tags": 5}, {"tags": "ppo"}, {"repo_id": 5}])

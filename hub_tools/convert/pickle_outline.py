@@ -90,10 +90,17 @@ class Tensor:
         self.storage, self.start, self.shape = storage, start, shape
 
 
-def tensor(storage: object, start: object, shape: object, strides: object, *others: object) -> Tensor:
-    """Stands in for `torch._utils._rebuild_tensor_v2`, whose other arguments do not change the numbers."""
-    if len(others) > 3:  # whether it has a gradient, its hooks, and metadata
-        raise Refused("corrupt", "a tensor with more arguments than torch writes")
+def tensor_v2(
+    storage: object, start: object, shape: object, strides: object, grad: object, hooks: object, metadata: object = None
+) -> Tensor:
+    """Stands in for `torch._utils._rebuild_tensor_v2`, whose last three arguments do not change the numbers."""
+    if type(grad) is not bool or not all(value is None or isinstance(value, dict) for value in (hooks, metadata)):
+        raise Refused("corrupt", "a tensor with other arguments than torch writes")
+    return tensor(storage, start, shape, strides)
+
+
+def tensor(storage: object, start: object, shape: object, strides: object) -> Tensor:
+    """Stands in for `torch._utils._rebuild_tensor`."""
     if not isinstance(storage, Storage) or not isinstance(start, int) or not whole(start):
         raise Refused("corrupt", "a tensor without numbers")
     if not isinstance(shape, tuple) or len(shape) > MOST_DIMENSIONS or not all(map(whole, shape)):
@@ -110,8 +117,10 @@ def tensor(storage: object, start: object, shape: object, strides: object, *othe
     return Tensor(storage, start, shape)
 
 
-def parameter(data: object, *_: object) -> object:
+def parameter(data: object, grad: object, hooks: object) -> object:
     """Stands in for `torch._utils._rebuild_parameter`."""
+    if type(grad) is not bool or not (hooks is None or isinstance(hooks, dict)):
+        raise Refused("corrupt", "a parameter with other arguments than torch writes")
     return data
 
 
@@ -122,7 +131,7 @@ def whole(number: object) -> bool:
 GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): StateDict,
     ("torch._utils", "_rebuild_tensor"): tensor,  # before torch 0.4
-    ("torch._utils", "_rebuild_tensor_v2"): tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): tensor_v2,
     ("torch._utils", "_rebuild_parameter"): parameter,
     **{("torch", name): name for name in STORAGES},
 }

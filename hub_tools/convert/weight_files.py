@@ -146,6 +146,12 @@ def _views(file: Path, content: mmap.mmap, outline: Outline) -> dict[str, torch.
     for name, (dtype, shape, start) in outline.items():
         count, length = math.prod(shape), math.prod(shape) * dtype.itemsize
         made += length
+        if math.prod(max(side, 1) for side in shape) >= pickle_outline.LARGEST:  # torch fails also where there are none
+            raise CorruptFileError(
+                f"{file} has a tensor {name[:120]!r} of shape {shape}",
+                expected="numbers that can be counted",
+                next_step=FETCH_AGAIN,
+            )
         # A tied lm_head is in the file once and in the model twice. More than that was made to fill the memory.
         if start + length > size or made > limits.TENSORS_PER_FILE * size:
             raise CorruptFileError(

@@ -339,15 +339,35 @@ def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_s
     for path in folder.iterdir():  # safetensors writes files that nobody else may read
         shutil.copymode(folder / layout.CARD, path)
     token_ids, logit_ids = probe(vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
+    tokenizer_ids = None
+    if tokenizer is not None:
+        with as_ours(_cannot_read):
+            tokenizer_ids = tokenizer(PROBE_TEXT)["input_ids"]
     in_float32 = model if all(w.dtype == torch.float32 for w in model.parameters()) else copy.deepcopy(model).float()
+    numbers = measure(in_float32, token_ids, logit_ids)
+    for name, values in numbers.items():
+        if not torch.tensor(values).isfinite().all():
+            raise NonFiniteWeightsError(
+                f"the model's {name} are NaN or infinite, though none of its weights is: some of them are too large",
+                expected="a model that computes finite numbers in float32",
+                next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
+            )
     Record(
         token_ids=token_ids,
         logit_ids=logit_ids,
-        **measure(in_float32, token_ids, logit_ids),
-        tokenizer_ids=None if tokenizer is None else tokenizer(PROBE_TEXT)["input_ids"],
+        **numbers,
+        tokenizer_ids=tokenizer_ids,
         versions=_versions(),
         sha256={path.name: layout.sha256_of(path) for path in sorted(folder.iterdir()) if path.name != layout.CARD},
     ).write(folder)
+
+
+def _cannot_read(gist: str) -> TokenizerMismatchError:
+    return TokenizerMismatchError(
+        f"the tokenizer cannot read {PROBE_TEXT!r}: {gist}",
+        expected="a tokenizer that reads any text",
+        next_step="load it as the class that wrote its files, or save without a tokenizer",
+    )
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
