@@ -180,8 +180,9 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
         return number
 
     def whole(word: str) -> int:
+        number = int(word)
         finite(word)  # a number that no float holds is an error wherever it is compared with one
-        return int(word)
+        return number
 
     try:
         value = json.loads(

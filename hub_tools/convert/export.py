@@ -105,6 +105,8 @@ def export_policy(
     target = _export_target(Path(folder), overwrite=overwrite)
     with as_ours(_not_savable):
         plain = _plain_gpt2(model)
+        if hasattr(plain.config, "validate"):  # transformers 5, which does it when it writes
+            plain.config.validate()
         if plain.generation_config is not None:
             plain.generation_config.validate(strict=True)
     try:

@@ -158,8 +158,12 @@ def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.T
             generation_config.validate(strict=True)
             allowed_fields.reduce(layout.GENERATION_CONFIG, json.loads(generation_config.to_json_string()))
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    with torch.device("meta"):
+    with torch.device("meta"), as_ours(_unsavable):
         installed = GPT2ValueModel(config)
+        if hasattr(
+            config, "validate"
+        ):  # transformers 5, which does it when it writes, once the model chose its kernels
+            config.validate()
     _check_state(state, installed)
     if generation_config is not None:
         installed.generation_config = generation_config
