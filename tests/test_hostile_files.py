@@ -22,6 +22,7 @@ from tokenizers import normalizers
 from hub_tools import (
     convert_checkpoint,
     errors,
+    export_policy,
     inspect_package,
     layout,
     limits,
@@ -137,6 +138,26 @@ def test_a_map_of_special_tokens_does_not_lead_to_another_vocabulary(name, tiny_
     for reader in (inspect_package, load_package):
         with pytest.raises(errors.UnsafeFileError, match=name):
             reader(tmp_path / "p")
+
+
+@pytest.mark.parametrize("name", ["../../../written", "/tmp/written", "a/b", "", "a\0b", 5], ids=range(6))
+def test_a_chat_template_whose_name_is_a_path_is_not_written_there(name, tiny_model, tiny_tokenizer, tmp_path):
+    save_package(tiny_model, tmp_path / "p", tiny_tokenizer)
+    templates = [{"name": "default", "template": "a"}, {"name": name, "template": "b"}]
+    edit_json(tmp_path / "p" / layout.TOKENIZER_CONFIG, chat_template=templates)
+    record_again(tmp_path / "p")
+    write_trl(Original(), tmp_path / "theirs")
+    tiny_tokenizer.save_pretrained(tmp_path / "theirs")
+    edit_json(tmp_path / "theirs" / layout.TOKENIZER_CONFIG, chat_template=templates)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for function, *arguments in (
+        (load_package, tmp_path / "p"),
+        (export_policy, tmp_path / "p", tmp_path / "policy"),
+        (convert_checkpoint, tmp_path / "theirs", tmp_path / "ours"),
+    ):
+        with pytest.raises(errors.CorruptFileError, match="chat_template"):
+            function(*arguments)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("fields", [{"a": -(1 << 40)}, {"a": "b"}, {"a": []}, {"x" * 5000: 1}], ids=range(4))

@@ -205,6 +205,16 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 1000
 
 
+def _is_named(value: Any) -> bool:
+    """A chat template with a name, under which transformers will write it, in versions 4 and 5.0 wherever it leads."""
+    return (
+        isinstance(value, dict)
+        and set(value) == {"name", "template"}
+        and all(isinstance(each, str) for each in value.values())
+        and re.fullmatch(r"\w{1,80}", value["name"]) is not None
+    )
+
+
 TOKEN = Allowed(lambda value: value is None or _is_token(value), "a token, or null")
 TOKENS = Allowed(
     lambda value: (
@@ -247,13 +257,10 @@ TOKENIZER: dict[str, Allowed] = {
         lambda name: isinstance(name, str) and re.fullmatch(r"\w{1,80}", name) is not None, 8, "names of inputs"
     ),
     "chat_template": Allowed(
-        lambda value: value is None
-        or isinstance(value, str)
-        or (
-            isinstance(value, list)
-            and all(isinstance(each, dict) and set(map(type, each.values())) <= {str} for each in value)
+        lambda value: (
+            value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_named, value)))
         ),
-        "a template, or null",
+        "a template, a list of templates with the names of files, or null",
     ),
 }  # fmt: skip
 
