@@ -116,7 +116,7 @@ def tables() -> str:
         (
             "the child process of `verify_package`",
             f"{_size(VERIFY_MEMORY)} + {VERIFY_MEMORY_PER_NUMBER} bytes for each number",
-            "1 GiB + 8 to 12 bytes",
+            "0.4 GB, and the weights twice in float32: 8 bytes",
         ),
     )
     seconds = (
