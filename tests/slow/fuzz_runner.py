@@ -193,6 +193,7 @@ class Watch:
         self.parent: Path | None = None
         self.seen: list[str] = []
         sys.addaudithook(self._hear)
+        sys.meta_path.insert(0, self)  # type: ignore[arg-type]  # importlib.import_module raises no audit event
 
     @contextlib.contextmanager
     def over(self, parent: Path) -> Iterator[None]:
@@ -207,6 +208,11 @@ class Watch:
             self.parent = None
         self.seen += [f"read {path.name} outside" for path in outside if path.stat().st_atime != 0]
 
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Note that somebody looks for a module of the mutations'; it is left to others to find it."""
+        if self.parent is not None and name.partition(".")[0] == "armed":
+            self.seen.append(f"imported {name}")
+
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.parent is None:
             return
@@ -215,8 +221,6 @@ class Watch:
             self.seen.append(f"opened {what}")
         elif event == "exec" and str(self.parent) in getattr(arguments[0], "co_filename", ""):
             self.seen.append(f"ran {arguments[0].co_filename}")
-        elif event == "import" and what.partition(".")[0] == "armed":
-            self.seen.append(f"imported {what}")
         elif event in ("os.system", "os.exec", "os.mknod"):
             self.seen.append(f"{event} {what}")
 
