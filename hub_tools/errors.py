@@ -13,8 +13,12 @@ def visible(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
+LONGEST = 20_000  # characters: names in somebody else's file may have millions
+
+
 class GPT2ValueHubError(Exception):
-    """Base of everything that hub_tools refuses. What it says may come from somebody else's file, so it is escaped.
+    """Base of everything that hub_tools refuses. What it says may come from somebody else's file, so it is escaped, and
+    cut off where it is longer than anybody reads.
 
     Args:
         found: what was found, naming the file, tensor or argument.
@@ -23,9 +27,7 @@ class GPT2ValueHubError(Exception):
     """
 
     def __init__(self, found: str, *, expected: str = "", next_step: str) -> None:
-        self.found = visible(found)
-        self.expected = visible(expected)
-        self.next_step = visible(next_step)
+        self.found, self.expected, self.next_step = (visible(text[:LONGEST]) for text in (found, expected, next_step))
         lines = [self.found]
         if expected:
             lines.append(f"  expected: {self.expected}")

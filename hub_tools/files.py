@@ -1,23 +1,27 @@
 """Reading files that may be hostile: bounded sizes, strict JSON, safetensors headers, no links that lead elsewhere.
 
-Imports only the standard library and `errors`. Runs nothing and opens no pickle. The weights' format:
+Imports only the standard library, `errors` and `limits`. Runs nothing and opens no pickle. The weights' format:
 https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shlex
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from .errors import CorruptFileError, MissingFileError, UnsafeFileError
+from .errors import CorruptFileError, MissingFileError, PackageChangedError, UnsafeFileError
 from .limits import HEADER_BYTES as HEADER_LIMIT
+from .limits import JSON_LEVELS
 from .limits import MIB as MIB
 
 ITEM_SIZES = {
@@ -63,10 +67,10 @@ def file_in(folder: Path, name: str) -> Path:
     try:
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, before Python 3.13; a NUL or a surrogate
         raise MissingFileError(
-            f"{name!r} is not in {folder}" if not path.is_symlink() else f"{name!r} is a link to nothing",
-            expected=f"a file {name}",
+            f"{name!r} is a link to nothing" if os.path.islink(path) else f"{name[:300]!r} is not in {folder}",
+            expected=f"a file {name[:300]}",
             next_step=AGAIN,
         ) from error
     homes = [folder.resolve()]
@@ -84,6 +88,56 @@ def file_in(folder: Path, name: str) -> Path:
     return path
 
 
+@contextmanager
+def open_in(folder: Path, name: str) -> Iterator[BinaryIO]:
+    """Open a package's file to read its bytes. What was opened is a file that `file_in` allows, also where somebody
+    puts a link or a pipe in its place meanwhile.
+
+    Raises:
+        MissingFileError, UnsafeFileError: see `file_in`; or it cannot be read.
+        PackageChangedError: it was replaced just now.
+    """
+    path = file_in(folder, name)
+    # a pipe that takes the file's place after it was looked at must not make us wait
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise UnsafeFileError(
+            f"{name!r} cannot be read: {error.strerror}",
+            expected="a readable file",
+            next_step="check its permissions: " + shlex.join(["ls", "-l", str(path)]),
+        ) from error
+    with open(descriptor, "rb") as opened:
+        status = os.fstat(descriptor)
+        try:
+            same = stat.S_ISREG(status.st_mode) and os.path.samestat(status, os.stat(file_in(folder, name)))
+        except (OSError, MissingFileError, UnsafeFileError):  # by now it leads elsewhere, or nowhere
+            same = False
+        if not same:
+            raise PackageChangedError(
+                f"{name!r} in {folder} was replaced while it was being read",
+                expected="a folder that stays as it is meanwhile",
+                next_step="run the same again when the writing is done",
+            )
+        yield opened
+
+
+def sha256_in(folder: Path, name: str) -> str:
+    """SHA-256 of a package's file, in hexadecimal, as large as it was when it was opened.
+
+    Raises:
+        What `open_in` raises.
+    """
+    digest = hashlib.sha256()
+    with open_in(folder, name) as opened:
+        left = os.fstat(opened.fileno()).st_size
+        while left > 0 and (piece := opened.read(min(left, MIB))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
+
+
 def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
     """Read a JSON object from a file of at most `limit` bytes.
 
@@ -92,7 +146,7 @@ def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
         CorruptFileError: too large, not UTF-8, not JSON, nested too deep, a key twice, a NaN, or not an
             object.
     """
-    return parse_json(_read(file_in(folder, name), 0, limit, name), name)
+    return parse_json(_read(folder, name, limit), name)
 
 
 def read_bytes(folder: Path, name: str, *, limit: int) -> bytes:
@@ -102,18 +156,18 @@ def read_bytes(folder: Path, name: str, *, limit: int) -> bytes:
         MissingFileError, UnsafeFileError: see `file_in`.
         CorruptFileError: too large.
     """
-    return _read(file_in(folder, name), 0, limit, name)
+    return _read(folder, name, limit)
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """Parse a JSON object strictly; see `read_json`. `name` is for the message."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice[:80]!r} twice")
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {key[:80]!r} twice")
+            found[key] = value
         return found
 
     def refuse(word: str) -> Any:
@@ -125,14 +179,37 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
             raise ValueError(f"the number {word[:80]}, which is out of range")
         return number
 
+    def whole(word: str) -> int:
+        number = int(word)
+        finite(word)  # a number that no float holds is an error wherever it is compared with one
+        return number
+
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=refuse,
+            parse_float=finite,
+            parse_int=whole,
+        )
+        _refuse_nesting(value)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         what = "JSON nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
         raise CorruptFileError(f"{name} holds {what}", expected="valid JSON", next_step=AGAIN) from error
     if not isinstance(value, dict):
         raise CorruptFileError(f"{name} holds a {type(value).__name__}", expected="a JSON object", next_step=AGAIN)
     return value
+
+
+def _refuse_nesting(value: Any) -> None:
+    """Whoever copies or shows a deeply nested value runs out of stack: deep ones are refused where they are read."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(JSON_LEVELS):
+        inner = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [each for values in inner for each in values if isinstance(each, (dict, list))]
+        if not level:
+            return
+    raise RecursionError
 
 
 def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
@@ -148,9 +225,13 @@ def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
     def corrupt(found: str, expected: str, next_step: str = AGAIN) -> CorruptFileError:
         return CorruptFileError(f"{name}: {found}", expected=expected, next_step=next_step)
 
-    path = file_in(folder, name)
-    size = path.stat().st_size
-    if _read(path, 0, len(LFS_POINTER), name, exactly=True) == LFS_POINTER:
+    with open_in(folder, name) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        start = opened.read(len(LFS_POINTER))
+        opened.seek(0)
+        (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\0"))
+        raw = opened.read(length) if length <= min(size - 8, HEADER_LIMIT) else b""
+    if start == LFS_POINTER:
         raise corrupt(
             "a git-lfs pointer, which stands for the weights and is not the weights",
             "the weights themselves",
@@ -160,13 +241,11 @@ def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
         raise corrupt(
             f"a file of {size} bytes", "a safetensors file, which begins with the 8-byte length of its header"
         )
-    (length,) = struct.unpack("<Q", _read(path, 0, 8, name, exactly=True))
     if length > min(size - 8, HEADER_LIMIT):
         raise corrupt(
             f"its header claims {length:,} bytes; the file has {size:,}",
             f"a header of at most {HEADER_LIMIT:,} bytes that lies in the file",
         )
-    raw = _read(path, 8, length, name, exactly=True)
     if not raw.startswith(b"{"):
         raise corrupt(f"its header begins with {raw[:8]!r}", "a JSON object")
     header = parse_json(raw, f"{name} (header)")
@@ -213,18 +292,10 @@ def _tensor(entry: Any, corrupt: Any) -> tuple[Tensor, tuple[int, int]]:
     return tensor, (begin, end)
 
 
-def _read(path: Path, offset: int, limit: int, name: str, *, exactly: bool = False) -> bytes:
-    """Read from `offset` to the file's end and refuse more than `limit` bytes; with `exactly`, read only so many."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if not exactly and size > limit:
-                raise CorruptFileError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
-            file.seek(offset)
-            return file.read(limit)
-    except OSError as error:
-        raise UnsafeFileError(
-            f"{name} cannot be read: {error.strerror}",
-            expected="a readable file",
-            next_step="check its permissions: " + shlex.join(["ls", "-l", str(path)]),
-        ) from error
+def _read(folder: Path, name: str, limit: int) -> bytes:
+    """All bytes of a file, refusing more than `limit`."""
+    with open_in(folder, name) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > limit:
+            raise CorruptFileError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
+        return opened.read(limit)

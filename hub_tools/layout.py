@@ -41,12 +41,14 @@ AUTO_MAP = {
 }
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 TOKENIZER = frozenset(
     {
         TOKENIZER_CONFIG,
         "tokenizer.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
+        SPECIAL_TOKENS_MAP,
+        ADDED_TOKENS,
         "chat_template.jinja",
         "vocab.json",
         "merges.txt",
@@ -59,9 +61,7 @@ TOKENIZER = frozenset(
 )
 
 # Those of them that hold settings and a few tokens; the others hold a vocabulary.
-TOKENIZER_SETTINGS = frozenset(
-    {TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
-)
+TOKENIZER_SETTINGS = frozenset({TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, "chat_template.jinja"})
 
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".pyd")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from configuration_gpt2_value import GPT2ValueConfig
+from hub_tools import save_package
 from modeling_gpt2_value import GPT2ValueModel
 from sampling_gpt2_value import sampling_distribution
 
@@ -68,9 +69,7 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """The folder of a package of the tiny model, for reading."""
-    from hub_tools import save_package
-
+    """The folder of a package of `make_tiny_model`, to be read; `package` is a copy of it, to be spoiled."""
     folder = tmp_path_factory.mktemp("saved") / "package"
     save_package(make_tiny_model(), folder)
     return folder
@@ -78,18 +77,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def package(saved, tmp_path):
-    """A copy of that package, which a test may change."""
     return Path(shutil.copytree(saved, tmp_path / "package"))
-
-
-@pytest.fixture
-def tiny_tokenizer():
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:95]
-    vocabulary = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|endoftext|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
 def plain_twin(model):

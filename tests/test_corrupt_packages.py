@@ -1,9 +1,12 @@
 """Spoiled packages are refused by a typed error or load bit by bit; nothing of them runs, hangs or eats the memory."""
 
+import importlib
+import runpy
 import shutil
 
 import pytest
-from slow.fuzz_packages import GROWTH, LOADED, cases, fit_record, run_all, try_case, weights_in, write_bases
+from slow.fuzz_packages import HUNT, cases, fit_record, try_case, write_bases
+from slow.fuzz_runner import GROWTH, LOADED, Watch, run_all, weights_in
 from support.mutations import mutations
 from support.spoiling import CANARY, Mutation
 
@@ -17,7 +20,7 @@ EVERY = 10  # of the cases: they take turns at the record too, since 10 and 3 ha
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return run_all(every=EVERY)
+    return run_all(HUNT, every=EVERY)
 
 
 def test_every_spoiled_package_is_refused_or_loads_bit_by_bit(outcomes):
@@ -51,12 +54,31 @@ def test_the_hunt_sees_defects(tmp_path):
     """A package that ran something, or that loads other weights, is told apart from a sound one."""
     write_bases(tmp_path)
     original = weights_in(tmp_path / "base-one")
+    watch = Watch()
     sound = Mutation("none", "none", lambda folder: None)
-    assert try_case(tmp_path, sound, "kept", original) == (LOADED, True)
+    assert try_case(tmp_path, sound, "kept", original, watch) == (LOADED, True)
     ran = Mutation("none", "ran", lambda folder: (folder.parent / CANARY).touch())
-    assert try_case(tmp_path, ran, "kept", original) == ("code of the package ran", False)
+    assert try_case(tmp_path, ran, "kept", original, watch) == ("code of the package ran", False)
     other = {**original, "v_head.summary.bias": b"\0" * 3}
-    assert not try_case(tmp_path, sound, "kept", other)[1]
+    assert not try_case(tmp_path, sound, "kept", other, watch)[1]
+
+
+def test_the_hunt_sees_what_is_opened_outside_and_what_is_run(tmp_path):
+    watch = Watch()
+    (tmp_path / "outside").write_text("a secret")
+    (tmp_path / "code.py").write_text("x = 1")
+    with watch.over(tmp_path):
+        (tmp_path / "code.py").read_text()
+    assert watch.seen == []
+    with watch.over(tmp_path):
+        (tmp_path / "outside").read_text()
+    assert watch.seen[0].startswith("opened")
+    with watch.over(tmp_path):
+        runpy.run_path(str(tmp_path / "code.py"))
+    assert watch.seen[0].startswith("ran")
+    with watch.over(tmp_path), pytest.raises(ImportError):
+        importlib.import_module("armed.payload")
+    assert watch.seen[0].startswith("imported")
 
 
 @pytest.mark.parametrize(

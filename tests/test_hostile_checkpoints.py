@@ -43,6 +43,14 @@ def test_tensors_that_share_their_numbers_do_not_become_a_hundred_times_the_file
         read_state_dict(tmp_path / "shared.bin")
 
 
+@pytest.mark.parametrize("shape", [[0, 1 << 47, 1 << 47], [1 << 47, 1 << 47, 0], [1 << 47] * 7 + [0]], ids=range(3))
+def test_a_tensor_of_no_numbers_and_a_shape_beyond_counting_is_not_a_traceback(shape, tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+    with pytest.raises(errors.CorruptFileError, match="shape"):
+        read_state_dict(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("tail", [b"", b"PK\x05\x06", b"PK\x05\x06" + b"\0" * 18])
 def test_a_compressed_archive_is_refused_whatever_stands_behind_it(tail, tmp_path):
     file = tmp_path / "deflated.bin"

@@ -20,9 +20,11 @@ from slow.fault_sweep import serving
 from test_inspection import edit_json
 from test_load_package import same_weights
 from test_verify import record_again
-from tokenizers import normalizers
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from hub_tools import errors, inspect_package, layout, limits, load_package, save_package, verify_package
+from hub_tools.convert import pickle_outline
 from hub_tools.package import allowed_fields, verify
 from hub_tools.package.tokenizer import try_in_a_process
 
@@ -164,6 +166,21 @@ def test_a_base_that_claims_to_be_huge_is_not_built(fields, gpt2_value, tmp_path
     assert "config.json" in err
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int32], ids=str)
+def test_a_base_of_whole_numbers_is_not_taken_for_one_of_weights(dtype, gpt2_value, tmp_path):
+    write_published_checkpoint(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    state = load_file(file)
+    masks = {name: mask.to(torch.uint8) for name, mask in state.items() if name.endswith(".attn.bias")}
+    save_file({**state, **masks}, file, metadata={"format": "pt"})
+    create = ("create", "--base", tmp_path / "base", tmp_path / "out", "--no-tokenizer")
+    assert gpt2_value(*create)[0] == 0
+    save_file({**state, "wpe.weight": state["wpe.weight"].to(dtype)}, file, metadata={"format": "pt"})
+    status, _, err = gpt2_value(*create)
+    assert status == 1
+    assert "wpe.weight" in err
+
+
 # Fields are allowed, not forbidden
 
 
@@ -261,6 +278,40 @@ def test_a_config_that_json_cannot_hold_is_not_half_written(value, tiny_model, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tokenizer_that_cannot_read_is_not_a_traceback(tmp_path):
+    """One that needs a token which it does not have fails only when it is used."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[], unk_token="missing"))
+    with pytest.raises(errors.TokenizerMismatchError, match="cannot read"):
+        save_package(make_tiny_model(), tmp_path / "p", PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("function", ["create", "export"])
+def test_a_config_that_transformers_will_not_write_is_not_a_traceback(function, package, gpt2_value, tmp_path):
+    edit_json(package / layout.CONFIG, output_attentions=True)
+    record_again(package)
+    command = ("create", "--base", package, "--no-tokenizer") if function == "create" else ("export", package)
+    status, _, err = gpt2_value(*command, tmp_path / "out")
+    assert "Traceback" not in err
+    assert (status, (tmp_path / "out").exists()) in ((0, True), (1, False))
+
+
+def test_a_tokenizer_with_other_ids_than_the_model_is_not_loaded(with_tokenizer):
+    vocabulary = json.loads((with_tokenizer / "tokenizer.json").read_text())["model"]
+    edit_json(with_tokenizer / "tokenizer.json", model={**vocabulary, "vocab": {**vocabulary["vocab"], "xyz": 200}})
+    record_again(with_tokenizer)
+    with pytest.raises(errors.TokenizerMismatchError, match="the id 200"):
+        load_package(with_tokenizer)
+
+
+def test_weights_that_are_finite_and_too_large_are_not_a_traceback(tiny_model, tmp_path):
+    with torch.no_grad():
+        tiny_model.transformer.wte.weight.fill_(3e38)
+    with pytest.raises(errors.NonFiniteWeightsError, match="too large"):
+        save_package(tiny_model, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
 @pytest.mark.parametrize("facts", [{"license": 5}, {"base_model": 5}, {"tags": 5}, {"tags": "ppo"}, {"repo_id": 5}])
 def test_facts_of_the_wrong_type_do_not_reach_the_card(facts, tiny_model, tmp_path):
     with pytest.raises(errors.CardMetadataError, match=next(iter(facts))):
@@ -350,5 +401,6 @@ def test_security_md_does_not_name_a_test_that_is_not_there():
 
 
 def test_the_page_of_limits_does_not_differ_from_the_code():
-    rows = [line for line in (limits.__doc__ or "").splitlines() if line.startswith("|")]
-    assert "\n".join(rows) in (ROOT / "docs" / "limits.md").read_text()
+    assert limits.tables() in (ROOT / "docs" / "limits.md").read_text()
+    assert pickle_outline.PICKLE_LIMIT == limits.PICKLE_BYTES
+    assert pickle_outline.LARGEST > limits.WEIGHT_BYTES_AT_MOST

@@ -106,7 +106,7 @@ def test_files_that_are_too_large_together_are_refused(folder):
 
 def test_a_folder_that_is_written_to_while_it_is_copied_is_refused(folder, monkeypatch):
     (folder / "b").write_bytes(b"x")
-    plain = stage_module._copy
+    plain = stage_module.copy_out
 
     def copy_and_write(source, name, to, **how):
         copied = plain(source, name, to, **how)
@@ -114,7 +114,7 @@ def test_a_folder_that_is_written_to_while_it_is_copied_is_refused(folder, monke
             (folder / "a").write_bytes(b"later")
         return copied
 
-    monkeypatch.setattr(stage_module, "_copy", copy_and_write)
+    monkeypatch.setattr(stage_module, "copy_out", copy_and_write)
     with pytest.raises(errors.PackageChangedError, match="'a'"), stage(folder, limit_of=WANTED.get):
         pass
 

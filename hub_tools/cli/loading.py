@@ -26,6 +26,7 @@ Reviewed = Annotated[
 ]
 
 PICKLED = "pytorch_model.bin"
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 # What a plain GPT-2 checkpoint says about classes and labels, which are not this model's.
 NOT_OURS = ("auto_map", "num_labels", "id2label", "label2id", "architectures")
 
@@ -109,6 +110,7 @@ def load_base(source: str, *, revision: str | None, dtype: str = "auto", tokeniz
         with stage(folder, limit_of=limit_of, total=2 * weights + 512 * limits.MIB) as copy:
             (copy.folder / layout.CONFIG).write_text(json.dumps(config), encoding="utf-8")
             _unpickle(copy.folder)
+            _refuse_other_numbers(source, copy.folder)
             size = sum(path.stat().st_size for path in copy.folder.glob("*.safetensors"))
             if 2 * (numbers - config["n_embd"] - 1) > size:
                 raise SourceError(
@@ -201,6 +203,22 @@ def _unpickle(folder: Path) -> None:
         state = {name: tensor.contiguous().clone() for name, tensor in read_state_dict(path).items()}
         save_file(state, folder / layout.WEIGHTS, metadata={"format": "pt"})
     path.unlink()
+
+
+def _refuse_other_numbers(source: str, folder: Path) -> None:
+    """Refuse weights of whole numbers, which transformers would take for numbers like any others. Masks may be such."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # it is no dict
+        for name, dtype in dtypes.items():
+            if dtype not in FLOATS and not name.endswith((".attn.bias", ".crossattention.bias")):
+                raise SourceError(
+                    f"{source}: {name[:120]} is {dtype}",
+                    expected=f"one of {', '.join(FLOATS)}",
+                    next_step="if it is quantised, dequantise it in its own library, and save it again",
+                )
 
 
 def _no_tokenizer(source: str) -> SourceError:

@@ -1,8 +1,8 @@
 """A foreign checkpoint's `config.json`, reduced to the fields that are known, as the configuration of a package.
 
-Imports huggingface_hub, transformers' GPT2Config, the remote code's configuration, and of hub_tools `allowed_fields`,
-`errors`, `layout` and `library_errors`. No library sees a field that is not listed here or in `allowed_fields`, nor a
-value that is out of range.
+Imports transformers' GPT2Config, the remote code's configuration, and of hub_tools `allowed_fields`, `config_json`,
+`errors`, `limits`, `layout` and `library_errors`. No library sees a field that is not listed here or in
+`allowed_fields`, nor a value that is out of range.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from transformers import GPT2Config
 
 from configuration_gpt2_value import GPT2ValueConfig
 
+from .. import limits
 from ..errors import CorruptFileError, UnsupportedModelError
 from ..layout import MODEL_TYPE
 from ..library_errors import as_ours
 from ..package.allowed_fields import CONFIG, PROBABILITY, Allowed
+from ..package.config_json import count_numbers
 
 SourceFormat = Literal["seed", "trl", "trlx", "sequence-classification", "token-classification", "gpt2"]
 
@@ -45,6 +47,7 @@ _OF_NO_EFFECT = {
     *_OURS, "_name_or_path", "n_ctx", "task_specific_params", "gradient_checkpointing", "output_past", "problem_type",
     "_num_labels", "is_decoder", "pruned_heads",
 }  # fmt: skip
+_GPT2_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 # Other names of the same numbers, which transformers would read over the first ones.
 _ALIASES = {
     "hidden_size": "n_embd",
@@ -85,6 +88,16 @@ def known_fields(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         elif name in _ALIASES:
             kept |= known_fields(where, {_ALIASES[name]: value})
     return kept
+
+
+def most_bytes(where: str, fields: Mapping[str, Any]) -> int:
+    """The most bytes that the weights of a checkpoint with this `config.json` may have; see `limits.foreign_bytes`.
+
+    Raises:
+        What `known_fields` raises.
+    """
+    sizes = {**_GPT2_SIZES, **known_fields(where, fields)}
+    return limits.foreign_bytes(count_numbers(sizes), sizes["n_layer"] * sizes["n_positions"] ** 2)
 
 
 def left_out(fields: Mapping[str, Any]) -> tuple[str, ...]:

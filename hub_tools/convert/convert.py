@@ -24,12 +24,21 @@ from ..errors import (
 )
 from ..files import read_json
 from ..layout import CONFIG, HEAD_PREFIX
-from ..package.save import save_package
+from ..package.save import save_package, save_target
+from ..package.stage import identities, refuse_changes
 from .companions import carried_generation_config, carried_tokenizer
-from .config_fields import SourceFormat
+from .config_fields import SourceFormat, most_bytes
 from .formats import translate
 from .lora import merge_adapter
-from .weight_files import ADAPTER_CONFIG, HEAD_WEIGHTS, MODEL_WEIGHTS, listed, only_one, read_state_dict
+from .weight_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    HEAD_WEIGHTS,
+    MODEL_WEIGHTS,
+    listed,
+    only_one,
+    read_state_dict,
+)
 
 _Path = str | os.PathLike[str]
 
@@ -71,6 +80,7 @@ class _Read:
     homes: list[Path]  # where a tokenizer or a generation config may lie, the first that has one counts
     adapter: bool
     dropped: dict[str, str]
+    limit: int  # the most bytes that a weight file of this model may have
     notes: tuple[str, ...] = ()
 
 
@@ -132,20 +142,25 @@ def convert_checkpoint(
         UnusedOptionError: an argument that this source has no use for.
         And what `save_package` raises.
     """
-    source, folder = Path(source), Path(folder)
+    source = Path(source)
     weights = _weights_of(source)
     home = weights.parent
-    if folder.resolve() == home.resolve():
+    if _is_same(folder, home):
         raise FolderRefusedError(
             f"{folder} holds the checkpoint that is to be converted",
             expected="another folder for the package",
             next_step="name a folder that does not exist yet",
         )
+    save_target(folder, overwrite=overwrite)  # now, and not when minutes have been spent
+    folder = Path(folder)
+    known = {CONFIG, ADAPTER_CONFIG, weights.name, *MODEL_WEIGHTS, *HEAD_WEIGHTS, *ADAPTER_WEIGHTS}
+    before = identities(home, known)
     if weights.name == ADAPTER_CONFIG:
         read = _read_adapter(home, config=config, base=base)
     else:
-        read = _read_model(weights, config=config, base=base)
+        read = _read_model(weights, config=config, base=base, named=weights == source)
     _add_head_file(read, home)
+    refuse_changes(home, before)
 
     found = translate(
         str(source),
@@ -181,11 +196,18 @@ def convert_checkpoint(
     )
 
 
+def _is_same(one: _Path, other: _Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, TypeError, ValueError):  # one of them is not there, or cannot be
+        return False
+
+
 def _weights_of(source: Path) -> Path:
     """The file that `source` means: itself, an adapter's `adapter_config.json`, or the model's weights."""
-    if source.is_file():
+    if os.path.isfile(source):  # and not is_file(), which fails on names that are too long
         return source
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise MissingFileError(
             f"there is no file or folder {source}",
             expected="a checkpoint on this machine",
@@ -207,8 +229,8 @@ def _weights_of(source: Path) -> Path:
 def _fields(home: Path, config: _Path | None) -> dict[str, Any]:
     """The configuration of a whole model."""
     file = home / CONFIG if config is None else Path(config)
-    file = file / CONFIG if file.is_dir() else file
-    if not file.is_file():
+    file = file / CONFIG if os.path.isdir(file) else file
+    if not os.path.isfile(file):
         raise MissingFileError(
             f"there is no {file}: weights alone do not say how many attention heads they are for",
             expected="the config.json of the GPT-2 that was trained",
@@ -217,15 +239,17 @@ def _fields(home: Path, config: _Path | None) -> dict[str, Any]:
     return read_json(file.parent, file.name)
 
 
-def _read_model(weights: Path, *, config: _Path | None, base: _Path | None) -> _Read:
-    """A whole model, from its weight file."""
+def _read_model(weights: Path, *, config: _Path | None, base: _Path | None, named: bool) -> _Read:
+    """A whole model, from its weight file; `named` by the user, and not found in a folder."""
     if base is not None:
         raise UnusedOptionError(
             f"base= is for an adapter; {weights} is a whole model",
             next_step="leave base out, or pass an adapter's folder",
         )
     fields = _fields(weights.parent, config)
-    return _Read(read_state_dict(weights), fields, [weights], [weights.parent], adapter=False, dropped={})
+    limit = most_bytes(str(weights), fields)
+    state = read_state_dict(weights, limit=limit, follow=named)
+    return _Read(state, fields, [weights], [weights.parent], adapter=False, dropped={}, limit=limit)
 
 
 def _read_adapter(home: Path, *, config: _Path | None, base: _Path | None) -> _Read:
@@ -237,7 +261,16 @@ def _read_adapter(home: Path, *, config: _Path | None, base: _Path | None) -> _R
         )
     merged = merge_adapter(home, None if base is None else Path(base))
     files, homes = list(merged.files), [home, merged.base]
-    return _Read(merged.state, merged.fields, files, homes, True, merged.dropped, merged.notes)
+    return _Read(
+        merged.state,
+        merged.fields,
+        files,
+        homes,
+        adapter=True,
+        dropped=merged.dropped,
+        limit=merged.limit,
+        notes=merged.notes,
+    )
 
 
 def _add_head_file(read: _Read, home: Path) -> None:
@@ -247,7 +280,7 @@ def _add_head_file(read: _Read, home: Path) -> None:
     file = only_one(home, HEAD_WEIGHTS if read.adapter else HEAD_WEIGHTS[1:])
     if file is None or file in read.files:
         return
-    head = read_state_dict(file)
+    head = read_state_dict(file, limit=read.limit)
     twice = sorted(set(head) & set(read.state))
     if twice:
         raise AmbiguousSourceError(

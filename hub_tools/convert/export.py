@@ -113,6 +113,8 @@ def write_plain(
     target = _target(folder, overwrite=overwrite)
     with as_ours(_not_savable):
         plain = as_plain(model)
+        if hasattr(plain.config, "validate"):  # transformers 5, which does it when it writes
+            plain.config.validate()
     with writing_to(target), staging_folder(target) as staging:
         plain.save_pretrained(staging.package)
         if tokenizer is not None:

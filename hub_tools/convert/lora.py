@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..errors import MissingFileError, UnsupportedModelError, WeightsMismatchError
 from ..files import read_json
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX
+from ..library_errors import as_ours
+from ..package.stage import identities, refuse_changes
+from .config_fields import most_bytes
 from .formats import BODY_DTYPES, translate
 from .lora_settings import MERGE_THERE, LoraSettings, read_settings
 from .weight_files import (
@@ -52,6 +54,7 @@ class Merged:
     base: Path
     files: tuple[Path, ...]  # the weight files that were read
     dropped: dict[str, str]  # the base's tensor, its folder's name before it -> why it is not there
+    limit: int  # the most bytes that a weight file of this model may have
     notes: tuple[str, ...]
 
 
@@ -77,8 +80,6 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
             expected=" or ".join(ADAPTER_WEIGHTS),
             next_step="save the adapter again with its library's save_pretrained",
         )
-    adapter = read_state_dict(file)
-
     base = base or _base_of(folder, fields)
     base_file = only_one(base, MODEL_WEIGHTS)
     if base_file is None:
@@ -87,10 +88,13 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
             expected=" or ".join(MODEL_WEIGHTS),
             next_step="name the folder of the base model: base=",
         )
+    before = identities(base, {CONFIG, base_file.name})
     base_fields = read_json(base, CONFIG)
     if base_fields.get("model_type") == MODEL_TYPE:
         base_fields = {**base_fields, "model_type": "gpt2"}  # only its body matters here
-    base_state = read_state_dict(base_file)
+    limit = most_bytes(str(base), base_fields)
+    adapter, base_state = read_state_dict(file, limit=limit), read_state_dict(base_file, limit=limit)
+    refuse_changes(base, before)
     dropped = {
         f"{base.name}/{key}": "the base model's own value head: the adapter brings one"
         for key in base_state
@@ -108,7 +112,7 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
     if settings.targets is None:
         notes.append("which layers the adapter has is an expression in its settings, which was not evaluated")
     own = {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": "lm_head.weight" not in state}
-    return Merged(state, {**base_fields, **own}, base, (base_file, file), dropped, tuple(notes))
+    return Merged(state, {**base_fields, **own}, base, (base_file, file), dropped, limit, tuple(notes))
 
 
 def merge(
@@ -258,15 +262,17 @@ def _base_of(folder: Path, settings: Mapping[str, Any]) -> Path:
         )
     beside = [CONFIG, GENERATION_CONFIG, *sorted(TOKENIZER)]
     safe = [WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors"]
-    try:
+    with as_ours(lambda gist: _no_base(folder, name, gist)):
         home = Path(snapshot_download(name, revision=revision, allow_patterns=[*beside, *safe]))
         if not any((home / file).is_file() for file in (WEIGHTS, WEIGHTS_INDEX)):
             pickles = [PICKLED_WEIGHTS, f"{PICKLED_WEIGHTS}.index.json", "pytorch_model-*-of-*.bin"]
             home = Path(snapshot_download(name, revision=revision, allow_patterns=[*beside, *pickles]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
-        raise MissingFileError(
-            f"{folder / ADAPTER_CONFIG} names the base model {name!r}, which is no folder here, and was "
-            f"not found on the Hub: {str(err).splitlines()[0]}",
-            next_step="name the base model's folder: base=",
-        ) from err
     return home
+
+
+def _no_base(folder: Path, name: str, gist: str) -> MissingFileError:
+    return MissingFileError(
+        f"{folder / ADAPTER_CONFIG} names the base model {name[:300]!r}, which is no folder here, and was "
+        f"not found on the Hub: {gist}",
+        next_step="name the base model's folder: base=",
+    )

@@ -1,8 +1,9 @@
 """Find the tensors in a file that `torch.save` wrote, without torch and without running what the pickle asks for.
 
-Run as a script, in a process of its own with little memory and time: `python -I -S pickle_outline.py < FILE` prints
-one JSON object: `{"tensors": {name: [dtype, shape, offset]}}`, with the byte at which the tensor's numbers begin, or
-`{"refused": KIND, "found": ...}`. It imports only the standard library, so it starts in a few hundredths of a second.
+Run as a script, in a process of its own with little memory and time (see `limited_process`). Of the file that is its
+stdin it prints one JSON object: `{"tensors": {name: [dtype, shape, offset]}}`, with the byte at which the tensor's
+numbers begin, or `{"refused": KIND, "found": ...}`. It imports only the standard library, so it starts in a few
+hundredths of a second.
 
 Both formats of torch are understood: the archive (since 1.6), and the stream of pickles before it. Instead of calling
 torch, the unpickler calls the stand-ins in `GLOBALS`, which only note what they were given. Any other name is refused:
@@ -20,8 +21,6 @@ import zipfile
 from collections import OrderedDict
 from typing import Any, BinaryIO
 
-MEMORY = 512 << 20  # bytes of address space; 600 tensors need 15 MB
-SECONDS = 20  # of CPU time
 PICKLE_LIMIT = 16 << 20  # bytes of the pickle that names the tensors; GPT-2 XL's has 100 kB
 MOST_TENSORS, LONGEST_NAME, MOST_DIMENSIONS, LARGEST = 100_000, 512, 8, 1 << 48
 
@@ -91,10 +90,17 @@ class Tensor:
         self.storage, self.start, self.shape = storage, start, shape
 
 
-def tensor(storage: object, start: object, shape: object, strides: object, *others: object) -> Tensor:
-    """Stands in for `torch._utils._rebuild_tensor_v2`, whose other arguments do not change the numbers."""
-    if len(others) > 3:  # whether it has a gradient, its hooks, and metadata
-        raise Refused("corrupt", "a tensor with more arguments than torch writes")
+def tensor_v2(
+    storage: object, start: object, shape: object, strides: object, grad: object, hooks: object, metadata: object = None
+) -> Tensor:
+    """Stands in for `torch._utils._rebuild_tensor_v2`, whose last three arguments do not change the numbers."""
+    if type(grad) is not bool or not all(value is None or isinstance(value, dict) for value in (hooks, metadata)):
+        raise Refused("corrupt", "a tensor with other arguments than torch writes")
+    return tensor(storage, start, shape, strides)
+
+
+def tensor(storage: object, start: object, shape: object, strides: object) -> Tensor:
+    """Stands in for `torch._utils._rebuild_tensor`."""
     if not isinstance(storage, Storage) or not isinstance(start, int) or not whole(start):
         raise Refused("corrupt", "a tensor without numbers")
     if not isinstance(shape, tuple) or len(shape) > MOST_DIMENSIONS or not all(map(whole, shape)):
@@ -111,8 +117,10 @@ def tensor(storage: object, start: object, shape: object, strides: object, *othe
     return Tensor(storage, start, shape)
 
 
-def parameter(data: object, *_: object) -> object:
+def parameter(data: object, grad: object, hooks: object) -> object:
     """Stands in for `torch._utils._rebuild_parameter`."""
+    if type(grad) is not bool or not (hooks is None or isinstance(hooks, dict)):
+        raise Refused("corrupt", "a parameter with other arguments than torch writes")
     return data
 
 
@@ -123,7 +131,7 @@ def whole(number: object) -> bool:
 GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): StateDict,
     ("torch._utils", "_rebuild_tensor"): tensor,  # before torch 0.4
-    ("torch._utils", "_rebuild_tensor_v2"): tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): tensor_v2,
     ("torch._utils", "_rebuild_parameter"): parameter,
     **{("torch", name): name for name in STORAGES},
 }
@@ -241,22 +249,7 @@ def read_stream(file: BinaryIO, size: int) -> tuple[object, dict[str, tuple[int,
     return state, starts
 
 
-def limit() -> None:
-    """Bound this process, where the system has limits: Windows has none, and macOS none of address space."""
-    try:
-        import resource
-    except ImportError:
-        return
-    for kind, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(kind)[1]
-        try:
-            resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-        except (ValueError, OSError):
-            continue
-
-
 def main() -> None:
-    limit()
     try:
         with open(0, "rb") as file:
             answer: dict[str, Any] = {"tensors": outline(file)}

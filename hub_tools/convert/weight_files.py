@@ -1,8 +1,8 @@
 """Read other people's weight files without running anything that is in them.
 
-Imports the standard library, torch, `pickle_outline`, `files`, `layout` and `errors`. No library reads these files: the
-header of a safetensors file says where its tensors lie, and of a pickle a small process of its own says it (see
-`pickle_outline`). This module then maps that part of the file into memory.
+Imports the standard library, torch, `pickle_outline`, `stage`, `files`, `limits`, `layout` and `errors`. No library
+reads these files: the header of a safetensors file says where its tensors lie, and of a pickle a small process of its
+own says it (see `pickle_outline`). This module then maps that part of a private copy of the file into memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +21,8 @@ from .. import limits
 from ..errors import AmbiguousSourceError, CorruptFileError, GPT2ValueHubError, UnsafePickleError
 from ..files import file_in, parse_json, read_json
 from ..layout import WEIGHTS, WEIGHTS_INDEX
+from ..limited_process import run_limited
+from ..package.stage import Identity, private_file, refuse_changes
 from . import pickle_outline
 
 PICKLED_WEIGHTS = "pytorch_model.bin"
@@ -50,8 +51,6 @@ DTYPES = {
 }
 Outline = dict[str, tuple[torch.dtype, list[int], int]]  # name -> dtype, shape, first byte in the file
 
-PATIENCE = 60  # seconds for the outline of a pickle, which takes a tenth of one
-
 FETCH_AGAIN = "fetch the file again; if it stays so, ask whoever made it"
 
 
@@ -72,61 +71,89 @@ def only_one(folder: Path, names: tuple[str, ...]) -> Path | None:
     return file_in(folder, found[0].name) if found else None
 
 
-def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
+def read_state_dict(
+    file: Path, *, limit: int = limits.WEIGHT_BYTES_AT_MOST, follow: bool = False
+) -> dict[str, torch.Tensor]:
     """The tensors, on the CPU, in a `.safetensors` file, in a pickle, or in the shards of an `.index.json`.
 
     Args:
-        file: an existing file. Every name but `*.safetensors` and `*.json` is read as a pickle. The tensors
-            may be views of the file: read them before it is written to.
+        file: an existing file. Every name but `*.safetensors` and `*.json` is read as a pickle. The tensors are views
+            of a private copy, so what happens to the file later does not reach them.
+        limit: the most bytes that it, or all shards together, may have.
+        follow: a link is followed wherever it leads, because the user named this very file.
 
     Raises:
         UnsafePickleError: the pickle asks for more than tensors and plain containers. Nothing of it ran.
-        CorruptFileError: the file is damaged, or holds something else than a state dict.
+        CorruptFileError: the file is damaged, too large, or holds something else than a state dict.
         MissingFileError, UnsafeFileError: an index names a shard that is not there, or that is not beside it.
+        PackageChangedError: it was written to while it was being read.
+        NoRoomError, ResourceLimitError: the copy has no room, or takes too long; see `stage`.
     """
     if file.suffix == ".json":
-        return _read_shards(file)
-    return _tensors_in(file)
+        return _read_shards(file, limit=limit)
+    place = Path(os.path.realpath(file)) if follow else file
+    state, identity = _tensors_in(file, place, limit=limit)
+    refuse_changes(place.parent, {place.name: identity})
+    return state
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    weight_map = read_json(index.parent, index.name).get("weight_map")
+def _read_shards(index: Path, *, limit: int) -> dict[str, torch.Tensor]:
+    weight_map = read_json(index.parent, index.name, limit=limits.INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{index} has no weight_map", next_step=FETCH_AGAIN)
+    tensors_of: dict[str, set[str]] = {}
+    for key, name in weight_map.items():
+        if not isinstance(name, str):
+            raise CorruptFileError(f"{index} names {str(name)[:80]} as a weight file", next_step=FETCH_AGAIN)
+        tensors_of.setdefault(name, set()).add(key)
     state: dict[str, torch.Tensor] = {}
-    for name in sorted({str(name) for name in weight_map.values()}):
+    before: dict[str, Identity] = {}
+    for name, keys in sorted(tensors_of.items()):
         # An index is somebody else's file: it may point at its neighbours and nowhere else.
         shard = file_in(index.parent, name)
         if shard.suffix == ".json":
             raise CorruptFileError(f"{index} names {name} as a weight file", next_step=FETCH_AGAIN)
-        tensors = read_state_dict(shard)
-        odd = sorted({key for key, where in weight_map.items() if where == name} ^ set(tensors))
+        tensors, before[name] = _tensors_in(shard, shard, limit=limit)
+        limit -= before[name][2]
+        odd = sorted(keys ^ set(tensors))
         if odd:
             raise CorruptFileError(
                 f"{index} and {name} disagree about which weights {name} holds: {listed(odd)}",
                 next_step="fetch both again, from the same commit",
             )
         state.update(tensors)
+    refuse_changes(index.parent, before)
     return state
 
 
-def _tensors_in(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that is opened once, as views of it."""
-    try:
-        with open(file, "rb") as opened:
-            content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-            outline = _header_of(file, content) if file.suffix == ".safetensors" else _outline_of(file, opened)
-    except (OSError, ValueError) as err:  # ValueError: an empty file
-        if isinstance(err, GPT2ValueHubError):
-            raise
-        raise CorruptFileError(f"{file} cannot be read: {_gist(err)}", next_step=FETCH_AGAIN) from err
+def _tensors_in(file: Path, place: Path, *, limit: int) -> tuple[dict[str, torch.Tensor], Identity]:
+    """The tensors of a file that lies at `place`, as views of a private copy: a file that shrinks while it is mapped
+    would end this process."""
+    with private_file(place, limit=limit) as (copied, identity):
+        try:
+            content = mmap.mmap(copied.fileno(), 0, access=mmap.ACCESS_COPY)
+            outline = _header_of(file, content) if file.suffix == ".safetensors" else _outline_of(file, copied)
+        except (OSError, ValueError) as err:  # ValueError: an empty file
+            if isinstance(err, GPT2ValueHubError):
+                raise
+            raise CorruptFileError(f"{file} cannot be read: {_gist(err)}", next_step=FETCH_AGAIN) from err
+    return _views(file, content, outline), identity
+
+
+def _views(file: Path, content: mmap.mmap, outline: Outline) -> dict[str, torch.Tensor]:
     size, made = len(content), 0
     state: dict[str, torch.Tensor] = {}
     for name, (dtype, shape, start) in outline.items():
         count, length = math.prod(shape), math.prod(shape) * dtype.itemsize
         made += length
+        if math.prod(max(side, 1) for side in shape) >= pickle_outline.LARGEST:  # torch fails also where there are none
+            raise CorruptFileError(
+                f"{file} has a tensor {name[:120]!r} of shape {shape}",
+                expected="numbers that can be counted",
+                next_step=FETCH_AGAIN,
+            )
         # A tied lm_head is in the file once and in the model twice. More than that was made to fill the memory.
-        if start + length > size or made > 2 * size:
+        if start + length > size or made > limits.TENSORS_PER_FILE * size:
             raise CorruptFileError(
                 f"{file} has {size:,} bytes, and says that its tensors have {made:,}",
                 expected="tensors that lie in the file, each for itself",
@@ -176,10 +203,16 @@ def _whole_numbers(numbers: Any, *, most: int) -> bool:
 
 def _outline_of(file: Path, opened: BinaryIO) -> Outline:
     """The tensors that a pickle names."""
-    command = [sys.executable, "-I", "-S", "-B", pickle_outline.__file__]
+    patience = limits.WAITING * limits.PICKLE_SECONDS
     answer: dict[str, Any] = {"refused": "ended", "found": "it took too long"}
     try:
-        done = subprocess.run(command, stdin=opened, capture_output=True, timeout=PATIENCE)
+        done = run_limited(
+            pickle_outline.__file__,
+            limits={"RLIMIT_AS": limits.PICKLE_MEMORY, "RLIMIT_CPU": int(limits.PICKLE_SECONDS)},
+            seconds=patience,
+            flags=("-S",),  # without site-packages an interpreter starts in a few hundredths of a second
+            stdin=opened,
+        )
         answer = json.loads(done.stdout) if done.returncode == 0 else {**answer, "found": f"exit {done.returncode}"}
     except subprocess.TimeoutExpired:
         pass  # the process was killed
@@ -202,7 +235,7 @@ def _outline_of(file: Path, opened: BinaryIO) -> Outline:
         )
     if refused == "ended":
         raise CorruptFileError(
-            f"{file} could not be opened in {PATIENCE} s and {pickle_outline.MEMORY >> 20} MiB ({found})",
+            f"{file} could not be opened in {patience:g} s and {limits.PICKLE_MEMORY >> 20} MiB ({found})",
             expected="a state dict, whose names and shapes fit into a small part of that",
             next_step=FETCH_AGAIN,
         )
@@ -215,7 +248,7 @@ def _outline_of(file: Path, opened: BinaryIO) -> Outline:
 
 def listed(names: list[str], most: int = 8) -> str:
     """`names` as a sentence lists them, the rest counted."""
-    shown = ", ".join(names[:most])
+    shown = ", ".join(name[:120] for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 

@@ -205,6 +205,16 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 1000
 
 
+def _is_named(value: Any) -> bool:
+    """A chat template with a name, under which transformers will write it, in versions 4 and 5.0 wherever it leads."""
+    return (
+        isinstance(value, dict)
+        and set(value) == {"name", "template"}
+        and all(isinstance(each, str) for each in value.values())
+        and re.fullmatch(r"\w{1,80}", value["name"]) is not None
+    )
+
+
 TOKEN = Allowed(lambda value: value is None or _is_token(value), "a token, or null")
 TOKENS = Allowed(
     lambda value: (
@@ -216,17 +226,19 @@ TOKENS = Allowed(
     ),
     "a list of tokens, or null",
 )
-_NO_FILE = _one_of(None)
-
-TOKENIZER: dict[str, Allowed] = {
-    "tokenizer_class": _text(r"\w{1,80}", "the name of a tokenizer of transformers' own"),
+SPECIAL_TOKENS: dict[str, Allowed] = {
     **dict.fromkeys(
         ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"), TOKEN
     ),
     **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), TOKENS),
+}
+
+TOKENIZER: dict[str, Allowed] = {
+    "tokenizer_class": _text(r"\w{1,80}", "the name of a tokenizer of transformers' own"),
+    **SPECIAL_TOKENS,
     "added_tokens_decoder": Allowed(
         lambda value: isinstance(value, dict)
-        and all(id.isdecimal() and int(id) < 1 << 31 and _is_token(token) for id, token in value.items()),
+        and all(re.fullmatch("[0-9]{1,9}", id) and _is_token(token) for id, token in value.items()),
         "ids and their tokens",
     ),
     **dict.fromkeys(
@@ -245,13 +257,10 @@ TOKENIZER: dict[str, Allowed] = {
         lambda name: isinstance(name, str) and re.fullmatch(r"\w{1,80}", name) is not None, 8, "names of inputs"
     ),
     "chat_template": Allowed(
-        lambda value: value is None
-        or isinstance(value, str)
-        or (
-            isinstance(value, list)
-            and all(isinstance(each, dict) and set(map(type, each.values())) <= {str} for each in value)
+        lambda value: (
+            value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_named, value)))
         ),
-        "a template, or null",
+        "a template, a list of templates with the names of files, or null",
     ),
 }  # fmt: skip
 
@@ -262,6 +271,7 @@ _OF_NO_EFFECT = {
     layout.GENERATION_CONFIG: {"_commit_hash"},
     layout.TOKENIZER_CONFIG: {"backend", "from_slow", "is_local", "local_files_only", "name_or_path",
                               "processor_class", "special_tokens_map_file", "max_len", "tokenizer_type"},
+    layout.SPECIAL_TOKENS_MAP: set(),
 }  # fmt: skip
 
 # transformers makes every field an attribute, also one that hides a method of the config's class.
@@ -277,8 +287,13 @@ METHODS = frozenset(
     }
 )  # fmt: skip
 
-_TABLES = {layout.CONFIG: CONFIG, layout.GENERATION_CONFIG: GENERATION, layout.TOKENIZER_CONFIG: TOKENIZER}
-REDUCED = (*_TABLES, layout.WEIGHTS_INDEX)
+_TABLES = {
+    layout.CONFIG: CONFIG,
+    layout.GENERATION_CONFIG: GENERATION,
+    layout.TOKENIZER_CONFIG: TOKENIZER,
+    layout.SPECIAL_TOKENS_MAP: SPECIAL_TOKENS,
+}
+REDUCED = (*_TABLES, layout.ADDED_TOKENS, layout.WEIGHTS_INDEX)
 # Settings of a tokenizer that are, or hold, the places of files; or that reach the constructor without a name.
 _PLACES = re.compile(r"vocab|merges|.*_file|.*_path|.*_dir|init_inputs|sp_model_kwargs|mecab_kwargs|.*_kwargs")
 
@@ -295,7 +310,9 @@ def reduce(file: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         UnsafeFileError: a tokenizer's field that names another file.
     """
     if file == layout.WEIGHTS_INDEX:  # transformers needs both, and reads nothing else
-        return {"metadata": {}, "weight_map": fields["weight_map"]}
+        return {"metadata": {}, "weight_map": _shards(fields.get("weight_map"))}
+    if file == layout.ADDED_TOKENS:
+        return _added_tokens(fields)
     table, kept = _TABLES[file], {}
     for name, value in fields.items():
         if name in table:
@@ -312,13 +329,40 @@ def reduce(file: str, fields: Mapping[str, Any]) -> dict[str, Any]:
                 expected="a setting",
                 next_step=f"remove {name[:80]!r} from {file}",
             )
-        elif file == layout.TOKENIZER_CONFIG and _PLACES.fullmatch(name) and value:
+        elif file in (layout.TOKENIZER_CONFIG, layout.SPECIAL_TOKENS_MAP) and _PLACES.fullmatch(name) and value:
             raise UnsafeFileError(
                 f"{file} has {name} {str(value)[:200]!r}",
                 expected="a tokenizer that is read from the package's own files",
                 next_step=f"remove {name} from {file}, or save the tokenizer again",
             )
     return kept
+
+
+def _shards(weight_map: Any) -> dict[str, str]:
+    """The index of the shards, which transformers opens by the names that it finds there, wherever they lead."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(
+            f"{layout.WEIGHTS_INDEX} has no weight_map", expected="tensor names and their files", next_step=AGAIN
+        )
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not layout.SHARD.fullmatch(shard):
+            raise CorruptFileError(
+                f"{layout.WEIGHTS_INDEX} names the file {str(shard)[:200]!r}",
+                expected="files of the package, like model-00001-of-00002.safetensors",
+                next_step=AGAIN,
+            )
+    return weight_map
+
+
+def _added_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
+    for token, id in fields.items():
+        if not _is_token(token) or not _is_token_id(id):
+            raise CorruptFileError(
+                f"{layout.ADDED_TOKENS} has {token[:80]!r}: {str(id)[:80]!r}",
+                expected="tokens and their ids",
+                next_step=AGAIN,
+            )
+    return dict(fields)
 
 
 def unknown_fields(file: str, fields: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The fields of a package's `config.json`: what they may be, and the tensors that they call for.
 
-Imports only the standard library, `errors`, `layout` and `files`. The fields are those of transformers' GPT2Config:
+Imports only the standard library, `errors`, `layout`, `limits` and `files`. The fields are those of GPT2Config:
 https://huggingface.co/docs/transformers/model_doc/gpt2.
 """
 
@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .. import layout
+from .. import layout, limits
 from ..errors import CodeReferenceError, CorruptFileError, NotAPackageError
 from ..files import AGAIN
 
 # In transformers 4 each layer keeps a causal mask of n_positions ** 2 bytes: this many in all layers together. It is
 # what 12 layers of 13,377 positions have, from weights that can be a few kB.
-MASKS_LIMIT = 2 << 30
+MASKS_LIMIT = limits.MASK_BYTES
 # Fields by which transformers would do something else than load these weights into this model.
 REFUSED = (
     "quantization_config",  # other kernels, other weights

@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import layout, limits
 from ..errors import CodeReferenceError, CorruptFileError
-from ..files import AGAIN, file_in, read_json
+from ..files import AGAIN, file_in, read_json, sha256_in
 from . import allowed_fields
 from .config_json import check_config, tied
 from .record import Record, read_record
@@ -233,8 +233,10 @@ def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tupl
     """
     files = [name for name in names if layout.kind_of(name) == "tokenizer"]
     for name in files:
-        if name in layout.TOKENIZER_SETTINGS and name.endswith(".json"):
-            read_json(folder, name, limit=limits.TOKENIZER_SETTINGS_BYTES)
+        if name in (layout.SPECIAL_TOKENS_MAP, layout.ADDED_TOKENS):
+            allowed_fields.reduce(name, read_json(folder, name, limit=limits.TOKENIZER_SETTINGS_BYTES))
+        elif name == layout.TOKENIZER_CONFIG:
+            continue
         else:
             size = file_in(folder, name).stat().st_size
             limit = limits.TOKENIZER_SETTINGS_BYTES if name in layout.TOKENIZER_SETTINGS else vocabulary
@@ -265,7 +267,7 @@ def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:
                 raise CorruptFileError(
                     f"{name!r} has {size:,} bytes", expected=f"at most {limits.CODE_BYTES:,}", next_step=AGAIN
                 )
-            digest = layout.sha256_of(folder / name)
+            digest = sha256_in(folder, name)
             files.append(CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest, known)))
     return tuple(files)
 
@@ -295,7 +297,7 @@ def _changed(
         if sha256 is not None:
             found = sha256[name]
         elif hash_weights or layout.kind_of(name) != "weights":
-            found = layout.sha256_of(file_in(folder, name))
+            found = sha256_in(folder, name)
         else:
             continue
         if found != record.sha256[name]:

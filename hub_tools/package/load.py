@@ -23,6 +23,7 @@ from ..errors import (
     MissingFileError,
     MissingHeadError,
     NonFiniteWeightsError,
+    TokenizerMismatchError,
     UntrustedCodeError,
     UnusedOptionError,
 )
@@ -97,6 +98,7 @@ def load_package(
         ChangedFileError: a file is not the one that was saved.
         NonFiniteWeightsError: NaN or infinite weights.
         LoadError: transformers does not load it, or not strictly.
+        TokenizerMismatchError: its tokenizer has ids that the model does not have.
         PackageChangedError: the folder was written to while it was being copied.
         NoRoomError: the folder for temporary files has no room for the copy.
         UnusedOptionError: an option that has no use here, or is no hash.
@@ -130,7 +132,20 @@ def load_package(
         tokenizer = None
         if package.tokenizer is not None:
             tokenizer = load_tokenizer(loadable, package.source, config=model.config)
+            _refuse_other_vocabulary(package, tokenizer)
     return LoadedPackage(model, tokenizer, commit, release.version if release else None, package)
+
+
+def _refuse_other_vocabulary(package: PackageReport, tokenizer: Any) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for, as `save_package` does."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= package.vocab_size:
+        raise TokenizerMismatchError(
+            f"the tokenizer of {package.source} has the id {largest}, and its vocabulary ends at "
+            f"{package.vocab_size - 1}",
+            expected="no id that the model has no embedding for",
+            next_step=AGAIN,
+        )
 
 
 def _checked(reviewed: Mapping[str, str] | None) -> dict[str, str]:

@@ -106,7 +106,7 @@ def save_package(
         FolderRefusedError: `folder` holds something else, or cannot be replaced in one step.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
     """
-    target = _target(folder, overwrite=overwrite)
+    target = save_target(folder, overwrite=overwrite)
     installed = _installed_copy(model)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, installed.config.vocab_size)
@@ -114,7 +114,7 @@ def save_package(
     with writing_to(target), staging_folder(target) as staging:
         _write(staging.package, installed, tokenizer, card, max_shard_size)
         files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
-        _target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+        save_target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
         replaced = staging.commit()
     return SavedPackage(
         folder=target,
@@ -125,7 +125,12 @@ def save_package(
     )
 
 
-def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
+def save_target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The folder that `save_package` would write, links resolved.
+
+    Raises:
+        FolderRefusedError: it holds something else, or cannot be replaced in one step.
+    """
     return check_target(
         folder,
         overwrite=overwrite,
@@ -154,8 +159,12 @@ def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.T
             generation_config.validate(strict=True)
             allowed_fields.reduce(layout.GENERATION_CONFIG, json.loads(generation_config.to_json_string()))
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    with torch.device("meta"):
+    with torch.device("meta"), as_ours(_unsavable):
         installed = GPT2ValueModel(config)
+        if hasattr(
+            config, "validate"
+        ):  # transformers 5, which does it when it writes, once the model chose its kernels
+            config.validate()
     _check_state(state, installed)
     if generation_config is not None:
         installed.generation_config = generation_config
@@ -335,15 +344,35 @@ def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_s
     for path in folder.iterdir():  # safetensors writes files that nobody else may read
         shutil.copymode(folder / layout.CARD, path)
     token_ids, logit_ids = probe(vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
+    tokenizer_ids = None
+    if tokenizer is not None:
+        with as_ours(_cannot_read):
+            tokenizer_ids = tokenizer(PROBE_TEXT)["input_ids"]
     in_float32 = model if all(w.dtype == torch.float32 for w in model.parameters()) else copy.deepcopy(model).float()
+    numbers = measure(in_float32, token_ids, logit_ids)
+    for name, values in numbers.items():
+        if not torch.tensor(values).isfinite().all():
+            raise NonFiniteWeightsError(
+                f"the model's {name} are NaN or infinite, though none of its weights is: some of them are too large",
+                expected="a model that computes finite numbers in float32",
+                next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
+            )
     Record(
         token_ids=token_ids,
         logit_ids=logit_ids,
-        **measure(in_float32, token_ids, logit_ids),
-        tokenizer_ids=None if tokenizer is None else tokenizer(PROBE_TEXT)["input_ids"],
+        **numbers,
+        tokenizer_ids=tokenizer_ids,
         versions=_versions(),
         sha256={path.name: layout.sha256_of(path) for path in sorted(folder.iterdir()) if path.name != layout.CARD},
     ).write(folder)
+
+
+def _cannot_read(gist: str) -> TokenizerMismatchError:
+    return TokenizerMismatchError(
+        f"the tokenizer cannot read {PROBE_TEXT!r}: {gist}",
+        expected="a tokenizer that reads any text",
+        next_step="load it as the class that wrote its files, or save without a tokenizer",
+    )
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -53,19 +53,28 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         NotAPackageError: there is none.
     """
     folder = Path(source)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # and not is_dir(), which fails on names that are too long
         return folder
-    if folder.parent.is_dir():
-        pattern = layout.staging_name(folder.resolve())
-        for neighbour in sorted(folder.resolve().parent.iterdir()):
-            if pattern.fullmatch(neighbour.name) and (neighbour / "previous").is_dir():
-                raise NotAPackageError(
-                    f"{folder} is missing: a save was interrupted; the package that was there is in {neighbour}",
-                    next_step="save again, which puts it back first, or: "
-                    + shlex.join(["mv", str(neighbour / "previous"), str(folder)]),
-                )
+    neighbour = _interrupted_save(folder)
+    if neighbour is not None:
+        raise NotAPackageError(
+            f"{folder} is missing: a save was interrupted; the package that was there is in {neighbour}",
+            next_step="save again, which puts it back first, or: "
+            + shlex.join(["mv", str(neighbour / "previous"), str(folder)]),
+        )
     raise NotAPackageError(
         f"{os.fspath(source)!r} is not a folder",
         expected="the folder of a value-head package",
         next_step="write one: gpt2-value create --base openai-community/gpt2 FOLDER",
     )
+
+
+def _interrupted_save(folder: Path) -> Path | None:
+    """Return the folder in which a save that was interrupted left the package that lay at `folder`."""
+    try:
+        real = Path(os.path.realpath(folder))
+        pattern = layout.staging_name(real)
+        found = sorted(beside for beside in real.parent.iterdir() if pattern.fullmatch(beside.name))
+    except (OSError, ValueError):  # nothing can lie at such a place
+        return None
+    return next((beside for beside in found if (beside / "previous").is_dir()), None)

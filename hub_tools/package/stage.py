@@ -14,22 +14,30 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from .. import layout, limits
-from ..errors import CorruptFileError, NoRoomError, NotAPackageError, PackageChangedError, UnsafeFileError
-from ..files import AGAIN, file_in, read_json
+from ..errors import (
+    CorruptFileError,
+    GPT2ValueHubError,
+    NoRoomError,
+    NotAPackageError,
+    PackageChangedError,
+    ResourceLimitError,
+)
+from ..files import AGAIN, open_in, read_json
 from . import allowed_fields
 from .config_json import check_config, count_numbers
 
 _PIECE = limits.MIB
 # What changes whenever somebody writes to a file, or puts another one in its place.
-_Identity = tuple[int, int, int, int, int]
+Identity = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ def stage(
         CorruptFileError: a file, or all together, or the list of files, is larger than its limit.
         PackageChangedError: the folder was written to while it was being copied.
         NoRoomError: the temporary folder has no room for the copy.
+        ResourceLimitError: a file is delivered more slowly than a slow disk does.
     """
     folder = Path(source)
     with tempfile.TemporaryDirectory(prefix="gpt2-value-", ignore_cleanup_errors=True) as home:
@@ -70,21 +79,16 @@ def stage(
         copy.mkdir(mode=0o700)
         names = _names(folder)
         sha256: dict[str, str] = {}
-        before: dict[str, _Identity] = {}
+        before: dict[str, Identity] = {}
         left = total
         for name in names:
             limit = limit_of(name)
             if limit is None:
                 continue
-            sha256[name], before[name] = _copy(folder, name, copy / name, limit=min(limit, left))
+            with _copying(name), open(copy / name, "xb") as copied:
+                sha256[name], before[name] = copy_out(folder, name, copied, limit=min(limit, left))
             left -= before[name][2]
-        for name, identity in before.items():  # files of two saves, one half each, are nobody's package
-            if _identity_of(folder / name) != identity:
-                raise PackageChangedError(
-                    f"{name!r} in {folder} was written to while it was being read",
-                    expected="a folder that stays as it is meanwhile",
-                    next_step="run the same again when the writing is done",
-                )
+        refuse_changes(folder, before)
         yield Stage(copy, folder, names, sha256)
 
 
@@ -102,7 +106,7 @@ def stage_package(source: str | os.PathLike[str]) -> AbstractContextManager[Stag
     def limit_of(name: str) -> int | None:
         return package_file_limit(name, vocabulary=vocabulary, weights=weights)
 
-    return stage(source, limit_of=limit_of, total=weights + 512 * limits.MIB)
+    return stage(source, limit_of=limit_of, total=weights + limits.BESIDE_BYTES)
 
 
 def package_file_limit(name: str, *, vocabulary: int, weights: int) -> int | None:
@@ -172,46 +176,65 @@ def _names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _copy(folder: Path, name: str, to: Path, *, limit: int) -> tuple[str, _Identity]:
-    """Copy one file; return the SHA-256 of what was copied, and the identity of the file that was opened."""
-    path = file_in(folder, name)
-    digest = hashlib.sha256()
-    # a pipe that takes the file's place just now must not make us wait
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        raise UnsafeFileError(
-            f"{name!r} cannot be read: {error.strerror}",
-            expected="a readable file",
-            next_step="check the permissions of the file",
-        ) from error
-    with open(descriptor, "rb") as opened:
+@contextmanager
+def private_file(path: Path, *, limit: int) -> Iterator[tuple[BinaryIO, Identity]]:
+    """A copy of one file, open to be read, which has no name and which nobody else can shorten or change; and the
+    identity of the file that was copied. See `stage` for the rules and the errors."""
+    with ExitStack() as stack:
+        with _copying(path.name):
+            copied = stack.enter_context(tempfile.TemporaryFile(prefix="gpt2-value-"))
+            _, identity = copy_out(path.parent, path.name, copied, limit=limit)
+            copied.flush()
+            copied.seek(0)
+        yield copied, identity
+
+
+def copy_out(folder: Path, name: str, copied: BinaryIO, *, limit: int) -> tuple[str, Identity]:
+    """Copy one file of a folder into an open one of ours.
+
+    Returns:
+        The SHA-256 of what was copied, and the identity of the file that it was copied from.
+
+    Raises:
+        What `stage` raises for a file.
+    """
+    digest, here = hashlib.sha256(), tempfile.gettempdir()
+    with open_in(folder, name) as opened:
         status = os.fstat(opened.fileno())
-        # what was opened must be what a second look finds at a place that is allowed
-        if not stat.S_ISREG(status.st_mode) or not os.path.samestat(status, os.stat(file_in(folder, name))):
-            raise PackageChangedError(
-                f"{name!r} in {folder} was replaced while it was being read",
-                expected="a folder that stays as it is meanwhile",
-                next_step="run the same again when the writing is done",
-            )
         if status.st_size > limit:
             raise CorruptFileError(
                 f"{name} has {status.st_size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN
             )
-        free = shutil.disk_usage(to.parent).free
+        free = shutil.disk_usage(here).free
         if status.st_size > free:
-            raise _no_room(f"{name} has {status.st_size:,} bytes, and {to.parent.parent} has room for {free:,}")
-        left = status.st_size
-        try:
-            with open(to, "xb") as copied:
-                while left and (piece := opened.read(min(left, _PIECE))):
-                    digest.update(piece)
-                    copied.write(piece)
-                    left -= len(piece)
-        except OSError as error:
-            raise _no_room(f"copying {name} to {to.parent.parent} failed: {error.strerror}") from error
+            raise _no_room(f"{name} has {status.st_size:,} bytes, and {here} has room for {free:,}")
+        left, ends = status.st_size, time.monotonic() + limits.copy_seconds(status.st_size)
+        while left and (piece := opened.read(min(left, _PIECE))):
+            digest.update(piece)
+            copied.write(piece)
+            left -= len(piece)
+            if left and time.monotonic() > ends:
+                raise _too_slow(name, done=status.st_size - left, size=status.st_size)
     return digest.hexdigest(), _identity(status)
+
+
+@contextmanager
+def _copying(name: str) -> Iterator[None]:
+    """Raise NoRoomError for what the system refuses in the block."""
+    try:
+        yield
+    except GPT2ValueHubError:
+        raise
+    except OSError as error:
+        raise _no_room(f"copying {name} to a private place failed: {error.strerror}") from error
+
+
+def _too_slow(name: str, *, done: int, size: int) -> ResourceLimitError:
+    return ResourceLimitError(
+        f"{name} is delivered too slowly: {done:,} of {size:,} bytes in {limits.copy_seconds(size):.0f} s",
+        expected=f"at least {limits.COPY_BYTES_PER_SECOND:,} bytes a second",
+        next_step="copy it to a disk of this machine first",
+    )
 
 
 def _no_room(found: str) -> NoRoomError:
@@ -222,11 +245,36 @@ def _no_room(found: str) -> NoRoomError:
     )
 
 
-def _identity(status: os.stat_result) -> _Identity:
+def identities(folder: Path, names: Iterable[str]) -> dict[str, Identity]:
+    """The identities of those of the names that are in a folder, to be compared later with `refuse_changes`."""
+    found = {name: _identity_of(folder / name) for name in names}
+    return {name: identity for name, identity in found.items() if identity is not None}
+
+
+def refuse_changes(folder: Path, before: Mapping[str, Identity]) -> None:
+    """Refuse a folder whose files were written to: files of two saves, one half each, are nobody's model.
+
+    Args:
+        folder: theirs.
+        before: the files that were read, and their identities when the reading began.
+
+    Raises:
+        PackageChangedError.
+    """
+    for name, identity in before.items():
+        if _identity_of(folder / name) != identity:
+            raise PackageChangedError(
+                f"{name!r} in {folder} was written to while it was being read",
+                expected="a folder that stays as it is meanwhile",
+                next_step="run the same again when the writing is done",
+            )
+
+
+def _identity(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _identity_of(path: Path) -> _Identity | None:
+def _identity_of(path: Path) -> Identity | None:
     try:
         return _identity(os.stat(path))
     except OSError:

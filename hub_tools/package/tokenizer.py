@@ -1,15 +1,12 @@
 """Load a tokenizer that somebody else made: tried first in a process of its own, then loaded without running code.
 
-Imports the standard library, of hub_tools `errors`, `limits` and `library_errors`, and transformers inside the
-functions that need it. `try_tokenizer.py` is run, not imported.
+Imports the standard library, of hub_tools `errors`, `limits`, `library_errors` and `limited_process`, and transformers
+inside the functions that need it. `try_tokenizer.py` is run, not imported.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,9 @@ from .. import limits
 from ..errors import GPT2ValueHubError, LoadError, ResourceLimitError
 from ..files import AGAIN
 from ..library_errors import as_ours
+from ..limited_process import run_limited, search_path_of
 
 SCRIPT = Path(__file__).with_name("try_tokenizer.py")
-# What an interpreter needs of its surroundings; tokens, proxies, PYTHON* and HF_* stay behind.
-PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TZ")
 
 
 def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
@@ -52,21 +48,19 @@ def try_in_a_process(folder: Path, source: str) -> None:
     Raises:
         ResourceLimitError, LoadError: see `load_tokenizer`.
     """
-    spec = importlib.util.find_spec("tokenizers")
-    search_path = [] if spec is None or spec.origin is None else [str(Path(spec.origin).parent.parent)]
-    numbers = [str(limits.TOKENIZER_MEMORY), str(int(limits.TOKENIZER_SECONDS))]
-    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    # each thread takes address space, which is what is limited
-    environment |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"}
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-B", str(SCRIPT), str(folder), *numbers, *search_path],
+        done = run_limited(
+            SCRIPT,
+            str(folder),
+            str(limits.TOKENS_PER_CHARACTER),
+            *search_path_of("tokenizers"),
+            limits={"RLIMIT_AS": limits.TOKENIZER_MEMORY, "RLIMIT_CPU": int(limits.TOKENIZER_SECONDS)},
+            seconds=limits.WAITING * limits.TOKENIZER_SECONDS,
+            # each thread takes address space, which is what is limited
+            environment={"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
             text=True,
             errors="replace",
-            env=environment,
-            timeout=3 * limits.TOKENIZER_SECONDS,  # on a busy machine a second of work takes longer
         )
     except subprocess.TimeoutExpired as error:
         raise _too_much(source, f"that did not end in {error.timeout:g} s") from error

@@ -1,4 +1,4 @@
-"""Open a tokenizer.json and use it, in a process of its own with limits; run as a script by `tokenizer.py`.
+"""Open a tokenizer.json and use it; run as a script by `tokenizer.py`, in a process of its own with limits.
 
 Imports the standard library and tokenizers, inside the functions: it is run by its path, isolated.
 
@@ -16,17 +16,6 @@ from pathlib import Path
 from typing import Any
 
 RUN = 40  # of the same character: enough for an expression that backtracks to take for ever
-GROWTH = 64  # tokens that one character may become; a character has at most 4 bytes, and normalising makes 18 of one
-
-
-def limit_this_process(*, memory: int, seconds: int) -> None:
-    """Bound the address space in bytes, and the processor time; nothing where the system knows no such limits."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
 def strings_in(value: Any) -> Iterator[str]:
@@ -38,8 +27,13 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(each)
 
 
-def try_tokenizer(folder: Path) -> None:
-    """Raises whatever tokenizers raises for this tokenizer, or SystemExit where it makes far too much of a text."""
+def try_tokenizer(folder: Path, *, growth: int) -> None:
+    """Raises whatever tokenizers raises for this tokenizer, or SystemExit where it makes far too much of a text.
+
+    Args:
+        folder: `tokenizer.json`, and `tokenizer_config.json` where there is one.
+        growth: tokens that a character may become; one has at most 4 bytes, and normalising makes 18 of some.
+    """
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
@@ -54,16 +48,15 @@ def try_tokenizer(folder: Path) -> None:
     for text in texts:
         ids = tokenizer.encode(text).ids
         tokenizer.decode(ids)
-        if len(ids) > 1000 + GROWTH * len(text):
+        if len(ids) > 1000 + growth * len(text):
             raise SystemExit(f"it makes {len(ids):,} tokens of a text of {len(text):,} characters")
 
 
 def main() -> None:
-    folder, memory, seconds, *search_path = sys.argv[1:]
-    limit_this_process(memory=int(memory), seconds=int(seconds))
+    folder, growth, *search_path = sys.argv[1:]
     # an isolated interpreter leaves out PYTHONPATH and the user's own site-packages, where tokenizers may live
     sys.path.extend(path for path in search_path if path not in sys.path)
-    try_tokenizer(Path(folder))
+    try_tokenizer(Path(folder), growth=int(growth))
 
 
 if __name__ == "__main__":

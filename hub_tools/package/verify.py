@@ -7,12 +7,10 @@ no caches, no token, no network.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -20,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import layout
+from .. import layout, limits
 from ..errors import (
     ChangedFileError,
     ForeignFileError,
@@ -36,6 +34,7 @@ from ..errors import (
     VerificationTimeoutError,
 )
 from ..files import AGAIN
+from ..limited_process import run_limited, search_path_of
 from .inspection import PackageReport, inspect_stage
 from .record import PROBE_TEXT, Record, read_record
 from .releases import diff_command
@@ -43,8 +42,6 @@ from .source import local_folder
 from .stage import make_loadable, stage_package
 
 TOLERANCE = 1e-5  # of the largest recorded number, or of 1 if that is larger
-# What an interpreter needs of its surroundings; tokens, proxies, PYTHON* and HF_* stay behind.
-PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TZ")
 PASSED_ON_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY")
 TIMEOUT_AT_MOST = 7 * 24 * 3600
 PROBE_SCRIPT = Path(__file__).with_name("probe.py")
@@ -73,7 +70,7 @@ class VerificationReport:
 
 
 def verify_package(
-    source: str | os.PathLike[str], *, trust_remote_code: bool = False, timeout: float = 600.0
+    source: str | os.PathLike[str], *, trust_remote_code: bool = False, timeout: float = limits.VERIFY_SECONDS
 ) -> VerificationReport:
     """Prove that a package loads, strictly, and computes what it did when it was saved.
 
@@ -237,10 +234,10 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
                 "hub_tools",
                 "sampler_audit",
             ],
-            "search_path": _search_path(),
+            "search_path": search_path_of("torch", "transformers"),
             "result": str(result),
         }
-        environment = {name: os.environ[name] for name in PASSED_ON + PASSED_ON_THREADS if name in os.environ}
+        environment = {name: os.environ[name] for name in PASSED_ON_THREADS if name in os.environ}
         environment |= {
             "HOME": home,
             "HF_HOME": home,
@@ -253,15 +250,16 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
             "TEMP": home,
         }
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-B", str(PROBE_SCRIPT)],
+            done = run_limited(
+                PROBE_SCRIPT,
+                # of the address space torch takes many times what it uses
+                limits={"RLIMIT_DATA": limits.verify_memory(package.parameters)},
+                seconds=timeout,
+                environment=environment,
                 input=json.dumps(job),
-                capture_output=True,
                 text=True,
                 errors="replace",
                 cwd=home,
-                env=environment,
-                timeout=timeout,
             )
         except subprocess.TimeoutExpired as error:
             raise VerificationTimeoutError(
@@ -280,17 +278,6 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
             )
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return found
-
-
-def _search_path() -> list[str]:
-    """Return the folders where this interpreter finds torch and transformers: an isolated one sees neither PYTHONPATH
-    nor the user's site-packages."""
-    folders = []
-    for name in ("torch", "transformers"):
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None:
-            folders.append(str(Path(spec.origin).parent.parent))
-    return folders
 
 
 def _check_loading(found: dict[str, Any]) -> None:

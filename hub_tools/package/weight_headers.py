@@ -1,7 +1,7 @@
 """The weights of a package, by their headers: which files hold which tensors, and are they those of its config?
 
-Imports only the standard library and of hub_tools `errors`, `files`, `layout`, `limits` and `config_json`. The data of
-the weights are not read, and pickles are not opened.
+Imports only the standard library and of hub_tools `errors`, `files`, `layout`, `limits`, `allowed_fields` and
+`config_json`. The data of the weights are not read, and pickles are not opened.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from .. import layout, limits
 from ..errors import CorruptFileError, MissingFileError, PickleError, WeightsMismatchError
 from ..files import AGAIN, Tensor, read_json, read_safetensors_header
+from . import allowed_fields
 from .config_json import check_memory, expected_shapes
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name -> torch's
@@ -53,20 +54,8 @@ def read_weights(folder: Path, names: Sequence[str], pickles: tuple[str, ...]) -
             expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
             next_step=AGAIN,
         )
-    weight_map = read_json(folder, layout.WEIGHTS_INDEX, limit=limits.INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(
-            f"{layout.WEIGHTS_INDEX} has no weight_map",
-            expected="tensor names and their files",
-            next_step=AGAIN,
-        )
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or not layout.SHARD.fullmatch(shard):
-            raise CorruptFileError(
-                f"{layout.WEIGHTS_INDEX} names the file {str(shard)[:200]!r}",
-                expected="files of the package, like model-00001-of-00002.safetensors",
-                next_step=AGAIN,
-            )
+    index = read_json(folder, layout.WEIGHTS_INDEX, limit=limits.INDEX_BYTES)
+    weight_map = allowed_fields.reduce(layout.WEIGHTS_INDEX, index)["weight_map"]
     shards = {name: read_safetensors_header(folder, name) for name in sorted(set(weight_map.values()))}
     held = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
     if held != weight_map or sum(map(len, shards.values())) != len(held):

@@ -12,7 +12,7 @@ import pickle
 import random
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +222,12 @@ def wrong_shards() -> Iterator[Mutation]:
         "../outside.safetensors", "/etc/passwd", "/dev/zero", "sub/model-00001-of-00002.safetensors", WEIGHTS,
         "pytorch_model.bin", "model-00001-of-00002.safetensors\0", "", ".", None, 7, ["x"],
         "model-99999-of-99999.safetensors", "..\\outside.safetensors", "file:///etc/passwd",
-        "model-00001-of-00002.safetensors/../../outside.safetensors",
+        "model-00001-of-00002.safetensors/../../outside.safetensors", "\ud800.safetensors", "x" * 5000, "CON",
+        "model-0000\u0661-of-00002.safetensors", "model-00001-of-00002.safetensors:x",
+        "./model-00001-of-00002.safetensors",
     )  # fmt: skip
     for target in targets:
-        yield Mutation("index", f"names {target!r}", index(lambda m, t=target: m.update({first: t})), "shards")
+        yield Mutation("index", f"names {target!r:.60}", index(lambda m, t=target: m.update({first: t})), "shards")
     whole: dict[str, Callable[[dict[str, Any]], Any]] = {
         "empty": lambda m: m.clear(),
         "one tensor less": lambda m: m.pop(first),
@@ -255,7 +257,11 @@ def wrong_shards() -> Iterator[Mutation]:
     yield Mutation("shards", "index beside one file", lambda f: (f / INDEX).write_text('{"weight_map": {}}') and None)
 
 
-def special_files() -> Iterator[Mutation]:
+def special_files(
+    names: Sequence[str] = (CONFIG, WEIGHTS, GENERATION, TOKENIZER, TOKENIZER_CONFIG, RECORD, MODELING, "README.md"),
+) -> Iterator[Mutation]:
+    """Links, devices, pipes, sockets and folders in the places of files."""
+
     def instead(make: Callable[[Path], Any]) -> Callable[[str], Edit]:
         def of(name: str) -> Edit:
             def apply(folder: Path) -> None:
@@ -287,7 +293,7 @@ def special_files() -> Iterator[Mutation]:
         "missing": instead(lambda path: None),
     }
     for what, make in kinds.items():
-        for name in (CONFIG, WEIGHTS, GENERATION, TOKENIZER, TOKENIZER_CONFIG, RECORD, MODELING, "README.md"):
+        for name in names:
             yield Mutation("special file", f"{name}: {what}", make(name))
 
 

@@ -14,15 +14,17 @@ import random
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from support import mutations_of_json
-from support.spoiling import CANARY, CONFIG, GENERATION, Mutation, header_edit, json_edit
+from support import mutations, mutations_of_json
+from support.spoiling import CANARY, CODE, CONFIG, GENERATION, INDEX, RECORD, Edit, Mutation, header_edit, json_edit
 
 ADAPTER_CONFIG, ADAPTER, PICKLE = "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin"
 HOSTILE: tuple[Any, ...] = (
-    *mutations_of_json.HOSTILE, -1e300, "../outside", "\x1b[2J\u202e", ["x"] * 1000, {"x" * 1000: 1}, [[1]], False,
+    *mutations_of_json.HOSTILE, -1e300, "../outside", "/etc/passwd", "\x1b[2J\u202e", ["x"] * 1000,
+    {"x" * 1000: 1}, [[1]], False,
 )  # fmt: skip
 CONFIG_FIELDS = (
     "activation_function", "architectures", "attribute_map", "dtype", "n_embd", "n_head", "n_inner", "n_layer",
@@ -67,6 +69,20 @@ def of_checkpoints() -> Iterator[Mutation]:
     for field in ("vocab", "merges", "vocab_file", "merges_file", "tokenizer_file", "bpe_codes_file", "name_or_path"):
         yield _set("tokenizer_config.json", field, "../outside.json")
     yield from _headers("model.safetensors")
+    yield from mutations.special_files((CONFIG, GENERATION, "tokenizer.json", "tokenizer_config.json"))
+    for mutation in (*mutations.flipped(), *mutations.truncated(), *mutations.lying_headers()):
+        if mutation.base == "one" and not mutation.name.startswith((RECORD, *CODE)):
+            yield mutation
+
+
+def of_shards() -> Iterator[Mutation]:
+    """For a checkpoint in shards."""
+    yield from mutations.wrong_shards()
+    for mutation in mutations_of_json.not_json():
+        if mutation.name.startswith(INDEX):
+            yield mutation
+    shard = "model-00001-of-00003.safetensors"
+    yield from mutations.special_files((INDEX, shard))
 
 
 def of_adapters() -> Iterator[Mutation]:
@@ -80,6 +96,10 @@ def of_adapters() -> Iterator[Mutation]:
         json_edit(ADAPTER_CONFIG, lambda c: c.update(megatron_config={"a": 1}, megatron_core="armed.payload")),
     )
     yield from _headers(ADAPTER)
+    yield from mutations.special_files((ADAPTER_CONFIG, ADAPTER, "value_head.safetensors"))
+    for mutation in mutations_of_json.not_json():
+        if mutation.name.startswith(f"{CONFIG}:"):
+            yield replace(mutation, edit=_under_another_name(CONFIG, ADAPTER_CONFIG, mutation.edit))
 
 
 def of_pickles(count: int) -> Iterator[Mutation]:
@@ -122,16 +142,20 @@ def _headers(name: str) -> Iterator[Mutation]:
                 yield Mutation("header", f"{number}.{key}={json.dumps(value)[:30]}", _header_edit(name, edit))
 
 
-def _header_edit(name: str, edit: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        if name == "model.safetensors":
-            header_edit(edit)(folder)
-            return
-        (folder / name).rename(folder / "model.safetensors")
-        header_edit(edit)(folder)
-        (folder / "model.safetensors").rename(folder / name)
+def _header_edit(name: str, edit: Callable[[dict[str, Any]], None]) -> Edit:
+    return _under_another_name("model.safetensors", name, header_edit(edit))
 
-    return apply
+
+def _under_another_name(usual: str, name: str, edit: Edit) -> Edit:
+    """An edit that knows a file by its usual name, of the file `name`."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).rename(folder / usual)
+        edit(folder)
+        if os.path.lexists(folder / usual):
+            (folder / usual).rename(folder / name)
+
+    return apply if usual != name else edit
 
 
 def _records(file: Path) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ that are no JSON. `mutations.py` puts them on its list.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,12 @@ from support.spoiling import (
     json_edit,
 )
 
+DEEP: Any = []
+for _ in range(400):
+    DEEP = [DEEP]
 HOSTILE: tuple[Any, ...] = (
-    -1, 0, 1, 3, 1 << 31, 10**30, 1.5, 1e308, "", "16", "x" * 1000, None, True, [], [16], {}, {"a": {"b": []}},
+    -1, 0, 1, 3, 1 << 31, 10**30, 10**400, 1.5, 1e308, "", "16", "x" * 1000, "\ud800", "a\0b", None, True, [], [16], {},
+    {"a": {"b": []}}, DEEP,
 )  # fmt: skip
 
 
@@ -42,7 +47,7 @@ def wrong_fields() -> Iterator[Mutation]:
         for value in random.Random(number).sample(HOSTILE, 4):
             yield Mutation(
                 "wrong field",
-                f"{field}={str(value)[:20]}",
+                f"{field}={json.dumps(value)[:20]}",
                 json_edit(CONFIG, lambda c, f=field, v=value: c.update({f: v})),
             )
         yield Mutation("wrong field", f"no {field}", json_edit(CONFIG, lambda c, f=field: c.pop(f, None)))
@@ -126,6 +131,11 @@ def not_json() -> Iterator[Mutation]:
         "huge integer": lambda d: d.rstrip()[:-1] + b',"x":' + b"9" * 5000 + b"}",
         "huge float": lambda d: d.rstrip()[:-1] + b',"x":1e999}',
         "NaN": lambda d: d.rstrip()[:-1] + b',"x":NaN}',
+        "400 lists": lambda d: d.rstrip()[:-1] + b',"x":' + b"[" * 400 + b"]" * 400 + b"}",
+        "integer that no float holds": lambda d: d.rstrip()[:-1] + b',"x":1' + b"0" * 400 + b"}",
+        "key twice, the last of many": lambda d: (
+            d.rstrip()[:-1] + b"," + b",".join(b'"%d":0' % n for n in (*range(60_000), 59_999)) + b"}"
+        ),
         "key twice": lambda d: d.rstrip()[:-1] + b',"x":1,"x":2}',
         "a list": lambda d: b"[" + d + b"]",
         "a comment": lambda d: d + b"// x",
@@ -183,6 +193,21 @@ def tokenizers() -> Iterator[Mutation]:
     ):
         edit = json_edit(TOKENIZER_CONFIG, lambda c, n=name: c.update(tokenizer_class=n))
         yield Mutation("tokenizer", f"class {name!r}", edit)
+    for file in ("special_tokens_map.json", "added_tokens.json"):
+        held: tuple[dict[str, Any], ...] = (
+            *({field: "../outside"} for field in ("vocab", "merges", "vocab_file", "merges_file", "tokenizer_file")),
+            *({"eos_token": value} for value in HOSTILE),
+            {"<|endoftext|>": 0}, {"a": 1 << 40}, {"x" * 5000: 1}, {"init_inputs": ["../outside"]},
+        )  # fmt: skip
+        for fields in held:
+
+            def put(folder: Path, file: str = file, fields: dict[str, Any] = fields) -> None:
+                (folder / file).write_text(json.dumps(fields))
+
+            yield Mutation("tokenizer", f"{file}: {json.dumps(fields)[:50]}", put)
+    for id in ("9" * 5000, "9" * 12, "\u0663", "-1", "x"):
+        edit = json_edit(TOKENIZER_CONFIG, lambda c, i=id: c.update(added_tokens_decoder={i: {"content": "a"}}))
+        yield Mutation("tokenizer", f"added_tokens_decoder of {id[:12]!r}", edit)
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     padding = {"direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
     shortening = {"strategy": "LongestFirst", "direction": "Right"}

@@ -1,0 +1,83 @@
+"""Run one of our scripts in a process of its own, which cannot take more memory or processor time than it may.
+
+Imports only the standard library. `run_limited` starts this file as a script, isolated (`python -I`); there it sets the
+limits and then runs the other script, which so needs to know nothing of them.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# What an interpreter needs of its surroundings; tokens, proxies, PYTHON* and HF_* stay behind.
+PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TZ")
+
+
+def run_limited(
+    script: str | os.PathLike[str],
+    *arguments: str,
+    limits: Mapping[str, int],
+    seconds: float,
+    flags: tuple[str, ...] = (),
+    environment: Mapping[str, str] | None = None,
+    **options: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """Run a script with limits, and return what it printed and how it ended.
+
+    Args:
+        script: a file of Python code, ours.
+        arguments: what it finds in `sys.argv[1:]`.
+        limits: a name of the module `resource`, as RLIMIT_AS -> the most bytes or seconds.
+        seconds: after which it is ended, busy or waiting.
+        flags: for the interpreter, besides those that isolate it.
+        environment: variables besides those in `PASSED_ON`.
+        options: for `subprocess.run`.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than `seconds`.
+    """
+    bounds = ",".join(f"{name}={most}" for name, most in limits.items())
+    surroundings = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return subprocess.run(
+        [sys.executable, "-I", "-B", *flags, __file__, bounds, str(script), *arguments],
+        env={**surroundings, **(environment or {})},
+        capture_output=True,
+        timeout=seconds,
+        **options,
+    )
+
+
+def search_path_of(*packages: str) -> list[str]:
+    """Where this interpreter finds these packages, for one without PYTHONPATH and the user's own site-packages."""
+    import importlib.util
+
+    specs = [importlib.util.find_spec(package) for package in packages]
+    return [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin is not None]
+
+
+def limit_this_process(limits: Mapping[str, int]) -> None:
+    """Set limits, unless lower ones are set already: somebody meant those. Nothing where the system has none."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    for name, most in {**limits, "RLIMIT_CORE": 0}.items():
+        kind = getattr(resource, name)
+        soft, hard = resource.getrlimit(kind)
+        lowest = min(number for number in (most, soft, hard) if number != resource.RLIM_INFINITY)
+        try:
+            resource.setrlimit(kind, (lowest, hard))
+        except (ValueError, OSError):  # macOS has some of these names, and refuses to set them
+            continue
+
+
+if __name__ == "__main__":
+    _, bounds, script, *arguments = sys.argv
+    limit_this_process({name: int(most) for name, most in (pair.split("=") for pair in bounds.split(","))})
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
