@@ -67,6 +67,16 @@ def tiny_model():
     return make_tiny_model()
 
 
+@pytest.fixture
+def tiny_tokenizer():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:95]
+    vocabulary = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """The folder of a package of `make_tiny_model`, to be read; `package` is a copy of it, to be spoiled."""
