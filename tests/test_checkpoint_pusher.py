@@ -87,6 +87,7 @@ def running(temporary, runs):
         serving(xet=False) as server,
         mock.patch.dict(os.environ, environment),
         mock.patch.object(worker_process, "give_way"),
+        mock.patch.object(checkpoint_pusher, "PAUSE", 0.1),
     ):
         with CheckpointPusher("value", metric_for_best_model="reward", patience=1.0, dataset="imdb") as pusher:
             yield server, pusher

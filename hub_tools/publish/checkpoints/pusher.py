@@ -15,7 +15,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from huggingface_hub import constants
@@ -40,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 BEST = "best"  # the tag of the best checkpoint
 FIRST_LOOK = 5.0  # seconds that a Hub may take to answer before training starts without having asked it
+PAUSE = 10.0  # seconds between two attempts, where the Hub does not answer; less where a call ends it
 WORKERS = 3  # for one checkpoint, where they die
 FOLDER = "gpt2-value-checkpoints-"  # folders of this name in the system's folder for temporary files are ours
 
@@ -72,9 +72,8 @@ class CheckpointPusher:
     weights that are not finite, a full disk, a worker that keeps dying, an error of ours) are logged, and raised once,
     by the next call of any method.
 
-    `close` runs at the end of a `with` block, and at the interpreter's exit where nobody called it. So an uncaught
-    exception in the loop, too, leaves the last checkpoint pushed, or an error in the log which says that it is not.
-    An exception on its way out of the `with` block is not replaced by ours, which is logged.
+    `close` runs at the end of a `with` block, and at the interpreter's exit where nobody called it. So after an
+    uncaught exception, too, the last checkpoint is pushed, or an error in the log says that it is not.
 
     In a run of several processes, make one in the main process only. A process forked from this one (a data loader's
     worker) cannot use it, and does not disturb it.
@@ -94,8 +93,7 @@ class CheckpointPusher:
         patience: seconds for which one request may keep failing before it is logged (and before `close` gives up).
 
     Raises:
-        AuthenticationError, NoAccessError: the token, asked about before training starts. (A Hub that does not answer
-            within some seconds is no reason not to start.)
+        AuthenticationError, NoAccessError: the token. (A Hub that does not answer is no reason not to start.)
         PushOptionsError: `repo_id` cannot be a repository's id, or `greater_is_better` or `best_tag` has no metric.
         HubUnavailableError: offline mode is on.
     """
@@ -194,6 +192,7 @@ class CheckpointPusher:
                 thread.start()  # it waits for our lock; where the system refuses to start it, nothing waits
                 self._thread = thread
             self._waiting = snapshot
+            self._changed.notify_all()
         self.check()
 
     def check(self) -> None:
@@ -217,6 +216,7 @@ class CheckpointPusher:
         self._check_usable()
         with self._changed:
             self._flushes += 1
+            self._changed.notify_all()
             try:
                 self._changed.wait_for(lambda: self._thread is None)
             finally:
@@ -244,6 +244,7 @@ class CheckpointPusher:
                 self._closed = True
                 unpushed = [str(snapshot.step) for snapshot in (self._current, self._waiting) if snapshot is not None]
                 self._waiting, thread = None, self._thread
+                self._changed.notify_all()
                 if self._worker is not None:
                     self._worker.kill()
             if unpushed:
@@ -266,7 +267,7 @@ class CheckpointPusher:
     def __enter__(self) -> CheckpointPusher:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
@@ -284,15 +285,13 @@ class CheckpointPusher:
             logger.error("%s", error)
 
     def _check_usable(self) -> None:
-        found = None
+        advice = "make a new one: CheckpointPusher(repo_id)"
         if os.getpid() != self._owner:  # first: a fork may have copied the lock while somebody held it
             found = f"this CheckpointPusher belongs to process {self._owner}, from which this one was forked"
-        else:
-            with self._changed:
-                if self._closed:
-                    found = "this CheckpointPusher is closed"
-        if found:
-            raise PusherClosedError(found, next_step="make a new one: CheckpointPusher(repo_id)")
+            raise PusherClosedError(found, next_step=advice)
+        with self._changed:
+            if self._closed:
+                raise PusherClosedError("this CheckpointPusher is closed", next_step=advice)
 
     def _skip_waiting(self) -> None:
         """Let a newer checkpoint take the place of the one that waits, if one does."""
@@ -316,12 +315,12 @@ class CheckpointPusher:
             try:
                 self._push_in_folder(snapshot)
             except BaseException as error:  # a thread has no caller: whatever it is, the next call raises it
+                with self._changed:
+                    snapshot.weights.clear()  # the error's traceback would keep them
                 self._keep_failure(snapshot.step, error)
-            finally:
-                snapshot.weights.clear()  # the traceback of an error would keep them
 
     def _push_in_folder(self, snapshot: Snapshot) -> None:
-        """Push a checkpoint by way of a folder; by another worker where one dies."""
+        """Push a checkpoint from a folder of its own; by another worker where one dies."""
         folder, lock = locked_folder(FOLDER, Path(tempfile.gettempdir()))
         try:
             for number in range(1, WORKERS + 1):
@@ -363,6 +362,7 @@ class CheckpointPusher:
                 is_last = self._flushes > 0  # an attempt that begins while somebody waits is the last
             try:
                 success = read_answer(worker.ask(job.to_json()))
+                break
             except HubUnavailableError as error:
                 with self._changed:
                     if is_last or self._closed:
@@ -371,9 +371,8 @@ class CheckpointPusher:
                         logger.warning("step %d is skipped: %s", snapshot.step, error.found)
                         self._skipped.append(snapshot.step)
                         return
-                logger.warning("step %d is not on %s yet, and tried again: %s", snapshot.step, self.repo_id, error)
-            else:
-                break
+                    logger.warning("step %d is not on %s yet, and tried again: %s", snapshot.step, self.repo_id, error)
+                    self._changed.wait(PAUSE)
         with self._changed:
             self._verified = success.verified
             self._pushed.append(success.pushed)
