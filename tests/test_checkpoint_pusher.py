@@ -69,11 +69,19 @@ def start(server, temporary, how):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Training processes: two that are killed and one that fails. They run while the other tests do."""
+    """Training processes: two that are killed and one that fails. They run while the other tests do; one is killed
+    as soon as it has pushed two checkpoints and has another on its way."""
     with HubServer() as server:
         server.faults += [Fault(every=29, status=503), Fault(route="lfs_upload", delay=0.3)]
         places = {how: tmp_path_factory.mktemp("temporary") for how in ("killed", "idle", "fails")}
         processes = {how: start(server, place, how) for how, place in places.items()}
+
+        def kill_one():
+            repo_id, place = "alice/killed", places["killed"]
+            wait_for(lambda: repo_id in server.repos and len(server.history(repo_id)) >= 3 and [*place.iterdir()], 280)
+            processes["killed"].kill()
+
+        threading.Thread(target=kill_one, daemon=True).start()
         yield server, processes, places
         for process in processes.values():
             process.kill()
@@ -404,8 +412,7 @@ def test_what_the_dead_left_on_the_disk_is_removed(running, temporary):
 
 def test_a_killed_run_leaves_the_repository_loadable_and_the_disk_clean(runs, tmp_path):
     server, processes, places = runs
-    wait_for(lambda: "alice/killed" in server.repos and len(server.history("alice/killed")) >= 3, 180)
-    processes["killed"].kill()
+    wait_for(lambda: processes["killed"].poll() == -signal.SIGKILL, 280)
     wait_for(lambda: not list(places["killed"].iterdir()))
     server.faults.clear()
     made = [commit for commit in server.history("alice/killed") if commit.title.startswith("Step")]
