@@ -13,25 +13,18 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import make_tiny_model, plain_twin
+from conftest import make_tiny_model
 from safetensors.torch import load
 from slow.fault_sweep import serving
 from support.hub_server import Fault, HubServer
 
 from hub_tools import CheckpointPusher, CheckpointPusherCallback
 from hub_tools.errors import (
-    AuthenticationError,
-    CardMetadataError,
     CheckpointPushError,
     HubUnavailableError,
-    MissingHeadError,
     NoAccessError,
     PusherClosedError,
-    PushOptionsError,
-    UnsavableConfigError,
-    WorkerDiedError,
 )
-from hub_tools.package.replace_folder import discard, locked_folder
 from hub_tools.publish.checkpoints import pusher as checkpoint_pusher
 from hub_tools.publish.checkpoints import snapshot, worker_process
 from hub_tools.publish.checkpoints.snapshot import Snapshot
@@ -159,37 +152,6 @@ def test_the_worker_takes_only_what_is_left_of_the_cores(first_workers):
     """In a session of its own it would get half of a busy core, at any priority (sched(7), autogroups). It has a
     process group of its own, since a terminal's Ctrl-C is not for it."""
     assert first_workers == {"policy": os.SCHED_IDLE, "session": os.getsid(0)}
-
-
-def test_a_worker_that_keeps_dying_is_told_with_its_last_words(pusher, monkeypatch, caplog):
-    with monkeypatch.context() as patched:
-        patched.setattr(worker_process, "COMMAND", (sys.executable, "-c", "raise SystemExit('no memory')"))
-        pusher.push(make_tiny_model(), step=1)
-        with pytest.raises(CheckpointPushError, match=r"step 1 .*exit status 1: no memory") as failed:
-            pusher.flush()
-    assert isinstance(failed.value.__cause__, WorkerDiedError)
-    assert caplog.text.count("and tried again") == checkpoint_pusher.WORKERS - 1
-
-
-def test_a_checkpoint_that_cannot_be_written_is_a_failure_and_no_silence(server, pusher, monkeypatch):
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_pusher.Snapshot, "write", full_disk)
-        pusher.push(make_tiny_model(), step=2)
-        with pytest.raises(CheckpointPushError, match=r"step 2.*No space left"):
-            pusher.flush()
-
-
-def test_a_config_that_could_not_be_saved_is_refused_at_once_and_stops_nothing(server, pusher):
-    model = make_tiny_model()
-    model.generation_config.made_of = object()  # JSON has no word for it
-    before = pusher.pushed
-    with pytest.raises(UnsavableConfigError):
-        pusher.push(model, step=2)
-    pusher.flush()
-    assert pusher.pushed == before
 
 
 def test_a_worker_that_cannot_be_started_is_told_at_the_next_call_and_stops_nothing(server, pusher, monkeypatch):
@@ -378,44 +340,6 @@ def test_metrics_of_a_step_are_those_that_the_trainer_logged_at_it():
     ]
     assert metrics_at(2, history) == {"loss": 2.0, "learning_rate": 0.1, "eval_loss": 2.5}
     assert metrics_at(3, history) == {}
-
-
-def test_what_cannot_be_right_is_refused_before_training_starts(running, tmp_path):
-    with pytest.raises(AuthenticationError):
-        CheckpointPusher(REPO, token="hf_wrong")
-    with pytest.raises(PushOptionsError, match="without metric_for_best_model"):
-        CheckpointPusher(REPO, greater_is_better=True)
-
-
-def test_what_cannot_be_a_checkpoint_is_refused_at_once(pusher, tiny_model):
-    with pytest.raises(MissingHeadError):
-        pusher.push(plain_twin(tiny_model), step=0)
-    with pytest.raises(CardMetadataError, match="'kl' is 'low'"):
-        pusher.push(tiny_model, step=0, metrics={"kl": "low"})
-
-
-def test_a_hub_that_does_not_answer_is_no_reason_not_to_start(server, tiny_model):
-    server.faults.append(Fault(route="whoami", status=503))
-    with (
-        mock.patch("hub_tools.publish.checkpoints.pusher.FIRST_LOOK", 0.1),
-    ):
-        pusher = CheckpointPusher(REPO)
-    pusher.close()
-    pusher.close()
-    with pytest.raises(PusherClosedError):
-        pusher.push(tiny_model, step=0)
-
-
-def test_what_the_dead_left_on_the_disk_is_removed(running, temporary):
-    dead = temporary / "gpt2-value-checkpoints-dead"
-    dead.mkdir()
-    (dead / "snapshot-1").write_bytes(b"weights")
-    (dead / "lock").touch()
-    living, lock = locked_folder(checkpoint_pusher.FOLDER, temporary)
-    CheckpointPusher(REPO).close()
-    assert not dead.exists()
-    assert living.exists(), "those of the living stay"
-    discard(living, lock)
 
 
 # In processes of their own
