@@ -199,7 +199,7 @@ def test_concurrent_pushers_lose_and_duplicate_nothing(server, package, tmp_path
             return True
 
     server.faults.append(Weather())
-    landed, trouble = [], []
+    pushed, errors = [], []
 
     def pusher(number):
         own, dice = tmp_path / f"pusher-{number}", random.Random(number)
@@ -216,9 +216,9 @@ def test_concurrent_pushers_lose_and_duplicate_nothing(server, package, tmp_path
                     retry.time.sleep(dice.random() * 10)
                     continue
                 except GPT2ValueHubError as error:
-                    trouble.append(error)
+                    errors.append(error)
                     return
-                landed.append((report.commit, f"{number}/{step}", content))
+                pushed.append((report.commit, f"{number}/{step}", content))
                 break
 
     threads = [threading.Thread(target=pusher, args=(number,)) for number in range(8)]
@@ -226,10 +226,10 @@ def test_concurrent_pushers_lose_and_duplicate_nothing(server, package, tmp_path
         thread.start()
     for thread in threads:
         thread.join()
-    assert not trouble
+    assert not errors
     history = [commit for commit in server.history(REPO) if commit.title != "initial commit"]
-    assert len(history) == len(landed) == len({commit for commit, _, _ in landed}) == 160
+    assert len(history) == len(pushed) == len({commit for commit, _, _ in pushed}) == 160
     weights = {c.oid: (c.title, c.files["model.safetensors"].content) for c in history}
-    assert weights == {commit: (title, content) for commit, title, content in landed}
+    assert weights == {commit: (title, content) for commit, title, content in pushed}
     expected = {path.name for path in package.iterdir()} | {".gitattributes"}
     assert set(server.files(REPO)) == expected

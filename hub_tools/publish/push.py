@@ -10,7 +10,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,9 +92,9 @@ def push_package(
         TagExistsError: the tag is on another commit.
     """
     options = PushOptions(revision or MAIN, private, create_pr, tag, commit_message, dry_run=dry_run)
-    hub = Hub(repo_id, token=token, patience=patience)
-    hub.check_token()
-    return _verify_and_push(Path(folder), hub, options, trust_remote_code=trust_remote_code)
+    hub = open_repository(repo_id, token=token, patience=patience)
+    package = read_verified(Path(folder), hub, options, trust_remote_code=trust_remote_code)
+    return push(package, hub, options)
 
 
 def push_to_hub(
@@ -127,9 +128,8 @@ def push_to_hub(
     from ..package.save import save_package
 
     options = PushOptions(revision or MAIN, private, create_pr, tag, commit_message, dry_run=dry_run)
-    hub = Hub(repo_id, token=token, patience=patience)
-    hub.check_token()
-    _refuse_early(hub, options)
+    hub = open_repository(repo_id, token=token, patience=patience)
+    refuse_early(hub, options)
     with tempfile.TemporaryDirectory(prefix="gpt2-value-push-") as home:
         folder = Path(home, "package")
         save_package(
@@ -142,20 +142,22 @@ def push_to_hub(
             repo_id=hub.repo_id,
             max_shard_size=max_shard_size,
         )
-        return _verify_and_push(folder, hub, options)
+        return push(read_verified(folder, hub, options), hub, options)
 
 
-def _verify_and_push(folder: Path, hub: Hub, options: PushOptions, *, trust_remote_code: bool = False) -> PushReport:
-    """Refuse what must not leave or cannot arrive, verify, and push."""
-    package = Package.read(folder)
-    package.refuse_secrets(hub, options.message)
-    _refuse_early(hub, options)
-    verify_package(folder, trust_remote_code=trust_remote_code)
-    return push(package, hub, options)
+def open_repository(repo_id: str, *, token: str | None = None, patience: float = PATIENCE) -> Hub:
+    """Return the repository, with a token that the Hub accepts.
+
+    Raises:
+        AuthenticationError, NoAccessError, PushOptionsError, HubUnavailableError: see `push_package`.
+    """
+    hub = Hub(repo_id, token=token, patience=patience)
+    hub.check_token()
+    return hub
 
 
-def _refuse_early(hub: Hub, options: PushOptions) -> None:
-    """Ask the Hub for what it can refuse before anything was saved, verified or sent: a few small requests.
+def refuse_early(hub: Hub, options: PushOptions) -> None:
+    """Ask the Hub for what it can refuse before anything is saved, verified or uploaded: a few small requests.
 
     Raises:
         PushOptionsError, TagExistsError, NoAccessError: as `push` would, later.
@@ -166,6 +168,21 @@ def _refuse_early(hub: Hub, options: PushOptions) -> None:
     if options.tag is not None and branch.tags.get(options.tag) not in (None, branch.commit):
         raise _tag_exists(options.tag, branch.tags[options.tag])
     hub.check_write_access(branch, create_pr=options.create_pr)
+
+
+def read_verified(folder: Path, hub: Hub, options: PushOptions, *, trust_remote_code: bool = False) -> Package:
+    """Refuse what must not be published or cannot be pushed, and verify the package.
+
+    Returns it as it was read first, so that `push` notices whatever is written to it later.
+
+    Raises:
+        Everything that `push_package` raises before it uploads anything.
+    """
+    package = Package.read(folder)
+    package.refuse_secrets(hub, options.message)
+    refuse_early(hub, options)
+    verify_package(folder, trust_remote_code=trust_remote_code)
+    return package
 
 
 def _is_new(hub: Hub, options: PushOptions) -> bool:
@@ -188,73 +205,88 @@ def _tag_exists(tag: str, commit: str) -> TagExistsError:
 
 
 def push(package: Package, hub: Hub, options: PushOptions) -> PushReport:
-    """Push a package that was verified, with a token that was checked. Errors as in `push_package`.
+    """Push a package that was verified, with a token that was checked. Raises what `push_package` raises.
 
-    Where it is interrupted (Ctrl-C), a line in the log says in which state the repository is.
+    An interrupt (Ctrl-C) leaves a line in the log that says in which state the repository is.
     """
     states = [f"nothing was changed in {hub.repo_id}"]
     try:
-        return _push(package, hub, options, enter=states.append)
+        return _push(package, hub, options, say_state=states.append)
     except KeyboardInterrupt:
         logger.warning("interrupted: %s", states[-1])
         raise
 
 
-def _push(package: Package, hub: Hub, options: PushOptions, *, enter: Callable[[str], None]) -> PushReport:
-    """`enter` is told, in words, each state that the repository enters."""
+def _push(package: Package, hub: Hub, options: PushOptions, *, say_state: Callable[[str], None]) -> PushReport:
+    """`say_state` is called, with words, whenever the repository enters another state."""
     new_repository = _is_new(hub, options)
     if new_repository and not options.dry_run:
-        enter(f"{hub.repo_id} may have been created; it holds nothing of ours")
+        say_state(f"{hub.repo_id} may have been created; it holds nothing of ours")
         hub.create(private=options.private)
-    absent = new_repository and options.dry_run
-    base = Branch(options.branch, "", {}, exists=False, tags={}) if absent else hub.read_branch(options.branch)
+    if new_repository and options.dry_run:
+        branch = Branch(options.branch, "", {}, exists=False, tags={})
+    else:
+        branch = hub.read_branch(options.branch)
     with tempfile.TemporaryDirectory(prefix="gpt2-value-card-") as scratch:
-        package = _with_remote_card(package, hub, base, Path(scratch))
-        plan = _plan(package, base, options, repo_id=hub.repo_id, new_repository=new_repository)
+        package = _with_remote_card(package, hub, branch, Path(scratch))
+        plan = _plan(package, branch, options, repo_id=hub.repo_id, new_repository=new_repository)
         if options.dry_run:
             return PushReport(**vars(plan), dry_run=True)
-        if not base.exists:
-            enter(f"{hub.repo_id} may have a new branch {base.name}; nothing was committed to it")
-            hub.create_branch(base)
-        made = PushedCommit(base.commit)
+        if not branch.exists:
+            say_state(f"{hub.repo_id} may have a new branch {branch.name}; nothing was committed to it")
+            hub.create_branch(branch)
+        pushed = PushedCommit(branch.commit)
         if plan.makes_commit:
-            made = _commit(package, hub, plan, base, options, enter=enter)
+            pushed = _commit(package, hub, plan, branch, options, say_state=say_state)
     report = PushReport(
         **vars(plan),
-        commit=made.commit,
-        url=f"{hub.url}/commit/{made.commit}",
+        commit=pushed.commit,
+        url=f"{hub.url}/commit/{pushed.commit}",
         committed=plan.makes_commit,
-        pr_url=f"{hub.url}/discussions/{made.pr_number}" if made.pr_number is not None else None,
-        load_lines=load_lines(hub.repo_id, revision=made.commit, tokenizer=layout.TOKENIZER_CONFIG in package.files),
+        pr_url=f"{hub.url}/discussions/{pushed.pr_number}" if pushed.pr_number is not None else None,
+        load_lines=load_lines(hub.repo_id, revision=pushed.commit, tokenizer=layout.TOKENIZER_CONFIG in package.files),
     )
     if options.tag is not None and plan.sets_tag:
-        enter(f"the package is in {hub.repo_id}, commit {made.commit}; its tag may be missing")
-        try:
-            hub.tag(options.tag, commit=made.commit)
-        except GPT2ValueHubError as error:
-            raise type(error)(
-                f"the commit {made.commit} did land, without its tag: {error.found}",
-                expected=error.expected,
-                next_step=f"{error.next_step}; the same push, run again, only sets the tag",
-            ) from error
+        say_state(f"the package is in {hub.repo_id}, commit {pushed.commit}; its tag may be missing")
+        with after_commit(pushed.commit, but="has no tag", next_step="; the same push, run again, only sets the tag"):
+            hub.tag(options.tag, commit=pushed.commit)
     return report
 
 
+@contextmanager
+def after_commit(commit: str, *, but: str, next_step: str = "") -> Iterator[None]:
+    """Have an error that comes after the commit say that the commit is there, and what is not."""
+    try:
+        yield
+    except GPT2ValueHubError as error:
+        raise type(error)(
+            f"the commit {commit} is on the Hub, but {but}: {error.found}",
+            expected=error.expected,
+            next_step=f"{error.next_step}{next_step}",
+        ) from error
+
+
 def _commit(
-    package: Package, hub: Hub, plan: PushPlan, base: Branch, options: PushOptions, *, enter: Callable[[str], None]
+    package: Package,
+    hub: Hub,
+    plan: PushPlan,
+    branch: Branch,
+    options: PushOptions,
+    *,
+    say_state: Callable[[str], None],
 ) -> PushedCommit:
     """Upload what the plan adds and changes, and commit it with what it deletes."""
     files = {name: package.files[name] for name in (*plan.added, *plan.changed)}
     sources = {name: file.path if file.data is None else file.data for name, file in files.items()}
     deletions = [CommitOperationDelete(name, is_folder=False) for name in plan.deleted]
-    enter(f"nothing was committed to {hub.repo_id}; what was uploaded is not sent again")
+    say_state(f"nothing was committed to {hub.repo_id}; what was uploaded is not sent again")
     try:
-        additions = hub.upload(sources, branch=base.name, create_pr=options.create_pr)
+        additions = hub.upload(sources, branch=branch.name, create_pr=options.create_pr)
         package.check_unchanged()
-        enter(f"the commit was sent, and may be there: look at {hub.url}/commits/{base.name}")
+        say_state(f"the commit was sent, and may be there: look at {hub.url}/commits/{branch.name}")
         return hub.commit(
             [*additions, *deletions],
-            onto=base,
+            onto=branch,
             message=options.message,
             create_pr=options.create_pr,
             note=options.note,
@@ -264,14 +296,14 @@ def _commit(
         raise
 
 
-def _plan(package: Package, base: Branch, options: PushOptions, *, repo_id: str, new_repository: bool) -> PushPlan:
-    """What turns the branch into one that holds the package.
+def _plan(package: Package, branch: Branch, options: PushOptions, *, repo_id: str, new_repository: bool) -> PushPlan:
+    """Find out what to add, change and delete so that the branch holds the package.
 
     Raises:
         TagExistsError: the tag is on another commit than the one that will hold the package.
     """
     files = package.files
-    same = {name for name, file in files.items() if file.same_as(base.files.get(name))}
+    unchanged = {name for name, file in files.items() if file.same_as(branch.files.get(name))}
     kinds = {layout.kind_of(name) for name in files}
 
     def stale(name: str) -> bool:
@@ -280,35 +312,35 @@ def _plan(package: Package, base: Branch, options: PushOptions, *, repo_id: str,
             kind == "weights" or OTHER_WEIGHTS.fullmatch(name) is not None or (kind == "tokenizer" and kind in kinds)
         )
 
-    tagged = base.tags.get(options.tag) if options.tag is not None else None
+    tagged = branch.tags.get(options.tag) if options.tag is not None else None
     plan = PushPlan(
         repo_id=repo_id,
-        revision=base.name,
+        revision=branch.name,
         new_repository=new_repository,
-        new_branch=not base.exists,
-        added={name: file.size for name, file in files.items() if name not in base.files},
-        changed={n: file.size for n, file in files.items() if n in base.files and n not in same},
-        deleted={name: file.size for name, file in base.files.items() if stale(name)},
-        unchanged={name: file.size for name, file in files.items() if name in same},
-        kept={name: f.size for name, f in base.files.items() if name not in files and not stale(name)},
+        new_branch=not branch.exists,
+        added={name: file.size for name, file in files.items() if name not in branch.files},
+        changed={name: file.size for name, file in files.items() if name in branch.files and name not in unchanged},
+        deleted={name: file.size for name, file in branch.files.items() if stale(name)},
+        unchanged={name: file.size for name, file in files.items() if name in unchanged},
+        kept={name: file.size for name, file in branch.files.items() if name not in files and not stale(name)},
         tag=options.tag,
         sets_tag=options.tag is not None and tagged is None,
     )
-    if options.tag is not None and tagged is not None and (plan.makes_commit or tagged != base.commit):
+    if options.tag is not None and tagged is not None and (plan.makes_commit or tagged != branch.commit):
         raise _tag_exists(options.tag, tagged)
     return plan
 
 
-def _with_remote_card(package: Package, hub: Hub, base: Branch, scratch: Path) -> Package:
-    """The package with the card that the repository gets: ours with its address, or theirs with our metadata.
+def _with_remote_card(package: Package, hub: Hub, branch: Branch, scratch: Path) -> Package:
+    """Return the package with the card that the repository gets: ours with its address, or theirs with our metadata.
 
-    `scratch` holds what it is made from.
+    `scratch` is a folder for the files that it is made from.
     """
     ours = package.files.get(layout.CARD)
-    theirs = base.files.get(layout.CARD)
+    theirs = branch.files.get(layout.CARD)
     if ours is None or ours.data is None:
         return package
     data = with_repo_id(ours.data, hub.repo_id)
     if theirs is not None and not ours.same_as(theirs):
-        data = merge_cards(data, hub.read(layout.CARD, commit=base.commit, folder=scratch / "cache"), scratch)
+        data = merge_cards(data, hub.read(layout.CARD, commit=branch.commit, folder=scratch / "cache"), scratch)
     return replace(package, files={**package.files, layout.CARD: replace(ours, data=data, size=len(data))})

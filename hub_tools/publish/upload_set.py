@@ -1,4 +1,4 @@
-"""The files of a package that a push takes along: read once, refused by name, and watched until the commit.
+"""The files of a package that a push uploads: read once, refused by name, and checked again before the commit.
 
 Imports the standard library, huggingface_hub, PyYAML (which comes with it), and of hub_tools `errors`, `files`,
 `layout` and `hub`.
@@ -36,12 +36,12 @@ TOKEN_LIKE = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,})\b")
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file of a package. What is small was read once; what is large is on the disk, and hashed once."""
+    """A file of a package. Small ones were read into memory; large ones stay on the disk, and are hashed once."""
 
     path: Path
     size: int
     identity: tuple[int, ...]  # of the file on the disk: another one after every write
-    data: bytes | None
+    data: bytes | None  # None: on the disk
 
     @cached_property
     def sha256(self) -> str:
@@ -59,7 +59,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Package:
-    """The files of a package that a push takes along, as they were when it began."""
+    """The files of a package that a push uploads, as they were when it began."""
 
     folder: Path
     files: Mapping[str, LocalFile] = field(repr=False)
@@ -110,8 +110,10 @@ class Package:
                 )
 
     def check_unchanged(self) -> None:
-        """Raises:
-        PackageChangedError: a file was written to, replaced or removed since the package was read.
+        """Look whether the files on the disk are still those that were read.
+
+        Raises:
+            PackageChangedError: a file was written to, replaced or removed.
         """
         for name, file in self.files.items():
             if not file.path.exists() or _identity(file.path) != file.identity:
@@ -123,9 +125,9 @@ class Package:
 
 
 def merge_cards(ours: bytes, theirs: bytes, scratch: Path) -> bytes:
-    """Their card with our metadata: our keys replace theirs, tags are united, all else of theirs stays.
+    """Return their card with our metadata: our keys replace theirs, tags are united, the rest of theirs stays.
 
-    A card without text, as the Hub's web page makes one from a license, gets our text.
+    A card without text, as the Hub's web page makes one from a license, gets our text, too.
 
     Raises:
         CardMetadataError: their metadata cannot be read.

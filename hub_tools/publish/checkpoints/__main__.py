@@ -1,6 +1,6 @@
 """The worker: a process that pushes one checkpoint, `python -m hub_tools.publish.checkpoints FOLDER PARENT`.
 
-Imports the standard library and, when it is set up, `worker`.
+Imports the standard library and, once it watches over its folder, `worker`.
 """
 
 import os
@@ -9,12 +9,15 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
 def end_with_parent(parent: int, folder: Path) -> None:
-    """Wait until the parent has died; then remove the folder and end, with the interpreter that verifies, if there is
-    one. The parent's death is not told by the end of a pipe: processes that it forked hold that open, too."""
+    """Wait until the parent has died; then remove the folder, and end this process and the interpreter that verifies.
+
+    The end of a pipe would not tell the parent's death: processes that it forked hold the pipe open, too.
+    """
     while os.getppid() == parent:
         time.sleep(0.5)
     for _ in range(100):  # that interpreter and our main thread may still be writing: what was removed can come back
@@ -39,9 +42,9 @@ if __name__ == "__main__":
         watch.start()
     from .worker import main
 
-    main(folder)
+    # It ends when the parent kills this process, which the parent does once it has removed the folder. Otherwise the
+    # parent is dead, which `watch` may notice only after the pipes have broken.
+    with suppress(BrokenPipeError):
+        main(folder)
     if watch is not None:
-        # The folder is the parent's to remove, and it may die before it has: so the worker stays until it is killed.
-        # That nothing more will be printed tells the parent that the result is there.
-        os.closerange(1, 3)
         watch.join()

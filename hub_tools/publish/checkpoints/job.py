@@ -1,4 +1,4 @@
-"""What a training process and its worker tell each other, as JSON: one job, one result.
+"""What a training process and its worker tell each other, as lines of JSON: a job, and the answer to it.
 
 Imports the standard library and of hub_tools `errors`.
 """
@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from ... import errors
-from ...errors import GPT2ValueHubError
+from ...errors import CardMetadataError, GPT2ValueHubError
 
-RESULT = "result.json"  # in the job's folder
 NOTE = "gpt2-value-checkpoint: "  # a line in a commit's description: the step and its metrics, as JSON
 
 
@@ -46,24 +45,17 @@ class BestRule:
     greater_is_better: bool
     tag: str
 
-    def rate(self, commit: str, metrics: Mapping[str, float]) -> Best:
-        """A commit and how good it is. Without the metric, or with a NaN, nothing is the best."""
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """How good a checkpoint is, the higher the better; -inf without the metric, or with a NaN."""
         value = metrics.get(self.metric, math.nan)
-        score = value if self.greater_is_better else -value
-        return Best(score, commit) if math.isfinite(value) else Best()
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best checkpoint so far: a score, the higher the better, and its commit. (Where there is none: no commit.)"""
-
-    score: float = -math.inf
-    commit: str | None = None
+        if not math.isfinite(value):
+            return -math.inf
+        return value if self.greater_is_better else -value
 
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint to push. The model itself lies in the job's folder (see `snapshot`)."""
+    """One checkpoint to push. The model itself lies in the worker's folder (see `snapshot`)."""
 
     step: int
     metrics: dict[str, float]
@@ -72,7 +64,6 @@ class Job:
     package: PackageOptions
     rule: BestRule | None
     verified: str | None = None  # fingerprint of the last package that was verified; see `worker`
-    best: Best | None = None  # None: not known yet
 
     @property
     def title(self) -> str:
@@ -82,7 +73,7 @@ class Job:
 
     @property
     def note(self) -> str:
-        """A line for the commit's description, by which a later run knows how good this checkpoint is."""
+        """A line for the commit's description, by which a later job knows how good this checkpoint is."""
         finite = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
         return NOTE + json.dumps({"step": self.step, "metrics": finite})
 
@@ -95,7 +86,6 @@ class Job:
         found["destination"] = Destination(**found["destination"])
         found["package"] = PackageOptions(**found["package"])
         found["rule"] = found["rule"] and BestRule(**found["rule"])
-        found["best"] = found["best"] and Best(**found["best"])
         return cls(**found)
 
 
@@ -112,26 +102,23 @@ class PushedCheckpoint:
 
 
 @dataclass(frozen=True)
-class Result:
-    """A job that succeeded."""
+class Success:
+    """The answer to a job that succeeded."""
 
     pushed: PushedCheckpoint
-    verified: str
-    best: Best | None
+    verified: str  # fingerprint, for the next job
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
 
 def failure_to_json(error: GPT2ValueHubError) -> str:
-    """A job that failed in a way that a user can mend."""
-    fields = {"found": error.found, "expected": error.expected, "next_step": error.next_step}
-    return json.dumps({"error": type(error).__name__, **fields})
+    """The answer to a job that failed in a way that a user can mend."""
+    return json.dumps({"error": type(error).__name__, **vars(error)})
 
 
-def result_from_json(text: str) -> Result:
-    """What a job came to.
-
+def read_answer(text: str) -> Success:
+    """
     Raises:
         The error that the job failed with, of its own type.
     """
@@ -139,8 +126,7 @@ def result_from_json(text: str) -> Result:
     if "error" in found:
         kind: type[GPT2ValueHubError] = getattr(errors, found.pop("error"))
         raise kind(**found)
-    best = found["best"] and Best(**found["best"])
-    return Result(PushedCheckpoint(**found["pushed"]), found["verified"], best)
+    return Success(PushedCheckpoint(**found["pushed"]), found["verified"])
 
 
 def metrics_in(description: str) -> dict[str, float]:
@@ -153,3 +139,19 @@ def metrics_in(description: str) -> dict[str, float]:
             except (ValueError, TypeError, LookupError, AttributeError):  # somebody edited it
                 return {}
     return {}
+
+
+def as_numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """
+    Raises:
+        CardMetadataError: one of them is no number.
+    """
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise CardMetadataError(
+                f"the metric {name!r} is {value!r}", expected="a number", next_step="pass float(...) or leave it out"
+            ) from error
+    return numbers

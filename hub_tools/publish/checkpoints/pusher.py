@@ -1,33 +1,27 @@
 """Push checkpoints while training goes on: a copy between two steps, and all the rest in a worker process.
 
 Imports the standard library, huggingface_hub, torch, and of hub_tools `errors`, `hub`, `replace_folder`, `job`,
-`snapshot` and what these import. While a checkpoint is on its way there are one thread, one worker (see `worker`) and
-one folder on the disk; while none is, there is nothing of these.
+`snapshot`, `worker_process` and what these import. While a checkpoint is on its way there are one thread, one worker
+and one folder on the disk; while none is, there is nothing of these.
 """
 
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
-import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from huggingface_hub import constants
 from torch import nn
 
 from ...errors import (
-    CardMetadataError,
     CheckpointPushError,
-    ConcurrentPushError,
     GPT2ValueHubError,
     HubUnavailableError,
     PusherClosedError,
@@ -37,15 +31,16 @@ from ...errors import (
 from ...hub.repository import Hub
 from ...package.replace_folder import discard, left_behind, locked_folder
 from ..push import MAIN, PATIENCE
-from .job import RESULT, BestRule, Destination, Job, PackageOptions, PushedCheckpoint, Result, result_from_json
+from .job import BestRule, Destination, Job, PackageOptions, PushedCheckpoint, as_numbers, read_answer
 from .snapshot import Snapshot
-from .worker_process import kill, start
+from .worker_process import Worker
 
 logger = logging.getLogger(__name__)
 
 BEST = "best"  # the tag of the best checkpoint
 FIRST_LOOK = 5.0  # seconds that a Hub may take to answer before training starts without having asked it
-TRIES = 3  # of a checkpoint, where its worker dies or others push; where the Hub does not answer, there is no limit
+PAUSE = 10.0  # seconds between two attempts, where the Hub does not answer; less where a call ends it
+WORKERS = 3  # for one checkpoint, where they die
 FOLDER = "gpt2-value-checkpoints-"  # folders of this name in the system's folder for temporary files are ours
 
 
@@ -58,28 +53,27 @@ class CheckpointPusher:
                 if step % 500 == 0:
                     pusher.push(model, step=step, metrics={"reward": reward, "kl": kl}, tokenizer=tokenizer)
 
-    `push` copies the weights and returns: the next training step cannot change them. For each checkpoint one process,
-    without a GPU, saves, verifies and pushes, on one core and (on Linux) only while that core is idle: where training
-    leaves none idle, checkpoints take longer, and training does not. Where pushing is slower than training, only the
+    `push` copies the weights and returns: the next training step cannot change them. A worker process then saves,
+    verifies and pushes, without a GPU, on one core, and on Linux only while that core is idle. Where training leaves
+    no core idle, checkpoints take longer, and training does not. Where pushing is slower than training, only the
     newest checkpoint waits, and those that it replaced are `skipped`; the last one is never dropped.
 
-    Memory and disk: this process holds at most two copies of the weights in main memory, one waiting and one being
-    written to the disk; the worker maps its copy from the disk and needs about 0.5 GB for torch. On the disk there are
-    at most two, the snapshot and its package, in the system's folder for temporary files (`TMPDIR`), and none while no
-    checkpoint is on its way. After a `kill -9` the worker removes them within seconds, and ends; where it was killed
-    too, the next CheckpointPusher does.
+    Memory and disk: in memory there are at most two copies of the weights, one waiting and one being written to the
+    disk; the worker maps its copy from the disk and needs about 0.5 GB for torch. On the disk there are at most two,
+    the snapshot and its package, in the system's folder for temporary files (`TMPDIR`), and none while no checkpoint
+    is on its way. After a `kill -9` the worker removes them within seconds, and ends; where it was killed too, the
+    next CheckpointPusher does.
 
-    Verified: in full, as by `verify_package`, is the first checkpoint and each whose config, generation config,
-    tokenizer, or tensors' names, shapes or types are new. Of the others it is checked that they are complete, finite,
-    and have this same code, but no fresh interpreter computes with them again.
+    Verified in full, as by `verify_package`, is the first checkpoint and each whose config, generation config,
+    tokenizer, or tensors' names, shapes or types are new. The others are checked to be complete and finite.
 
-    Failures: what may pass (5xx, timeouts, no connection, somebody else's push in between) is logged, and tried again
-    until it works or a newer checkpoint waits; only `flush` and `close` give up, after `patience`. Everything else
-    (401, 403, 404, weights that are not finite, a full disk, an error of ours) is logged when it happens, and raised
-    by the next call of any method, once. `close` runs at the end of a `with` block, and at the interpreter's exit
-    where nobody called it: also an uncaught exception in the loop leaves the last checkpoint pushed, or an error in
-    the log which says that it is not. An exception on its way out of the `with` block is not replaced by ours, which
-    is logged.
+    Failures that may pass (5xx, timeouts, no connection) are logged, and the push is tried again until it succeeds or
+    a newer checkpoint waits; only `flush` and `close` give up, after `patience`. All other failures (401, 403, 404,
+    weights that are not finite, a full disk, a worker that keeps dying, an error of ours) are logged, and raised once,
+    by the next call of any method.
+
+    `close` runs at the end of a `with` block, and at the interpreter's exit where nobody called it. So after an
+    uncaught exception, too, the last checkpoint is pushed, or an error in the log says that it is not.
 
     In a run of several processes, make one in the main process only. A process forked from this one (a data loader's
     worker) cannot use it, and does not disturb it.
@@ -90,9 +84,8 @@ class CheckpointPusher:
         private: visibility of a repository that is created; for one that exists it must be as it is.
         token: a user access token; default is the one that huggingface_hub knows.
         metric_for_best_model: the metric by which checkpoints are compared, as in transformers' TrainingArguments.
-            Each one that is better than all before carries `best_tag`. A checkpoint without this metric, with a NaN,
-            or that was skipped is never the best. A run that is resumed compares with all checkpoints on the branch,
-            and with the one that has the tag.
+            Of all checkpoints on the branch, those of earlier runs included, the best carries `best_tag`. One without
+            this metric, or with a NaN, is never the best.
         greater_is_better: default, as there: unless the metric's name ends in "loss".
         best_tag: a tag of the repository that is moved from one best checkpoint to the next.
         dataset: what the metrics were measured on, for the card: a dataset's id on the Hub, or words.
@@ -100,8 +93,7 @@ class CheckpointPusher:
         patience: seconds for which one request may keep failing before it is logged (and before `close` gives up).
 
     Raises:
-        AuthenticationError, NoAccessError: the token, asked about before training starts. (A Hub that does not answer
-            within some seconds is no reason not to start.)
+        AuthenticationError, NoAccessError: the token. (A Hub that does not answer is no reason not to start.)
         PushOptionsError: `repo_id` cannot be a repository's id, or `greater_is_better` or `best_tag` has no metric.
         HubUnavailableError: offline mode is on.
     """
@@ -123,7 +115,12 @@ class CheckpointPusher:
         max_shard_size: int | str = "5GB",
         patience: float = PATIENCE,
     ) -> None:
-        if metric_for_best_model is None and (greater_is_better is not None or best_tag != BEST):
+        rule = None
+        if metric_for_best_model is not None:
+            if greater_is_better is None:
+                greater_is_better = not metric_for_best_model.endswith("loss")
+            rule = BestRule(metric_for_best_model, greater_is_better, best_tag)
+        elif greater_is_better is not None or best_tag != BEST:
             raise PushOptionsError(
                 f"greater_is_better={greater_is_better}, best_tag={best_tag!r} without metric_for_best_model",
                 next_step="name the metric, or leave out these two",
@@ -137,35 +134,29 @@ class CheckpointPusher:
             logger.warning("training starts without the Hub's consent: %s", error.found)
         self.repo_id = hub.repo_id
         self._endpoint = hub.api.endpoint
-        rule = None
-        if metric_for_best_model is not None:
-            if greater_is_better is None:
-                greater_is_better = not metric_for_best_model.endswith("loss")
-            rule = BestRule(metric_for_best_model, greater_is_better, best_tag)
-        self._owner = os.getpid()
-        for folder, lock in left_behind(Path(tempfile.gettempdir()).glob(f"{FOLDER}*")):
-            discard(folder, lock)
-        self._changed = threading.Condition()
-        # All of these are read and written while holding _changed.
-        self._job = Job(  # what every checkpoint's job has in common, and what the last one found out
-            step=0,
-            metrics={},
+        self._new_job = partial(
+            Job,
             dataset=dataset,
             destination=Destination(hub.repo_id, revision or MAIN, private, token, patience),
             package=PackageOptions(base_model, license, tuple(tags), max_shard_size),
             rule=rule,
         )
-        self._waiting: tuple[Job, Snapshot] | None = None
-        self._on_its_way: int | None = None  # the step
-        self._in_memory = False  # whether the snapshot on its way is not on the disk yet
+        for folder, lock in left_behind(Path(tempfile.gettempdir()).glob(f"{FOLDER}*")):
+            discard(folder, lock)
+        self._owner = os.getpid()
+        self._changed = threading.Condition()
+        # All of these are read and written while holding _changed.
+        self._waiting: Snapshot | None = None
+        self._current: Snapshot | None = None  # on its way; without weights once it is on the disk
         self._thread: threading.Thread | None = None
-        self._worker: subprocess.Popen[str] | None = None
-        self._failures: list[CheckpointPushError] = []
+        self._worker: Worker | None = None
+        self._verified: str | None = None  # fingerprint of the last package; see `worker`
         self._pushed: list[PushedCheckpoint] = []
         self._skipped: list[int] = []
+        self._failures: list[CheckpointPushError] = []
         self._flushes = 0  # calls of flush that wait
         self._closed = False
-        atexit.register(self._at_exit)
+        atexit.register(self._close_and_log)
 
     def push(
         self, model: nn.Module, *, step: int, metrics: Mapping[str, float] | None = None, tokenizer: Any = None
@@ -190,18 +181,18 @@ class CheckpointPusher:
             PusherClosedError: after `close`, or in a forked process.
         """
         self._check_usable()
-        numbers = _numbers(metrics or {})
+        numbers = as_numbers(metrics or {})
         with self._changed:
-            if self._waiting is not None and self._in_memory:
-                self._skip()  # before the copy and not after it: there are never more than two
-            snapshot = Snapshot.of(model, tokenizer)
-            if self._waiting is not None:
-                self._skip()
-            if self._thread is None:  # it begins when we let go of the lock; where it cannot be started, nothing waits
+            if self._current is not None and self._current.weights:
+                self._skip_waiting()  # before the copy and not after it: there are never more than two
+            snapshot = Snapshot.of(model, tokenizer, step=step, metrics=numbers)
+            self._skip_waiting()
+            if self._thread is None:
                 thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
-                thread.start()
+                thread.start()  # it waits for our lock; where the system refuses to start it, nothing waits
                 self._thread = thread
-            self._waiting = replace(self._job, step=step, metrics=numbers), snapshot
+            self._waiting = snapshot
+            self._changed.notify_all()
         self.check()
 
     def check(self) -> None:
@@ -225,6 +216,7 @@ class CheckpointPusher:
         self._check_usable()
         with self._changed:
             self._flushes += 1
+            self._changed.notify_all()
             try:
                 self._changed.wait_for(lambda: self._thread is None)
             finally:
@@ -247,17 +239,16 @@ class CheckpointPusher:
         try:
             self.flush()
         finally:
+            atexit.unregister(self._close_and_log)
             with self._changed:
                 self._closed = True
-                lost = [self._on_its_way] if self._on_its_way is not None else []
-                lost += [self._waiting[0].step] if self._waiting is not None else []
-                self._waiting = None
-                thread = self._thread
+                unpushed = [str(snapshot.step) for snapshot in (self._current, self._waiting) if snapshot is not None]
+                self._waiting, thread = None, self._thread
+                self._changed.notify_all()
                 if self._worker is not None:
-                    kill(self._worker)
-            atexit.unregister(self._at_exit)
-            if lost:
-                logger.error("interrupted: not pushed to %s: step %s", self.repo_id, ", ".join(map(str, lost)))
+                    self._worker.kill()
+            if unpushed:
+                logger.error("interrupted: not pushed to %s: step %s", self.repo_id, ", ".join(unpushed))
             if thread is not None:
                 thread.join()
 
@@ -276,44 +267,38 @@ class CheckpointPusher:
     def __enter__(self) -> CheckpointPusher:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
             self._close_and_log()
 
-    def _at_exit(self) -> None:
-        if os.getpid() == self._owner:
-            self._close_and_log()
-
     def _close_and_log(self) -> None:
+        if os.getpid() != self._owner:
+            return
         with self._changed:
-            idle = self._thread is None
-        if not idle:
-            logger.warning("waiting until the last checkpoint is on %s; Ctrl-C gives it up", self.repo_id)
+            if self._thread is not None:
+                logger.warning("waiting until the last checkpoint is on %s; Ctrl-C gives it up", self.repo_id)
         try:
             self.close()
         except CheckpointPushError as error:
             logger.error("%s", error)
 
     def _check_usable(self) -> None:
-        found = None
+        advice = "make a new one: CheckpointPusher(repo_id)"
         if os.getpid() != self._owner:  # first: a fork may have copied the lock while somebody held it
             found = f"this CheckpointPusher belongs to process {self._owner}, from which this one was forked"
-        else:
-            with self._changed:
-                if self._closed:
-                    found = "this CheckpointPusher is closed"
-        if found:
-            raise PusherClosedError(found, next_step="make a new one: CheckpointPusher(repo_id)")
+            raise PusherClosedError(found, next_step=advice)
+        with self._changed:
+            if self._closed:
+                raise PusherClosedError("this CheckpointPusher is closed", next_step=advice)
 
-    def _skip(self) -> None:
-        """Let a newer checkpoint take the place of the one that waits."""
-        assert self._waiting is not None
-        step = self._waiting[0].step
-        self._waiting = None
-        self._skipped.append(step)
-        logger.info("step %d is skipped: a newer checkpoint is there already", step)
+    def _skip_waiting(self) -> None:
+        """Let a newer checkpoint take the place of the one that waits, if one does."""
+        if self._waiting is not None:
+            logger.info("step %d is skipped: a newer checkpoint is there already", self._waiting.step)
+            self._skipped.append(self._waiting.step)
+            self._waiting = None
 
     # The thread
 
@@ -321,102 +306,80 @@ class CheckpointPusher:
         """Push what waits, until nothing does."""
         while True:
             with self._changed:
-                if self._waiting is None:
+                self._current, self._waiting = self._waiting, None
+                if self._current is None:
                     self._thread = None
                     self._changed.notify_all()
                     return
-                (job, snapshot), self._waiting = self._waiting, None
-                job = replace(job, verified=self._job.verified, best=self._job.best)
-                self._on_its_way, self._in_memory = job.step, True
+                snapshot = self._current
             try:
-                result = self._push(job, snapshot)
+                self._push_in_folder(snapshot)
             except BaseException as error:  # a thread has no caller: whatever it is, the next call raises it
-                self._fail(job.step, error)
-            else:
-                if result is not None:
-                    with self._changed:
-                        self._job = replace(self._job, verified=result.verified, best=result.best)
-                        self._pushed.append(result.pushed)
-                    logger.info("step %d is on %s: %s", job.step, self.repo_id, result.pushed.url)
-            finally:
-                snapshot.weights.clear()  # the traceback of an error would keep them
                 with self._changed:
-                    self._on_its_way, self._in_memory = None, False
+                    snapshot.weights.clear()  # the error's traceback would keep them
+                self._keep_failure(snapshot.step, error)
 
-    def _push(self, job: Job, snapshot: Snapshot) -> Result | None:
-        """Have a checkpoint pushed; again, where it failed in a way that passes. None: a newer one took its place."""
+    def _push_in_folder(self, snapshot: Snapshot) -> None:
+        """Push a checkpoint from a folder of its own; by another worker where one dies."""
         folder, lock = locked_folder(FOLDER, Path(tempfile.gettempdir()))
-        with ExitStack() as workers:
-            try:
-                for attempt in itertools.count(1):
-                    with self._changed:
-                        flushing = self._flushes > 0  # an attempt that begins while somebody waits is the last
-                    try:
-                        return self._work(job, snapshot, folder, workers)
-                    except (HubUnavailableError, ConcurrentPushError, WorkerDiedError) as error:
-                        unreachable = isinstance(error, HubUnavailableError)
-                        with self._changed:
-                            if self._closed or (not unreachable and attempt == TRIES):
-                                raise
-                            if unreachable and self._waiting is not None:
-                                self._skipped.append(job.step)
-                                logger.warning("step %d is skipped: %s", job.step, error.found)
-                                return None
-                            if unreachable and flushing:
-                                raise
-                        logger.warning("step %d is not on %s yet, and tried again: %s", job.step, self.repo_id, error)
-            finally:
-                discard(folder, lock)
-        raise AssertionError("unreachable")
-
-    def _work(self, job: Job, snapshot: Snapshot, folder: Path, workers: ExitStack) -> Result:
-        """Have one worker do the job, and leave it to `workers` to end it when the folder is gone.
-
-        Should this process be killed, the worker removes the folder. So it is started before the snapshot is written,
-        and one of an earlier attempt ends only when it is there.
-
-        Raises:
-            WorkerDiedError: the worker ended without a result.
-            Everything that `push_checkpoint` raises.
-        """
-        result, last = folder / RESULT, "it printed nothing"
-        result.unlink(missing_ok=True)  # of an earlier attempt
-        with workers.pop_all():
-            workers.enter_context(suppress(BrokenPipeError))  # closing the pipe to one that died
-            worker = workers.enter_context(start(folder, self._endpoint))
-            workers.callback(kill, worker)
-        assert worker.stdin is not None
-        assert worker.stdout is not None
         try:
-            with self._changed:
-                if self._closed:
-                    raise WorkerDiedError("the pusher was closed in the meantime", next_step="push before close()")
-                self._worker = worker
-            if snapshot.weights:
-                snapshot.write(folder)
-                snapshot.weights.clear()
-                with self._changed:
-                    self._in_memory = False
-            with suppress(BrokenPipeError):  # it has died
-                worker.stdin.write(f"{job.to_json()}\n")
-                worker.stdin.close()
-            for line in worker.stdout:
-                last = line.strip() or last
-                logger.warning("step %d: %s", job.step, line.rstrip())
+            for number in range(1, WORKERS + 1):
+                try:
+                    return self._push_by_worker(snapshot, folder)
+                except WorkerDiedError as error:
+                    with self._changed:
+                        if self._closed or number == WORKERS:
+                            raise
+                    logger.warning("step %d is not on %s yet, and tried again: %s", snapshot.step, self.repo_id, error)
         finally:
             with self._changed:
-                self._worker = None
-        if not result.exists():
-            kill(worker)  # where it has ended, what it started may live on
-            status = worker.wait()
-            raise WorkerDiedError(
-                "the process that pushes checkpoints ended with "
-                f"{f'signal {-status}' if status < 0 else f'exit status {status}'}: {last[:500]}",
-                next_step="read what it printed, in the log; make sure that there is enough memory",
-            )
-        return result_from_json(result.read_text(encoding="utf-8"))
+                worker, self._worker = self._worker, None
+            if worker is not None and os.name == "nt":
+                worker.end()  # Windows removes no file that is open
+            discard(folder, lock)
+            if worker is not None:
+                worker.end()  # only now: should this process be killed before, the worker removes the folder
 
-    def _fail(self, step: int, cause: BaseException) -> None:
+    def _push_by_worker(self, snapshot: Snapshot, folder: Path) -> None:
+        """Have a new worker push a checkpoint, again and again while the Hub does not answer.
+
+        Raises:
+            WorkerDiedError: the worker ended without an answer, or the pusher was closed.
+            Everything that a job can fail with.
+        """
+        with self._changed:
+            if self._closed:
+                raise WorkerDiedError("the pusher was closed in the meantime", next_step="push before close()")
+            # before the snapshot is written, which the worker removes should this process be killed
+            self._worker = worker = Worker(folder, self._endpoint)
+            job = self._new_job(step=snapshot.step, metrics=snapshot.metrics, verified=self._verified)
+        if snapshot.weights:  # not on the disk yet
+            snapshot.write(folder)
+            with self._changed:
+                snapshot.weights.clear()
+        while True:
+            with self._changed:
+                is_last = self._flushes > 0  # an attempt that begins while somebody waits is the last
+            try:
+                success = read_answer(worker.ask(job.to_json()))
+                break
+            except HubUnavailableError as error:
+                with self._changed:
+                    if is_last or self._closed:
+                        raise
+                    if self._waiting is not None:
+                        logger.warning("step %d is skipped: %s", snapshot.step, error.found)
+                        self._skipped.append(snapshot.step)
+                        return
+                    logger.warning("step %d is not on %s yet, and tried again: %s", snapshot.step, self.repo_id, error)
+                    self._changed.wait(PAUSE)
+        with self._changed:
+            self._verified = success.verified
+            self._pushed.append(success.pushed)
+            self._current = None
+        logger.info("step %d is on %s: %s", snapshot.step, self.repo_id, success.pushed.url)
+
+    def _keep_failure(self, step: int, cause: BaseException) -> None:
         """Keep a failure for the next call."""
         known = cause
         if not isinstance(known, GPT2ValueHubError):
@@ -430,19 +393,7 @@ class CheckpointPusher:
         )
         error.__cause__ = cause
         with self._changed:
-            closed = self._closed
             self._failures.append(error)
+            closed = self._closed
         if not closed:  # what an interrupt stopped, `close` tells
             logger.error("%s", error)
-
-
-def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
-    numbers = {}
-    for name, value in metrics.items():
-        try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            raise CardMetadataError(
-                f"the metric {name!r} is {value!r}", expected="a number", next_step="pass float(...) or leave it out"
-            ) from error
-    return numbers

@@ -30,14 +30,16 @@ TOKENIZER = "tokenizer"
 class Snapshot:
     """A copy that training cannot change any more."""
 
+    step: int
+    metrics: dict[str, float]
     config: Any
     generation_config: Any
     tokenizer: Any
     weights: dict[str, torch.Tensor]  # in main memory; tied tensors share their copy
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Any = None) -> Snapshot:
-        """Copy a model, from a GPU too.
+    def of(cls, model: nn.Module, tokenizer: Any = None, *, step: int, metrics: dict[str, float]) -> Snapshot:
+        """Copy a model, also from a GPU.
 
         Raises:
             WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
@@ -52,13 +54,13 @@ class Snapshot:
                 expected="a tokenizer of transformers' own, without code",
                 next_step="load one with AutoTokenizer.from_pretrained(...)",
             ) from error
-        return cls(shell.config, shell.generation_config, tokenizer, _copied(state))
+        return cls(step, metrics, shell.config, shell.generation_config, tokenizer, _copied(state))
 
     def write(self, folder: Path) -> None:
-        """Write it to a folder; the weights in one file, during which other threads run.
+        """Write it to a folder, the weights in one file.
 
-        `torch.save`, because it neither copies the weights again nor holds the interpreter lock, for which a training
-        step would wait; and it keeps tied tensors tied. It is read without running anything (`weights_only`).
+        By `torch.save`, because it neither copies the weights again nor holds the interpreter lock, for which a
+        training step would wait; and it keeps tied tensors tied. Reading it runs no code (`weights_only`).
 
         Raises:
             SaveFailedError: the system refused, the disk is full.
@@ -105,6 +107,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def _copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in main memory; tensors that share their memory share their copy."""
     copies: dict[object, torch.Tensor] = {}
     weights = {}
     for name, tensor in state.items():

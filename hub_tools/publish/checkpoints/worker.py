@@ -8,42 +8,60 @@ It is a process of its own because a thread would share the training loop's inte
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
 import math
-import shutil
 import sys
-from operator import attrgetter
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
 from ... import layout
-from ...errors import GPT2ValueHubError
+from ...errors import ConcurrentPushError, GPT2ValueHubError
 from ...files import read_safetensors_header
 from ...hub.repository import Hub
 from ...package.inspection import inspect_package
 from ...package.record import read_record
 from ...package.save import save_package
 from ...package.verify import refusals, verify_package
-from ..push import PushOptions, push
+from ..push import PushOptions, after_commit, push
 from ..upload_set import Package
-from .job import RESULT, Best, BestRule, Job, PushedCheckpoint, Result, failure_to_json, metrics_in
+from .job import BestRule, Job, PushedCheckpoint, Success, failure_to_json, metrics_in
 from .snapshot import read_model, read_tokenizer
+from .worker_process import ANSWER
+
+logger = logging.getLogger(__name__)
 
 TASK = "text-generation"
-SCORE = attrgetter("score")
 VERIFY_TIMEOUT = 24 * 3600.0  # seconds: it gets the time that training leaves
+TRIES = 3  # of a push, where others push at the same time
 
 
-def push_checkpoint(job: Job, folder: Path) -> Result:
-    """Push the model whose snapshot is in `folder` as one commit.
+def main(folder: Path) -> None:
+    """Read a job from the standard input, do it, and print the answer. For each further line, try the push again."""
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):  # the parent died before the snapshot was whole
+        return
+    job, prepared = Job.from_json(line), None
+    while line:
+        try:
+            hub = Hub(job.destination.repo_id, token=job.destination.token, patience=job.destination.patience)
+            hub.check_token()
+            package, fingerprint = prepared = prepared or prepare(job, hub, folder)
+            answer = Success(push_checkpoint(job, hub, package), fingerprint).to_json()
+        except GPT2ValueHubError as error:
+            answer = failure_to_json(error)
+        print(f"\n{ANSWER}{answer}", flush=True)  # on a line of its own, whatever a library has printed
+        line = sys.stdin.readline()
+
+
+def prepare(job: Job, hub: Hub, folder: Path) -> tuple[Package, str]:
+    """Make a verified package of the snapshot in `folder`; return it with its fingerprint.
 
     Raises:
-        Everything that `push_to_hub` raises.
+        Everything that `save_package`, `verify_package` and `push_package` raise without asking the Hub.
     """
-    where, package_folder = job.destination, folder / "package"
-    hub = Hub(where.repo_id, token=where.token, patience=where.patience)
-    hub.check_token()
-    shutil.rmtree(package_folder, ignore_errors=True)  # of an earlier attempt; a replaced package would be there twice
+    package_folder = folder / "package"
     save_package(
         read_model(folder),
         package_folder,
@@ -57,15 +75,13 @@ def push_checkpoint(job: Job, folder: Path) -> Result:
     _write_metrics(job, hub.repo_id, package_folder / layout.CARD)
     package = Package.read(package_folder)
     package.refuse_secrets(hub, job.title)
-    verified = _verify(package_folder, job.verified)
-    options = PushOptions(branch=where.branch, private=where.private, message=job.title, note=job.note)
-    report = push(package, hub, options)
-    assert report.commit is not None
-    assert report.url is not None
-    best = None if job.rule is None else _tag_best(job, job.rule, hub, report.commit)
-    is_best = best is not None and best.commit == report.commit
-    pushed = PushedCheckpoint(job.step, job.metrics, report.commit, report.url, report.committed, is_best)
-    return Result(pushed, verified, best)
+    fingerprint = fingerprint_of(package_folder)
+    if fingerprint != job.verified:
+        verify_package(package_folder, timeout=VERIFY_TIMEOUT)
+    else:
+        for problem in refusals(inspect_package(package_folder)):
+            raise problem
+    return package, fingerprint
 
 
 def _write_metrics(job: Job, repo_id: str, path: Path) -> None:
@@ -88,60 +104,56 @@ def _write_metrics(job: Job, repo_id: str, path: Path) -> None:
     path.write_text(str(card), encoding="utf-8")
 
 
-def _verify(folder: Path, verified: str | None) -> str:
-    """Verify in full where anything but the values of the weights is new; otherwise inspect, and trust that the same
-    code loads the same shapes. (The save has checked that the weights are finite and whole.) Return the fingerprint.
+def fingerprint_of(folder: Path) -> str:
+    """A hash of everything in a package but the values of the weights.
+
+    Two packages of one fingerprint have the same code, config and tokenizer, and tensors of the same names, shapes and
+    types: where one of them loads, so does the other. (The save has checked that the weights are finite and whole.)
     """
     hashes = read_record(folder).sha256
-    facts = {name: digest for name, digest in hashes.items() if layout.kind_of(name) != "weights"}
+    others = {name: digest for name, digest in hashes.items() if layout.kind_of(name) != "weights"}
     headers = {name: read_safetensors_header(folder, name) for name in hashes if name.endswith(".safetensors")}
-    fingerprint = hashlib.sha256(repr((sorted(facts.items()), sorted(headers.items()))).encode()).hexdigest()
-    by_an_earlier_attempt = folder.with_name(f"verified-{fingerprint}")
-    if fingerprint != verified and not by_an_earlier_attempt.exists():
-        verify_package(folder, timeout=VERIFY_TIMEOUT)
-        by_an_earlier_attempt.touch()
-    else:
-        for refusal in refusals(inspect_package(folder)):
-            raise refusal
-    return fingerprint
+    return hashlib.sha256(repr((sorted(others.items()), sorted(headers.items()))).encode()).hexdigest()
 
 
-def _tag_best(job: Job, rule: BestRule, hub: Hub, commit: str) -> Best:
-    """Make sure that the best checkpoint has the tag, and return it."""
-    try:
-        known = job.best if job.best is not None else _best_on_the_hub(job, rule, hub)
-        best = max(known, rule.rate(commit, job.metrics), key=SCORE)  # where they are equal, the earlier
-        if best.commit is not None and best != job.best:
-            hub.move_tag(rule.tag, commit=best.commit)
-    except GPT2ValueHubError as error:
-        raise type(error)(
-            f"the commit {commit} did land; whether it is the best is not known, or not tagged: {error.found}",
-            expected=error.expected,
-            next_step=error.next_step,
-        ) from error
-    return best
+def push_checkpoint(job: Job, hub: Hub, package: Package) -> PushedCheckpoint:
+    """Push a verified package as one commit, and make sure that the best checkpoint has its tag.
+
+    Raises:
+        Everything that `push_package` raises.
+    """
+    options = PushOptions(job.destination.branch, job.destination.private, message=job.title, note=job.note)
+    for attempt in itertools.count(1):
+        try:
+            report = push(package, hub, options)
+            break
+        except ConcurrentPushError as error:
+            if attempt == TRIES:
+                raise
+            logger.warning("step %d is pushed again, on top of that: %s", job.step, error.found)
+    assert report.commit is not None
+    assert report.url is not None
+    is_best = False
+    if job.rule is not None:
+        with after_commit(report.commit, but="the tag of the best checkpoint may be missing or on another"):
+            is_best = report.commit == tag_best(job, job.rule, hub, report.commit)
+    return PushedCheckpoint(job.step, job.metrics, report.commit, report.url, report.committed, is_best)
 
 
-def _best_on_the_hub(job: Job, rule: BestRule, hub: Hub) -> Best:
-    """The best of the commit that has the tag and all on the branch. The tag alone does not tell: a run that is killed
-    after a commit and before its tag leaves the tag on an older one, or on none."""
-    commits = list(reversed(hub.commits(job.destination.branch)))
+def tag_best(job: Job, rule: BestRule, hub: Hub, commit: str) -> str | None:
+    """Give the tag to the best checkpoint, and return its commit; None where no checkpoint has the metric.
+
+    Compares all commits on the branch, and the one that has the tag. What this run remembers, or the tag alone, would
+    not do: a run that is killed after a commit and before its tag leaves the tag on an older one, or on none.
+    """
+    commits = hub.commits(job.destination.branch)
     tagged = hub.tagged(rule.tag)
     if tagged is not None and all(found.commit_id != tagged for found in commits):
-        commits.insert(0, hub.commits(tagged)[0])
-    rated = (rule.rate(found.commit_id, metrics_in(found.message)) for found in commits)
-    return max(rated, key=SCORE, default=Best())
-
-
-def main(folder: Path) -> None:
-    """Read a job from the standard input, do it, and write the result or the error to `result.json` in the folder."""
-    line = sys.stdin.readline()
-    if not line.endswith("\n"):  # the parent died before the snapshot was whole
-        return
-    try:
-        result = push_checkpoint(Job.from_json(line), folder).to_json()
-    except GPT2ValueHubError as error:
-        result = failure_to_json(error)
-    scratch = folder / f"{RESULT}.new"
-    scratch.write_text(result, encoding="utf-8")
-    scratch.rename(folder / RESULT)
+        commits.append(hub.commits(tagged)[0])
+    scores = {found.commit_id: rule.score(metrics_in(found.message)) for found in reversed(commits)}
+    scores[commit] = rule.score(job.metrics)
+    best = max(scores, key=lambda found: scores[found])  # of equals, the oldest
+    if scores[best] == -math.inf:
+        return None
+    hub.move_tag(rule.tag, commit=best)
+    return best

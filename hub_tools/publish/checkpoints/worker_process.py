@@ -1,10 +1,11 @@
-"""Start a worker process that takes from training only what it leaves of the cores, and end it.
+"""A worker process that takes from training only what it leaves of the cores: start it, ask it, end it.
 
-Imports the standard library.
+Imports the standard library and of hub_tools `errors`. What the process does is in `__main__` and `worker`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -12,34 +13,89 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from ...errors import WorkerDiedError
 
-def start(folder: Path, endpoint: str) -> subprocess.Popen[str]:
-    """Start a worker on `folder`. It reads its job from the pipe `stdin`; all that it prints arrives in `stdout`."""
-    own = {
-        # it finds what this process finds, whatever the training script is
-        "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
-        "HF_ENDPOINT": endpoint,
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_VERBOSITY": "error",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TMPDIR": str(folder),  # of what is verified and merged; removed with it
-        "TEMP": str(folder),  # the same on Windows
-    }
-    worker = subprocess.Popen(
-        [sys.executable, "-m", __package__, str(folder), str(os.getpid())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        cwd=folder,  # where nothing can be imported from: `python -m` looks there first
-        env={**os.environ, **own},
-    )
-    give_way(worker.pid)
-    return worker
+logger = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-m", __package__)
+ANSWER = "gpt2-value-answer: "  # how the lines begin that are answers
+
+
+class Worker:
+    """A process that answers one line with one line. Everything else that it prints is logged.
+
+    Args:
+        folder: its working folder, for temporary files, too. If this process dies, the worker removes it.
+        endpoint: the Hub's address.
+    """
+
+    def __init__(self, folder: Path, endpoint: str) -> None:
+        own = {
+            # it imports what this process would import, whatever the training script is
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
+            "HF_ENDPOINT": endpoint,
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_VERBOSITY": "error",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TMPDIR": str(folder),
+            "TEMP": str(folder),  # the same on Windows
+        }
+        self._process = subprocess.Popen(
+            [*COMMAND, str(folder), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            cwd=folder,  # where nothing can be imported from: `python -m` looks there first
+            env={**os.environ, **own},
+        )
+        self.pid = self._process.pid
+        give_way(self.pid)
+
+    def ask(self, line: str) -> str:
+        """Send a line, and wait for the answer.
+
+        Raises:
+            WorkerDiedError: the process ended without one.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        last = "it printed nothing"
+        with suppress(BrokenPipeError):  # it has died
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+        for printed in self._process.stdout:
+            if printed.startswith(ANSWER):
+                return printed.removeprefix(ANSWER)
+            if printed.strip():
+                last = printed.strip()
+                logger.warning("the worker: %s", last)
+        self.end()  # what it started may live on
+        status = self._process.returncode
+        raise WorkerDiedError(
+            "the process that pushes checkpoints ended with "
+            f"{f'signal {-status}' if status < 0 else f'exit status {status}'}: {last[:500]}",
+            next_step="read what it printed, in the log; make sure that there is enough memory",
+        )
+
+    def kill(self) -> None:
+        """Kill it and the interpreter in which it verifies. An `ask` in another thread then raises."""
+        # Not where somebody has waited for its end: its number may be another process's by then.
+        if self._process.returncode is None and hasattr(os, "killpg"):
+            # it has not come to making its group; or (macOS) nobody but itself is in it, dead
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
+
+    def end(self) -> None:
+        """Kill it, wait until it is gone, and close the pipes to it."""
+        self.kill()
+        with suppress(BrokenPipeError), self._process:  # it has died, and not read all that was sent
+            pass
 
 
 def give_way(pid: int) -> None:
@@ -53,13 +109,3 @@ def give_way(pid: int) -> None:
             os.setpriority(os.PRIO_PROCESS, pid, 19)
         if sys.platform == "linux":
             os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-
-
-def kill(worker: subprocess.Popen[str]) -> None:
-    """Kill a worker and the interpreter in which it verifies, unless somebody has waited for it and so knows its end:
-    its number may be another process's by then."""
-    if worker.returncode is None and hasattr(os, "killpg"):
-        # it has not come to making its group; or (macOS) nobody but itself is in it, dead
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(worker.pid, signal.SIGKILL)
-    worker.kill()
