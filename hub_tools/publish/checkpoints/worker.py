@@ -79,8 +79,8 @@ def prepare(job: Job, hub: Hub, folder: Path) -> tuple[Package, str]:
     if fingerprint != job.verified:
         verify_package(package_folder, timeout=VERIFY_TIMEOUT)
     else:
-        for problem in refusals(inspect_package(package_folder)):
-            raise problem
+        for refusal in refusals(inspect_package(package_folder)):
+            raise refusal
     return package, fingerprint
 
 
