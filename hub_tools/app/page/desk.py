@@ -128,7 +128,7 @@ class Desk:
                 f"{len(queries)} prompts with {responses} responses each; expected 1 to {MOST_ROWS} responses in all."
             )
         generator = torch.Generator(self.mine.model.device)
-        used = generator.seed() & MAX_SEED if seed is None else seed
+        used = generator.seed() % (1 << 32) if seed is None else seed  # short, so that people can type it
         if not 0 <= used <= MAX_SEED:
             raise ValueError(f"seed={seed}; expected an int from 0 to {MAX_SEED}.")
         generator.manual_seed(used)

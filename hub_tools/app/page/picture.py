@@ -35,7 +35,7 @@ class Token:
     """One token of a prompt or a response."""
 
     text: str
-    value: float  # of the state once the token stands
+    value: float | None = None  # of the state once the token stands; None without a value head
     value_before: float | None = None  # of the state that it was drawn in; None in a prompt
     logprob: float | None = None  # None in a prompt, which nobody drew
     log_ratio: float | None = None  # to a second model
