@@ -84,10 +84,8 @@ def review_page(unread: Sequence[Unread]) -> str:
         at = f" at {package.source.revision}" if package.source.revision else ""
         parts.append(f"<h3>{html.escape(visible(package.source.name + at))}</h3>")
         for file in package.files:
-            parts.append(
-                f"<h4>{html.escape(visible(file.name))}</h4><p>sha256 <code>{file.sha256}</code></p>"
-                f'<pre tabindex="0" style="overflow:auto;max-height:30rem">{html.escape(visible(file.difference))}</pre>'
-            )
+            parts.append(f"<h4>{html.escape(visible(file.name))}</h4><p>sha256 <code>{file.sha256}</code></p>")
+            parts.append(f'<pre class="gv-code" tabindex="0">{html.escape(visible(file.difference))}</pre>')
     return "".join(parts) + "</div>"
 
 
