@@ -5,9 +5,10 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
-from conftest import make_tiny_model, plain_twin
+from conftest import make_tiny_model, write_published_checkpoint
 from gradio_client import Client, handle_file
 from PIL import Image
 from test_app_page import Reader
@@ -17,6 +18,7 @@ from generation_gpt2_value import rescore, rollout
 from hub_tools import layout
 from hub_tools.app.page.app import build, launch
 from hub_tools.app.page.desk import Desk, Named
+from hub_tools.app.page.handlers import GENERATE, ROLLOUT
 from hub_tools.app.review import Source, review_page, unread_code
 from hub_tools.app.serve import open_app
 from hub_tools.errors import SourceError
@@ -200,9 +202,38 @@ def test_the_table_and_the_files_hold_what_was_drawn(visitor):
         assert image.format == "PNG"
 
 
-def test_the_page_asks_for_nothing_outside_this_machine(url):
-    import httpx2 as httpx
+AUDIT = ("", 2000, ROLLOUT, "", 1.0, 0, 1.0, 0, False, 1)
 
+
+def test_an_audit_says_in_words_whether_the_sampler_is_honest(visitor):
+    job = visitor.submit(*AUDIT, api_name="/audit")
+    shown = job.result(timeout=60)
+    assert "<b>honest</b>" in shown
+    assert "data:image/png;base64," in shown
+    assert any("of 2,000 tokens drawn" in told for told in job.outputs()[:-1])
+    asked = [
+        GENERATE if value == ROLLOUT else "max_new_tokens=20" if place == 3 else value
+        for place, value in enumerate(AUDIT)
+    ]
+    assert "<b>dishonest</b>" in visitor.predict(*asked, api_name="/audit")  # the hidden top_k=50
+
+
+def test_an_audit_leaves_torch_s_global_generator_alone(visitor):
+    state = torch.get_rng_state()
+    visitor.predict("a", 60, GENERATE, "top_k=0", 1.0, 0, 1.0, 0, False, 1, api_name="/audit")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [("top_k", "KEY=VALUE"), ("top_k=None", "null"), ("no_such_thing=1", "no_such_thing")]
+)
+def test_wrong_options_of_generate_are_an_error_in_the_page(visitor, options, message):
+    shown = visitor.predict("a", 60, GENERATE, options, 1.0, 0, 1.0, 0, False, 1, api_name="/audit")
+    assert 'role="alert"' in shown
+    assert message in shown
+
+
+def test_the_page_asks_for_nothing_outside_this_machine(url):
     page = httpx.get(url).text
     assert "fonts.googleapis" not in page
     assert '"share_url": "http' not in page
@@ -242,7 +273,8 @@ def test_unread_code_is_shown_and_not_run_until_somebody_agrees(package, tmp_pat
 
     said, opened = [], []
     where = {"in_browser": False, "say": said.append, "port": None}
-    opener = threading.Thread(target=lambda: opened.append(open_app([Source(str(package))], named, **where)))
+    opening = {"target": lambda: opened.append(open_app([Source(str(package))], named, **where))}
+    opener = threading.Thread(**opening, daemon=True)
     opener.start()
     try:
         review = reached("agree")
@@ -250,7 +282,7 @@ def test_unread_code_is_shown_and_not_run_until_somebody_agrees(package, tmp_pat
         assert not (tmp_path / "ran").exists()
         assert "loading" in review.predict(True, api_name="/agree")
     finally:
-        opener.join(timeout=60)
+        opener.join(timeout=20)
     assert (tmp_path / "ran").exists()
     (page,) = opened
     assert "data-rank" in Client(page.local_url, verbose=False).predict(*SAMPLE, api_name="/sample")
@@ -263,22 +295,26 @@ def reached(endpoint):
         for port in range(7860, 7880):
             try:
                 client = Client(f"http://127.0.0.1:{port}", verbose=False)
-            except (OSError, ValueError):
+            except (httpx.HTTPError, ValueError):
                 continue
-            if f"/{endpoint}" in client.view_api(return_format="dict")["named_endpoints"]:
+            if f"/{endpoint}" in client.view_api(print_info=False, return_format="dict")["named_endpoints"]:
                 return client
         time.sleep(0.1)
     raise AssertionError(f"no server with {endpoint}")
 
 
 def test_a_package_is_compared_with_a_plain_gpt2(package, models, tmp_path):
-    plain_twin(models[1]).save_pretrained(tmp_path / "plain")
+    write_published_checkpoint(tmp_path / "plain", seed=1)
     sources = [Source(str(package)), Source(str(tmp_path / "plain"))]
     page = open_app(sources, named, in_browser=False, say=lambda text: None)
-    shown = Client(page.local_url, verbose=False).predict(*SAMPLE, api_name="/sample")
-    assert "data-kl" in shown
-    assert "data-other-value" not in shown
-    page.close(verbose=False)
+    try:
+        shown = read(Client(page.local_url, verbose=False).predict(*SAMPLE, api_name="/sample"))
+    finally:
+        page.close(verbose=False)
+    drawn = [chip for chip in shown.chips if "data-rank" in chip]
+    assert any(abs(float(chip["data-kl"])) > 0.1 for chip in drawn)
+    assert {chip["data-other-value"] for chip in drawn} == {"0.0"}
+    assert named(sources[1], {}).about == "its value head is new, so every value is 0"
 
 
 def test_models_that_cannot_be_compared_are_refused_before_the_page_opens(package, tokenizer, tmp_path):

@@ -58,7 +58,10 @@ def _load(source: Source, reviewed: Mapping[str, str]) -> Named:
     hashes = [f"{name}={digest}" for name, digest in reviewed.items()]
     loaded = load_sampler(source.name, revision=source.revision, reviewed=hashes)
     commit = getattr(loaded.model.config, "_commit_hash", None)
-    return Named(source.name, loaded.model, loaded.tokenizer, f"commit {commit}" if commit else "")
+    about = [f"commit {commit}"] if commit else []
+    if not any(weight.any() for weight in loaded.model.v_head.parameters()):
+        about.append("its value head is new, so every value is 0")
+    return Named(source.name, loaded.model, loaded.tokenizer, ", ".join(about))
 
 
 def space(

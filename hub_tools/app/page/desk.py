@@ -34,7 +34,7 @@ class Named:
     about: str = ""  # where it comes from: a commit, whose code it is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: gradio hashes what it keeps for a visitor
 class Found:
     """Responses, the model (and the second one) that they are of, and what they were drawn with."""
 

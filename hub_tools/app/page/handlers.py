@@ -157,13 +157,13 @@ class Handlers:
     def compare(self, found: Found | None) -> tuple[Any, str]:
         """The table of what was found, and what it says."""
         if found is None:
-            return gr.update(value=[[]]), NOTHING
+            return None, NOTHING
         headers, rows = table(found)
         mine, other = found.names
         says = f"Responses drawn from {mine}"
         if other is not None:
             says += f" and scored by {other} too, over the same tokens"
-        return gr.update(value=rows, headers=headers), f'<p class="gv gv-note">{html.escape(says)}.</p>'
+        return {"headers": headers, "data": rows}, f'<p class="gv gv-note">{html.escape(says)}.</p>'
 
     def export_json(self, found: Found | None, request: gr.Request) -> str:
         return self._export(found, "responses.json", write_json, request)
