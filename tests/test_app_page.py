@@ -426,8 +426,8 @@ def test_limits_are_round_and_hold_every_number():
     assert palettes.limit_of([]) == palettes.limit_of([0.0]) == 1.0
     for number in (0.001, 0.13, 0.2, 0.51, 1.0, 3.0, -7.3, 1234.5):
         limit = palettes.limit_of([number, 0.0, math.inf])
-        assert abs(number) <= limit <= 2.5 * abs(number)
-        assert float(f"{limit:.0e}") == limit
+        assert abs(number) <= limit <= 1.5 * abs(number)
+        assert float(f"{limit:.1e}") == limit
 
 
 # The desk

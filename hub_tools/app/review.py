@@ -12,6 +12,7 @@ import html
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .. import layout
@@ -28,6 +29,11 @@ class Source:
 
     name: str
     revision: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What to call it: a folder's last part, or the id."""
+        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
 
 
 @dataclass(frozen=True)

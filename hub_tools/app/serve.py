@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import MissingLibraryError, NotAPackageError, SourceError
@@ -49,11 +50,15 @@ def open_app(
         say("there is code that nobody has read yet: read it in the browser, and agree to it there")
         place["server_port"] = ask(list(unread.values()), **place)
         place["inbrowser"] = False  # the window that is open shows the app next
+    labels = [source.label for source in sources]
+    if len(set(labels)) < len(labels):
+        labels = [source.name for source in sources]
     models = []
-    for source in sources:
+    for source, label in zip(sources, labels, strict=True):
         say(f"loading {source.name}")
         found = unread.get(source)
-        models.append(load(source if found is None else found.source, {} if found is None else found.sha256))
+        loaded = load(source if found is None else found.source, {} if found is None else found.sha256)
+        models.append(replace(loaded, name=label))
     try:
         desk = Desk(*models)
     except ValueError as error:

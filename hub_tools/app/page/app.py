@@ -78,7 +78,7 @@ def _compare_tab(pages: Handlers, found: gr.State) -> None:
     with gr.Row():
         as_json = gr.Button("Export JSON", elem_id="export-json")
         as_picture = gr.Button("Export PNG", elem_id="export-png")
-        file = gr.File(label="The file", interactive=False, elem_id="file")
+        file = gr.File(label="The file", interactive=False, height=90, elem_id="file")
     found.change(pages.compare, found, [rows, says], api_name="compare")
     as_json.click(pages.export_json, found, file, api_name="export_json")
     as_picture.click(pages.export_picture, found, file, api_name="export_picture")

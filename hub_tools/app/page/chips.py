@@ -210,7 +210,7 @@ def _card(token: Token, mine: str, other: str | None, *, given: bool) -> str:
     if token.entropy is not None:
         rows.append(("entropy", f"{token.entropy:.4f} nats"))
     if token.kept is not None:
-        rows.append(("kept set", f"{'in' if token.kept else 'not in'}; {token.choices:,} tokens"))
+        rows.append(("kept set", f"{'in' if token.kept else 'not in'}, of {token.choices:,} tokens"))
     if token.other_logprob is not None and token.log_ratio is not None:
         rows.append(("log-ratio", f"{token.log_ratio:+.4f} nats"))
         rows.append((f"log-probability, {other}", f"{token.other_logprob:.4f} nats"))

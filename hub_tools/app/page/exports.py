@@ -46,14 +46,15 @@ def table(found: Found) -> tuple[list[str], list[list[Any]]]:
 
     A log-ratio summed over a response that was drawn from the first model is the KL divergence by this draw.
     """
-    headers = ["response", "prompt", "text", "tokens", "log-probability", "mean entropy", "value at start", "at end"]
+    headers = ["#", "tokens", "log-probability", "mean entropy", "value at start", "at end"]
     two = found.names[1] is not None
     if two:
         headers += ["KL, this draw", "KL, exact", "second: log-probability", "second: value at start", "second: at end"]
+    headers += ["prompt", "text"]
     rows = []
     for number, response in enumerate(found.responses, 1):
         tokens = response.tokens
-        row: list[Any] = [number, _text(response.prompt), _text(tokens), len(tokens), _sum(t.logprob for t in tokens)]
+        row: list[Any] = [number, len(tokens), _sum(token.logprob for token in tokens)]
         total = _sum(token.entropy for token in tokens)
         row.append(None if total is None else round(total / len(tokens), 4))
         row += _ends([token.value_before for token in tokens], [token.value_after for token in tokens])
@@ -64,7 +65,7 @@ def table(found: Found) -> tuple[list[str], list[list[Any]]]:
                 _sum(t.other_logprob for t in tokens),
             ]
             row += _ends([t.other_value_before for t in tokens], [t.other_value_after for t in tokens])
-        rows.append(row)
+        rows.append([*row, _text(response.prompt), _text(tokens)])
     return headers, rows
 
 
@@ -86,7 +87,8 @@ def _short(text: str) -> str:
 
 
 def _text(tokens: Sequence[Token]) -> str:
-    return "".join(piece.replace("·", " ") if sign else piece for t in tokens for piece, sign in visible(t.text))
+    whole = "".join(piece.replace("·", " ") if sign else piece for t in tokens for piece, sign in visible(t.text))
+    return _short(whole.strip())
 
 
 def _sum(numbers: Any) -> float | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 INK = "#1b1f24"
 UNLIKELY = -6.0  # one in four hundred; log-probabilities below it share a colour
 
+_ROUND = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12)  # times a power of ten
 _PUOR = "7f3b08 b35806 e08214 fdb863 fee0b6 f7f7f7 d8daeb b2abd2 8073ac 542788 2d004b"
 _RDBU = "67001f b2182b d6604d f4a582 fddbc7 f7f7f7 d1e5f0 92c5de 4393c3 2166ac 053061"
 _BLUES = "08306b 08519c 2171b5 4292c6 6baed6 9ecae1 c6dbef deebf7 f7fbff"
@@ -57,12 +58,12 @@ def by_log_ratio(limit: float) -> Scale:
 
 
 def limit_of(numbers: Iterable[float]) -> float:
-    """A round number, 1, 2 or 5 times a power of ten, that none of the numbers exceeds in size; 1 if all are 0."""
+    """A round number that none of the numbers exceeds in size, and by little; 1 if all are 0."""
     largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
     if largest == 0.0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(largest))
-    return next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= largest)
+    return float(next(f"{factor * power:.2g}" for factor in _ROUND if factor * power >= largest))
 
 
 def ink_on(colour: str) -> str:

@@ -48,7 +48,9 @@ def value_lines(response: Response, names: tuple[str, str | None]) -> str:
         parts.append(
             f'<line class="gv-grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
         )
-        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:+g}</text>')
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{f"{value:+g}" if value else "0"}</text>'
+        )
     named = []
     for kind, name, values in (("gv-mine", names[0], mine), ("gv-theirs", names[1], theirs)):
         if any(value is not None for value in values):
