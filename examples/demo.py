@@ -247,7 +247,10 @@ def show_end(load_lines: str, package: Path, picture: Path) -> None:
         ("The package", str(package)),
         ("The picture", str(picture)),
         ("What loads it, anywhere", load_lines),
-        ("What to type next", f"{respond}\nmake demo BASE=openai-community/gpt2"),
+        (
+            "What to type next",
+            f"{short(command)} app {short(package)}\n{respond}\nmake demo BASE=openai-community/gpt2",
+        ),
     ):
         out.print(Text(f"\n{heading}", "bold"))
         out.print(Text(text, "cyan"), soft_wrap=True)  # whole lines, to be copied

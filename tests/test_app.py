@@ -191,7 +191,7 @@ def test_the_table_and_the_files_hold_what_was_drawn(visitor):
     column = {name: place for place, name in enumerate(rows["headers"])}
     drawn = [chip for chip in page.chips if "data-rank" in chip]
     assert sum(row[column["tokens"]] for row in rows["data"]) == len(drawn)
-    for name, attribute in (("log-probability", "logprob"), ("KL, this draw", "log-ratio"), ("KL, exact", "kl")):
+    for name, attribute in (("log-prob.", "logprob"), ("KL, this draw", "log-ratio"), ("KL, exact", "kl")):
         total = sum(float(chip[f"data-{attribute}"]) for chip in drawn)
         assert sum(row[column[name]] for row in rows["data"]) == pytest.approx(total, abs=1e-3)
     told = json.loads(Path(visitor.predict(api_name="/export_json")).read_text())

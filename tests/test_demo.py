@@ -269,6 +269,7 @@ def test_the_demo_runs_from_a_checkpoint_to_the_picture(small, tmp_path):
     assert f'AutoModel.from_pretrained("{package.folder}", trust_remote_code=True)' in done.stdout
     for prompt in demo.PROMPTS:
         assert f"{prompt} …" in done.stdout
+    assert f"gpt2-value app {package.folder.relative_to(tmp_path)}" in done.stdout  # the demo ends by naming it
     with Image.open(tmp_path / "out" / "responses.png") as image:
         assert image.format == "PNG"
 

@@ -120,8 +120,7 @@ class Desk:
         Raises:
             TypeError, ValueError: a prompt or a setting that cannot be, before or right after the first token.
         """
-        ends = self.ends
-        sampling = Sampling(temperature, top_k, top_p, min_new_tokens, ends or None)
+        sampling = Sampling(temperature, top_k, top_p, min_new_tokens, self.ends)
         queries = self.encode(prompts)
         if responses < 1 or responses * len(queries) > MOST_ROWS:
             raise ValueError(

@@ -46,10 +46,10 @@ def table(found: Found) -> tuple[list[str], list[list[Any]]]:
 
     A log-ratio summed over a response that was drawn from the first model is the KL divergence by this draw.
     """
-    headers = ["#", "tokens", "log-probability", "mean entropy", "value at start", "at end"]
+    headers = ["#", "tokens", "log-prob.", "mean entropy", "value at start", "at end"]
     two = found.names[1] is not None
     if two:
-        headers += ["KL, this draw", "KL, exact", "second: log-probability", "second: value at start", "second: at end"]
+        headers += ["KL, this draw", "KL, exact", "second: log-prob.", "second: value at start", "second: at end"]
     headers += ["prompt", "text"]
     rows = []
     for number, response in enumerate(found.responses, 1):

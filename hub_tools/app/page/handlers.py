@@ -112,7 +112,7 @@ class Handlers:
         try:
             desk = self.desk
             claim = Sampling(
-                temperature, _whole("top_k", top_k), top_p, _whole("min_new_tokens", min_new_tokens), desk.ends or None
+                temperature, _whole("top_k", top_k), top_p, _whole("min_new_tokens", min_new_tokens), desk.ends
             )
             wanted = _whole("tokens", tokens)
             if not 50 <= wanted <= MOST_AUDITED:
