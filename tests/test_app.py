@@ -1,6 +1,7 @@
 """The app as a browser sees it, through Gradio's client; code that nobody has read; two visitors at once."""
 
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -323,3 +324,15 @@ def test_models_that_cannot_be_compared_are_refused_before_the_page_opens(packag
         open_app([Source(str(package)), Source(str(tmp_path / "wide"))], named, in_browser=False, say=print)
     with pytest.raises(SourceError, match="no tokenizer"):
         open_app([Source(str(tmp_path / "wide"))], named, in_browser=False, say=print)
+
+
+def test_the_command_refuses_what_cannot_be_opened(gpt2_value, package, tmp_path, monkeypatch):
+    status, _, err = gpt2_value("app", tmp_path / "nowhere")
+    assert status == 1
+    assert "nowhere" in err
+    assert gpt2_value("app", package, "--compare-revision", "main")[0] == 2
+    assert gpt2_value("app", package, "--revision", "main")[0] == 2
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    status, _, err = gpt2_value("app", package)
+    assert status == 1
+    assert "pip install 'gpt2-value[app]'" in err

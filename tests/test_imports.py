@@ -14,8 +14,8 @@ from hub_tools import layout
 ROOT = Path(__file__).parent.parent
 REMOTE = sorted(ROOT.glob("*_gpt2_value.py"))
 PACKAGES = [path for name in ("hub_tools", "sampler_audit") for path in sorted((ROOT / name).rglob("*.py"))]
-# Imported where it is found, and not declared as needed: peft only merges adapters, matplotlib only draws, gradio is for
-# the app alone, and yaml comes with huggingface_hub.
+# Imported where it is found, and not declared as needed: peft only merges adapters, matplotlib only draws, gradio is
+# for the app alone, and yaml comes with huggingface_hub.
 NOT_DECLARED = {"peft", "matplotlib", "gradio", "yaml"}
 
 

@@ -2,5 +2,6 @@
 
 A Space gets a copy of these files, so they import only the standard library, torch, gradio, matplotlib, the remote
 code, `sampler_audit` and each other: `palettes`, `token_text` and `stream` (each by itself), `records` (all about each
-token), `chips` and `document` (HTML), `picture` (PNG), `desk` (what the app does), `audits`, and `app` (how it looks).
+token), `chips`, `value_lines` and `document` (HTML), `picture` and `exports` (files), `desk` and `audits` (what the app
+does), `handlers` (what happens on a click), and `app` (how it looks).
 """
