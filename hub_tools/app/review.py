@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import html
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +123,7 @@ def ask(unread: Sequence[Unread], **where: Any) -> int:
     launch(page, prevent_thread_lock=True, **where)
     try:
         agreed.wait()
-        agreed.clear()
-        agreed.wait(timeout=1.0)  # until the answer to the click has been sent
+        time.sleep(1.0)  # until the answer to the click has been sent
     finally:
         page.close(verbose=False)
     return int(page.server_port)
