@@ -191,6 +191,16 @@ def test_compare_sorts_and_exports(browser):
     browser.click_text("button[role=tab]", "Compare")
     browser.wait(lambda: browser.run("return document.querySelector('#table [role=grid]')?.ariaRowCount") == "3")
     browser.screenshot(SHOTS / "compare.png")
+    cells = "return [...document.querySelectorAll('#table [role=gridcell]')].map(e => e.innerText.trim())"
+    menu = "return [...document.querySelectorAll('#table [data-testid=header-2] .cell-menu-button')].at(-1).click()"
+    for way, sign in (("Sort ascending", 1), ("Sort descending", -1)):
+        browser.run(menu)
+        browser.click_text("[role=menuitem]", way)
+        browser.wait(lambda way=way: browser.count("[role=menuitem]") == 0)
+        shown = browser.run(cells)
+        logprobs = [sign * float(shown[place]) for place in range(2, len(shown), 13)]
+        assert len(logprobs) == 2
+        assert logprobs == sorted(logprobs)
     browser.click("#export-json")
     browser.wait(
         lambda: "responses.json" in browser.run("return document.querySelector('#file').innerText.replace(/\\n/g, '')")

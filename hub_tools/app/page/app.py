@@ -73,7 +73,7 @@ def _sample_tab(pages: Handlers, desk: Desk, found: gr.State) -> None:
 def _compare_tab(pages: Handlers, found: gr.State) -> None:
     says = gr.HTML(NOTHING, elem_id="says")
     rows = gr.Dataframe(
-        interactive=False, wrap=True, elem_id="table", label="All responses; a click on a heading sorts"
+        interactive=False, wrap=True, elem_id="table", label="All responses; the menu (⋮) of a heading sorts"
     )
     with gr.Row():
         as_json = gr.Button("Export JSON", elem_id="export-json")
