@@ -5,7 +5,7 @@ SEED ?= 0
 OUT ?= runs/ppo
 BIN := .venv/bin
 
-.PHONY: help demo test test-oldest check docs bench matrix audit-power compare-trl faults fuzz release-hashes tree wheel clean ppo
+.PHONY: help demo test test-oldest check docs bench matrix app-test audit-power compare-trl faults fuzz release-hashes tree wheel clean ppo
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -64,6 +64,9 @@ compare-trl: .venv/.done .trl/.done  ## converted checkpoints against the number
 	rm -rf .trl/checkpoints
 	.trl/bin/python tests/slow/compare_with_trl.py write .trl/checkpoints
 	$(BIN)/python tests/slow/compare_with_trl.py compare .trl/checkpoints
+
+app-test: .venv/.done  ## the app and its static page in a headless Chromium; screenshots in runs/app
+	$(BIN)/python -m pytest -q tests/slow/app_in_browser.py
 
 audit-power: .venv/.done  ## dishonest samplers that the audit catches, honest ones that it does not pass (slow)
 	$(BIN)/python tests/slow/audit_power.py

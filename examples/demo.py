@@ -22,7 +22,6 @@ import typer
 from fit_value_head import fit_value_head, own_reviews, written_reviews
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from picture import Token, draw_responses, ink_on, logprob_colour, value_colour
 from rich.columns import Columns
 from rich.console import Console
 from rich.padding import Padding
@@ -33,6 +32,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from hub_tools import GPT2ValueHubError, save_package, verify_package
+from hub_tools.app.page.palettes import ink_on
+from hub_tools.app.page.picture import BY_LOGPROB, Token, by_value, draw_responses, logprob_colour, value_colour
 from hub_tools.errors import LoadError, SaveFailedError, SourceError
 from modeling_gpt2_value import GPT2ValueModel
 
@@ -43,6 +44,7 @@ INSTALLED = [*(path.stem for path in ROOT.glob("*_gpt2_value.py")), "hub_tools",
 LENGTH = {"small": 80, "base": 40}  # tokens of a response at most; the small model's reviews end before that
 SEED = 54  # in both of its answers the reviewer has a second thought, and the values show it
 FIT_BUDGET = 20_000_000_000  # parameters times reviews: less than a minute on two cores, whatever the model's size
+BY_VALUE = by_value("value, in the judge's scores of finished texts: -1 complaint, 1 praise")
 ANOTHER_BASE = "give a GPT-2 with its tokenizer: make demo BASE=FOLDER or BASE=openai-community/gpt2, or no BASE at all"
 
 out = Console(highlight=False)
@@ -101,7 +103,8 @@ def run(base: str | None, folder: Path, seed: int) -> None:
 
     with step("6  A picture") as say:
         name = Path(checkpoint).name if base else "a small GPT-2"
-        draw_responses(answers, picture, title=f"Two responses of {name} with a value head")
+        title = f"Two responses of {name} with a value head"
+        draw_responses(answers, picture, title=title, columns=(BY_VALUE, BY_LOGPROB))
         say("The same tokens, coloured by value and by log-probability.")
 
     out.print(Columns([table(tokens) for tokens in answers], padding=(0, 3)))
@@ -244,7 +247,10 @@ def show_end(load_lines: str, package: Path, picture: Path) -> None:
         ("The package", str(package)),
         ("The picture", str(picture)),
         ("What loads it, anywhere", load_lines),
-        ("What to type next", f"{respond}\nmake demo BASE=openai-community/gpt2"),
+        (
+            "What to type next",
+            f"{short(command)} app {short(package)}\n{respond}\nmake demo BASE=openai-community/gpt2",
+        ),
     ):
         out.print(Text(f"\n{heading}", "bold"))
         out.print(Text(text, "cyan"), soft_wrap=True)  # whole lines, to be copied

@@ -226,7 +226,11 @@ class UnusedOptionError(GPT2ValueHubError, ValueError):
     """An option that this source has no use for, or a word that the option does not know."""
 
 
-# The command line
+# The command line and the app
+
+
+class MissingLibraryError(GPT2ValueHubError, ImportError):
+    """A library of an extra (`pip install 'gpt2-value[app]'`) is not installed."""
 
 
 class SourceError(GPT2ValueHubError, ValueError):

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import demo
-import picture
 import pytest
 import torch
 import typer
@@ -24,6 +23,7 @@ from train_small_gpt2 import Recipe, small_gpt2
 from transformers import AutoTokenizer, BertConfig, GPT2LMHeadModel
 
 from hub_tools import inspect_package
+from hub_tools.app.page import palettes, picture
 from hub_tools.errors import SourceError
 from modeling_gpt2_value import GPT2ValueModel
 
@@ -188,7 +188,9 @@ def test_a_picture_is_drawn_of_any_tokens(tmp_path):
     prompt = [picture.Token("My", value=0.1)]
     answer = [picture.Token(text, value=3 - i, value_before=0.0, logprob=-float(i)) for i, text in enumerate(AWKWARD)]
     file = tmp_path / "new" / "picture.png"
-    picture.draw_responses([prompt + answer, prompt], file, title="50 $ and 60 $")
+    picture.draw_responses(
+        [prompt + answer, prompt], file, title="50 $ and 60 $", columns=(demo.BY_VALUE, picture.BY_LOGPROB)
+    )
     with Image.open(file) as image:
         assert image.size[0] == picture.WIDTH * 110
 
@@ -204,7 +206,7 @@ def test_text_can_be_read_on_every_colour(colour):
 
     for number in torch.linspace(-7, 2, 200).tolist():
         ground = colour(number)
-        dark, light = sorted((luminance(picture.ink_on(ground)), luminance(ground)))
+        dark, light = sorted((luminance(palettes.ink_on(ground)), luminance(ground)))
         assert (light + 0.05) / (dark + 0.05) > 4, (number, ground)  # WCAG 2 asks 4.5 of small text, 3 of large
 
 
@@ -267,6 +269,7 @@ def test_the_demo_runs_from_a_checkpoint_to_the_picture(small, tmp_path):
     assert f'AutoModel.from_pretrained("{package.folder}", trust_remote_code=True)' in done.stdout
     for prompt in demo.PROMPTS:
         assert f"{prompt} …" in done.stdout
+    assert f"gpt2-value app {package.folder.relative_to(tmp_path)}" in done.stdout  # the demo ends by naming it
     with Image.open(tmp_path / "out" / "responses.png") as image:
         assert image.format == "PNG"
 

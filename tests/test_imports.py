@@ -14,7 +14,8 @@ from hub_tools import layout
 ROOT = Path(__file__).parent.parent
 REMOTE = sorted(ROOT.glob("*_gpt2_value.py"))
 PACKAGES = [path for name in ("hub_tools", "sampler_audit") for path in sorted((ROOT / name).rglob("*.py"))]
-NOT_DECLARED = {"matplotlib"}  # imported where it is found, and not declared as needed: it only draws
+# Imported where they are found, and not declared as needed: matplotlib only draws, gradio is for the app alone.
+NOT_DECLARED = {"matplotlib", "gradio"}
 MODULES = {"PyYAML": "yaml"}  # of distributions with another name
 
 

@@ -16,22 +16,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
 from .. import layout
 from ..errors import GPT2ValueHubError
-from . import audit, console
-from .loading import (
-    MAX_SEED,
-    Reviewed,
-    encode,
-    load_base,
-    load_reviewed,
-    quiet_transformers,
-    refuse_revision_of_a_folder,
-)
+from . import audit, console, pages, respond
+from .loading import load_base, quiet_transformers, refuse_revision_of_a_folder
 
 if TYPE_CHECKING:
     from ..package.inspection import PackageReport
@@ -125,57 +117,7 @@ def create(
         console.show_saved(package)
 
 
-@app.command()
-def respond(
-    package: Annotated[str, typer.Argument(help="A package: a folder, or an id on the Hub.")],
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to respond to, one text each.")],
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a response, at most.")] = 20,
-    temperature: Annotated[float, typer.Option(help="Below 1 sharper, above 1 flatter; more than 0.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k most probable tokens; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens of this mass; 1 is off.")] = 1.0,
-    seed: Annotated[Optional[int], typer.Option(min=0, max=MAX_SEED, help="Makes the draw repeatable.")] = None,
-    reviewed: Reviewed = None,
-    json: Json = False,
-) -> None:
-    """Respond to prompts, and show each token's log-probability and the value of the state before it.
-
-    The package's code runs only if it is a released version's, or if you say with --reviewed that you have read it.
-    """
-    import torch
-
-    with console.working(f"loading {package}"):
-        loaded = load_reviewed(package, revision=revision, reviewed=reviewed)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    queries = encode(tokenizer, prompts, package)
-    generator = torch.Generator()
-    if seed is not None:
-        generator.manual_seed(seed)
-    else:
-        generator.seed()
-    try:
-        rollout = model.rollout(
-            queries,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=tokenizer.eos_token_id,
-            generator=generator,
-        )
-    except (TypeError, ValueError) as error:  # every argument of the rollout is the user's
-        raise typer.BadParameter(str(error)) from error
-    responses = [_response(tokenizer, prompt, rollout[[row]]) for row, prompt in enumerate(prompts)]
-    if json:
-        settings = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
-        console.show_json({"package": package, **settings, "seed": seed, "responses": responses})
-    else:
-        console.show_responses(responses)
+app.command()(respond.respond)
 
 
 @app.command()
@@ -352,6 +294,8 @@ def push(
 
 
 app.command()(audit.audit)
+app.command()(pages.app)
+app.command()(pages.space)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -371,23 +315,6 @@ def _findings(report: PackageReport) -> list[str]:
     from ..package.verify import refusals
 
     return [refusal.found for refusal in refusals(report)]
-
-
-def _response(tokenizer: Any, prompt: str, rollout: Any) -> dict[str, Any]:
-    """Return one row of a rollout as plain values."""
-    drawn = rollout.response_mask[0]
-    ids = rollout.responses[0][drawn].tolist()
-    logprobs = rollout.logprobs[0][drawn].tolist()
-    values = [None] * len(ids) if rollout.values is None else rollout.values[0][drawn].tolist()
-    return {
-        "prompt": prompt,
-        "text": tokenizer.decode(ids),
-        "truncated": bool(rollout.truncated[0]),
-        "tokens": [
-            {"id": id, "text": tokenizer.decode([id]), "logprob": logprob, "value": value}
-            for id, logprob, value in zip(ids, logprobs, values, strict=True)
-        ],
-    }
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """`gpt2-value audit`: is a sampler honest? Draws from a package, and tests the draws with `sampler_audit`.
 
-Imports typer, of hub_tools the command's loading and showing, and, inside the functions, torch and the audit.
+Imports typer, of hub_tools the command's loading and showing, and, inside the functions, torch and the app's audits.
 """
 
 from __future__ import annotations
 
-import json as json_format
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,10 @@ from . import console
 from .loading import MAX_SEED, Reviewed, encode, load_sampler
 
 if TYPE_CHECKING:
-    from generation_gpt2_value import Sampling
+    from ..app.page.audits import Draw
 
 EXIT_DISHONEST = 1
-BATCH = 64  # rows drawn at a time
-NEW_TOKENS = 32  # of a response, where --generate does not say
+NEW_TOKENS = 32  # of a response, as in the app's audits, which import torch and are imported later
 
 
 def audit(
@@ -69,9 +67,13 @@ def audit(
     import torch
 
     from generation_gpt2_value import Sampling
-    from sampler_audit import audit_sampler
 
-    options = _options(generate)
+    from ..app.page.audits import audit_rows, by_generate, by_rollout, drawn_rows, options_of
+
+    try:
+        options = options_of(generate) if generate else None
+    except ValueError as error:
+        raise typer.BadParameter(f"--generate {error}") from error
     if plot is not None and not plot.absolute().parent.is_dir():  # said now, and not after minutes of drawing
         raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.absolute().parent}")
     with console.working(f"loading {package}"):
@@ -87,13 +89,12 @@ def audit(
     try:
         claim = Sampling(temperature, top_k, top_p, min_new_tokens, end)
         with console.working("drawing"):
-            rows, lengths = _draw(model, queries, claim, options, tokens)
-        asked: dict[str, Any] = {"prompt_length": lengths}
-        if score_padding and claim.eos_token_id:  # with prompt_length, a response would end there
-            is_response = [torch.arange(len(row)) >= length for row, length in zip(rows, lengths, strict=True)]
-            asked = {"response_mask": torch.nn.utils.rnn.pad_sequence(is_response, batch_first=True)}
+            draw = by_rollout(model, claim)
+            if options is not None:
+                draw = _reported(by_generate(model, claim, options), options)
+            *_, rows = drawn_rows(queries, claim, draw, tokens)
         with console.working("auditing"):
-            found = audit_sampler(model, rows, alpha=alpha, **asked, **asdict(claim))
+            found = audit_rows(model, rows, claim, alpha=alpha, score_padding=score_padding)
         if plot is not None:
             found.plot(plot)
     except UnusedOptionError as error:
@@ -117,24 +118,6 @@ def audit(
         raise typer.Exit(EXIT_DISHONEST)
 
 
-def _options(pairs: list[str] | None) -> dict[str, Any] | None:
-    """Return `["top_k=50"]` as `{"top_k": 50}`. Values are JSON, or else text. None where no option was given."""
-    if not pairs:
-        return None
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise typer.BadParameter(f"--generate {pair}: expected KEY=VALUE, as in --generate top_k=50")
-        try:
-            options[name] = json_format.loads(value)
-        except ValueError:
-            if value in ("True", "False", "None"):
-                raise typer.BadParameter(f"--generate {pair}: write it as JSON does: true, false, null") from None
-            options[name] = value
-    return options
-
-
 def _not_generated(options: str, gist: str) -> UnusedOptionError:
     return UnusedOptionError(
         f"generate({options}) fails: {gist}",
@@ -143,41 +126,12 @@ def _not_generated(options: str, gist: str) -> UnusedOptionError:
     )
 
 
-def _draw(
-    model: Any, queries: list[Any], claim: Sampling, options: dict[str, Any] | None, tokens: int
-) -> tuple[list[Any], list[int]]:
-    """Draw at least `tokens` tokens. Return rows (a prompt without its padding, and a response) and the prompts'
-    lengths."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
+def _reported(draw: Draw, options: dict[str, Any]) -> Draw:
+    """The same, with what `generate()` says of its arguments as an error of ours: every one of them is the user's."""
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
 
-    from generation_gpt2_value import rollout
+    def drawn(prompts: Any, mask: Any) -> Any:
+        with as_ours(partial(_not_generated, given)):
+            return draw(prompts, mask)
 
-    longest = max(len(query) for query in queries)
-    ends = torch.tensor(claim.eos_token_id, dtype=torch.long)
-    pad = (*claim.eos_token_id, 0)[0]
-    batch = [queries[row % len(queries)] for row in range(max(BATCH, len(queries)))]
-    prompts = pad_sequence(batch, batch_first=True, padding_value=pad, padding_side="left")
-    mask = pad_sequence([torch.ones_like(query) for query in batch], batch_first=True, padding_side="left")
-    rows: list[Any] = []
-    lengths: list[int] = []
-    found = 0
-    while found < tokens:
-        if options is None:
-            settings = {**asdict(claim), "max_new_tokens": NEW_TOKENS}
-            sequences = rollout(model, prompts, attention_mask=mask, **settings).sequences
-        else:
-            always = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "pad_token_id": pad}
-            given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-            with as_ours(partial(_not_generated, given)):  # every argument is the user's
-                output = model.generate(prompts, attention_mask=mask, **{**always, **options})
-            sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        copies = len(sequences) // len(batch)
-        for row, sequence in enumerate(sequences):
-            length = len(batch[row // copies])
-            rows.append(sequence[longest - length :])
-            lengths.append(length)
-        responses = sequences[:, longest:]
-        is_end = torch.isin(responses, ends).long()
-        found += int((is_end.cumsum(-1) - is_end == 0).sum())
-    return rows, lengths
+    return drawn

@@ -11,27 +11,27 @@ import itertools
 import logging
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import GitCommitInfo, GitRefs, RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
 from .. import layout
 from ..errors import (
-    AuthenticationError,
     ConcurrentPushError,
     NoAccessError,
     PushOptionsError,
     RemoteNotFoundError,
     TagExistsError,
 )
-from .retry import CREATE, Retrier, is_http, other_token, token_source
+from .retry import CREATE, Retrier, checked_token, is_http, other_token, token_source
 from .transfers import bars_only_on_a_terminal, without_xet
 
 logger = logging.getLogger(__name__)
@@ -69,10 +69,11 @@ class PushedCommit:
 
 
 class Hub:
-    """One model repository, as one token may use it.
+    """One repository, as one token may use it.
 
     Args:
         repo_id: `name` or `owner/name`; without an owner it is the token's.
+        kind: what the repository is.
         token: a user access token; None takes the one that huggingface_hub knows.
         patience: seconds for which one request may keep failing in ways that pass (409, 429, 5xx, broken
             connections) before the push gives up.
@@ -82,15 +83,22 @@ class Hub:
         PushOptionsError: `repo_id` cannot be a repository's id.
     """
 
-    def __init__(self, repo_id: str, *, token: str | None = None, patience: float = 300.0) -> None:
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        kind: Literal["model", "space"] = "model",
+        token: str | None = None,
+        patience: float = 300.0,
+    ) -> None:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
             raise PushOptionsError(
                 str(error), next_step="pass owner/name, of letters, digits, '-', '_' and '.'"
             ) from None
-        self._token = _checked_token(token)
-        self.repo_id = repo_id
+        self._token = checked_token(token)
+        self.repo_id, self.kind = repo_id, kind
         self.api = HfApi(token=self._token, library_name="gpt2-value", library_version=layout.__version__)
         self._token_source = token_source(token)
         self._retrier = Retrier(
@@ -105,7 +113,7 @@ class Hub:
     @property
     def url(self) -> str:
         """Where people find the repository."""
-        return f"{self.api.endpoint}/{self.repo_id}"
+        return f"{self.api.endpoint}/{'spaces/' if self.kind == 'space' else ''}{self.repo_id}"
 
     # Before a byte is uploaded
 
@@ -130,18 +138,18 @@ class Hub:
     def is_private(self) -> bool | None:
         """Whether the repository is private; None where there is none."""
         try:
-            info = self._call("look for the repository", self.api.model_info, self.repo_id)
+            info = self._ask("look for the repository", self.api.repo_info)
         except RemoteNotFoundError:
             return None
         return bool(info.private)
 
     def create(self, *, private: bool | None) -> None:
         """Create the repository, unless somebody else has done so in the meantime."""
-        self._call(
+        self._ask(
             CREATE,
             self.api.create_repo,
-            self.repo_id,
             private=private,
+            space_sdk="gradio" if self.kind == "space" else None,
             look=lambda: None if self.is_private() is None else True,
         )
 
@@ -172,9 +180,9 @@ class Hub:
     def read_branch(self, name: str) -> Branch:
         """Return the branch's head, and what is in it. Raises what `find_branch` raises."""
         branch = self.find_branch(name)
-        entries = self._call(
+        entries = self._ask(
             "list the files",
-            lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=branch.commit)),
+            lambda *repo, **kind: list(self.api.list_repo_tree(*repo, recursive=True, revision=branch.commit, **kind)),
         )
         files = {
             entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
@@ -190,10 +198,9 @@ class Hub:
         Raises:
             NoAccessError: the token may not.
         """
-        self._call(
+        self._ask(
             f"push to {self.repo_id}",
             self.api.preupload_lfs_files,
-            self.repo_id,
             [CommitOperationAdd(layout.CONFIG, b"{}")],
             revision=branch.name if branch.exists else "main",
             create_pr=create_pr,
@@ -201,10 +208,9 @@ class Hub:
 
     def create_branch(self, branch: Branch) -> None:
         """Create the branch at the commit that was read, unless somebody else has created it in the meantime."""
-        self._call(
+        self._ask(
             f"create the branch {branch.name}",
             self.api.create_branch,
-            self.repo_id,
             branch=branch.name,
             revision=branch.commit,
             look=lambda: next((True for ref in self._refs().branches if ref.name == branch.name), None),
@@ -212,9 +218,7 @@ class Hub:
 
     def read(self, path: str, *, commit: str, folder: Path) -> bytes:
         """Return a file's content. It is downloaded to `folder`, which the caller removes."""
-        fetched = self._call(
-            f"read {path}", self.api.hf_hub_download, self.repo_id, path, revision=commit, cache_dir=folder
-        )
+        fetched = self._ask(f"read {path}", self.api.hf_hub_download, path, revision=commit, cache_dir=folder)
         return Path(fetched).read_bytes()
 
     # Upload and commit
@@ -236,6 +240,7 @@ class Hub:
                     self.api.preupload_lfs_files(
                         self.repo_id,
                         additions,
+                        repo_type=self.kind,
                         revision=branch,
                         create_pr=create_pr,
                         free_memory=False,
@@ -260,7 +265,10 @@ class Hub:
         if constants.HF_HUB_DISABLE_XET or importlib.util.find_spec("hf_xet") is None:
             return False
         place = f"xet-write-token/{quote(branch, safe='')}{'?create_pr=1' if create_pr else ''}"
-        url, headers = f"{self.api.endpoint}/api/models/{self.repo_id}/{place}", build_hf_headers(token=self._token)
+        url, headers = (
+            f"{self.api.endpoint}/api/{self.kind}s/{self.repo_id}/{place}",
+            build_hf_headers(token=self._token),
+        )
         answer = self._call("ask how to upload", get_session().get, url, headers=headers)
         return bool(answer.status_code == 200)
 
@@ -288,6 +296,7 @@ class Hub:
             made = self.api.create_commit(
                 self.repo_id,
                 operations,
+                repo_type=self.kind,
                 commit_message=message,
                 commit_description=f"{note}\n{push_id}" if note else push_id,
                 revision=onto.name,
@@ -322,7 +331,7 @@ class Hub:
                 )
             return found
 
-        self._call(f"tag {tag}", self.api.create_tag, self.repo_id, tag=tag, revision=commit, look=look)
+        self._ask(f"tag {tag}", self.api.create_tag, tag=tag, revision=commit, look=look)
 
     def tagged(self, tag: str) -> str | None:
         """Return the commit that has the tag; None where no commit has it."""
@@ -330,7 +339,7 @@ class Hub:
 
     def commits(self, revision: str) -> list[GitCommitInfo]:
         """Return the commits of a revision, newest first."""
-        return self._call("list the commits", self.api.list_repo_commits, self.repo_id, revision=revision)
+        return self._ask("list the commits", self.api.list_repo_commits, revision=revision)
 
     def move_tag(self, tag: str, *, commit: str) -> None:
         """Give `commit` a tag, and take it from any other that has it.
@@ -341,10 +350,9 @@ class Hub:
         if found == commit:
             return
         if found is not None:
-            self._call(
+            self._ask(
                 f"delete the tag {tag}",
                 self.api.delete_tag,
-                self.repo_id,
                 tag=tag,
                 look=lambda: True if self.tagged(tag) is None else None,
             )
@@ -352,7 +360,7 @@ class Hub:
 
     def _own_commit(self, push_id: str, onto: Branch) -> PushedCommit | None:
         """Return our commit if it is on the branch, and None if the branch has not moved."""
-        head = self._call("look at the branch", self.api.model_info, self.repo_id, revision=onto.name).sha
+        head = self._ask("look at the branch", self.api.repo_info, revision=onto.name).sha
         if head == onto.commit:
             return None
         new = list(itertools.takewhile(lambda commit: commit.commit_id != onto.commit, self.commits(onto.name)))
@@ -366,8 +374,12 @@ class Hub:
             next_step=f"look at {self.url}/commits/{onto.name}; to push on top of it, run the same again",
         )
 
+    def _ask(self, what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a function of `api` about this repository."""
+        return self._call(what, function, self.repo_id, *arguments, repo_type=self.kind, **options)
+
     def _refs(self) -> GitRefs:
-        return self._call("list the branches", self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
+        return self._ask("list the branches", self.api.list_repo_refs, include_pull_requests=True)
 
     def _pull_requests(self) -> set[str]:
         return {ref.ref for ref in self._refs().pull_requests or []}
@@ -378,20 +390,3 @@ class Hub:
                 if push_id in commit.message:
                     return PushedCommit(commit.commit_id, int(ref.rsplit("/", 1)[1]))
         return None
-
-
-def _checked_token(token: str | None) -> str:
-    token = (token or get_token() or "").strip()
-    if not token:
-        raise AuthenticationError(
-            "no token",
-            expected="a user access token with write permission",
-            next_step="log in: hf auth login; or pass token=... (or set HF_TOKEN)",
-        )
-    if not re.fullmatch(r"[!-~]+", token):  # HTTP libraries quote a header that they refuse in their errors
-        raise AuthenticationError(
-            "the token holds white space or characters outside ASCII",
-            expected="a user access token, as hf_...",
-            next_step="copy it again, alone",
-        )
-    return token

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from ..errors import (
@@ -245,6 +246,28 @@ def other_token(source: str, needed: str = "a token that the Hub accepts") -> st
         "argument": f"pass {needed} as token=...",
         "HF_TOKEN": f"set HF_TOKEN, which overrides the login, to {needed}; or unset it and log in: hf auth login",
     }.get(source, f"log in with {needed}: hf auth login; or pass it as token=... (or set HF_TOKEN)")
+
+
+def checked_token(token: str | None) -> str:
+    """The token, or the one that huggingface_hub knows.
+
+    Raises:
+        AuthenticationError: there is none, or no HTTP header can hold it.
+    """
+    token = (token or get_token() or "").strip()
+    if not token:
+        raise AuthenticationError(
+            "no token",
+            expected="a user access token with write permission",
+            next_step="log in: hf auth login; or pass token=... (or set HF_TOKEN)",
+        )
+    if not re.fullmatch(r"[!-~]+", token):  # HTTP libraries quote a header that they refuse in their errors
+        raise AuthenticationError(
+            "the token holds white space or characters outside ASCII",
+            expected="a user access token, as hf_...",
+            next_step="copy it again, alone",
+        )
+    return token
 
 
 def token_source(token: str | None) -> str:
