@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging
 
-from generation_gpt2_value import Rollout, rescore, rollout
+from generation_gpt2_value import Rescored, Rollout, rescore, rollout
 from hub_tools import CheckpointPusher, save_package
 
 
@@ -286,7 +286,7 @@ class Trainer:
         settings, drawn = self.settings, batch.drawn[rows.to(batch.returns.device)]
         advantages, returns = batch.advantages[rows], batch.returns[rows]
         old, mask = drawn.logprobs, drawn.response_mask
-        new = rescore(self.model, drawn)
+        new = self.score(drawn)
         of_policy = policy_loss(new.logprobs, old, advantages, mask, settings.clip)
         of_values = value_loss(new.values, drawn.values, returns, mask, settings.value_clip)
         self.accelerator.backward(of_policy + settings.value_coef * of_values)
@@ -298,6 +298,10 @@ class Trainer:
             approxkl = 0.5 * masked_mean((new.logprobs - old) ** 2, mask)
             clipped = masked_mean(((ratio - 1).abs() > settings.clip).float(), mask)
             return torch.stack([of_policy, of_values, approxkl, masked_mean(ratio, mask), clipped]).tolist()
+
+    def score(self, drawn: Rollout) -> Rescored:
+        """Log-probabilities and values of drawn tokens under the model as it is now, with gradients."""
+        return rescore(self.model, drawn)
 
     def _whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         """`whiten` by the mean and deviation of all processes."""

@@ -1,0 +1,104 @@
+"""Learning curves of examples/ppo.py: several seeds in one process, and in two that `accelerate launch` starts.
+
+Every run is the command of `make ppo`, in a folder of its own; a run that is there already is continued or left as it
+is. Writes a figure, and prints the table of docs/ppo.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+ONE, TWO = "one process", "two processes"
+COLORS = {ONE: "#2a78b5", TWO: "#c8452f"}
+PANELS = (
+    ("reward", "mean reward"),
+    ("kl", "KL to the reference, nats a response"),
+    ("explained_variance", "explained variance of the values"),
+)
+# On a machine without a GPU the processes talk by gloo; the launcher's --cpu would start a single one.
+LAUNCHERS = {
+    ONE: [sys.executable],
+    TWO: [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
+
+
+def run(kind, seed, folder, iterations):
+    """The metrics of a run, and its seconds by the clock and of all processors (0 where it was there already)."""
+    out = folder / f"{kind.split()[0]}-{seed}"
+    options = ["--out", out, "--seed", seed, "--iterations", iterations]
+    before, started = os.times(), time.perf_counter()
+    subprocess.run([*LAUNCHERS[kind], ROOT / "examples" / "ppo.py", *map(str, options)], check=True)
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return lines, time.perf_counter() - started, used
+
+
+def mean(lines, name):
+    return sum(line[name] for line in lines) / len(lines)
+
+
+def row(kind, seed, lines, clock, processors):
+    first, last = lines[:2], lines[-5:]
+    cells = [
+        kind,
+        seed,
+        f"{mean(first, 'reward'):.2f} -> {mean(last, 'reward'):.2f}",
+        f"{mean(last, 'kl'):.1f}",
+        f"{min(line['kl'] for line in lines):.1e}",
+        f"{mean(last, 'explained_variance'):.2f}",
+        f"{sum(line['seconds'] for line in lines):.0f}",
+        f"{processors:.0f} ({clock:.0f})",
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def draw(found, file):
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("iteration")
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.grid(alpha=0.3)
+        for number, ((kind, _), lines) in enumerate(found.items()):
+            is_first = number == 0 or list(found)[number - 1][0] != kind
+            runs = sum(other == kind for other, _ in found)
+            label = f"{kind}, {runs} {'seeds' if runs > 1 else 'seed'}" if is_first else None
+            style = {"linewidth": 1.1, "alpha": 0.85} if kind == ONE else {"linewidth": 1.8}
+            axes.plot([line[name] for line in lines], color=COLORS[kind], label=label, **style)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--seeds", type=int, default=5, help="in one process")
+    parser.add_argument("--two", type=int, default=1, help="seeds in two processes")
+    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "ppo_curves.png")
+    arguments = parser.parse_args()
+    plans = [(ONE, seed) for seed in range(arguments.seeds)] + [(TWO, seed) for seed in range(arguments.two)]
+    found, rows = {}, []
+    for kind, seed in plans:
+        lines, clock, processors = run(kind, seed, arguments.out, arguments.iterations)
+        found[kind, seed] = lines
+        rows.append(row(kind, seed, lines, clock, processors))
+        draw(found, arguments.figure)
+    print("| run | seed | reward | KL at the end | lowest KL | explained variance | seconds | processor (clock) |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
