@@ -30,7 +30,7 @@ from transformers.utils import logging
 from generation_gpt2_value import rescore, rollout
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"batch_size": 48, "minibatch_size": 16, "max_new_tokens": 32}
+SIZES = {"batch_size": 32, "minibatch_size": 16, "max_new_tokens": 32}
 SHARED = "zero init, no dropout, attached, shared trunk (the defaults)"
 WAYS = {
     SHARED: "#2a78b5",
@@ -143,7 +143,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/critic"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=14)
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "ppo_critic.png")
     arguments = parser.parse_args()
     logging.set_verbosity_error()

@@ -6,12 +6,14 @@ An iteration is a rollout, its scores under policy and reference, and four epoch
 batch: GPT-2 124M with random weights, float32, temperature 1. Both estimate the same advantages and make the same
 number of steps; the reward costs nothing in either. TRL has its own environment and its value model is a second GPT-2,
 as its documentation has it. Each turn is a fresh process, theirs after ours; the first iteration of a process warms up
-and is not counted. Memory is the largest resident size of the process.
+and is not counted. Memory is the largest resident size of the process. Processor seconds are those of all threads:
+where other work runs on the machine, they say more than the clock, with --threads 1.
 
 Imports the package and the example in one environment, TRL alone in the other.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -32,6 +34,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 OURS, TRL = "examples/ppo.py", "TRL's PPOTrainer"
 EPOCHS = 4
+MEASURED = {"seconds": 1, "processor seconds": 1, "peak MiB": 0}  # name -> digits
 
 
 def tokenizer(vocabulary):
@@ -45,8 +48,12 @@ def prompts(number, P, vocabulary):
     return torch.randint(vocabulary - 1, (number, P), generator=torch.Generator().manual_seed(0))
 
 
+def now():
+    return time.perf_counter(), time.process_time()
+
+
 def iterations_of_ours(shape, iterations, layers):
-    """Seconds of each iteration: `Trainer.iterate` of the example, as its own loop calls it."""
+    """Clock and processor before, between and after iterations: `Trainer.iterate`, as the example's loop calls it."""
     sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]  # before this folder, whose ppo.py is this file
     import ppo
     from accelerate import Accelerator
@@ -72,11 +79,15 @@ def iterations_of_ours(shape, iterations, layers):
         out=Path(), iterations=iterations, batch_size=B, minibatch_size=B, epochs=EPOCHS, max_new_tokens=T
     )
     trainer = ppo.Trainer(settings, task, Accelerator(cpu=True), ppo.rollout)
-    return [trainer.iterate(iteration)["seconds"] for iteration in range(iterations)]
+    times = [now()]
+    for iteration in range(iterations):
+        trainer.iterate(iteration)
+        times.append(now())
+    return times
 
 
 def iterations_of_trl(shape, iterations, layers):
-    """Seconds from the end of one update of TRL's `train()` to the end of the next."""
+    """Clock and processor at the beginning of TRL's `train()` and after each of its iterations."""
     import datasets
     from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -86,10 +97,10 @@ def iterations_of_trl(shape, iterations, layers):
             self.times = []
 
         def on_train_begin(self, *args, **kwargs):
-            self.times.append(time.perf_counter())
+            self.times.append(now())
 
         def on_step_end(self, *args, **kwargs):
-            self.times.append(time.perf_counter())
+            self.times.append(now())
 
     class NoReward(torch.nn.Module):
         """Scores of 0 in the form that TRL asks for: a body, and a layer that reads its hidden states."""
@@ -141,35 +152,35 @@ def iterations_of_trl(shape, iterations, layers):
             eval_dataset=datasets.Dataset.from_dict({"input_ids": prompts(B, P, config.vocab_size).tolist()}),
             callbacks=[clock],
         ).train()
-    return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    return clock.times
 
 
 def measured(python, method, arguments):
     """Seconds of the iterations that count, and peak MiB, of a process of its own."""
-    passed = ["--shape", arguments.shape, "--iterations", arguments.iterations, "--layers", arguments.layers]
-    command = [python, __file__, "--only", method, *map(str, passed)]
+    passed = [f"--{name}={getattr(arguments, name)}" for name in ("shape", "iterations", "layers", "threads")]
+    command = [python, __file__, "--only", method, *passed]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def as_markdown(found, arguments):
     medians = {
-        method: {name: statistics.median(turn[name] for turn in turns) for name in ("seconds", "peak MiB")}
+        method: {name: statistics.median(turn[name] for turn in turns) for name in MEASURED}
         for method, turns in found.items()
     }
     lines = [
-        f"**B x P x T = {arguments.shape}** (cpu, float32, {torch.get_num_threads()} threads, medians of "
-        f"{arguments.rounds} processes each, {arguments.iterations - 1} iteration(s) counted in each)",
+        f"**B x P x T = {arguments.shape}** (cpu, float32, {arguments.threads} thread(s), medians of "
+        f"{arguments.rounds} process(es) each, {arguments.iterations - 1} iteration(s) counted in each)",
         "",
-        "| one PPO iteration | seconds | of TRL's | peak MiB | of TRL's |",
-        "|---|---:|---:|---:|---:|",
+        "| one PPO iteration | " + "".join(f"{name} | of TRL's | " for name in MEASURED),
+        f"|---|{'---:|' * 2 * len(MEASURED)}",
     ]
     for method, median in medians.items():
         cells = [method]
-        for name, digits in (("seconds", 1), ("peak MiB", 0)):
+        for name, digits in MEASURED.items():
             cells += [f"{median[name]:.{digits}f}", f"{median[name] / medians[TRL][name]:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    for name in ("seconds", "peak MiB"):
+    for name in MEASURED:
         ratios = (ours[name] / trl[name] for ours, trl in zip(found[OURS], found[TRL], strict=True))
         lines += ["", f"{name}, ours / TRL's, turn by turn: {', '.join(f'{ratio:.2f}' for ratio in ratios)}"]
     return "\n".join([*lines, ""])
@@ -182,16 +193,20 @@ def main():
     parser.add_argument("--rounds", type=int, default=2, help="processes of each")
     parser.add_argument("--iterations", type=int, default=2, help="in each process; the first is not counted")
     parser.add_argument("--layers", type=int, default=12, help="12 is GPT-2 124M")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=[OURS, TRL], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
         shape = tuple(map(int, arguments.shape.split("x")))
         torch.manual_seed(0)
+        torch.set_num_threads(arguments.threads)
         work = iterations_of_ours if arguments.only == OURS else iterations_of_trl
-        _, *counted = work(shape, arguments.iterations, arguments.layers)
+        times = work(shape, arguments.iterations, arguments.layers)
+        counted = [(t1 - t0, p1 - p0) for (t0, p0), (t1, p1) in itertools.pairwise(times[1:])]
+        clock, processor = (statistics.median(column) for column in zip(*counted, strict=True))
         scale = 1024 if sys.platform != "darwin" else 1024**2
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
-        print(json.dumps({"seconds": statistics.median(counted), "peak MiB": peak}))
+        print(json.dumps({"seconds": clock, "processor seconds": processor, "peak MiB": peak}))
         return
     found = {OURS: [], TRL: []}
     for turn in range(arguments.rounds):
