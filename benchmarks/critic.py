@@ -5,7 +5,7 @@
 Every way is a shortened run of the example for each seed. What is measured is the explained variance of the *Monte
 Carlo* returns, 1 - Var[G - V] / Var[G] over the tokens of a rollout, before anything is learnt from it: the returns
 that PPO itself aims at hold the values, and flatter them. A run that is there already is not made again. Prints the
-table of docs/ppo.md, and draws its figure.
+table of docs/ppo.md, and draws its figure. `--small` takes the model of examples/exploits.py, which is much faster.
 """
 
 import argparse
@@ -22,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))  # bef
 import ppo
 import torch
 from accelerate import Accelerator
+from exploits import RECIPE
 from matplotlib.figure import Figure
 from ppo_task import make_task
 from torch import nn
+from train_small_gpt2 import small_gpt2
 from transformers.utils import logging
 
 from generation_gpt2_value import rescore, rollout
@@ -81,8 +83,9 @@ class TwoModels(Trainer):
         return dataclasses.replace(super().score(drawn), values=rescore(self.critic, drawn).values)
 
 
-def trainer_for(way, seed, iterations):
-    changes = {STD: {"value_head_std": 0.02}, DETACHED: {"detach_value_head": True}}.get(way, {})
+def trainer_for(way, seed, iterations, is_small):
+    chosen = {"base": str(small_gpt2(RECIPE).folder), "learning_rate": 1e-3} if is_small else {}
+    changes = chosen | {STD: {"value_head_std": 0.02}, DETACHED: {"detach_value_head": True}}.get(way, {})
     settings = ppo.Settings(out=Path(), seed=seed, iterations=iterations, cpu=True, **SIZES, **changes)
     task, accelerator = make_task(settings, torch.device("cpu")), Accelerator(cpu=True)
     if way == TRL_INIT:
@@ -92,11 +95,11 @@ def trainer_for(way, seed, iterations):
     return TwoModels(settings, task, accelerator) if way == SEPARATE else Trainer(settings, task, accelerator, rollout)
 
 
-def run(way, seed, iterations, folder):
+def run(way, seed, iterations, is_small, folder):
     """The metrics of one run."""
-    file = folder / f"{list(WAYS).index(way)}-{seed}-{iterations}.json"
+    file = folder / f"{'small-' if is_small else ''}{list(WAYS).index(way)}-{seed}-{iterations}.json"
     if not file.exists():
-        trainer = trainer_for(way, seed, iterations)
+        trainer = trainer_for(way, seed, iterations, is_small)
         lines = [trainer.iterate(iteration) for iteration in range(iterations)]
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(lines), encoding="utf-8")
@@ -144,14 +147,16 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/critic"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=14)
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "ppo_critic.png")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    torch.set_num_threads(1)
     found = {way: [] for way in WAYS}
     for seed in range(arguments.seeds):  # seeds outside, so that a table that was interrupted is even
         for way in WAYS:
-            found[way].append(run(way, seed, arguments.iterations, arguments.out))
+            found[way].append(run(way, seed, arguments.iterations, arguments.small, arguments.out))
     draw(found, arguments.figure)
     print("| critic | seeds | iterations 2-6 | 7-11 | later | reward | KL |\n|---|---:|---:|---:|---:|---:|---:|")
     print("\n".join(row(way, runs) for way, runs in found.items()))

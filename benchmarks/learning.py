@@ -85,7 +85,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     parser.add_argument("--seeds", type=int, default=5, help="in one process")
     parser.add_argument("--two", type=int, default=1, help="seeds in two processes")
-    parser.add_argument("--iterations", type=int, default=25)
+    parser.add_argument("--iterations", type=int, default=15)
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "ppo_curves.png")
     arguments = parser.parse_args()
     plans = [(ONE, seed) for seed in range(arguments.seeds)] + [(TWO, seed) for seed in range(arguments.two)]

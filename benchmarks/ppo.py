@@ -5,7 +5,7 @@
 An iteration is a rollout, its scores under policy and reference, and four epochs of one update each, on the whole
 batch: GPT-2 124M with random weights, float32, temperature 1. Both estimate the same advantages and make the same
 number of steps; the reward costs nothing in either. TRL has its own environment and its value model is a second GPT-2,
-as its documentation has it. Each turn is a fresh process, theirs after ours; the first iteration of a process warms up
+as its documentation has it. Each turn is a fresh process, theirs after ours; the first of several iterations warms up
 and is not counted. Memory is the largest resident size of the process. Processor seconds are those of all threads:
 where other work runs on the machine, they say more than the clock, with --threads 1.
 
@@ -170,7 +170,7 @@ def as_markdown(found, arguments):
     }
     lines = [
         f"**B x P x T = {arguments.shape}** (cpu, float32, {arguments.threads} thread(s), medians of "
-        f"{arguments.rounds} process(es) each, {arguments.iterations - 1} iteration(s) counted in each)",
+        f"{arguments.rounds} process(es) each, {max(1, arguments.iterations - 1)} iteration(s) counted in each)",
         "",
         "| one PPO iteration | " + "".join(f"{name} | of TRL's | " for name in MEASURED),
         f"|---|{'---:|' * 2 * len(MEASURED)}",
@@ -191,7 +191,9 @@ def main():
     parser.add_argument("--trl-python", default=ROOT / ".trl/bin/python", help="of an environment with TRL")
     parser.add_argument("--shape", default="16x16x48", help="BxPxT")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each")
-    parser.add_argument("--iterations", type=int, default=2, help="in each process; the first is not counted")
+    parser.add_argument(
+        "--iterations", type=int, default=2, help="in each process; the first of several is not counted"
+    )
     parser.add_argument("--layers", type=int, default=12, help="12 is GPT-2 124M")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=[OURS, TRL], help=argparse.SUPPRESS)
@@ -202,7 +204,8 @@ def main():
         torch.set_num_threads(arguments.threads)
         work = iterations_of_ours if arguments.only == OURS else iterations_of_trl
         times = work(shape, arguments.iterations, arguments.layers)
-        counted = [(t1 - t0, p1 - p0) for (t0, p0), (t1, p1) in itertools.pairwise(times[1:])]
+        warm_up = 1 if arguments.iterations > 1 else 0
+        counted = [(t1 - t0, p1 - p0) for (t0, p0), (t1, p1) in itertools.pairwise(times[warm_up:])]
         clock, processor = (statistics.median(column) for column in zip(*counted, strict=True))
         scale = 1024 if sys.platform != "darwin" else 1024**2
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale

@@ -137,7 +137,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/trl"))
     parser.add_argument("--ours", type=Path, default=Path("runs/learning"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=25)
+    parser.add_argument("--iterations", type=int, default=15)
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "ppo_trl.png")
     arguments = parser.parse_args()
     files = [arguments.out / f"{seed}-{arguments.iterations}.json" for seed in range(arguments.seeds)]

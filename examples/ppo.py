@@ -48,7 +48,7 @@ class Settings:
 
     out: Annotated[Path, option("Folder of the run: metrics.jsonl, checkpoint.pt, figure.png, package/.")]
     seed: Annotated[int, option("Of everything random.")] = 0
-    iterations: Annotated[int, option("Rollouts, each followed by `epochs` passes over it.")] = 25
+    iterations: Annotated[int, option("Rollouts, each followed by `epochs` passes over it.")] = 15
     base: Annotated[str | None, option("A GPT-2 or a package: a folder or Hub id. Default: the demo's.")] = None
     prompts: Annotated[Path | None, option("Text file, a prompt a line. Default: the demo's reviews.")] = None
     prompt_tokens_min: Annotated[int, option("Each prompt is cut at random between this and the next.")] = 2
