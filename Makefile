@@ -47,7 +47,7 @@ bench-ppo: .venv/.done .trl/.done  ## one PPO iteration of the example and of TR
 
 ppo-evidence: .venv/.done .trl/.done  ## the tables and figures of docs/ppo.md: seeds, kills, critics, TRL's curves (an hour)
 	$(BIN)/python benchmarks/learning.py
-	$(BIN)/python tests/slow/kill_ppo.py --whole runs/learning/one-0 --out runs/killed
+	$(BIN)/python tests/slow/kill_ppo.py --out runs/kills
 	$(BIN)/python benchmarks/critic.py
 	.trl/bin/python benchmarks/trl_task.py train
 	$(BIN)/python benchmarks/trl_task.py draw

@@ -45,11 +45,15 @@ WAYS = {
 SHARED, STD, TRL_INIT, DROPOUT, DETACHED, SEPARATE = WAYS
 
 
-class LearningDropout(nn.Dropout):
-    """Dropout that is on whenever a gradient is wanted. `rescore` switches nn.Dropout off, but not this."""
+class LearningDropout(nn.Module):
+    """Dropout that is on whenever a gradient is wanted. `rescore` switches every nn.Dropout off, but not this."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
 
     def forward(self, hidden_states):
-        return nn.functional.dropout(hidden_states, self.p, training=torch.is_grad_enabled())
+        return nn.functional.dropout(hidden_states, self.rate, training=torch.is_grad_enabled())
 
 
 class Trainer(ppo.Trainer):

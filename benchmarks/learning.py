@@ -30,11 +30,11 @@ LAUNCHERS = {
 }
 
 
-def run(kind, seed, folder, iterations):
-    """The metrics of a run."""
+def run(kind, seed, folder, iterations, as_it_is):
+    """The metrics of a run, which is continued first if it should be."""
     out = folder / f"{kind.split()[0]}-{seed}"
     options = ["--out", out, "--seed", seed, "--iterations", iterations]
-    if not (out / "figure.png").exists():  # what a run writes last
+    if not as_it_is and not (out / "figure.png").exists():  # what a run writes last
         subprocess.run([*LAUNCHERS[kind], ROOT / "examples" / "ppo.py", *map(str, options)], check=True)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -48,6 +48,7 @@ def row(kind, seed, lines):
     cells = [
         kind,
         seed,
+        len(lines),
         f"{mean(first, 'reward'):.2f} -> {mean(last, 'reward'):.2f}",
         f"{mean(last, 'kl'):.1f}",
         f"{min(line['kl'] for line in lines):.1e}",
@@ -79,16 +80,17 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="in one process")
     parser.add_argument("--two", type=int, default=1, help="seeds in two processes")
     parser.add_argument("--iterations", type=int, default=15)
+    parser.add_argument("--as-it-is", action="store_true", help="draw what is there, finished or not")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "ppo_curves.png")
     arguments = parser.parse_args()
     plans = [(ONE, seed) for seed in range(arguments.seeds)] + [(TWO, seed) for seed in range(arguments.two)]
     found, rows = {}, []
     for kind, seed in plans:
-        found[kind, seed] = run(kind, seed, arguments.out, arguments.iterations)
+        found[kind, seed] = run(kind, seed, arguments.out, arguments.iterations, arguments.as_it_is)
         rows.append(row(kind, seed, found[kind, seed]))
         draw(found, arguments.figure)
-    print("| run | seed | reward | KL at the end | lowest KL | explained variance |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print("| run | seed | iterations | reward | KL at the end | lowest KL | explained variance |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     print("\n".join(rows))
 
 

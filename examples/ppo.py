@@ -59,7 +59,7 @@ class Settings:
     no_end_score: Annotated[float | None, option("Score of a response without an end; default: its own.")] = None
     no_end_penalty: Annotated[float, option("Taken from the score of a response without an end.")] = 0.0
     batch_size: Annotated[int, option("Responses in a rollout, in all processes together.")] = 64
-    minibatch_size: Annotated[int, option("Responses in an update, in each process.")] = 16
+    minibatch_size: Annotated[int, option("Responses in an update, in all processes together.")] = 16
     epochs: Annotated[int, option("Passes over each rollout.")] = 4
     max_new_tokens: Annotated[int, option("Tokens of a response, at most.")] = 48
     temperature: Annotated[float, option("As in rollout().")] = 1.0
@@ -229,7 +229,7 @@ class Trainer:
         updates = [
             self.update(batch, rows)
             for _ in range(settings.epochs)
-            for rows in torch.randperm(len(batch.drawn)).split(settings.minibatch_size)
+            for rows in torch.randperm(len(batch.drawn)).split(settings.minibatch_size // accelerator.num_processes)
         ]
         means = accelerator.reduce(torch.tensor(updates, device=accelerator.device).mean(0), "mean").tolist()
         metrics |= dict(zip(("policy_loss", "value_loss", "approxkl", "ratio", "clip_fraction"), means, strict=True))
@@ -320,8 +320,9 @@ def train(settings: Settings, sample: Callable[..., Rollout] = rollout) -> Run:
     """
     cpu = settings.cpu or not torch.accelerator.is_available()  # where accelerate is not told, it starts no gloo there
     accelerator = Accelerator(cpu=cpu, log_with=settings.tracker, project_dir=settings.out)
-    if settings.batch_size % accelerator.num_processes:
-        raise SettingsError(f"batch_size={settings.batch_size} cannot be split among {accelerator.num_processes}.")
+    for name, size in (("batch_size", settings.batch_size), ("minibatch_size", settings.minibatch_size)):
+        if size % accelerator.num_processes:
+            raise SettingsError(f"{name}={size} cannot be split among {accelerator.num_processes} processes.")
     task = make_task(settings, accelerator.device)
     trainer = Trainer(settings, task, accelerator, sample)
     run = Run(trainer)
