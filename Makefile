@@ -5,7 +5,8 @@ SEED ?= 0
 OUT ?= runs/ppo
 BIN := .venv/bin
 
-.PHONY: help demo test test-oldest check docs bench matrix app-test audit-power compare-trl faults fuzz release-hashes tree wheel clean ppo
+.PHONY: help demo test test-oldest check docs bench bench-ppo ppo-evidence matrix app-test audit-power compare-trl faults \
+	fuzz release-hashes tree wheel clean ppo
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -52,18 +53,30 @@ docs: .venv/.done  ## build the API reference from the docstrings, in build/docs
 bench: .venv/.done  ## speed and memory, side by side; writes docs/benchmarks.md (slow)
 	$(BIN)/python benchmarks/page.py
 
+bench-ppo: .venv/.done .trl/.done  ## one PPO iteration of the example and of TRL 1.12.0: seconds and memory (slow)
+	$(BIN)/python benchmarks/ppo.py
+
+ppo-evidence: .venv/.done .trl/.done  ## the tables and figures of docs/ppo.md: seeds, kills, critics, TRL's curves (an hour)
+	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python tests/slow/kill_ppo.py --out runs/kills
+	$(BIN)/python benchmarks/critic.py
+	.trl/bin/python benchmarks/trl_task.py train
+	$(BIN)/python benchmarks/trl_task.py draw
+
 matrix: .venv/.done  ## packages saved and loaded across transformers 4.57.6, 5.0.0 and the newest (slow)
 	$(BIN)/python tests/matrix/run.py
 
 .trl/.done:
 	$(PYTHON) -m venv .trl
-	.trl/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch trl==1.12.0 peft transformers
+	.trl/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch trl==1.12.0 peft transformers vaderSentiment
 	@touch $@
 
-compare-trl: .venv/.done .trl/.done  ## converted checkpoints against the numbers of TRL 1.12.0 itself (slow)
-	rm -rf .trl/checkpoints
+compare-trl: .venv/.done .trl/.done  ## converted checkpoints and PPO against the numbers of TRL 1.12.0 itself (slow)
+	rm -rf .trl/checkpoints .trl/ppo
 	.trl/bin/python tests/slow/compare_with_trl.py write .trl/checkpoints
 	$(BIN)/python tests/slow/compare_with_trl.py compare .trl/checkpoints
+	.trl/bin/python tests/slow/compare_ppo_with_trl.py write .trl/ppo
+	$(BIN)/python tests/slow/compare_ppo_with_trl.py compare .trl/ppo
 
 app-test: .venv/.done  ## the app and its static page in a headless Chromium; screenshots in runs/app
 	$(BIN)/python -m pytest -q tests/slow/app_in_browser.py

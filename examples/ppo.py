@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging
 
-from generation_gpt2_value import Rollout, rescore, rollout
+from generation_gpt2_value import Rescored, Rollout, rescore, rollout
 from hub_tools import CheckpointPusher, save_package
 
 
@@ -48,7 +48,7 @@ class Settings:
 
     out: Annotated[Path, option("Folder of the run: metrics.jsonl, checkpoint.pt, figure.png, package/.")]
     seed: Annotated[int, option("Of everything random.")] = 0
-    iterations: Annotated[int, option("Rollouts, each followed by `epochs` passes over it.")] = 40
+    iterations: Annotated[int, option("Rollouts, each followed by `epochs` passes over it.")] = 15
     base: Annotated[str | None, option("A GPT-2 or a package: a folder or Hub id. Default: the demo's.")] = None
     prompts: Annotated[Path | None, option("Text file, a prompt a line. Default: the demo's reviews.")] = None
     prompt_tokens_min: Annotated[int, option("Each prompt is cut at random between this and the next.")] = 2
@@ -59,7 +59,7 @@ class Settings:
     no_end_score: Annotated[float | None, option("Score of a response without an end; default: its own.")] = None
     no_end_penalty: Annotated[float, option("Taken from the score of a response without an end.")] = 0.0
     batch_size: Annotated[int, option("Responses in a rollout, in all processes together.")] = 64
-    minibatch_size: Annotated[int, option("Responses in an update, in each process.")] = 16
+    minibatch_size: Annotated[int, option("Responses in an update, in all processes together.")] = 16
     epochs: Annotated[int, option("Passes over each rollout.")] = 4
     max_new_tokens: Annotated[int, option("Tokens of a response, at most.")] = 48
     temperature: Annotated[float, option("As in rollout().")] = 1.0
@@ -229,7 +229,7 @@ class Trainer:
         updates = [
             self.update(batch, rows)
             for _ in range(settings.epochs)
-            for rows in torch.randperm(len(batch.drawn)).split(settings.minibatch_size)
+            for rows in torch.randperm(len(batch.drawn)).split(settings.minibatch_size // accelerator.num_processes)
         ]
         means = accelerator.reduce(torch.tensor(updates, device=accelerator.device).mean(0), "mean").tolist()
         metrics |= dict(zip(("policy_loss", "value_loss", "approxkl", "ratio", "clip_fraction"), means, strict=True))
@@ -286,7 +286,7 @@ class Trainer:
         settings, drawn = self.settings, batch.drawn[rows.to(batch.returns.device)]
         advantages, returns = batch.advantages[rows], batch.returns[rows]
         old, mask = drawn.logprobs, drawn.response_mask
-        new = rescore(self.model, drawn)
+        new = self.score(drawn)
         of_policy = policy_loss(new.logprobs, old, advantages, mask, settings.clip)
         of_values = value_loss(new.values, drawn.values, returns, mask, settings.value_clip)
         self.accelerator.backward(of_policy + settings.value_coef * of_values)
@@ -298,6 +298,10 @@ class Trainer:
             approxkl = 0.5 * masked_mean((new.logprobs - old) ** 2, mask)
             clipped = masked_mean(((ratio - 1).abs() > settings.clip).float(), mask)
             return torch.stack([of_policy, of_values, approxkl, masked_mean(ratio, mask), clipped]).tolist()
+
+    def score(self, drawn: Rollout) -> Rescored:
+        """Log-probabilities and values of drawn tokens under the model as it is now, with gradients."""
+        return rescore(self.model, drawn)
 
     def _whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         """`whiten` by the mean and deviation of all processes."""
@@ -316,8 +320,9 @@ def train(settings: Settings, sample: Callable[..., Rollout] = rollout) -> Run:
     """
     cpu = settings.cpu or not torch.accelerator.is_available()  # where accelerate is not told, it starts no gloo there
     accelerator = Accelerator(cpu=cpu, log_with=settings.tracker, project_dir=settings.out)
-    if settings.batch_size % accelerator.num_processes:
-        raise SettingsError(f"batch_size={settings.batch_size} cannot be split among {accelerator.num_processes}.")
+    for name, size in (("batch_size", settings.batch_size), ("minibatch_size", settings.minibatch_size)):
+        if size % accelerator.num_processes:
+            raise SettingsError(f"{name}={size} cannot be split among {accelerator.num_processes} processes.")
     task = make_task(settings, accelerator.device)
     trainer = Trainer(settings, task, accelerator, sample)
     run = Run(trainer)

@@ -32,7 +32,8 @@ def test_the_code_of_the_trl_page_runs_and_learns(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_on_a_page_exists(page):
     fields = {field.name for field in dataclasses.fields(ppo.Settings)}
-    text = re.sub(r"torchrun --nproc_per_node|--multi_gpu", "", (DOCS / page).read_text())  # the launchers' own
+    of_launchers = r"--nproc_per_node|--multi_gpu|--num_processes"
+    text = re.sub(of_launchers, "", (DOCS / page).read_text())
     named = re.findall(r"--([a-z][a-z-]*)", text)
     assert named
     assert {name.replace("-", "_") for name in named} - {"help"} <= fields

@@ -280,9 +280,9 @@ def test_two_processes_learn_what_one_does(quick):
     two = elsewhere(quick, "two")
     changed = {name: value for name, value in two.plain().items() if value != ppo.Settings(out=two.out).plain()[name]}
     options = [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
-        [*launch, ROOT / "examples" / "ppo.py", "--out", two.out, *options],
+        [*launch, "--main_process_port", "0", ROOT / "examples" / "ppo.py", "--out", two.out, *options],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
