@@ -181,6 +181,17 @@ def test_a_base_of_whole_numbers_is_not_taken_for_one_of_weights(dtype, gpt2_val
     assert "wpe.weight" in err
 
 
+def test_weights_that_a_base_lacks_are_not_made_up(gpt2_value, tmp_path):
+    write_published_checkpoint(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    state = load_file(file)
+    del state["h.1.mlp.c_fc.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    status, _, err = gpt2_value("create", "--base", tmp_path / "base", tmp_path / "out", "--no-tokenizer")
+    assert (status, (tmp_path / "out").exists()) == (1, False)
+    assert "h.1.mlp.c_fc.weight" in err
+
+
 # Fields are allowed, not forbidden
 
 

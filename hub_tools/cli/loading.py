@@ -119,7 +119,11 @@ def load_base(source: str, *, revision: str | None, dtype: str = "auto", tokeniz
                     next_step="download the checkpoint again",
                 )
             loadable = make_loadable(copy, [])
-            model = GPT2ValueModel.from_pretrained(loadable, dtype=dtype, use_safetensors=True).eval()
+            model, info = GPT2ValueModel.from_pretrained(
+                loadable, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            _refuse_made_up_weights(source, info)
+            model.eval()
             model.name_or_path = model.config._name_or_path = source
             found = None
             has_tokenizer = any((loadable / name).exists() for name in layout.TOKENIZER)
@@ -219,6 +223,19 @@ def _refuse_other_numbers(source: str, folder: Path) -> None:
                     expected=f"one of {', '.join(FLOATS)}",
                     next_step="if it is quantised, dequantise it in its own library, and save it again",
                 )
+
+
+def _refuse_made_up_weights(source: str, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights of the body: transformers puts random numbers in their place."""
+    lost = sorted(
+        str(name) for name in info["missing_keys"] if not str(name).startswith((layout.HEAD_PREFIX, "lm_head."))
+    )
+    if lost:
+        raise SourceError(
+            f"{source} has no {', '.join(lost[:5])} ({len(lost)} missing)",
+            expected="all the weights that config.json calls for",
+            next_step="download the checkpoint again",
+        )
 
 
 def _no_tokenizer(source: str) -> SourceError:

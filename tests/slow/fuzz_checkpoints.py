@@ -177,6 +177,9 @@ def create(home: Path, folder: Path, out: Path, reader: str) -> str:
     loaded = load_base(str(folder), revision=None, tokenizer=None)
     save_package(loaded.model, out, loaded.tokenizer)
     theirs, ours = weights_in(folder), weights_in(out)
+    theirs |= {f"transformer.{name}": data for name, data in theirs.items()}  # the first GPT-2's names
+    if any(name not in theirs and not name.startswith("v_head.") for name in ours):
+        return "weights that are in no file"
     for name in theirs.keys() & ours.keys():
         if len(theirs[name]) == 2 * len(ours[name]):  # float64, which a package cannot hold, is rounded
             theirs[name] = numpy.frombuffer(theirs[name]).astype("float32").tobytes()
