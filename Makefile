@@ -26,9 +26,7 @@ ppo: .venv/.done  ## PPO on the demo's model and a sentiment lexicon, with a fig
 	$(BIN)/python examples/ppo.py --out "$(OUT)" --seed $(SEED)
 
 test: .venv/.done  ## the test suite
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py --ignore tests/test_ppo_pushes.py
-	# Alone: their worker processes give way to everything.
-	$(BIN)/python -m pytest -q tests/test_checkpoint_pusher.py tests/test_ppo_pushes.py
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 .oldest/.done: setup.cfg pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .oldest
@@ -37,8 +35,7 @@ test: .venv/.done  ## the test suite
 	@touch $@
 
 test-oldest: .oldest/.done  ## the test suite on the oldest versions that setup.cfg allows (slow)
-	.oldest/bin/python -m pytest -q -n auto --dist loadgroup --ignore tests/test_checkpoint_pusher.py --ignore tests/test_ppo_pushes.py
-	.oldest/bin/python -m pytest -q tests/test_checkpoint_pusher.py tests/test_ppo_pushes.py
+	.oldest/bin/python -m pytest -q -n auto --dist loadgroup
 
 check: .venv/.done  ## lint, format, types, who imports whom, and whether the API reference builds
 	$(BIN)/ruff check .
