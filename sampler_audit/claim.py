@@ -109,7 +109,7 @@ def _rows(sequences, attention_mask, prompt_length):
             return sequences, exists, exists
         attention_mask = _mask("attention_mask", attention_mask)
         if isinstance(prompt_length, numbers.Integral) and attention_mask.shape == (len(sequences), prompt_length):
-            attention_mask = pad(attention_mask, (0, sequences.shape[1] - prompt_length), value=1)
+            attention_mask = pad(attention_mask, (0, sequences.shape[1] - int(prompt_length)), value=1)
         if attention_mask.shape != sequences.shape:
             raise ValueError(
                 f"attention_mask has shape {list(attention_mask.shape)}, sequences {list(sequences.shape)}; expected "

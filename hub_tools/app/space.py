@@ -19,7 +19,7 @@ from .. import layout
 from ..errors import FolderRefusedError, SaveFailedError, SourceError
 from ..hub import download
 from ..hub.repository import Branch, Hub
-from ..package.inspection import repository_id
+from ..package.source import HubOptions, repository_id
 from ..package.verify import verify_package
 from ..publish.report import MAIN, PushReport
 from ..publish.upload_set import LocalFile, merge_cards
@@ -49,7 +49,7 @@ def space_files(
         SourceError: a folder, which a Space could not load, or a package without a tokenizer.
         And everything that `download.fetch` and `verify_package` raise.
     """
-    if repository_id(model, {}) is None:
+    if repository_id(model, HubOptions()) is None:
         raise SourceError(
             f"{model} is not on the Hub, and a Space loads its model from there",
             expected="owner/name of a package on the Hub",

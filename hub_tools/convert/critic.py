@@ -22,6 +22,7 @@ from transformers import (
 from modeling_gpt2_value import GPT2ValueModel
 
 from ..errors import UnconvertibleHeadError, UnusedOptionError
+from ..layout import HEAD_PREFIX
 from .export import ExportedPolicy, gpt2_fields, write_plain
 
 CriticHead = Literal["token-classification", "sequence-classification"]
@@ -107,8 +108,9 @@ def _linear_head(model: GPT2ValueModel) -> tuple[torch.Tensor, torch.Tensor]:
             expected="one linear layer to one value: that is all that a classifier's head can express",
             next_step="load the package itself, with trust_remote_code=True",
         )
-    summary = model.v_head.summary
-    return (summary.weight.detach().cpu().to(model.dtype), summary.bias.detach().cpu().to(model.dtype))
+    state = {name: model.state_dict()[f"{HEAD_PREFIX}summary.{name}"] for name in ("weight", "bias")}
+    weight, bias = (tensor.detach().cpu().to(model.dtype) for tensor in state.values())
+    return weight, bias
 
 
 def _body(model: GPT2ValueModel) -> dict[str, torch.Tensor]:

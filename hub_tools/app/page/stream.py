@@ -13,7 +13,7 @@ import torch
 
 from decoding_gpt2_value import check_tokens
 from generation_gpt2_value import Rollout, rollout
-from sampling_gpt2_value import Sampling, compact, kept_tokens, sampling_distribution, whole_number
+from sampling_gpt2_value import Sampling, compact, kept_set, sampling_distribution, whole_number
 
 EACH = 8  # a piece is an eighth of what was drawn before it, since the model reads all of that again
 
@@ -69,7 +69,7 @@ def _joined(found: Rollout, piece: Rollout) -> Rollout:
 
     kept = None
     if found.kept is not None and piece.kept is not None:
-        kept = put(found.kept, piece.kept, -1 if piece.kept.dtype == torch.int32 else 0)
+        kept = put(found.kept, piece.kept, 0)
     return Rollout(
         sequences=put(found.sequences, piece.responses, pad),
         attention_mask=put(found.attention_mask, piece.response_mask.long(), 0),
@@ -84,11 +84,11 @@ def _joined(found: Rollout, piece: Rollout) -> Rollout:
 
 
 def _with_all_bits(found: Rollout, sampling: Sampling, vocabulary: int) -> Rollout:
-    """The rollout by the settings of all of it, its kept sets in the one form that these settings begin with."""
+    """The rollout by the settings of all of it, its kept sets as bits."""
     kept = found.kept
     if kept is not None:
         nothing = torch.zeros((*kept.shape[:-1], vocabulary))
-        kept = kept_tokens(sampling_distribution(nothing, Sampling(), kept=kept), sampling)
+        kept = kept_set(sampling_distribution(nothing, Sampling(), kept=kept), sampling)
     return dataclasses.replace(found, kept=kept, sampling=sampling)
 
 
