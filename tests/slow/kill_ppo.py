@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the run and of the moments")
-    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--default-sizes", action="store_true")
     arguments = parser.parse_args()
     if arguments.out.exists():
