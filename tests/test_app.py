@@ -1,6 +1,7 @@
 """The app as a browser sees it, through Gradio's client; code that nobody has read; two visitors at once."""
 
 import json
+import socket
 import sys
 import threading
 import time
@@ -273,12 +274,15 @@ def test_unread_code_is_shown_and_not_run_until_somebody_agrees(package, tmp_pat
     assert f"+open(&#x27;{tmp_path / 'ran'}&#x27;, &#x27;w&#x27;)  # &lt;/pre&gt;&lt;script&gt;" in shown
 
     said, opened = [], []
-    where = {"in_browser": False, "say": said.append, "port": None}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"in_browser": False, "say": said.append, "port": port}
     opening = {"target": lambda: opened.append(open_app([Source(str(package))], named, **where))}
     opener = threading.Thread(**opening, daemon=True)
     opener.start()
     try:
-        review = reached("agree")
+        review = reached(f"http://127.0.0.1:{port}")
         assert 'role="alert"' in review.predict(False, api_name="/agree")
         assert not (tmp_path / "ran").exists()
         assert "loading" in review.predict(True, api_name="/agree")
@@ -286,22 +290,19 @@ def test_unread_code_is_shown_and_not_run_until_somebody_agrees(package, tmp_pat
         opener.join(timeout=20)
     assert (tmp_path / "ran").exists()
     (page,) = opened
+    assert page.server_port == port  # the page of the review turns into the app
     assert "data-rank" in Client(page.local_url, verbose=False).predict(*SAMPLE, api_name="/sample")
     page.close(verbose=False)
 
 
-def reached(endpoint):
-    """A client of the server that has this endpoint, once it is up."""
-    for _ in range(200):
-        for port in range(7860, 7880):
-            try:
-                client = Client(f"http://127.0.0.1:{port}", verbose=False)
-            except (httpx.HTTPError, ValueError):
-                continue
-            if f"/{endpoint}" in client.view_api(print_info=False, return_format="dict")["named_endpoints"]:
-                return client
-        time.sleep(0.1)
-    raise AssertionError(f"no server with {endpoint}")
+def reached(url):
+    """A client of the server at this address, once it is up."""
+    for _ in range(300):
+        try:
+            return Client(url, verbose=False)
+        except (httpx.HTTPError, ValueError):
+            time.sleep(0.1)
+    raise AssertionError(f"no server at {url}")
 
 
 def test_a_package_is_compared_with_a_plain_gpt2(package, models, tmp_path):

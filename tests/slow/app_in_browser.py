@@ -4,6 +4,8 @@ Needs Debian's chromium and chromium-driver. Screenshots go to runs/app, to be l
 """
 
 import re
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 from conftest import make_tiny_model
 from support.browser import TAB, Browser
-from test_app import tokenizer_of
+from test_app import named, reached, tokenizer_of
 from test_app_page import HOSTILE
+from test_verify import record_again
 
 from generation_gpt2_value import rollout
 from hub_tools.app.page import stream
@@ -21,6 +24,9 @@ from hub_tools.app.page.desk import Desk, Named
 from hub_tools.app.page.document import document
 from hub_tools.app.page.records import as_read, records
 from hub_tools.app.page.token_text import visible
+from hub_tools.app.review import Source
+from hub_tools.app.serve import open_app
+from hub_tools.package.save import save_package
 
 SHOTS = Path(__file__).parent.parent.parent / "runs" / "app"
 DONE = "#responses .gv-chip[data-rank]"
@@ -271,3 +277,29 @@ def test_the_app_fits_in_the_dark_and_on_a_phone(url, name, width, dark):
         assert shown_cards(browser) == 1
         assert browser.run("return document.documentElement.scrollWidth") <= width
         browser.screenshot(SHOTS / f"{name}.png")
+
+
+def test_unread_code_is_read_in_the_browser_and_the_page_turns_into_the_app(models, tokenizer, tmp_path):
+    save_package(models[0], tmp_path / "package", tokenizer)
+    with open(tmp_path / "package" / "configuration_gpt2_value.py", "a") as file:
+        file.write("# <script>document.title = 'run'</script>\n")
+    record_again(tmp_path / "package")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    opened = []
+    where = {"port": port, "in_browser": False, "say": lambda text: None}
+    sources = [Source(str(tmp_path / "package"))]
+    threading.Thread(target=lambda: opened.append(open_app(sources, named, **where)), daemon=True).start()
+    reached(f"http://127.0.0.1:{port}")
+    with Browser() as browser:
+        browser.open(f"http://127.0.0.1:{port}")
+        browser.find("#agree")
+        assert browser.run("return document.title") == "gpt2-value: unread code"
+        assert "+# <script>document.title = 'run'</script>" in browser.text(".gv-code")
+        browser.screenshot(SHOTS / "review.png")
+        browser.click("#read input")
+        browser.click("#agree")
+        browser.wait(lambda: browser.count("#draw"), seconds=60)
+        draw(browser)
+    opened[0].close(verbose=False)
