@@ -4,6 +4,8 @@ BASE ?=
 SEED ?= 0
 OUT ?= runs/ppo
 BIN := .venv/bin
+# The tests of a file share what takes long to make: one process runs them all, files in their order.
+BY_FILE := --dist loadscope --no-loadscope-reorder
 
 .PHONY: help demo test test-oldest check docs bench bench-ppo ppo-evidence matrix app-test audit-power compare-trl faults \
 	fuzz release-hashes tree wheel clean ppo
@@ -26,7 +28,7 @@ ppo: .venv/.done  ## PPO on the demo's model and a sentiment lexicon, with a fig
 	$(BIN)/python examples/ppo.py --out "$(OUT)" --seed $(SEED)
 
 test: .venv/.done  ## the test suite
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup
+	$(BIN)/python -m pytest -q -n auto $(BY_FILE)
 
 .oldest/.done: setup.cfg pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .oldest
@@ -35,7 +37,7 @@ test: .venv/.done  ## the test suite
 	@touch $@
 
 test-oldest: .oldest/.done  ## the test suite on the oldest versions that setup.cfg allows (slow)
-	.oldest/bin/python -m pytest -q -n auto --dist loadgroup
+	.oldest/bin/python -m pytest -q -n auto $(BY_FILE)
 
 check: .venv/.done  ## lint, format, types, who imports whom, and whether the API reference builds
 	$(BIN)/ruff check .

@@ -30,8 +30,6 @@ from hub_tools.publish.checkpoints import snapshot, worker_process
 from hub_tools.publish.checkpoints.snapshot import Snapshot
 from hub_tools.publish.checkpoints.trainer_callback import metrics_at
 
-pytestmark = pytest.mark.xdist_group("pusher")  # they share a pusher, and training processes
-
 HERE = Path(__file__).parent
 REPO = "alice/value"
 HEAD = "v_head.summary.bias"

@@ -5,8 +5,6 @@ from slow.fuzz_checkpoints import HUNT, READERS, cases, convert, try_case, write
 from slow.fuzz_runner import GROWTH, LOADED, Watch, run_all
 from support.spoiling import CANARY, Mutation
 
-pytestmark = pytest.mark.xdist_group("corrupt checkpoints")  # what they share takes a while to make
-
 EVERY = 97  # of the cases, a prime: each reader and each kind of mutation takes its turns
 
 

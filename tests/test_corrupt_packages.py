@@ -12,9 +12,6 @@ from support.spoiling import CANARY, Mutation
 
 from hub_tools import errors, verify_package
 
-pytestmark = pytest.mark.xdist_group("corrupt packages")  # what they share takes half a minute to make
-
-
 EVERY = 10  # of the cases: they take turns at the record too, since 10 and 3 have no common factor
 
 

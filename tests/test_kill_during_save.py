@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.xdist_group("deaths")  # one process: the sweeps are shared
 
 
 @pytest.fixture(scope="module", params=["exchange", "renames"])
