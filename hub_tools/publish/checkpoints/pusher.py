@@ -55,8 +55,8 @@ class CheckpointPusher:
 
     `push` copies the weights and returns: the next training step cannot change them. A worker process then saves,
     verifies and pushes, without a GPU, on one core, and on Linux only while that core is idle. Where training leaves
-    no core idle, checkpoints take longer, and training does not. Where pushing is slower than training, only the
-    newest checkpoint waits, and those that it replaced are `skipped`; the last one is never dropped.
+    no core idle, checkpoints take longer, and training a little (docs/benchmarks.md). Where pushing is slower than
+    training, only the newest checkpoint waits, and those it replaced are `skipped`; the last one is never dropped.
 
     Memory and disk: in memory there are at most two copies of the weights, one waiting and one being written to the
     disk; the worker maps its copy from the disk and needs about 0.5 GB for torch. On the disk there are at most two,
