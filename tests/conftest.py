@@ -77,6 +77,15 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
+@pytest.fixture
+def server():
+    """A Hub on loopback, without Xet, which huggingface_hub addresses meanwhile."""
+    from slow.fault_sweep import serving
+
+    with serving(xet=False) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """The folder of a package of `make_tiny_model`, to be read; `package` is a copy of it, to be spoiled."""

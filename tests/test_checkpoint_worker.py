@@ -7,7 +7,6 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import make_tiny_model
-from slow.fault_sweep import serving
 from support.hub_server import Fault
 
 from hub_tools.errors import NoAccessError, NonFiniteWeightsError
@@ -26,12 +25,6 @@ JOB = Job(
     package=PackageOptions(None, None, (), "5GB"),
     rule=BestRule("loss", False, "best"),
 )
-
-
-@pytest.fixture
-def server():
-    with serving(xet=False) as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)

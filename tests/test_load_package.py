@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import make_tiny_model
 from safetensors.torch import load_file, save_file
-from slow.fault_sweep import serving
 from support.hub_server import Fault
 from test_inspection import edit_json
 from test_verify import record_again
@@ -30,12 +29,6 @@ from modeling_gpt2_value import GPT2ValueModel
 REPO = "alice/value"
 MODELING = "modeling_gpt2_value.py"
 RELEASED = Path(__file__).parent / "released"
-
-
-@pytest.fixture
-def server():
-    with serving(xet=False) as server:
-        yield server
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 from conftest import make_tiny_model
-from slow.fault_sweep import serving
 from support.hub_server import User
 from support.pushing import REPO, push_verified, verified_before
 
@@ -29,12 +28,6 @@ STALE = {
     "tf_model.h5": b"old",
 }
 MINE = {"notes.txt": b"mine", "images/curve.png": b"png", "training_args.bin": b"args", "LICENSE": b"MIT"}
-
-
-@pytest.fixture
-def server():
-    with serving(xet=False) as server:
-        yield server
 
 
 @pytest.fixture

@@ -2,17 +2,10 @@
 
 import huggingface_hub
 import pytest
-from slow.fault_sweep import serving
 from support.pushing import REPO, push_verified
 
 from hub_tools.errors import CardMetadataError
 from hub_tools.package.save import save_package
-
-
-@pytest.fixture
-def server():
-    with serving(xet=False) as server:
-        yield server
 
 
 @pytest.fixture

@@ -16,12 +16,6 @@ from hub_tools.package.save import save_package
 
 
 @pytest.fixture
-def server():
-    with serving(xet=False) as server:
-        yield server
-
-
-@pytest.fixture
 def package(tmp_path, tiny_model):
     save_package(tiny_model, tmp_path / "package", repo_id=REPO)
     return tmp_path / "package"

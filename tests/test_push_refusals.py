@@ -5,7 +5,7 @@ import traceback
 
 import huggingface_hub
 import pytest
-from slow.fault_sweep import FAULTS, SCENARIOS, hurried, requests_of, run_push, serving, set_up
+from slow.fault_sweep import FAULTS, SCENARIOS, hurried, requests_of, run_push, set_up
 from support.hub_server import Fault, User
 from support.pushing import REPO, push_verified
 
@@ -20,12 +20,6 @@ from hub_tools.errors import (
 )
 from hub_tools.package.save import save_package
 from hub_tools.publish.push import push_package
-
-
-@pytest.fixture
-def server():
-    with serving(xet=False) as server:
-        yield server
 
 
 @pytest.fixture

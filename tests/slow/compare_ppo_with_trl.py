@@ -21,6 +21,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from safetensors.torch import load_file, save_file
+from trl_steps import write_or_compare
 
 B, P, T, V = 16, 5, 14, 40
 END, OWN = V - 1, V - 2  # the end of a text, and a token that is nothing but padding
@@ -204,20 +205,5 @@ def gaps(ppo, trl):
         yield what, "drawn against all", gap, "its mean is over padding too"
 
 
-def main() -> int:
-    torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=["write", "compare"])
-    parser.add_argument("folder", type=Path, help="where the numbers lie; new or empty for `write`")
-    given = parser.parse_args()
-    if given.step == "compare":
-        return min(compare(given.folder), 1)
-    given.folder.mkdir(parents=True, exist_ok=True)
-    if any(given.folder.iterdir()):
-        parser.error(f"{given.folder} is not empty: name a new folder")
-    write(given.folder.resolve())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_compare(__doc__, "where the numbers lie", write, compare))

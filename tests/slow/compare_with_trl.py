@@ -10,7 +10,6 @@ needs an environment that this project does not ask for. `make compare-trl` make
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from trl_steps import write_or_compare
 
 CASES = "cases.json"
 NUMBERS = "numbers.safetensors"
@@ -189,20 +189,5 @@ def compare(folder: Path) -> int:
     return failed
 
 
-def main() -> int:
-    torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=["write", "compare"])
-    parser.add_argument("folder", type=Path, help="where the checkpoints lie; new or empty for `write`")
-    given = parser.parse_args()
-    if given.step == "compare":
-        return min(compare(given.folder), 1)
-    given.folder.mkdir(parents=True, exist_ok=True)
-    if any(given.folder.iterdir()):
-        parser.error(f"{given.folder} is not empty: name a new folder")
-    write(given.folder.resolve())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_compare(__doc__, "where the checkpoints lie", write, compare))

@@ -1,0 +1,35 @@
+"""The command line of the two comparisons with TRL: `write FOLDER` in TRL's environment, `compare FOLDER` in ours.
+
+Imports the standard library and torch, which both environments have.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def write_or_compare(
+    description: str, content: str, write: Callable[[Path], None], compare: Callable[[Path], int]
+) -> int:
+    """Read the command line and take the step that it names; the exit status: 1 where `compare` finds anything.
+
+    Args:
+        description: the script's docstring, whose first line `--help` shows.
+        content: what lies in the folder, in words.
+        write: fill the folder, which is new or empty.
+        compare: read it, and return how much in it is wrong.
+    """
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("step", choices=["write", "compare"])
+    parser.add_argument("folder", type=Path, help=f"{content}; new or empty for `write`")
+    given = parser.parse_args()
+    if given.step == "compare":
+        return min(compare(given.folder), 1)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if any(given.folder.iterdir()):
+        parser.error(f"{given.folder} is not empty: name a new folder")
+    write(given.folder.resolve())
+    return 0
