@@ -24,7 +24,7 @@ from hub_tools.app.page.handlers import GENERATE, ROLLOUT
 from hub_tools.app.review import Source, review_page, unread_code
 from hub_tools.app.serve import open_app
 from hub_tools.errors import SourceError
-from hub_tools.package.save import save_package
+from hub_tools.package.writing.save import save_package
 
 PROMPT = "Hello\nabc"
 SAMPLE = (PROMPT, 2, 12, 0, 0.9, 5, 1.0, 7)  # prompts, responses, longest, shortest, temperature, top-k, top-p, seed

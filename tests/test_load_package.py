@@ -23,7 +23,8 @@ from transformers import AutoModel
 
 from generation_gpt2_value import rescore, rollout
 from hub_tools import errors, inspect_package, layout, load_package, save_package, verify_package
-from hub_tools.package import load, releases
+from hub_tools.package import releases
+from hub_tools.package.loading import load
 from modeling_gpt2_value import GPT2ValueModel
 
 REPO = "alice/value"

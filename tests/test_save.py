@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import hub_tools
 from configuration_gpt2_value import AUTO_MAP
 from hub_tools import errors, layout
-from hub_tools.package.save import save_package
+from hub_tools.package.writing.save import save_package
 from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel
 
 PROMPT = torch.tensor([[5, 7, 11, 13, 17]])

@@ -13,7 +13,7 @@ from support.hub_store import File
 from hub_tools import layout
 from hub_tools.app.space import push_space, space_files, write_space
 from hub_tools.errors import FolderRefusedError, NoAccessError, SourceError
-from hub_tools.package.save import save_package
+from hub_tools.package.writing.save import save_package
 
 MODEL, SPACE = "alice/value", "alice/look"
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import layout
 from ..errors import PackageChangedError, visible
-from ..package.inspection import inspect_package
+from ..package.reading.inspection import inspect_package
 from ..package.releases import releases
 
 AGREE = "I have read this code: run it"

@@ -21,7 +21,7 @@ from ..errors import MissingFileError, UnsupportedModelError, WeightsMismatchErr
 from ..files import read_json
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX
 from ..library_errors import as_ours
-from ..package.stage import identities, refuse_changes
+from ..package.reading.stage import identities, refuse_changes
 from .config_fields import most_bytes
 from .formats import BODY_DTYPES, translate
 from .lora_settings import MERGE_THERE, LoraSettings, read_settings

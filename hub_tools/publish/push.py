@@ -21,8 +21,8 @@ from huggingface_hub import CommitOperationDelete
 from .. import layout
 from ..errors import GPT2ValueHubError, PushOptionsError, TagExistsError
 from ..hub.repository import Branch, Hub, PushedCommit
-from ..package.card import load_lines, with_repo_id
-from ..package.verify import verify_package
+from ..package.loading.verify import verify_package
+from ..package.writing.card import load_lines, with_repo_id
 from .report import MAIN, MESSAGE, PushOptions, PushPlan, PushReport
 from .upload_set import Package, merge_cards
 
@@ -125,7 +125,7 @@ def push_to_hub(
     Raises:
         Everything that `save_package` and `push_package` raise.
     """
-    from ..package.save import save_package
+    from ..package.writing.save import save_package
 
     options = PushOptions(revision or MAIN, private, create_pr, tag, commit_message, dry_run=dry_run)
     hub = open_repository(repo_id, token=token, patience=patience)

@@ -29,7 +29,7 @@ from ...errors import (
     WorkerDiedError,
 )
 from ...hub.repository import Hub
-from ...package.replace_folder import discard, left_behind, locked_folder
+from ...package.writing.replace_folder import discard, left_behind, locked_folder
 from ..push import MAIN, PATIENCE
 from .job import BestRule, Destination, Job, PackageOptions, PushedCheckpoint, as_numbers, read_answer
 from .snapshot import Snapshot

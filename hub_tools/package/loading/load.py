@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import layout
-from ..errors import (
+from ... import layout
+from ...errors import (
     ChangedFileError,
     GPT2ValueHubError,
     LoadError,
@@ -27,13 +27,13 @@ from ..errors import (
     UntrustedCodeError,
     UnusedOptionError,
 )
-from ..files import AGAIN
-from ..library_errors import as_ours
-from .finite import not_finite
-from .inspection import PackageReport, inspect_stage
-from .releases import Release, diff_command, releases
-from .source import HubOptions, local_folder, repository_id
-from .stage import make_loadable, stage_package
+from ...files import AGAIN
+from ...library_errors import as_ours
+from ..finite import not_finite
+from ..reading.inspection import PackageReport, inspect_stage
+from ..reading.source import HubOptions, local_folder, repository_id
+from ..reading.stage import make_loadable, stage_package
+from ..releases import Release, diff_command, releases
 from .tokenizer import load_tokenizer
 from .verify import refusals
 
@@ -110,7 +110,7 @@ def load_package(
     if repo_id is None:
         folder = local_folder(source)
     else:
-        from ..hub import download
+        from ...hub import download
 
         snapshot = download.fetch(
             repo_id,

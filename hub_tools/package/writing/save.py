@@ -22,8 +22,8 @@ from torch import nn
 from configuration_gpt2_value import GPT2ValueConfig
 from modeling_gpt2_value import GPT2ValueModel
 
-from .. import layout
-from ..errors import (
+from ... import layout
+from ...errors import (
     MissingHeadError,
     NonFiniteWeightsError,
     TokenizerMismatchError,
@@ -31,12 +31,12 @@ from ..errors import (
     UnsavableWeightsError,
     WrongModelError,
 )
-from ..library_errors import as_ours
-from . import allowed_fields
+from ...library_errors import as_ours
+from ..finite import not_finite
+from ..probe import measure
+from ..reading import allowed_fields
+from ..record import PROBE_TEXT, Record, probe
 from .card import CardFacts, load_lines, render_card
-from .finite import not_finite
-from .probe import measure
-from .record import PROBE_TEXT, Record, probe
 from .replace_folder import staging_folder
 from .target import check_target, writing_to
 

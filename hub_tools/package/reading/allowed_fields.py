@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import layout
-from ..errors import CorruptFileError, UnsafeFileError
-from ..files import AGAIN
+from ... import layout
+from ...errors import CorruptFileError, UnsafeFileError
+from ...files import AGAIN
 
 
 @dataclass(frozen=True)
