@@ -143,6 +143,13 @@ def merge(
             expected="the adapter's weights for each layer that adapter_config.json names",
             next_step=OTHER_BASE,
         )
+    if settings.bias == "lora_only" and (lost := {f"{module}.bias" for module in layers} & set(before) - set(whole)):
+        raise WeightsMismatchError(
+            f"{file} lacks biases that were trained: {listed(sorted(lost))}",
+            expected='the biases of all adapted layers, as "bias": "lora_only" in adapter_config.json says',
+            next_step="save the adapter again with PEFT 0.21 or newer, since older ones leave them out; or, to go on "
+            'with the biases of the base model, write "bias": "none" into adapter_config.json',
+        )
     merged = dict(before)
     for name, tensor in whole.items():
         _check_shape(file, name, tensor, tuple(before[name].shape))
