@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from ... import errors
-from ...errors import CardMetadataError, GPT2ValueHubError
+from ...errors import CardMetadataError, CheckpointPushError, GPT2ValueHubError
 
 NOTE = "gpt2-value-checkpoint: "  # a line in a commit's description: the step and its metrics, as JSON
 
@@ -107,6 +107,7 @@ class Success:
 
     pushed: PushedCheckpoint
     verified: str  # fingerprint, for the next job
+    processor_seconds: float  # that the worker and the interpreter in which it verified have taken so far
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -126,7 +127,23 @@ def read_answer(text: str) -> Success:
     if "error" in found:
         kind: type[GPT2ValueHubError] = getattr(errors, found.pop("error"))
         raise kind(**found)
-    return Success(PushedCheckpoint(**found["pushed"]), found["verified"])
+    return Success(**{**found, "pushed": PushedCheckpoint(**found["pushed"])})
+
+
+def push_error(step: int, repo_id: str, cause: BaseException) -> CheckpointPushError:
+    """Why a checkpoint is not on the Hub, with the error that tells as its cause."""
+    known = cause
+    if not isinstance(known, GPT2ValueHubError):
+        advice = "correct what this error names; the next checkpoint is tried all the same"
+        known = GPT2ValueHubError(f"{type(cause).__name__}: {cause}", next_step=advice)
+    error = CheckpointPushError(
+        f"the checkpoint of step {step} is not on {repo_id}: {known.found}",
+        expected=known.expected,
+        next_step=known.next_step,
+        step=step,
+    )
+    error.__cause__ = cause
+    return error
 
 
 def metrics_in(description: str) -> dict[str, float]:

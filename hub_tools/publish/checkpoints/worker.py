@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def main(folder: Path) -> None:
             hub = Hub(job.destination.repo_id, token=job.destination.token, patience=job.destination.patience)
             hub.check_token()
             package, fingerprint = prepared = prepared or prepare(job, hub, folder)
-            answer = Success(push_checkpoint(job, hub, package), fingerprint).to_json()
+            pushed = push_checkpoint(job, hub, package)
+            answer = Success(pushed, fingerprint, processor_seconds=sum(os.times()[:4])).to_json()
         except GPT2ValueHubError as error:
             answer = failure_to_json(error)
         print(f"\n{ANSWER}{answer}", flush=True)  # on a line of its own, whatever a library has printed

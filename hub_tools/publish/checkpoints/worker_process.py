@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", __package__)
 ANSWER = "gpt2-value-answer: "  # how the lines begin that are answers
+SHARE = 0.02  # of the processor time that this process may use, for workers
 
 
 class Worker:
@@ -109,3 +110,13 @@ def give_way(pid: int) -> None:
             os.setpriority(os.PRIO_PROCESS, pid, 19)
         if sys.platform == "linux":
             os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+
+
+def rest_after(processor_seconds: float) -> float:
+    """Seconds from the start of a worker that took so much, after which workers have taken no more than their share.
+
+    The lowest priority is not enough: where all cores train, what it leaves is still 15% of a core, for which training
+    pays 5% (measured on two cores, docs/benchmarks.md).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return processor_seconds / (SHARE * cores)
