@@ -74,7 +74,7 @@ class Original:
         }
 
     def write_config(self, folder, **fields):
-        config = {**self.body.config.to_dict(), "architectures": ["GPT2LMHeadModel"], **fields}
+        config = {**self.body.config.to_diff_dict(), "architectures": ["GPT2LMHeadModel"], **fields}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config))
 

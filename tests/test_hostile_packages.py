@@ -171,7 +171,7 @@ def test_a_base_that_claims_to_be_huge_is_not_built(fields, gpt2_value, tmp_path
 def test_a_base_of_whole_numbers_is_not_taken_for_one_of_weights(dtype, gpt2_value, tmp_path):
     write_published_checkpoint(tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
-    state = load_file(file)
+    state = {name: tensor.clone() for name, tensor in load_file(file).items()}  # which maps the file: it is replaced
     masks = {name: mask.to(torch.uint8) for name, mask in state.items() if name.endswith(".attn.bias")}
     save_file({**state, **masks}, file, metadata={"format": "pt"})
     create = ("create", "--base", tmp_path / "base", tmp_path / "out", "--no-tokenizer")

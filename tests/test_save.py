@@ -66,7 +66,9 @@ def test_saving_twice_gives_the_same_bytes(tiny_model, tiny_tokenizer, tmp_path)
 
 
 def test_a_loaded_package_saved_again_is_the_same_package(tiny_model, tiny_tokenizer, tmp_path):
-    save_package(tiny_model, tmp_path / "p", tiny_tokenizer)
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    # Loaded once before, since transformers 4 then writes more about special tokens than it had read.
+    save_package(tiny_model, tmp_path / "p", AutoTokenizer.from_pretrained(tmp_path / "tokenizer"))
     again = AutoModel.from_pretrained(tmp_path / "p", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "p", trust_remote_code=True)
     save_package(again, tmp_path / "q", tokenizer)

@@ -20,7 +20,7 @@ from configuration_gpt2_value import GPT2ValueConfig
 from modeling_gpt2_value import GPT2ValueModel
 
 from ...errors import SaveFailedError, TokenizerMismatchError
-from ...package.writing.save import installed_shell
+from ...package.writing.model import installed_shell
 
 WEIGHTS = "weights.pt"
 TOKENIZER = "tokenizer"
