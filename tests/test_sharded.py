@@ -1,48 +1,18 @@
-"""A model whose weights FSDP2 spreads over two processes: sampled, scored and saved as the whole one is."""
-
-import copy
-import os
+"""A model whose weights FSDP2 spreads over two processes: sampled and scored as the whole one is."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_tiny_model
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from support.two_processes import LAYOUTS, in_two_processes, sharded
 
 from generation_gpt2_value import rollout
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 
 
-def in_two_processes(worker, folder, *arguments):
-    """Run `worker(rank, folder, *arguments)` twice, as a process group, and see that both come to its end."""
-    torch.multiprocessing.spawn(run_worker, (worker, folder, *arguments), nprocs=2, daemon=True)
-    assert {"done-0", "done-1"} <= set(os.listdir(folder))
-
-
-def run_worker(rank, worker, folder, *arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    worker(rank, folder, *arguments)
-    (folder / f"done-{rank}").touch()
-    dist.barrier()
-    os._exit(0)  # gloo's destructors wait for a peer that may be gone
-
-
 def make_policy(**fields):
     return make_tiny_model(n_layer=3, n_embd=64, vocab_size=300, **fields)
-
-
-def sharded(model, layout="blocks"):
-    """A copy, sharded by blocks; as accelerate does it; or so that the blocks stay whole after the first forward."""
-    model, mesh = copy.deepcopy(model), init_device_mesh("cpu", (2,))
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, reshard_after_forward=layout != "whole after forward")
-    if layout == "accelerate":
-        tied = [model.transformer.ln_f, model.transformer.wte, model.lm_head]
-        fully_shard(tied, mesh=mesh, reshard_after_forward=False)
-    return fully_shard(model, mesh=mesh)
 
 
 # Rollouts
@@ -71,6 +41,6 @@ def sample(rank, folder, layout):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("layout", ["blocks", "accelerate", "whole after forward"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_that_end_at_different_times_do_not_stop_the_other_process(layout, tmp_path):
     in_two_processes(sample, tmp_path, layout)

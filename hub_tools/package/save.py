@@ -1,7 +1,7 @@
 """Write a complete package, all or nothing.
 
 Imports the standard library, torch, transformers, the remote code, and of hub_tools `allowed_fields`, `card`,
-`finite`, `record`, `probe`, `replace_folder`, `target` and what these import.
+`finite`, `record`, `probe`, `replace_folder`, `sharded`, `target` and what these import.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from .finite import not_finite
 from .probe import measure
 from .record import PROBE_TEXT, Record, probe
 from .replace_folder import staging_folder
+from .sharded import State, in_first_process
 from .target import check_target, writing_to
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,6 +59,18 @@ class SavedPackage:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(self.files.values())
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How a package is saved; see `save_package`."""
+
+    base_model: str | None
+    license: str | None
+    tags: Sequence[str]
+    repo_id: str | None
+    max_shard_size: int | str
+    overwrite: bool = True
 
 
 def save_package(
@@ -84,6 +97,10 @@ def save_package(
     where they are (a model on a GPU is copied to main memory), and written with this installed version's
     code, also when the model itself came from a package's code.
 
+    A model that FSDP2 shards is saved in all processes by the same call: the first gathers the weights in main
+    memory and writes the package, and all return, or raise, what it does. Any other model is saved where this is
+    called, so in a run of several processes call it in one (`accelerator.is_main_process`).
+
     Args:
         model: a `GPT2ValueModel` (or a subclass without weights of its own), unwrapped, in float32, float16
             or bfloat16.
@@ -99,6 +116,7 @@ def save_package(
 
     Raises:
         WrongModelError, MissingHeadError: not a value-head model, or wrapped in something.
+        ProcessesMissingError: a sharded model, and another process did not call this within 30 s.
         UnsavableWeightsError, NonFiniteWeightsError, UnsavableConfigError: a model that could not be loaded
             again.
         TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code.
@@ -106,15 +124,29 @@ def save_package(
         FolderRefusedError: `folder` holds something else, or cannot be replaced in one step.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
     """
-    target = save_target(folder, overwrite=overwrite)
-    installed = _installed_copy(model)
+    options = SaveOptions(base_model, license, tags, repo_id, max_shard_size, overwrite)
+    return in_first_process(model, lambda state: write_package(model, state, folder, tokenizer, options))
+
+
+def write_package(
+    model: nn.Module, state: State | None, folder: str | os.PathLike[str], tokenizer: Any, options: SaveOptions
+) -> SavedPackage:
+    """What `save_package` does in the process that writes; `state` as `in_first_process` gives it."""
+    target = save_target(folder, overwrite=options.overwrite)
+    installed = _installed_copy(model, state)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, installed.config.vocab_size)
-    card = render_card(_facts(installed, tokenizer), base_model=base_model, license=license, tags=tags, repo_id=repo_id)
+    card = render_card(
+        _facts(installed, tokenizer),
+        base_model=options.base_model,
+        license=options.license,
+        tags=options.tags,
+        repo_id=options.repo_id,
+    )
     with writing_to(target), staging_folder(target) as staging:
-        _write(staging.package, installed, tokenizer, card, max_shard_size)
+        _write(staging.package, installed, tokenizer, card, options.max_shard_size)
         files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
-        save_target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+        save_target(folder, overwrite=options.overwrite)  # writing may have taken minutes: look again
         replaced = staging.commit()
     return SavedPackage(
         folder=target,
@@ -140,10 +172,10 @@ def save_target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
     )
 
 
-def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.Tensor]]:
+def installed_shell(model: nn.Module, gathered: State | None = None) -> tuple[GPT2ValueModel, State]:
     """Return an empty model of this installed version's class, on the meta device, with the configs of `model`; and the
-    weights of `model`, after checking that the empty model takes exactly these. (Whether they are finite is not
-    checked.)
+    weights of `model`, or those that were `gathered`, after checking that the empty model takes exactly these. (Whether
+    they are finite is not checked.)
 
     Raises:
         WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
@@ -158,7 +190,8 @@ def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.T
         if generation_config is not None:
             generation_config.validate(strict=True)
             allowed_fields.reduce(layout.GENERATION_CONFIG, json.loads(generation_config.to_json_string()))
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = model.state_dict() if gathered is None else gathered
+    state = {name: tensor.detach() for name, tensor in state.items()}
     with torch.device("meta"), as_ours(_unsavable):
         installed = GPT2ValueModel(config)
         if hasattr(
@@ -178,10 +211,10 @@ def _unsavable(gist: str) -> UnsavableConfigError:
     )
 
 
-def _installed_copy(model: nn.Module) -> GPT2ValueModel:
+def _installed_copy(model: nn.Module, gathered: State | None) -> GPT2ValueModel:
     """Return a model of this installed version's class, in eval mode on the CPU, that holds the same weights (shared
     where they are on the CPU, else copied), after checking that they are complete and finite."""
-    installed, state = installed_shell(model)
+    installed, state = installed_shell(model, gathered)
     body = {name: tensor.cpu() for name, tensor in state.items() if name != "lm_head.weight"}
     tied = installed.config.tie_word_embeddings
     body["lm_head.weight"] = body["transformer.wte.weight"] if tied else state["lm_head.weight"].cpu()
@@ -236,7 +269,7 @@ def _check_class(model: nn.Module) -> None:
         raise refuse(f"a {name} of model type {model_type!r}", "pass a GPT2ValueModel")
 
 
-def _check_state(state: dict[str, torch.Tensor], installed: GPT2ValueModel) -> None:
+def _check_state(state: State, installed: GPT2ValueModel) -> None:
     """Refuse weights that are not exactly the model's, or that are not here."""
     expected = {name: tuple(tensor.shape) for name, tensor in installed.state_dict().items()}
     missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))

@@ -1,8 +1,8 @@
 """Push checkpoints while training goes on: a copy between two steps, and all the rest in a worker process.
 
-Imports the standard library, huggingface_hub, torch, and of hub_tools `errors`, `hub`, `replace_folder`, `job`,
-`snapshot`, `worker_process` and what these import. While a checkpoint is on its way there are one thread, one worker
-and one folder on the disk; while none is, there is nothing of these.
+Imports the standard library, huggingface_hub, torch, and of hub_tools `errors`, `hub`, `replace_folder`, `sharded`,
+`job`, `snapshot`, `worker_process` and what these import. While a checkpoint is on its way there are one thread, one
+worker and one folder on the disk; while none is, there is nothing of these.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ...errors import (
 )
 from ...hub.repository import Hub
 from ...package.replace_folder import discard, left_behind, locked_folder
+from ...package.sharded import State, in_first_process
 from ..push import MAIN, PATIENCE
 from .job import BestRule, Destination, Job, PackageOptions, PushedCheckpoint, as_numbers, read_answer
 from .snapshot import Snapshot
@@ -75,8 +76,9 @@ class CheckpointPusher:
     `close` runs at the end of a `with` block, and at the interpreter's exit where nobody called it. So after an
     uncaught exception, too, the last checkpoint is pushed, or an error in the log says that it is not.
 
-    In a run of several processes, make one in the main process only. A process forked from this one (a data loader's
-    worker) cannot use it, and does not disturb it.
+    In a run of several processes, make one in the main process only; for a model that FSDP2 shards, one in each, and
+    call `push` in all: the first process gathers the weights, which is one more copy for that time, and pushes. A
+    process forked from this one (a data loader's worker) cannot use it, and does not disturb it.
 
     Args:
         repo_id: `name` or `owner/name`; created with the first push if there is none.
@@ -174,18 +176,25 @@ class CheckpointPusher:
             tokenizer: a transformers tokenizer, to travel with the model.
 
         Raises:
-            WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
+            WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError, ProcessesMissingError: see
+                `save_package`.
             CardMetadataError: a metric that is no number.
             TokenizerMismatchError: a tokenizer that cannot be copied.
             CheckpointPushError: an earlier checkpoint did not reach the Hub.
             PusherClosedError: after `close`, or in a forked process.
         """
+        in_first_process(model, lambda gathered: self._accept(model, gathered, step, metrics or {}, tokenizer))
+
+    def _accept(
+        self, model: nn.Module, gathered: State | None, step: int, metrics: Mapping[str, float], tokenizer: Any
+    ) -> None:
+        """What `push` does in the process that pushes."""
         self._check_usable()
-        numbers = as_numbers(metrics or {})
+        numbers = as_numbers(metrics)
         with self._changed:
             if self._current is not None and self._current.weights:
                 self._skip_waiting()  # before the copy and not after it: there are never more than two
-            snapshot = Snapshot.of(model, tokenizer, step=step, metrics=numbers)
+            snapshot = Snapshot.of(model, tokenizer, step=step, metrics=numbers, gathered=gathered)
             self._skip_waiting()
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
