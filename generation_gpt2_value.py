@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 try:
     from .decoding_gpt2_value import are_ids, check_tokens, decoder_for, unwrapped
-    from .sampling_gpt2_value import Sampling, compact, draw, is_finite, kept_set, sampling_distribution, whole_number
+    from .sampling_gpt2_value import Sampling, compact, draw, kept_set, sampling_distribution, whole_number
     from .scoring_gpt2_value import Rescored, check_finite, rescore
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from decoding_gpt2_value import are_ids, check_tokens, decoder_for, unwrapped
-    from sampling_gpt2_value import Sampling, compact, draw, is_finite, kept_set, sampling_distribution, whole_number
+    from sampling_gpt2_value import Sampling, compact, draw, kept_set, sampling_distribution, whole_number
     from scoring_gpt2_value import Rescored, check_finite, rescore
 
 __all__ = ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"]
@@ -98,8 +98,8 @@ def rollout(
 ):
     """Draw responses to prompts, with the log-probability of each token and the value of the state before it.
 
-    Dropout is off, whatever mode the model is in. A plain GPT-2, also one in a wrapper, is decoded by a step of this
-    package that computes the same function faster; a model that a hook or an override alters, by its own forward.
+    Dropout is off, whatever mode the model is in. A plain GPT-2, also one in a wrapper, is decoded by a faster step of
+    this package; a model that something alters, by its own forward; one that FSDP2 shards, until all processes end.
 
     Args:
         model: any causal language model of transformers; `values` are reported where its output has a `value`.
@@ -138,17 +138,14 @@ def rollout(
     early = torch.arange(T, device=device) < sampling.min_new_tokens
     running = torch.ones_like(mask[:, 0], dtype=torch.bool)
     found = {}  # logprobs, values and kept, [B, T, ...]
-
     decoder = decoder_for(model, tokens, mask)
     for t in range(T):
-        rows = decoder.rows  # [b], those that are still computed
+        rows, now = decoder.rows, running[decoder.rows]  # [b], those that are still computed, and that have not ended
         logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
         step = sampling_distribution(logits, sampling, early=early[t])
         drawn, logprob = draw(step, uniforms[t, rows])
-        logprob = logprob.masked_fill(~is_finite(logits), math.nan)
-        now = running[rows]
-        tokens[rows, P + t] = torch.where(now, drawn, pad)
-        mask[rows, P + t] = now.long()
+        logprob = logprob.masked_fill(~logits.detach().isfinite().all(-1), math.nan)
+        tokens[rows, P + t], mask[rows, P + t] = torch.where(now, drawn, pad), now.long()
         for name, column in (("logprobs", logprob), ("values", value), ("kept", kept_set(step, sampling))):
             if column is not None:
                 if t == 0:
@@ -163,6 +160,7 @@ def rollout(
                 break
             if 2 * len(left) <= len(rows):
                 decoder.keep(left)
+    decoder.keep_pace(ended=True)
 
     kept = compact(found["kept"], vocabulary) if "kept" in found else None
     drawn = tokens[:, P:], mask[:, P:].bool(), found["logprobs"], found.get("values")

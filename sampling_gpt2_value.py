@@ -140,10 +140,9 @@ def _as_mask(kept, vocabulary):
 def draw(logits, uniform):
     """Draw one index for each row of `logits [B, K]`, the largest of which is 0, by inversion of `uniform [B]`.
 
-    One uniform number in [0, 1) is used for each draw (Devroye, "Non-Uniform Random Variate Generation", 1986, chapter
-    III). Blocks of sqrt(K) are summed first and the index is found inside one block, since cumulative sums over a whole
-    vocabulary are slow. Sums are float64, so that no tail is lost to rounding. An index of probability zero is never
-    returned.
+    One uniform number in [0, 1) makes one draw (Devroye, "Non-Uniform Random Variate Generation", 1986, chapter III).
+    Blocks of sqrt(K) are summed first, then one of them, since cumulative sums over a whole vocabulary are slow; in
+    float64, so that no tail is lost to rounding. An index of probability zero is never returned.
 
     Returns the indices `[B]` int64 and their log-probabilities `[B]`, of the logits' dtype (NaN where a logit is NaN).
     """
@@ -165,11 +164,6 @@ def _invert(weights, target):
     last = (places * (weights > 0)).amax(-1, keepdim=True)  # rounding up must not lead beyond the last with weight
     index = torch.minimum((running <= target).sum(-1, keepdim=True), last)
     return index, (target - (running - weights).gather(-1, index)).clamp(min=0)
-
-
-def is_finite(logits):
-    """Whether all of `logits [..., V]` are finite."""
-    return logits.detach().isfinite().all(-1)
 
 
 def whole_number(name, value, low):

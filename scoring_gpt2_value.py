@@ -18,10 +18,10 @@ from transformers.utils import ModelOutput
 
 try:
     from .decoding_gpt2_value import check_tokens, innermost, inputs_and_head, run, takes_requests, unwrapped
-    from .sampling_gpt2_value import Sampling, is_finite, sampling_distribution
+    from .sampling_gpt2_value import Sampling, sampling_distribution
 except ImportError:  # a checkout or a wheel, where these files are top-level modules
     from decoding_gpt2_value import check_tokens, innermost, inputs_and_head, run, takes_requests, unwrapped
-    from sampling_gpt2_value import Sampling, is_finite, sampling_distribution
+    from sampling_gpt2_value import Sampling, sampling_distribution
 
 # So many (token, vocabulary) logits are held at a time: 100 MB in float32. Smaller products run slower.
 CHUNK = 25_000_000
@@ -84,7 +84,7 @@ class ScoreRequest:
         scaled = sampling_distribution(logits, self.sampling, **how)
         normaliser = scaled.logsumexp(-1)
         logprob = scaled.gather(-1, chunk["tokens"].unsqueeze(-1)).squeeze(-1) - normaliser
-        logprob = logprob.masked_fill(~is_finite(logits), math.nan)
+        logprob = logprob.masked_fill(~logits.detach().isfinite().all(-1), math.nan)
         entropy = kl = torch.zeros_like(logprob)
         if self.with_entropy or self.reference is not None:
             possible = scaled > -math.inf

@@ -50,6 +50,10 @@ class UnsavableWeightsError(GPT2ValueHubError, ValueError):
     """Weights that a package cannot hold: without data, sharded, quantised, untied, or foreign."""
 
 
+class ProcessesMissingError(GPT2ValueHubError, TimeoutError):
+    """A model that is sharded over several processes was to be saved, and not all of them came."""
+
+
 class NonFiniteWeightsError(GPT2ValueHubError, ValueError):
     """A weight is NaN or infinite."""
 

@@ -1,7 +1,7 @@
 """Push a package: verify it, then make exactly one commit of what changed.
 
 Imports the standard library, huggingface_hub, and of hub_tools `report`, `upload_set`, `hub`, `verify`, `card` and what
-these import; and `save`, with torch and transformers, only inside `push_to_hub`.
+these import; and `save` and `sharded`, with torch and transformers, only inside `push_to_hub`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,9 @@ def push_to_hub(
 ) -> PushReport:
     """Save a model as a package in a temporary folder, and push that: `save_package`, then `push_package`.
 
+    A model that FSDP2 shards is pushed in all processes by the same call, as in `save_package`. They wait for the
+    first, which pushes: where that may outlast the process group's timeout, save first, and push the folder in one.
+
     Args:
         model, tokenizer, base_model, license, tags, max_shard_size: as in `save_package`. `tags` are the card's.
         repo_id, revision, private, create_pr, tag, commit_message, token, dry_run, patience: as in `push_package`.
@@ -125,24 +128,21 @@ def push_to_hub(
     Raises:
         Everything that `save_package` and `push_package` raise.
     """
-    from ..package.writing.save import save_package
+    from ..package.writing.save import SaveOptions, write_package
+    from ..package.writing.sharded import State, in_first_process
 
     options = PushOptions(revision or MAIN, private, create_pr, tag, commit_message, dry_run=dry_run)
-    hub = open_repository(repo_id, token=token, patience=patience)
-    refuse_early(hub, options)
-    with tempfile.TemporaryDirectory(prefix="gpt2-value-push-") as home:
-        folder = Path(home, "package")
-        save_package(
-            model,
-            folder,
-            tokenizer,
-            base_model=base_model,
-            license=license,
-            tags=tags,
-            repo_id=hub.repo_id,
-            max_shard_size=max_shard_size,
-        )
-        return push(read_verified(folder, hub, options), hub, options)
+
+    def save_and_push(state: State | None) -> PushReport:
+        hub = open_repository(repo_id, token=token, patience=patience)
+        refuse_early(hub, options)
+        with tempfile.TemporaryDirectory(prefix="gpt2-value-push-") as home:
+            folder = Path(home, "package")
+            saving = SaveOptions(base_model, license, tags, hub.repo_id, max_shard_size)
+            write_package(model, state, folder, tokenizer, saving)
+            return push(read_verified(folder, hub, options), hub, options)
+
+    return in_first_process(model, save_and_push)
 
 
 def open_repository(repo_id: str, *, token: str | None = None, patience: float = PATIENCE) -> Hub:

@@ -26,6 +26,7 @@ from ...errors import (
 from ...library_errors import as_ours
 from ..finite import not_finite
 from ..reading import allowed_fields
+from .sharded import State
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 WRAPPED = "save the model inside the wrapper"
@@ -33,10 +34,10 @@ WRAPPED = "save the model inside the wrapper"
 PEFT_PARTS = {"base_model", "base_layer", "modules_to_save", "prompt_encoder", "token_adapter"}
 
 
-def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.Tensor]]:
+def installed_shell(model: nn.Module, gathered: State | None = None) -> tuple[GPT2ValueModel, State]:
     """Return an empty model of this installed version's class, on the meta device, with the configs of `model`; and the
-    weights of `model`, after checking that the empty model takes exactly these. (Whether they are finite is not
-    checked.)
+    weights of `model`, or those that were `gathered`, after checking that the empty model takes exactly these. (Whether
+    they are finite is not checked.)
 
     Raises:
         WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
@@ -51,7 +52,8 @@ def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.T
         if generation_config is not None:
             generation_config.validate(strict=True)
             allowed_fields.reduce(layout.GENERATION_CONFIG, json.loads(generation_config.to_json_string()))
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = model.state_dict() if gathered is None else gathered
+    state = {name: tensor.detach() for name, tensor in state.items()}
     with torch.device("meta"), as_ours(_unsavable):
         installed = GPT2ValueModel(config)
         if hasattr(
@@ -71,10 +73,10 @@ def _unsavable(gist: str) -> UnsavableConfigError:
     )
 
 
-def installed_copy(model: nn.Module) -> GPT2ValueModel:
+def installed_copy(model: nn.Module, gathered: State | None) -> GPT2ValueModel:
     """Return a model of this installed version's class, in eval mode on the CPU, that holds the same weights (shared
     where they are on the CPU, else copied), after checking that they are complete and finite."""
-    installed, state = installed_shell(model)
+    installed, state = installed_shell(model, gathered)
     body = {name: tensor.cpu() for name, tensor in state.items() if name != "lm_head.weight"}
     tied = installed.config.tie_word_embeddings
     body["lm_head.weight"] = body["transformer.wte.weight"] if tied else state["lm_head.weight"].cpu()
@@ -132,7 +134,7 @@ def _check_class(model: nn.Module) -> None:
         raise refuse(f"a {name} of model type {model_type!r}", "pass a GPT2ValueModel")
 
 
-def _check_state(state: dict[str, torch.Tensor], installed: GPT2ValueModel) -> None:
+def _check_state(state: State, installed: GPT2ValueModel) -> None:
     """Refuse weights that are not exactly the model's, or that are not here."""
     expected = {name: tuple(tensor.shape) for name, tensor in installed.state_dict().items()}
     missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))

@@ -1,7 +1,7 @@
 """Write a complete package, all or nothing.
 
 Imports the standard library, torch, transformers, the remote code, and of hub_tools `card`, `model`, `record`, `probe`,
-`replace_folder`, `target` and what these import.
+`replace_folder`, `sharded`, `target` and what these import.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ..record import PROBE_TEXT, Record, probe
 from .card import CardFacts, load_lines, render_card
 from .model import installed_copy
 from .replace_folder import staging_folder
+from .sharded import State, in_first_process
 from .target import check_target, writing_to
 
 
@@ -49,6 +50,18 @@ class SavedPackage:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(self.files.values())
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How a package is saved; see `save_package`."""
+
+    base_model: str | None
+    license: str | None
+    tags: Sequence[str]
+    repo_id: str | None
+    max_shard_size: int | str
+    overwrite: bool = True
 
 
 def save_package(
@@ -75,6 +88,10 @@ def save_package(
     where they are (a model on a GPU is copied to main memory), and written with this installed version's
     code, also when the model itself came from a package's code.
 
+    A model that FSDP2 shards is saved in all processes by the same call: the first gathers the weights in main
+    memory and writes the package, and all return, or raise, what it does. Any other model is saved where this is
+    called, so in a run of several processes call it in one (`accelerator.is_main_process`).
+
     Args:
         model: a `GPT2ValueModel` (or a subclass without weights of its own), unwrapped, in float32, float16
             or bfloat16.
@@ -90,6 +107,7 @@ def save_package(
 
     Raises:
         WrongModelError, MissingHeadError: not a value-head model, or wrapped in something.
+        ProcessesMissingError: a sharded model, and another process did not call this within 30 s.
         UnsavableWeightsError, NonFiniteWeightsError, UnsavableConfigError: a model that could not be loaded
             again.
         TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code.
@@ -97,15 +115,29 @@ def save_package(
         FolderRefusedError: `folder` holds something else, or cannot be replaced in one step.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
     """
-    target = save_target(folder, overwrite=overwrite)
-    installed = installed_copy(model)
+    options = SaveOptions(base_model, license, tags, repo_id, max_shard_size, overwrite)
+    return in_first_process(model, lambda state: write_package(model, state, folder, tokenizer, options))
+
+
+def write_package(
+    model: nn.Module, state: State | None, folder: str | os.PathLike[str], tokenizer: Any, options: SaveOptions
+) -> SavedPackage:
+    """What `save_package` does in the process that writes; `state` as `in_first_process` gives it."""
+    target = save_target(folder, overwrite=options.overwrite)
+    installed = installed_copy(model, state)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, installed.config.vocab_size)
-    card = render_card(_facts(installed, tokenizer), base_model=base_model, license=license, tags=tags, repo_id=repo_id)
+    card = render_card(
+        _facts(installed, tokenizer),
+        base_model=options.base_model,
+        license=options.license,
+        tags=options.tags,
+        repo_id=options.repo_id,
+    )
     with writing_to(target), staging_folder(target) as staging:
-        _write(staging.package, installed, tokenizer, card, max_shard_size)
+        _write(staging.package, installed, tokenizer, card, options.max_shard_size)
         files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
-        save_target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+        save_target(folder, overwrite=options.overwrite)  # writing may have taken minutes: look again
         replaced = staging.commit()
     return SavedPackage(
         folder=target,

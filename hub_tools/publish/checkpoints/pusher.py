@@ -1,8 +1,8 @@
 """Push checkpoints while training goes on: a copy between two steps, and all the rest in a worker process.
 
-Imports the standard library, huggingface_hub, torch, and of hub_tools `errors`, `hub`, `replace_folder`, `job`,
-`snapshot`, `worker_process` and what these import. While a checkpoint is on its way there are one thread, one worker
-and one folder on the disk; while none is, there is nothing of these.
+Imports the standard library, huggingface_hub, torch, and of hub_tools `errors`, `hub`, `replace_folder`, `sharded`,
+`job`, `snapshot`, `worker_process` and what these import. While a checkpoint is on its way there are one thread, one
+worker and one folder on the disk; while none is, there is nothing of these.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ...errors import (
 )
 from ...hub.repository import Hub
 from ...package.writing.replace_folder import discard, left_behind, locked_folder
+from ...package.writing.sharded import State, in_first_process
 from ..push import MAIN, PATIENCE
 from .job import BestRule, Destination, Job, PackageOptions, PushedCheckpoint, as_numbers, push_error, read_answer
 from .snapshot import Snapshot
@@ -56,17 +57,15 @@ class CheckpointPusher:
     verifies and pushes, without a GPU, on one core, and on Linux only while that core is idle. One that took 5 seconds
     of processor time on a machine of 2 cores is the last for 125 seconds, on 16 cores for 16: so workers take at most
     2% of the processors, and training loses less than 3% (docs/benchmarks.md). Where checkpoints come sooner, only the
-    newest waits, and those it replaced are `skipped`. The last one is never dropped: `flush` and `close` push it at
-    once.
+    newest waits, and those it replaced are `skipped`. The last is never dropped: `flush` and `close` push it at once.
 
-    Memory and disk: in memory there are at most two copies of the weights, one waiting and one being written to the
-    disk; the worker maps its copy from the disk and needs about 0.5 GB for torch. On the disk there are at most two,
-    the snapshot and its package, in the system's folder for temporary files (`TMPDIR`), and none while no checkpoint
-    is on its way. After a `kill -9` the worker removes them within seconds, and ends; where it was killed too, the
-    next CheckpointPusher does.
+    In memory there are at most two copies of the weights, one waiting and one being written to the disk; the worker
+    needs about 0.5 GB for torch. On the disk, in the system's folder for temporary files (`TMPDIR`), there are at most
+    two, the snapshot and its package. After a `kill -9` the worker removes them within seconds, or, where it was killed
+    too, the next CheckpointPusher does.
 
-    Verified in full, as by `verify_package`, is the first checkpoint and each whose config, generation config,
-    tokenizer, or tensors' names, shapes or types are new. The others are checked to be complete and finite.
+    The first checkpoint is verified by `verify_package`, and each whose config, generation config, tokenizer, or
+    tensors' names, shapes or types are new. The others are checked to be complete and finite.
 
     Failures that may pass (5xx, timeouts, no connection) are logged, and the push is tried again until it succeeds or
     a newer checkpoint waits; only `flush` and `close` give up, after `patience`. All other failures (401, 403, 404,
@@ -76,8 +75,9 @@ class CheckpointPusher:
     `close` runs at the end of a `with` block, and at the interpreter's exit where nobody called it. So after an
     uncaught exception, too, the last checkpoint is pushed, or an error in the log says that it is not.
 
-    In a run of several processes, make one in the main process only. A process forked from this one (a data loader's
-    worker) cannot use it, and does not disturb it.
+    In a run of several processes, make one in the main process only; for a model that FSDP2 shards, one in each, and
+    call `push` in all: the first gathers the weights, in one more copy, and pushes. A process forked from this one (a
+    data loader's worker) cannot use it, and does not disturb it.
 
     Args:
         repo_id: `name` or `owner/name`; created with the first push if there is none.
@@ -165,8 +165,7 @@ class CheckpointPusher:
     ) -> None:
         """Copy the weights, and return; they are pushed in the background.
 
-        An error of an earlier checkpoint is raised here after the copy was taken: who catches it and goes on loses
-        nothing.
+        An earlier checkpoint's error is raised after the copy was taken: whoever catches it and goes on loses nothing.
 
         Args:
             model: a `GPT2ValueModel`, unwrapped, on any device. Its config, generation config and tokenizer are
@@ -176,18 +175,23 @@ class CheckpointPusher:
             tokenizer: a transformers tokenizer, to travel with the model.
 
         Raises:
-            WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
             CardMetadataError: a metric that is no number.
-            TokenizerMismatchError: a tokenizer that cannot be copied.
+            WrongModelError, TokenizerMismatchError and others: what `save_package` refuses, too.
             CheckpointPushError: an earlier checkpoint did not reach the Hub.
             PusherClosedError: after `close`, or in a forked process.
         """
+        in_first_process(model, lambda gathered: self._accept(model, gathered, step, metrics or {}, tokenizer))
+
+    def _accept(
+        self, model: nn.Module, gathered: State | None, step: int, metrics: Mapping[str, float], tokenizer: Any
+    ) -> None:
+        """What `push` does in the process that pushes."""
         self._check_usable()
-        numbers = as_numbers(metrics or {})
+        numbers = as_numbers(metrics)
         with self._changed:
             if self._current is not None and self._current.weights:
                 self._skip_waiting()  # before the copy and not after it: there are never more than two
-            snapshot = Snapshot.of(model, tokenizer, step=step, metrics=numbers)
+            snapshot = Snapshot.of(model, tokenizer, step=step, metrics=numbers, gathered=gathered)
             self._skip_waiting()
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)

@@ -1,6 +1,6 @@
 """A model as it was between two training steps: copied in memory, written to a folder, read by another process.
 
-Imports the standard library, torch, transformers, the remote code, and of hub_tools `errors` and `save`.
+Imports the standard library, torch, transformers, the remote code, and of hub_tools `errors`, `save` and `sharded`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from modeling_gpt2_value import GPT2ValueModel
 
 from ...errors import SaveFailedError, TokenizerMismatchError
 from ...package.writing.model import installed_shell
+from ...package.writing.sharded import State
 
 WEIGHTS = "weights.pt"
 TOKENIZER = "tokenizer"
@@ -38,14 +39,22 @@ class Snapshot:
     weights: dict[str, torch.Tensor]  # in main memory; tied tensors share their copy
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Any = None, *, step: int, metrics: dict[str, float]) -> Snapshot:
-        """Copy a model, also from a GPU.
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        step: int,
+        metrics: dict[str, float],
+        gathered: State | None = None,
+    ) -> Snapshot:
+        """Copy a model, also from a GPU; or take the weights that were `gathered` of one that is sharded.
 
         Raises:
             WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
             TokenizerMismatchError: a tokenizer that cannot be copied.
         """
-        shell, state = installed_shell(model)  # its configs are copies
+        shell, state = installed_shell(model, gathered)  # its configs are copies
         try:
             tokenizer = copy.deepcopy(tokenizer)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -54,7 +63,8 @@ class Snapshot:
                 expected="a tokenizer of transformers' own, without code",
                 next_step="load one with AutoTokenizer.from_pretrained(...)",
             ) from error
-        return cls(step, metrics, shell.config, shell.generation_config, tokenizer, _copied(state))
+        weights = _copied(state) if gathered is None else state
+        return cls(step, metrics, shell.config, shell.generation_config, tokenizer, weights)
 
     def write(self, folder: Path) -> None:
         """Write it to a folder, the weights in one file.

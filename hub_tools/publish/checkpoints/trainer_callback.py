@@ -1,6 +1,7 @@
 """transformers' Trainer pushes its checkpoints in the background.
 
-Imports the standard library, transformers, and of hub_tools `pusher` and what it imports. When a Trainer calls what: https://huggingface.co/docs/transformers/main_classes/callback.
+Imports the standard library, transformers, and of hub_tools `pusher`, `sharded` and what they import. When a Trainer
+calls what: https://huggingface.co/docs/transformers/main_classes/callback.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...package.writing.sharded import is_sharded
 from .pusher import CheckpointPusher
 
 # What a Trainer logs that is no metric: it measures the clock, not the model.
@@ -28,8 +30,8 @@ class CheckpointPusherCallback(TrainerCallback):
     its step), and everything is on the Hub, or `CheckpointPushError` is raised. What failed for good before (see
     `CheckpointPusher`) is raised at the next step.
 
-    In a run of several processes only the main one pushes; there the model must be whole (not sharded by FSDP or
-    DeepSpeed's third stage). The pusher stays open, for further training; Python closes it at exit.
+    In a run of several processes only the main one pushes, also a model that FSDP2 shards; one that FSDP1 or
+    DeepSpeed's third stage shards is refused. The pusher stays open, for further training; Python closes it at exit.
 
     Args:
         pusher: where checkpoints go. Pass it in every process; only the main one uses it.
@@ -59,7 +61,7 @@ class CheckpointPusherCallback(TrainerCallback):
             self._pusher.flush()
 
     def _push(self, state: TrainerState, step: int, kwargs: dict[str, Any]) -> None:
-        if not state.is_world_process_zero:
+        if not (state.is_world_process_zero or is_sharded(kwargs["model"])):
             return
         tokenizer = kwargs.get("processing_class")
         self._last = step

@@ -1,0 +1,38 @@
+"""Two processes that talk by gloo, and models that FSDP2 shards over them."""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+LAYOUTS = ["blocks", "accelerate", "whole after forward"]
+
+
+def in_two_processes(worker, folder, *arguments):
+    """Run `worker(rank, folder, *arguments)` twice, as a process group, and see that both come to its end."""
+    torch.multiprocessing.spawn(_run, (worker, folder, *arguments), nprocs=2, daemon=True)
+    assert {"done-0", "done-1"} <= set(os.listdir(folder))
+
+
+def _run(rank, worker, folder, *arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    worker(rank, folder, *arguments)
+    Path(folder, f"done-{rank}").touch()
+    dist.barrier()
+    os._exit(0)  # gloo's destructors wait for a peer that may be gone
+
+
+def sharded(model, layout="blocks"):
+    """A copy, sharded by blocks; in the groups that accelerate makes; or so that it stays whole after a forward."""
+    model, mesh = copy.deepcopy(model), init_device_mesh("cpu", (2,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, reshard_after_forward=layout != "whole after forward")
+    if layout == "accelerate":
+        tied = [model.transformer.ln_f, model.transformer.wte, model.lm_head]
+        fully_shard(tied, mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh)
