@@ -19,6 +19,7 @@ help:  ## this list
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/torchao torchao
 	@touch $@
 
 demo: .venv/.done  ## from a GPT-2 checkpoint to a loaded package and a picture; BASE=openai-community/gpt2 or a folder
@@ -34,6 +35,7 @@ test: .venv/.done  ## the test suite
 	$(PYTHON) -m venv .oldest
 	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch
 	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .oldest/torchao torchao
 	@touch $@
 
 test-oldest: .oldest/.done  ## the test suite on the oldest versions that setup.cfg allows (slow)
