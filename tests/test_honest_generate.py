@@ -26,6 +26,7 @@ def seeded():
     return torch.Generator().manual_seed(3)
 
 
+@pytest.mark.shows("transformers", "`generate(custom_generate=honest_generate)` draws as `rollout` does")
 @pytest.mark.parametrize("plain", [False, True], ids=["GPT2ValueModel", "GPT2LMHeadModel"])
 def test_it_returns_the_tokens_of_a_rollout_with_the_same_settings(plain):
     model = plain_twin(make_tiny_model()) if plain else make_tiny_model()
@@ -97,6 +98,7 @@ class Stops(StoppingCriteria):
         return torch.ones(len(input_ids), dtype=torch.bool)
 
 
+@pytest.mark.shows("transformers", "`honest_generate` refuses every other setting by name")
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

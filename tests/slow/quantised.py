@@ -23,6 +23,7 @@ def quantised(model, config):
 
 
 # An activation on the border of two 8-bit numbers is rounded one way with a cache, and perhaps the other way without.
+@pytest.mark.shows("torchao", "`quantize_`: a rollout equals its rescoring")
 @pytest.mark.parametrize(
     ("config", "bound"), [(WEIGHTS, 1e-5), (BOTH, 2e-2)], ids=["weights", "weights and activations"]
 )
@@ -49,12 +50,14 @@ def positions(drawn):
     return (drawn.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
+@pytest.mark.shows("torchao", "gradients pass a quantised output layer")
 def test_a_quantised_output_layer_lets_gradients_reach_the_body():
     model = quantised(make_tiny_model(), WEIGHTS)
     rescore(model, rollout(model, RAGGED, max_new_tokens=4)).logprobs.sum().backward()
     assert model.transformer.h[0].attn.c_attn.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.shows("torchao", "`TorchAoConfig` leaves the value head as it is")
 def test_a_quantisation_config_does_not_quantise_the_value_head(saved):
     """It takes nn.Linear only, GPT-2's layers are Conv1D, and output layers are left out: nothing else would be."""
     model = GPT2ValueModel.from_pretrained(saved, quantization_config=TorchAoConfig(WEIGHTS))
