@@ -3,8 +3,9 @@
     python tests/slow/critic_in_trl.py write FOLDER                with this package
     TRL-PYTHON tests/slow/critic_in_trl.py compare FOLDER          with TRL 1.12.0 (the last with the trainer)
 
-The first exports a critic, and saves the model's own values for padded prompts. The second reads it as transformers does,
-without this package, gets the same values by the function that TRL's trainer calls, and lets that train for two steps.
+The first exports a critic, and saves the model's own values for padded prompts. The second reads it as transformers
+does, without this package, gets the same values by the function that TRL's trainer calls, and lets that train for two
+steps.
 `make compare-trl` runs both.
 """
 
@@ -64,9 +65,7 @@ def compare(folder: Path) -> int:
     before = {name: weight.clone() for name, weight in critic.named_parameters()}
     losses = train(critic)
     moved = [name for name, weight in critic.named_parameters() if not torch.equal(weight, before[name])]
-    print(
-        f"TRL {trl.__version__}: values of {int(mask.sum())} tokens, largest {largest:.2f}, largest difference {gap:.1e}"
-    )
+    print(f"TRL {trl.__version__}: values of {int(mask.sum())} tokens, up to {largest:.2f}, differ by {gap:.1e}")
     print(f"value losses of {len(losses)} steps: {losses}; {len(moved)} of {len(before)} weights were trained")
     wrong = [gap > EXACT * max(1, largest), len(losses) != 2, not all(0 < loss < float("inf") for loss in losses)]
     wrong.append("score.weight" not in moved or len(moved) < len(before) // 2)
