@@ -106,6 +106,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
     head_std = "value_head_initializer_range"  # the config's field
 
     _keep_in_fp32_modules_strict: Optional[list] = ["v_head"]
+    _keep_in_fp32_modules: Optional[list] = ["v_head"]  # what no quantisation config touches
     # Buffers that GPT-2 checkpoints had until 2023: causal masks, which nothing reads any more.
     _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$", r"crossattention\.(masked_)?bias$"]
 
@@ -122,7 +123,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.v_head = ValueHead(config)
         if not config.summary_use_proj:  # no weights there: transformers 4 refuses to keep what does not exist
-            self._keep_in_fp32_modules_strict = None
+            self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = None
         if init_value_head:  # the head is meant to be missing: transformers need not warn
             self._keys_to_ignore_on_load_missing = [r"^v_head\."]
         self.post_init()

@@ -230,6 +230,13 @@ class UnusedOptionError(GPT2ValueHubError, ValueError):
     """An option that this source has no use for, or a word that the option does not know."""
 
 
+# Generating
+
+
+class DishonestSettingError(GPT2ValueHubError, ValueError):
+    """A setting of `generate()` that tokens could be drawn by, and not be scored by."""
+
+
 # The command line and the app
 
 

@@ -173,6 +173,7 @@ def edit_config(folder, **fields):
 # Numbers
 
 
+@pytest.mark.shows("TRL, trlx", "converted checkpoints give their library's numbers")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_converted_checkpoint_gives_the_numbers_that_its_own_library_gave(layout, tmp_path):
     original = Original()

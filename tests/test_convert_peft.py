@@ -44,6 +44,7 @@ class Adapted:
         file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
+@pytest.mark.shows("PEFT", "a LoRA folder becomes a package with the adapter's numbers")
 @pytest.mark.parametrize(
     "lora",
     [
@@ -83,6 +84,7 @@ def test_a_merged_adapter_gives_the_numbers_of_the_unmerged_one(lora, tmp_path):
     assert names == ["model.safetensors", "adapter_model.safetensors", "pytorch_model.bin"]
 
 
+@pytest.mark.shows("PEFT", "merged weights are those that PEFT merges")
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
 def test_the_merged_weights_are_those_that_peft_merges(lora, tmp_path):
     adapted = Adapted(tmp_path, **lora)

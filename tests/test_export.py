@@ -49,6 +49,9 @@ def logits_of(model):
     return model(PROMPT, return_dict=True).logits
 
 
+@pytest.mark.shows(
+    "Engines that read a plain GPT-2", "`export_policy`: `GPT2LMHeadModel` with the same logits, bit for bit"
+)
 @pytest.mark.parametrize(
     ("fields", "dtype"),
     [({}, torch.float32), ({"tie_word_embeddings": False}, torch.bfloat16)],
