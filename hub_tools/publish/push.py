@@ -106,6 +106,7 @@ def push_to_hub(
     license: str | None = None,
     tags: Sequence[str] = (),
     max_shard_size: int | str = "5GB",
+    handler: bool = False,
     revision: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
@@ -118,7 +119,8 @@ def push_to_hub(
     """Save a model as a package in a temporary folder, and push that: `save_package`, then `push_package`.
 
     Args:
-        model, tokenizer, base_model, license, tags, max_shard_size: as in `save_package`. `tags` are the card's.
+        model, tokenizer, base_model, license, tags, max_shard_size, handler: as in `save_package`. `tags` are the
+            card's.
         repo_id, revision, private, create_pr, tag, commit_message, token, dry_run, patience: as in `push_package`.
             `tag` is git's.
 
@@ -141,6 +143,7 @@ def push_to_hub(
             tags=tags,
             repo_id=hub.repo_id,
             max_shard_size=max_shard_size,
+            handler=handler,
         )
         return push(read_verified(folder, hub, options), hub, options)
 
