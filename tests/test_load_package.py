@@ -165,9 +165,9 @@ def test_a_package_that_0_1_0_wrote_is_loaded_as_that_release(tmp_path):
 def test_a_release_is_recorded_once(tmp_path):
     record = tmp_path / "releases.json"
     record.write_text("{}")
-    assert releases.record_release(record) == layout.installed_hashes()
+    assert releases.record_release(record) == layout.written_hashes()
     releases.record_release(record)
-    assert json.loads(record.read_text()) == {layout.__version__: layout.installed_hashes()}
+    assert json.loads(record.read_text()) == {layout.__version__: layout.written_hashes()}
     record.write_text(json.dumps({layout.__version__: {MODELING: "0" * 64}}))
     with pytest.raises(errors.ChangedFileError, match=layout.__version__):
         releases.record_release(record)
@@ -176,7 +176,7 @@ def test_a_release_is_recorded_once(tmp_path):
 def test_the_installed_code_is_what_was_released_under_its_version():
     """Fails when code changes after a release without a new version."""
     recorded = json.loads(releases.RELEASES.read_text())
-    assert recorded.get(layout.__version__, layout.installed_hashes()) == layout.installed_hashes()
+    assert recorded.get(layout.__version__, layout.written_hashes()) == layout.written_hashes()
     assert set(recorded) <= set(
         re.findall(r"(?m)^## ([\w.]+)", (Path(__file__).parent.parent / "CHANGELOG.md").read_text())
     )

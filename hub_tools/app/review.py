@@ -67,7 +67,7 @@ def unread_code(source: Source) -> Unread | None:
         And everything that `inspect_package` raises.
     """
     package = inspect_package(source.name, revision=source.revision)
-    code, installed = package.code_sha256, layout.installed_hashes()
+    code, installed = package.code_sha256, layout.written_hashes()
     if any(release.is_in(code) for release in releases()):
         return None
     files = []
@@ -144,7 +144,7 @@ _RELOAD = """(read) => {
 
 
 def _difference(name: str, text: str) -> str:
-    known: Mapping[str, Any] = layout.installed_code()
+    known: Mapping[str, Any] = layout.written_code()
     if name not in known:
         return text
     ours = known[name].read_text(encoding="utf-8").splitlines()

@@ -106,6 +106,7 @@ def push_to_hub(
     license: str | None = None,
     tags: Sequence[str] = (),
     max_shard_size: int | str = "5GB",
+    handler: bool = False,
     revision: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
@@ -121,7 +122,8 @@ def push_to_hub(
     first, which pushes: where that may outlast the process group's timeout, save first, and push the folder in one.
 
     Args:
-        model, tokenizer, base_model, license, tags, max_shard_size: as in `save_package`. `tags` are the card's.
+        model, tokenizer, base_model, license, tags, max_shard_size, handler: as in `save_package`. `tags` are the
+            card's.
         repo_id, revision, private, create_pr, tag, commit_message, token, dry_run, patience: as in `push_package`.
             `tag` is git's.
 
@@ -138,7 +140,7 @@ def push_to_hub(
         refuse_early(hub, options)
         with tempfile.TemporaryDirectory(prefix="gpt2-value-push-") as home:
             folder = Path(home, "package")
-            saving = SaveOptions(base_model, license, tags, hub.repo_id, max_shard_size)
+            saving = SaveOptions(base_model, license, tags, hub.repo_id, max_shard_size, handler=handler)
             write_package(model, state, folder, tokenizer, saving)
             return push(read_verified(folder, hub, options), hub, options)
 

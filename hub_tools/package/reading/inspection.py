@@ -258,7 +258,7 @@ def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tupl
 
 def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:
     """Hash every file of code in the package."""
-    installed, known = layout.installed_hashes(), releases()
+    installed, known = layout.written_hashes(), releases()
     files = []
     for name in names:
         if name.endswith(layout.CODE_SUFFIXES):
@@ -292,6 +292,7 @@ def _changed(
     if record is None:
         return ()
     here = {name for name in names if layout.written_by_save(name)} - {layout.CARD, layout.RECORD}
+    here -= {layout.HANDLER} - set(record.sha256)  # somebody's own: reported as code, and nothing of ours
     changed = set(record.sha256) ^ here
     for name in here & set(record.sha256):
         if sha256 is not None:

@@ -29,6 +29,7 @@ from ...errors import (
 from ...library_errors import as_ours
 from ..probe import measure
 from ..record import PROBE_TEXT, Record, probe
+from ..releases import releases, versions_of
 from .card import CardFacts, load_lines, render_card
 from .model import installed_copy
 from .replace_folder import staging_folder
@@ -62,6 +63,7 @@ class SaveOptions:
     repo_id: str | None
     max_shard_size: int | str
     overwrite: bool = True
+    handler: bool = False
 
 
 def save_package(
@@ -75,6 +77,7 @@ def save_package(
     tags: Sequence[str] = (),
     repo_id: str | None = None,
     max_shard_size: int | str = "5GB",
+    handler: bool = False,
 ) -> SavedPackage:
     """Write a complete package: weights, config, code, tokenizer, card, and a record to verify it by.
 
@@ -104,18 +107,21 @@ def save_package(
         repo_id: where the package will live on the Hub, for the lines in the card that load it.
         max_shard_size: the weights are split into files of at most this size (bytes, or a string like
             `"5GB"`).
+        handler: also write `handler.py`, by which an Inference Endpoint answers requests: code of ours that runs there
+            and nowhere else. It needs the tokenizer.
 
     Raises:
         WrongModelError, MissingHeadError: not a value-head model, or wrapped in something.
         ProcessesMissingError: a sharded model, and another process did not call this within 30 s.
         UnsavableWeightsError, NonFiniteWeightsError, UnsavableConfigError: a model that could not be loaded
             again.
-        TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code.
+        TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code; or none, and
+            a handler.
         CardMetadataError: see `render_card`.
         FolderRefusedError: `folder` holds something else, or cannot be replaced in one step.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
     """
-    options = SaveOptions(base_model, license, tags, repo_id, max_shard_size, overwrite)
+    options = SaveOptions(base_model, license, tags, repo_id, max_shard_size, overwrite, handler)
     return in_first_process(model, lambda state: write_package(model, state, folder, tokenizer, options))
 
 
@@ -127,14 +133,21 @@ def write_package(
     installed = installed_copy(model, state)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, installed.config.vocab_size)
+    elif options.handler:
+        raise TokenizerMismatchError(
+            "a handler, and no tokenizer: an Inference Endpoint is sent texts",
+            next_step="pass the tokenizer as well: save_package(model, FOLDER, tokenizer, handler=True)",
+        )
     card = render_card(
-        _facts(installed, tokenizer),
+        _facts(installed, tokenizer, options.handler),
         base_model=options.base_model,
         license=options.license,
         tags=options.tags,
         repo_id=options.repo_id,
     )
     with writing_to(target), staging_folder(target) as staging:
+        if options.handler:
+            shutil.copyfile(layout.written_code()[layout.HANDLER], staging.package / layout.HANDLER)
         _write(staging.package, installed, tokenizer, card, options.max_shard_size)
         files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
         save_target(folder, overwrite=options.overwrite)  # writing may have taken minutes: look again
@@ -154,12 +167,15 @@ def save_target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
     Raises:
         FolderRefusedError: it holds something else, or cannot be replaced in one step.
     """
+
+    def may_replace(name: str) -> bool:
+        if name == layout.HANDLER:  # many write their own
+            path = Path(folder, name)
+            return path.is_file() and bool(versions_of(name, layout.sha256_of(path), releases()))
+        return layout.written_by_save(name)
+
     return check_target(
-        folder,
-        overwrite=overwrite,
-        what="a package",
-        model_type=layout.MODEL_TYPE,
-        may_replace=layout.written_by_save,
+        folder, overwrite=overwrite, what="a package", model_type=layout.MODEL_TYPE, may_replace=may_replace
     )
 
 
@@ -186,7 +202,7 @@ def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def _facts(model: GPT2ValueModel, tokenizer: Any) -> CardFacts:
+def _facts(model: GPT2ValueModel, tokenizer: Any, handler: bool) -> CardFacts:
     config = model.config
     return CardFacts(
         parameters=_parameters(model),
@@ -198,6 +214,7 @@ def _facts(model: GPT2ValueModel, tokenizer: Any) -> CardFacts:
         vocab_size=config.vocab_size,
         has_tokenizer=tokenizer is not None,
         versions=_versions(),
+        has_handler=handler,
     )
 
 
