@@ -15,9 +15,9 @@ SECTIONS = (
     (
         "Rollouts, float32",
         "rollout.py --rounds 3 --seed-loop --shapes 16x16x48",
-        "Time to get what PPO needs: tokens, log-probabilities and values. `generate(output_scores=True)`, `generate()` "
-        "alone and CTranslate2 (`pip install ctranslate2`) give no values. The seed's loop is the sampling loop of the "
-        "notebook with which TRL began; it ran once.",
+        "Time to get what PPO needs: tokens, log-probabilities and values. `generate(output_scores=True)`, "
+        "`generate()` alone and CTranslate2 (`pip install ctranslate2`) give no values. The seed's loop is the "
+        "sampling loop of the notebook with which TRL began; it ran once.",
     ),
     ("Rollouts, other shapes", "rollout.py --rounds 3 --shapes 1x16x48 64x16x48 16x16x128", ""),
     (
@@ -28,9 +28,9 @@ SECTIONS = (
     (
         "Rollouts, bfloat16",
         "rollout.py --rounds 3 --dtype bfloat16 --shapes 16x1x4",
-        "This CPU has no bfloat16 instructions. torch multiplies bfloat16 slowly there, so the shape is small. On such a "
-        "CPU the decode step multiplies in float32 and rounds the result of each layer. Its cache and attention are in "
-        "float32 on every CPU.",
+        "This CPU has no bfloat16 instructions. torch multiplies bfloat16 slowly there, so the shape is small. On such "
+        "a CPU the decode step multiplies in float32 and rounds the result of each layer. Its cache and attention are "
+        "in float32 on every CPU.",
     ),
     (
         "Rollouts of torch.compile(model)",
@@ -41,8 +41,8 @@ SECTIONS = (
     (
         "Training with a CheckpointPusher: whole runs",
         "checkpoint_pusher.py --ways whole --rounds 3",
-        "The Hub is a local server that takes ten seconds for each upload. On Linux the worker process runs only while a "
-        "core is idle. If training keeps all cores busy, fewer checkpoints are pushed in the same time.",
+        "The Hub is a local server that takes ten seconds for each upload. On Linux the worker process runs only while "
+        "a core is idle. If training keeps all cores busy, fewer checkpoints are pushed in the same time.",
     ),
     (
         "Training with a CheckpointPusher: within one run",
@@ -54,12 +54,12 @@ SECTIONS = (
 INTRODUCTION = """# Benchmarks
 
 The model is GPT-2 124M with random weights, unless a section says otherwise. Each table comes from one run in one
-process, which alternates between the methods. (Peak memory is measured in one process for each method.) Seconds depend on
-the machine, so compare the ratios. Shapes are B prompts x P prompt tokens x T response tokens. "Floor" is the time of the
-matrix products alone.
+process, which alternates between the methods. (Peak memory is measured in one process for each method.) Seconds depend
+on the machine, so compare the ratios. Shapes are B prompts x P prompt tokens x T response tokens. "Floor" is the time of
+the matrix products alone.
 
-Reproduce everything with `make bench`, or one section with the command under its heading. Nothing has been measured on a
-GPU. The command there is `python benchmarks/rollout.py --device cuda --dtype bfloat16 --shapes 16x64x128 64x64x128
+Reproduce everything with `make bench`, or one section with the command under its heading. Nothing has been measured on
+a GPU. The command there is `python benchmarks/rollout.py --device cuda --dtype bfloat16 --shapes 16x64x128 64x64x128
 256x64x128`; it also measures the copy bandwidth, and computes the floor from it.
 """
 

@@ -1,8 +1,8 @@
 """Limits for reading files of other people: bytes read, memory and disk space, time. `docs/limits.md` shows the tables.
 
-Imports nothing. Each limit is several times what the largest real GPT-2 needs, and low enough that a hostile file cannot
-exhaust a laptop. Limits that depend on the size of the model are computed from its `config.json`, which is checked first.
-"Numbers" are the elements of all tensors together.
+Imports nothing. Each limit is several times what the largest real GPT-2 needs, and low enough that a hostile file
+cannot exhaust a laptop. Limits that depend on the size of the model are computed from its `config.json`, which is
+checked first. "Numbers" are the elements of all tensors together.
 """
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -56,7 +56,7 @@ def weight_bytes(numbers: int) -> int:
 def foreign_bytes(numbers: int, masks: int) -> int:
     """The most bytes that another library's weight files may have together.
 
-    Such files may hold parts of the model twice, other heads, and causal masks (`masks` numbers in all layers together).
+    Such files may hold parts of the model twice, other heads, and causal masks: `masks` numbers in all layers together.
     """
     return min(FOREIGN_BYTES_PER_NUMBER * numbers + 4 * masks + HEADER_BYTES, WEIGHT_BYTES_AT_MOST)
 
