@@ -191,7 +191,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
 
         Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask` admits, so that padding
         on either side changes nothing. The mask covers the cached tokens too. `rescore` passes a `ScoreRequest` as
-        `score`, and gets its `Rescored`, computed without dropout: so whatever wraps the model sees the call.
+        `score`, and gets its answer, computed without dropout: so whatever wraps the model sees the call.
 
         Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises TypeError
         for an argument that this model cannot honour, ValueError for a mask that leaves out the cache or the input.
@@ -229,7 +229,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         # Read from the model's config at each call: it is the one that is saved, and peft copies the head.
         value = v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
         if score is not None:
-            return score.answer(hidden_states, lm_head, as_scalars(value))
+            return dict(score.answer(hidden_states, lm_head, as_scalars(value)))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = lm_head(hidden_states[:, kept, :])
         loss = None

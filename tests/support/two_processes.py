@@ -27,12 +27,12 @@ def _run(rank, worker, folder, *arguments):
     os._exit(0)  # gloo's destructors wait for a peer that may be gone
 
 
-def sharded(model, layout="blocks"):
+def sharded(model, layout="blocks", **policies):
     """A copy, sharded by blocks; in the groups that accelerate makes; or so that it stays whole after a forward."""
     model, mesh = copy.deepcopy(model), init_device_mesh("cpu", (2,))
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, reshard_after_forward=layout != "whole after forward")
+        fully_shard(block, mesh=mesh, reshard_after_forward=layout != "whole after forward", **policies)
     if layout == "accelerate":
         tied = [model.transformer.ln_f, model.transformer.wte, model.lm_head]
-        fully_shard(tied, mesh=mesh, reshard_after_forward=False)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(tied, mesh=mesh, reshard_after_forward=False, **policies)
+    return fully_shard(model, mesh=mesh, **policies)
