@@ -57,8 +57,8 @@ class CheckpointPusher:
     verifies and pushes, without a GPU, on one core, and on Linux only while that core is idle. Workers take at most 2%
     of the processors, so that training loses less than 3% (docs/benchmarks.md): after one that took 5 seconds of
     processor time, the next starts 125 seconds later on a machine of 2 cores, 16 seconds later on 16. If checkpoints
-    come faster, only the newest waits, and those that it replaced are in `skipped`. The last one is never skipped:
-    `flush` and `close` push it at once.
+    come faster, only the newest waits, and those that it replaced are `skipped`, never the last: `flush` and `close`
+    push it at once.
 
     Memory holds at most two copies of the weights, one that waits and one that is being written to the disk, and the
     worker about 0.5 GB of torch. The disk holds at most two, the snapshot and its package, in the system's folder for
@@ -70,8 +70,7 @@ class CheckpointPusher:
 
     Temporary failures (5xx, timeouts, no connection) are logged, and the push is retried until it succeeds or a newer
     checkpoint waits; only `flush` and `close` give up, after `patience`. All other failures (401, 403, 404, weights
-    that are not finite, a full disk, a worker that keeps dying, a bug) are logged, and raised once, by the next call of
-    any method.
+    that are not finite, a full disk, a worker that keeps dying) are logged, and raised once, by any next call.
 
     `close` runs at the end of a `with` block, and otherwise at the interpreter's exit. After an uncaught exception,
     too, the last checkpoint is pushed, or an error in the log says that it is not.
