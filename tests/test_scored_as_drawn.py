@@ -204,7 +204,10 @@ def test_a_hook_on_every_module_is_seen_by_both():
 
 
 def with_a_hook_inside(model):
-    model.transformer.h[1].register_forward_hook(lambda module, args, output: output * 1.1)
+    def scaled(module, args, output):  # a tuple in transformers 4
+        return (output[0] * 1.1, *output[1:]) if isinstance(output, tuple) else output * 1.1
+
+    model.transformer.h[1].register_forward_hook(scaled)
     return model
 
 
