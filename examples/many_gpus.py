@@ -50,6 +50,9 @@ def main(out: Path = Path("runs/many"), base: str = "", steps: int = 3, rows: in
     # Each process holds a part of a model that FSDP2 shards: all of them save it. Else each holds all: one saves it.
     if isinstance(model, FSDPModule) or accelerator.is_main_process:
         save_package(accelerator.unwrap_model(model), out)
+    # DistributedDataParallel, if it is the last to hold the process group, waits while holding Python's lock for a
+    # thread that needs the lock (torch 2.13). So it goes first.
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 
 

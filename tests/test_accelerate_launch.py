@@ -6,7 +6,8 @@ the sharding by accelerate's own code is tested in processes that are told to do
 
 import copy
 import os
-import socket
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import make_tiny_model
-from support.two_processes import in_two_processes
+from support.two_processes import free_port, in_two_processes
 from torch.distributed.fsdp import FSDPModule
 
 from generation_gpt2_value import rescore, rollout
@@ -29,9 +30,11 @@ from hub_tools import save_package, verify_package
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
 KINDS = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP, "two-machines": DistributedType.MULTI_GPU}
+PAGE = (ROOT / "docs" / "many-gpus.md").read_text(encoding="utf-8")
+LINES = re.findall(r"^accelerate launch .*", PAGE, re.MULTILINE)
 PROMPTS = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -44,35 +47,46 @@ def test_accelerate_reads_each_configuration(path):
     assert set(fields) <= set(options)  # accelerate hands unknown ones on without a word
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def config_in(line):
+    return re.search(r"accelerate/(.*)\.yaml", line)[1]
 
 
-def launch(name, out, *options):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"examples/accelerate/{name}.yaml"]
-    command += [*options, "examples/many_gpus.py", "--out", str(out), "--steps", "1", "--rows", "2"]
+def launch(line, out, *options):
+    """Start a line of the page with some of its options replaced, and few steps."""
+    _, _, *arguments = shlex.split(line)
+    script = arguments.index("examples/many_gpus.py")
+    own = ["--out", str(out), "--steps", "1", "--rows", "2"]
+    arguments = [*arguments[:script], *options, arguments[script], *own]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_one_machine_starts_its_processes_and_saves_one_package(name, tmp_path):
-    process = launch(name, tmp_path / "package", "--num_processes", "2", "--main_process_port", str(free_port()))
-    output, _ = process.communicate()
-    assert process.returncode == 0, output.decode()
-    assert output.count(b"step 0: reward") == 1
+def output_of(process):
+    """What it printed, once it has succeeded."""
+    try:
+        output = process.communicate(timeout=200)[0].decode()
+    finally:
+        process.terminate()
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "--machine_rank" not in line], ids=config_in)
+def test_one_machine_starts_its_processes_and_saves_one_package(line, tmp_path):
+    process = launch(line, tmp_path / "package", "--num_processes", "2", "--main_process_port", str(free_port()))
+    assert output_of(process).count("step 0: reward") == 1
     assert verify_package(tmp_path / "package")
 
 
-def test_two_machines_find_each_other(tmp_path):
+@pytest.mark.parametrize("line", [line for line in LINES if "--machine_rank 0" in line], ids=config_in)
+def test_two_machines_find_each_other(line, tmp_path):
     """Two launchers, each of which starts one process of the two."""
+    assert line.replace("--machine_rank 0", "--machine_rank 1") in LINES
     where = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    machines = [launch("two-machines", tmp_path / str(rank), *where, "--machine_rank", str(rank)) for rank in (0, 1)]
+    machines = [launch(line, tmp_path / str(rank), *where, "--machine_rank", str(rank)) for rank in (0, 1)]
     for machine in machines:
-        output, _ = machine.communicate()
-        assert machine.returncode == 0, output.decode()
+        output_of(machine)
     assert (tmp_path / "0").is_dir()
     assert not (tmp_path / "1").exists()
 

@@ -19,7 +19,7 @@ def make_policy(**fields):
     return make_tiny_model(n_layer=3, n_embd=64, vocab_size=300, **fields)
 
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 # Rollouts
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_tiny_model
-from support.two_processes import LAYOUTS, in_two_processes, sharded
+from support.two_processes import LAYOUTS, free_port, in_two_processes, sharded
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hub_tools import CheckpointPusher, CheckpointPusherCallback, push_to_hub, save_package, verify_package
@@ -20,7 +20,7 @@ from hub_tools.errors import (
 from hub_tools.package.writing import sharded as module
 from hub_tools.publish.checkpoints import worker_process
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 def files_of(folder):
@@ -66,9 +66,9 @@ def save_alone(rank, folder, alone):
     assert (folder / "package").exists()
 
 
-@pytest.mark.parametrize("alone", [0, 1])
-def test_a_call_in_one_process_alone_is_refused_within_seconds(alone, tmp_path):
-    in_two_processes(save_alone, tmp_path, alone)
+@pytest.mark.parametrize(("alone", "meet"), [(0, "tcp"), (1, "file")])
+def test_a_call_in_one_process_alone_is_refused_within_seconds(alone, meet, tmp_path):
+    in_two_processes(save_alone, tmp_path, alone, meet=f"tcp://127.0.0.1:{free_port()}" if meet == "tcp" else None)
 
 
 def fail(rank, folder):
