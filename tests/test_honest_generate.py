@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_tiny_model, plain_twin
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StoppingCriteria, pipeline
 from transformers.generation import TemperatureLogitsWarper
 
 from generation_gpt2_value import rollout
@@ -146,6 +146,16 @@ def test_a_cache_with_tokens_in_it_is_refused():
     with pytest.raises(DishonestSettingError, match="past_key_values"):
         draw(model, past_key_values=cache, attention_mask=torch.ones_like(MASK))
     draw(model, cache_implementation="static")
+
+
+def test_a_pipeline_hands_it_on(tiny_tokenizer):
+    model = make_tiny_model()
+    ask = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)
+    settings = {"max_new_tokens": 5, "temperature": 1.5, "top_k": 7}
+    (answer,) = ask("abc", custom_generate=honest_generate, do_sample=True, generator=seeded(), **settings)
+    prompts = tiny_tokenizer("abc", return_tensors="pt").input_ids
+    drawn = model.rollout(prompts, eos_token_id=0, generator=seeded(), **settings)
+    assert answer["generated_text"] == tiny_tokenizer.decode(drawn.sequences[0], skip_special_tokens=True)
 
 
 def test_a_loaded_package_takes_it_too(package):
