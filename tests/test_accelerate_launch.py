@@ -25,7 +25,7 @@ from support.two_processes import free_port, in_two_processes
 from torch.distributed.fsdp import FSDPModule
 
 from generation_gpt2_value import rescore, rollout
-from hub_tools import save_package, verify_package
+from hub_tools import inspect_package, save_package, verify_package
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
@@ -76,7 +76,9 @@ def output_of(process):
 def test_one_machine_starts_its_processes_and_saves_one_package(line, tmp_path):
     process = launch(line, tmp_path / "package", "--num_processes", "2", "--main_process_port", str(free_port()))
     assert output_of(process).count("step 0: reward") == 1
-    assert verify_package(tmp_path / "package")
+    report = inspect_package(tmp_path / "package")
+    assert report.record
+    assert not report.missing + report.changed + report.foreign
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if "--machine_rank 0" in line], ids=config_in)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_tiny_model, plain_twin
+from support.two_processes import start_two
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -479,7 +480,7 @@ def distributed_worker(rank, kind, folder):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", ["DistributedDataParallel", "FSDP2"])
 def test_two_processes_learn_the_mean_of_what_each_would_learn_alone(kind, tmp_path):
-    torch.multiprocessing.spawn(distributed_worker, (kind, tmp_path), nprocs=2)
+    start_two(distributed_worker, kind, tmp_path)
     assert {"done-0", "done-1"} <= set(os.listdir(tmp_path))
 
 

@@ -99,20 +99,17 @@ def push(rank, folder):
     report = push_to_hub(model, "alice/pushed")
     assert report.committed
     with CheckpointPusher("alice/steps") as pusher:
-        for step in (1, 2):
-            with torch.no_grad():
-                model.v_head.summary.bias.fill_(step)
-            pusher.push(model, step=step, metrics={"reward": step})
-            pusher.flush()
-            dist.barrier()
+        pusher.push(model, step=2, metrics={"reward": 2})
+        pusher.flush()
+        dist.barrier()
         with pytest.raises(CardMetadataError, match="reward"):
             pusher.push(model, step=3, metrics={"reward": "much"})
-        assert [each.step for each in pusher.pushed] == ([1, 2] if rank == 0 else [])
+        assert [each.step for each in pusher.pushed] == ([2] if rank == 0 else [])
         callback = CheckpointPusherCallback(pusher)
         state = TrainerState(global_step=4, is_world_process_zero=rank == 0)
         arguments = TrainingArguments(folder / "trainer", use_cpu=True)
         callback.on_train_end(arguments, state, TrainerControl(), model=model)
-        assert [each.step for each in pusher.pushed] == ([1, 2, 4] if rank == 0 else [])
+        assert [each.step for each in pusher.pushed] == ([2, 4] if rank == 0 else [])
         module.WAIT = 2.0
         if rank == 0:
             with pytest.raises(ProcessesMissingError):
@@ -123,7 +120,7 @@ def push(rank, folder):
 def test_a_sharded_model_is_pushed_once(server, tmp_path, monkeypatch):
     for name, value in {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}.items():
         monkeypatch.setenv(name, value)
-    in_two_processes(push, tmp_path)
+    in_two_processes(push, tmp_path, fresh=True)  # huggingface_hub reads the address when it is imported
     assert len(server.history("alice/pushed")) == 2
     titles = [commit.title for commit in server.history("alice/steps")]
-    assert titles == ["Step 4", "Step 2: reward=2", "Step 1: reward=1", "initial commit"]
+    assert titles == ["Step 4", "Step 2: reward=2", "initial commit"]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from conftest import make_tiny_model, plain_twin
+from support.two_processes import start_two
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -222,7 +223,7 @@ def train_in_two_processes(rank, folder, checkpointing):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer_goes_on_in_two_processes_though_the_loss_does_not_use_the_head(tmp_path, checkpointing):
-    torch.multiprocessing.spawn(train_in_two_processes, (tmp_path, checkpointing), nprocs=2)
+    start_two(train_in_two_processes, tmp_path, checkpointing)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["transformer.wte.weight"], make_tiny_model().transformer.wte.weight)

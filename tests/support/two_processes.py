@@ -1,6 +1,7 @@
 """Two processes that talk by gloo, and models that FSDP2 shards over them."""
 
 import copy
+import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -11,15 +12,28 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 LAYOUTS = ["blocks", "accelerate", "whole after forward"]
+# Imported once, by the process from which the others are forked: this takes much longer than what most tests do.
+PRELOADED = ["accelerate", "conftest", "hub_tools.package.loading.verify", "hub_tools.package.writing.save", __name__]
 
 
-def in_two_processes(worker, folder, *arguments, meet=None):
+def start_two(worker, *arguments, fresh=False):
+    """Run `worker(rank, *arguments)` twice, and wait; whatever one of them raises is raised here.
+
+    Both are forked from a process that has imported torch and this project, and have the environment that it was
+    started with; `fresh`, they import everything anew, in the environment as it is now.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    method = "spawn" if fresh else "forkserver"
+    torch.multiprocessing.start_processes(worker, arguments, nprocs=2, daemon=True, start_method=method)
+
+
+def in_two_processes(worker, folder, *arguments, meet=None, fresh=False):
     """Run `worker(rank, folder, *arguments)` twice, as a process group, and see that both come to its end.
 
     They meet in a file of the folder, or at the address `meet`, such as `tcp://127.0.0.1:PORT`.
     """
     meet = meet or f"file://{folder}/rendezvous"
-    torch.multiprocessing.spawn(_run, (worker, folder, meet, *arguments), nprocs=2, daemon=True)
+    start_two(_run, worker, folder, meet, *arguments, fresh=fresh)
     assert {"done-0", "done-1"} <= set(os.listdir(folder))
 
 
