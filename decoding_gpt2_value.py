@@ -28,8 +28,8 @@ def unwrapped(model):
     models = [model]
     while True:
         children = getattr(models[-1], "_modules", {})
-        if isinstance(models[-1], nn.DataParallel):
-            raise TypeError("got a DataParallel: pass model.module, or use DistributedDataParallel instead.")
+        if (name := type(models[-1]).__name__) in ("DataParallel", "FullyShardedDataParallel"):
+            raise TypeError(f"got a {name}: use DistributedDataParallel or FSDP2; of DataParallel, pass model.module.")
         if "_orig_mod" in children or "module" in children:
             models.append(children.get("_orig_mod", children.get("module")))
         elif hasattr(models[-1], "get_base_model"):
@@ -45,11 +45,11 @@ def unwrapped(model):
 
 
 def innermost(model):
-    """The model to run where no gradient is wanted: without the wrappers that then change nothing, unless hooked."""
-    for wrapper in unwrapped(model):
-        is_wrapper = isinstance(wrapper, nn.parallel.DistributedDataParallel) or hasattr(wrapper, "get_base_model")
-        if not (is_wrapper or "_orig_mod" in wrapper._modules) or _is_altered(wrapper, LIBRARIES):
-            return wrapper
+    """The model to run where no gradient is wanted: without wrappers that then change nothing (no hook, no FSDP2)."""
+    for outer in unwrapped(model):
+        thin = isinstance(outer, nn.parallel.DistributedDataParallel) or hasattr(outer, "get_base_model")
+        if hasattr(outer, "unshard") or not (thin or "_orig_mod" in outer._modules) or _is_altered(outer, LIBRARIES):
+            return outer
 
 
 def check_tokens(model, tokens, mask, new_tokens=0):

@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 from conftest import make_tiny_model
 from support.two_processes import LAYOUTS, in_two_processes, sharded
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from generation_gpt2_value import rescore, rollout
+from hub_tools import save_package
+from hub_tools.errors import WrongModelError
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 
@@ -67,6 +69,44 @@ def sample_in_bfloat16(rank, folder):
 
 def test_in_bfloat16_the_mean_importance_ratio_is_1(tmp_path):
     in_two_processes(sample_in_bfloat16, tmp_path)
+
+
+def sample_an_adapter(rank, folder):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        target_modules=["c_attn"], modules_to_save=["v_head"], init_lora_weights=False, fan_in_fan_out=True
+    )
+    model = get_peft_model(make_policy(), config)
+    whole = copy.deepcopy(model)
+    for block in model.get_base_model().transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    settings = {"max_new_tokens": 20, "eos_token_id": [*range(1 + 120 * rank)]}
+    drawn = rollout(model, RAGGED, generator=torch.Generator().manual_seed(rank), **settings)
+    scored, expected = (rescore(each, drawn, reference="disable_adapter") for each in (model, whole))
+    torch.testing.assert_close(drawn.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored.kl, expected.kl, atol=1e-5, rtol=0)
+    assert scored.kl.max() > 0.01
+
+
+def test_an_adapter_whose_wrapper_is_sharded_too(tmp_path):
+    in_two_processes(sample_an_adapter, tmp_path)
+
+
+def refuse_fsdp1(rank, folder):
+    model = FullyShardedDataParallel(make_policy(), device_id=torch.device("cpu"), use_orig_params=True)
+    drawn = rollout(make_policy(), RAGGED, max_new_tokens=2)
+    for call in (lambda: rollout(model, RAGGED), lambda: rescore(model, drawn)):
+        with pytest.raises(TypeError, match="got a FullyShardedDataParallel: use DistributedDataParallel or FSDP2"):
+            call()
+    with pytest.raises(WrongModelError, match="FullyShardedDataParallel"):
+        save_package(model, folder / "package")
+
+
+def test_fsdp1_is_refused_by_name(tmp_path):
+    in_two_processes(refuse_fsdp1, tmp_path)
 
 
 # A loss that does not use the value head
