@@ -55,9 +55,9 @@ class CheckpointPusher:
     `push` copies the weights and returns, so the next training step cannot change them. A worker process then saves,
     verifies and pushes, without a GPU, on one core, and on Linux only while that core is idle. Workers take at most 2%
     of the processors, so that training loses less than 3% (see docs/benchmarks.md). For example, if a worker took 5
-    seconds of processor time, the next one starts at the earliest 125 seconds after that one started on a machine of 2
-    cores, and 16 seconds after on 16 cores. If checkpoints come faster, only the newest waits, and those that it replaced are in `skipped`.
-    The last one is never skipped: `flush` and `close` push it at once.
+    seconds of processor time, the next one starts 125 seconds after its start at the earliest on a machine of 2 cores,
+    and 16 seconds after it on 16 cores. If checkpoints come faster, only the newest waits, and those that it replaced
+    are in `skipped`. The last one is never skipped: `flush` and `close` push it at once.
 
     Memory and disk: memory holds at most two copies of the weights, one that waits and one that is being written to
     the disk. The worker maps its copy from the disk, and needs about 0.5 GB for torch. The disk holds at most two
