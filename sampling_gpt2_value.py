@@ -37,8 +37,8 @@ class Sampling:
     eos_token_id: tuple = ()
 
     def __post_init__(self):
-        ids = _plain(self.eos_token_id)
-        ids = () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+        ids = () if self.eos_token_id is None else self.eos_token_id
+        ids = tuple(ids) if isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) == 1 else (ids,)
         settings = {
             "temperature": float(number("temperature", self.temperature, SMALLEST, LARGEST)),
             "top_k": whole_number("top_k", self.top_k, 0),
@@ -140,10 +140,9 @@ def _as_mask(kept, vocabulary):
 def draw(logits, uniform):
     """Draw one index for each row of `logits [B, K]`, the largest of which is 0, by inversion of `uniform [B]`.
 
-    One uniform number in [0, 1) is used for each draw (Devroye, "Non-Uniform Random Variate Generation", 1986, chapter
-    III). Blocks of sqrt(K) are summed first and the index is found inside one block, since cumulative sums over a whole
-    vocabulary are slow. Sums are float64, so that no tail is lost to rounding. An index of probability zero is never
-    returned.
+    One number in [0, 1) is used for each draw (Devroye, "Non-Uniform Random Variate Generation", 1986, chapter III).
+    Blocks of sqrt(K) are summed first, since cumulative sums over a whole vocabulary are slow; in float64, so that no
+    tail is lost to rounding. An index of probability zero is never returned.
 
     Returns the indices `[B]` int64 and their log-probabilities `[B]`, of the logits' dtype (NaN where a logit is NaN).
     """
@@ -167,11 +166,6 @@ def _invert(weights, target):
     return index, (target - (running - weights).gather(-1, index)).clamp(min=0)
 
 
-def is_finite(logits):
-    """Whether all of `logits [..., V]` are finite."""
-    return logits.detach().isfinite().all(-1)
-
-
 def whole_number(name, value, low):
     """`value` as an int; ValueError where it is no whole number of at least `low`."""
     return int(number(name, value, low, math.inf, numbers.Integral))
@@ -179,13 +173,8 @@ def whole_number(name, value, low):
 
 def number(name, value, low, high, kind=numbers.Real):
     """`value` as a Python number; ValueError where it is none of this kind, from `low` to `high`."""
-    plain = _plain(value)
+    plain = value.tolist() if hasattr(value, "tolist") else value  # a tensor's or an array's number
     if isinstance(plain, bool) or not isinstance(plain, kind) or not low <= plain <= high:
         expected = f"an int >= {low}" if kind is numbers.Integral else f"a number from {low} to {high}"
         raise ValueError(f"{name}={value!r}; expected {expected}.")
     return plain
-
-
-def _plain(value):
-    """A tensor's or an array's numbers as Python's; anything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from sampling_gpt2_value import Sampling, is_finite, sampling_distribution
+from sampling_gpt2_value import Sampling, sampling_distribution
 
 # Another engine's logits differ by rounding: within this distance (in nats, and in probability mass for top_p) a token
 # on the edge of what top-k and top-p keep may have been kept there.
@@ -75,7 +75,7 @@ class Evidence:
         Raises:
             ValueError: logits are NaN or infinite.
         """
-        if not is_finite(logits).all():
+        if not logits.isfinite().all():
             raise ValueError("some logits are NaN or infinite; nothing can be drawn from them. Check the weights.")
         logits = logits.double()
         logprobs = sampling_distribution(logits, sampling, early=early, kept=kept).log_softmax(-1)  # [n, V]
