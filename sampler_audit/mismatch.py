@@ -157,7 +157,10 @@ def mismatch(rollout: Rollout, rescored: Rescored, *, model: Any = None) -> Mism
         raise ValueError("the rollout has no drawn token, or log-probabilities that are NaN or infinite.")
     logs = scored - engine
     ratios, places = logs.exp(), mask.nonzero()
-    worst = logs.abs().argsort(descending=True)[:WORST].tolist()
+    worst = []
+    for i in logs.abs().argsort(descending=True)[:WORST].tolist():
+        row, step = places[i].tolist()
+        worst.append(WorstToken(row, step, int(rollout.responses[row, step]), float(engine[i]), float(scored[i])))
     n = len(logs)
     return Mismatch(
         tokens=n,
@@ -168,12 +171,7 @@ def mismatch(rollout: Rollout, rescored: Rescored, *, model: Any = None) -> Mism
         k2=float((logs**2).mean() / 2),
         k3=float((ratios - 1 - logs).mean()),
         chi_square=float((ratios**2).mean() - 1),
-        worst=tuple(
-            WorstToken(
-                *places[i].tolist(), int(rollout.responses[tuple(places[i])]), float(engine[i]), float(scored[i])
-            )
-            for i in worst
-        ),
+        worst=tuple(worst),
         distances=None if model is None else _distances(model, rollout, engine, scored),
         log_ratios=torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, logs),
         response_mask=mask,
