@@ -8,7 +8,7 @@ BIN := .venv/bin
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
 .PHONY: help demo test test-oldest check docs bench bench-ppo ppo-evidence matrix app-test audit-power compare-trl faults \
-	fuzz release-hashes tree wheel clean ppo
+	fuzz release-hashes tree ecosystem wheel clean ppo
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,6 +19,7 @@ help:  ## this list
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/torchao torchao
 	@touch $@
 
 demo: .venv/.done  ## from a GPT-2 checkpoint to a loaded package and a picture; BASE=openai-community/gpt2 or a folder
@@ -34,6 +35,7 @@ test: .venv/.done  ## the test suite
 	$(PYTHON) -m venv .oldest
 	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch
 	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .oldest/torchao torchao
 	@touch $@
 
 test-oldest: .oldest/.done  ## the test suite on the oldest versions that setup.cfg allows (slow)
@@ -70,12 +72,14 @@ matrix: .venv/.done  ## packages saved and loaded across transformers 4.57.6, 5.
 	.trl/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch trl==1.12.0 peft transformers vaderSentiment
 	@touch $@
 
-compare-trl: .venv/.done .trl/.done  ## converted checkpoints and PPO against the numbers of TRL 1.12.0 itself (slow)
-	rm -rf .trl/checkpoints .trl/ppo
+compare-trl: .venv/.done .trl/.done  ## checkpoints, PPO and an exported critic against TRL 1.12.0 itself (slow)
+	rm -rf .trl/checkpoints .trl/ppo .trl/critic
 	.trl/bin/python tests/slow/compare_with_trl.py write .trl/checkpoints
 	$(BIN)/python tests/slow/compare_with_trl.py compare .trl/checkpoints
 	.trl/bin/python tests/slow/compare_ppo_with_trl.py write .trl/ppo
 	$(BIN)/python tests/slow/compare_ppo_with_trl.py compare .trl/ppo
+	$(BIN)/python tests/slow/critic_in_trl.py write .trl/critic
+	.trl/bin/python tests/slow/critic_in_trl.py compare .trl/critic
 
 app-test: .venv/.done  ## the app and its static page in a headless Chromium; screenshots in runs/app
 	$(BIN)/python -m pytest -q tests/slow/app_in_browser.py
@@ -96,6 +100,9 @@ release-hashes: .venv/.done  ## add this version's code to the list of releases,
 
 tree: .venv/.done  ## draw the tree in CONTRIBUTING.md
 	$(BIN)/python docs/tree.py
+
+ecosystem: .venv/.done  ## write the table in docs/ecosystem.md: tool, feature, and the test that shows it
+	$(BIN)/python docs/ecosystem.py
 
 wheel: .venv/.done  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --quiet

@@ -213,11 +213,19 @@ class Decoder:
 
     def logits_and_values(self, columns):
         """Logits `[b, V]` and values `[b]` or None after so many columns, of the current rows."""
+        self.keep_pace(ended=False)
         new = slice(0 if self.cache is None else columns - 1, columns)
         settings = {"logits_to_keep": 1, "past_key_values": self.cache, "use_cache": True}
         output, values = run(self.model, self.tokens[self.rows], self.mask[self.rows], new, **settings)
         self.cache = getattr(output, "past_key_values", None)  # without one, all columns are run again
         return output.logits[:, -1], None if values is None else values[:, -1]
+
+    def keep_pace(self, *, ended):
+        """Run a sharded model whenever the processes that hold its other parts do: on one token once it has `ended`."""
+        for part in [weight for weight in self.model.parameters() if hasattr(weight, "device_mesh")][:1]:
+            runs = torch.full([1] * part.dim(), not ended, device=part.device)
+            while part.from_local(runs, part.device_mesh, part.placements).full_tensor().any() and ended:
+                self.model(self.tokens[:1, :1])
 
     def keep(self, rows):
         """Go on with these of the current rows only, a 1-D tensor of indices, where the cache can do so."""

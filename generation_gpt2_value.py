@@ -143,7 +143,7 @@ def rollout(
 ):
     """Draw responses to prompts, with the log-probability of each token and the value of the state before it.
 
-    Dropout is off, whatever mode the model is in. `decoder_for` says by which code it is decoded.
+    Dropout is off, whatever mode the model is in. One that FSDP2 shards is run until the rows of all processes end.
 
     Args:
         model: any causal language model of transformers; `values` are reported where its output has a `value`.
@@ -182,17 +182,14 @@ def rollout(
     early = torch.arange(T, device=device) < sampling.min_new_tokens
     running = torch.ones_like(mask[:, 0], dtype=torch.bool)
     found = {}  # logprobs, values and kept, [B, T, ...]
-
     decoder = decoder_for(model, tokens, mask)
     for t in range(T):
-        rows = decoder.rows  # [b], those that are still computed
+        rows, now = decoder.rows, running[decoder.rows]  # [b], those that are still computed, and that have not ended
         logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
         step = sampling_distribution(logits, sampling, early=early[t])
         drawn, logprob = draw(step, uniforms[t, rows])
-        logprob = logprob.masked_fill(~logits.isfinite().all(-1), math.nan)
-        now = running[rows]
-        tokens[rows, P + t] = torch.where(now, drawn, pad)
-        mask[rows, P + t] = now.long()
+        logprob = logprob.masked_fill(~logits.detach().isfinite().all(-1), math.nan)
+        tokens[rows, P + t], mask[rows, P + t] = torch.where(now, drawn, pad), now.long()
         for name, column in (("logprobs", logprob), ("values", value), ("kept", kept_set(step, sampling))):
             if column is not None:
                 if t == 0:
@@ -207,6 +204,7 @@ def rollout(
                 break
             if 2 * len(left) <= len(rows):
                 decoder.keep(left)
+    decoder.keep_pace(ended=True)
 
     kept = compact(found["kept"], vocabulary) if "kept" in found else None
     drawn = tokens[:, P:], mask[:, P:].bool(), found["logprobs"], found.get("values")

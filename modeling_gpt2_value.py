@@ -40,10 +40,7 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(gpt2_value="GPT2ValueModel", gpt2_value
 
 @dataclass
 class GPT2ValueOutput(CausalLMOutputWithCrossAttentions):
-    """The output of `GPT2LMHeadModel`, with `logits` of the positions that `logits_to_keep` asked for, and the value.
-
-    `value [batch, tokens]` float32, of the state after each token, whatever `logits_to_keep` says.
-    """
+    """`GPT2LMHeadModel`'s, and `value [batch, tokens]` float32 of the state after each token of the input."""
 
     value: Optional[torch.Tensor] = None
 
@@ -86,6 +83,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
     head_std = "value_head_initializer_range"  # the config's field
 
     _keep_in_fp32_modules_strict: Optional[list] = ["v_head"]
+    _keep_in_fp32_modules: Optional[list] = ["v_head"]  # what no quantisation config touches
     # Buffers that GPT-2 checkpoints had until 2023: causal masks, which nothing reads any more.
     _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$", r"crossattention\.(masked_)?bias$"]
 
@@ -102,7 +100,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.v_head = ValueHead(config)
         if not config.summary_use_proj:  # no weights there: transformers 4 refuses to keep what does not exist
-            self._keep_in_fp32_modules_strict = None
+            self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = None
         if init_value_head:  # the head is meant to be missing: transformers need not warn
             self._keys_to_ignore_on_load_missing = [r"^v_head\."]
         self.post_init()
@@ -118,8 +116,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, init_value_head=False, **kwargs):
         """As in transformers, from a package of this model or from a plain GPT-2 checkpoint, which gets a new head.
 
-        Raises ValueError where the checkpoint is not a GPT-2, or where a package's head is missing or has other shapes,
-        unless `init_value_head=True`.
+        Raises ValueError for what is no GPT-2; without `init_value_head`, also for a package without its whole head.
         """
         if pretrained_model_name_or_path is not None and not init_value_head:
             names = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -134,11 +131,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
         mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
         lost = [key for key in [*info["missing_keys"], *mismatched] if key.startswith("v_head.")]
         if lost and not init_value_head:
-            what = (
-                f"{pretrained_model_name_or_path} is a value-head package without its head: {sorted(lost)} not found in"
-            )
-            way_out = "Ask for a complete package, or pass init_value_head=True to start with a new head."
-            raise ValueError(f"{what} its weights, or of another shape. {way_out}")
+            what = f"{pretrained_model_name_or_path}: its value head lacks {sorted(lost)}, or has another shape"
+            raise ValueError(f"{what}. Ask for a whole package, or pass init_value_head=True to start with a new head.")
         return (model, info) if wants_info else model
 
     def detach_value_head(self):
@@ -207,7 +201,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         # Read from the model's config at each call: it is the one that is saved, and peft copies the head.
         value = v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
         if score is not None:
-            return score.answer(hidden_states, lm_head, as_scalars(value))
+            return dict(score.answer(hidden_states, lm_head, as_scalars(value)))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = lm_head(hidden_states[:, kept, :])
         loss = None

@@ -1,9 +1,8 @@
 """The settings that tokens are drawn by, the distribution that they make of logits, and the draw.
 
-Remote code, which imports only torch and knows nothing of models. Sampling and scoring both call
-`sampling_distribution`, and cannot disagree. What top-k and top-p cut off is decided when a token is drawn, and kept:
-a policy that has learnt since, a reference, or another dtype ranks tokens otherwise, and cutting off again would leave
-drawn tokens without probability ("keep sampling mask" in DeepSeek-V3.2, 2025, arXiv:2512.02556, section 3.1).
+Remote code, which imports only torch. Sampling and scoring both call `sampling_distribution`, and cannot disagree. What
+top-k and top-p cut off is decided at the draw, and kept: another policy or dtype ranks tokens otherwise, and would give
+drawn tokens no probability ("keep sampling mask" in DeepSeek-V3.2, 2025, arXiv:2512.02556, section 3.1).
 """
 
 import dataclasses
@@ -140,9 +139,9 @@ def _as_mask(kept, vocabulary):
 def draw(logits, uniform):
     """Draw one index for each row of `logits [B, K]`, the largest of which is 0, by inversion of `uniform [B]`.
 
-    One number in [0, 1) is used for each draw (Devroye, "Non-Uniform Random Variate Generation", 1986, chapter III).
-    Blocks of sqrt(K) are summed first, since cumulative sums over a whole vocabulary are slow; in float64, so that no
-    tail is lost to rounding. An index of probability zero is never returned.
+    One uniform number in [0, 1) makes one draw (Devroye, "Non-Uniform Random Variate Generation", 1986, chapter III).
+    Blocks of sqrt(K) are summed first, then one of them, since cumulative sums over a whole vocabulary are slow; in
+    float64, so that no tail is lost to rounding. An index of probability zero is never returned.
 
     Returns the indices `[B]` int64 and their log-probabilities `[B]`, of the logits' dtype (NaN where a logit is NaN).
     """

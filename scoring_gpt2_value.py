@@ -52,7 +52,7 @@ class ScoreRequest:
     sampling: Sampling
     kept: Optional[torch.Tensor]  # as in the rollout
     with_entropy: bool
-    reference: Any  # for the KL: inputs [B, T, ...], and the output layer that turns them into logits
+    reference: Any  # for the KL: () -> inputs [B, T, ...], their output layer; FSDP2 would cast tensors that it sees
 
     def answer(self, inputs, head, values):
         """The `Rescored` of a model with the logits `head(inputs [B, >= T, ...])`, and such `values` or None."""
@@ -60,7 +60,7 @@ class ScoreRequest:
         early = torch.arange(T, device=drawn.device) < self.sampling.min_new_tokens
         columns = {"inputs": inputs[:, -T:], "tokens": self.tokens, "kept": self.kept, "early": early.expand_as(drawn)}
         if self.reference is not None:
-            columns["reference_inputs"] = self.reference[0]
+            columns["reference_inputs"] = self.reference()[0]
         columns = {name: column[drawn.to(column.device)] for name, column in columns.items() if column is not None}
         rows = max(1, CHUNK // getattr(head, "out_features", inputs.shape[-1]))
         pieces = zip(*(column.split(rows) for column in columns.values()), strict=True)
@@ -80,7 +80,7 @@ class ScoreRequest:
         scaled = sampling_distribution(logits, self.sampling, **how)
         normaliser = scaled.logsumexp(-1)
         logprob = scaled.gather(-1, chunk["tokens"].unsqueeze(-1)).squeeze(-1) - normaliser
-        logprob = logprob.masked_fill(~logits.isfinite().all(-1), math.nan)
+        logprob = logprob.masked_fill(~logits.detach().isfinite().all(-1), math.nan)
         entropy = kl = torch.zeros_like(logprob)
         if self.with_entropy or self.reference is not None:
             possible = scaled > -math.inf
@@ -90,7 +90,7 @@ class ScoreRequest:
                 entropy = -(probs * logprobs).sum(-1)
             if self.reference is not None:
                 with torch.no_grad():
-                    other = self.reference[1](chunk["reference_inputs"]).to(logits.device)
+                    other = self.reference()[1](chunk["reference_inputs"]).to(logits.device)
                     other = sampling_distribution(other, self.sampling, **how).log_softmax(-1)
                 kl = (probs * (logprobs - other.masked_fill(~possible, 0.0))).sum(-1)
         return logprob, entropy, kl
@@ -146,10 +146,10 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         device = unwrapped(reference)[-1].device
         with torch.no_grad(), adapter.disable_adapter() if asks else contextlib.nullcontext():
             other = inputs_and_head(innermost(reference), *(x.to(device) for x in seen[:2]), seen[2], T)[:2]
-    asked = rollout.responses.masked_fill(~rollout.response_mask, 0)
-    request = ScoreRequest(asked, rollout.response_mask, rollout.sampling, rollout.kept, with_entropy, other)
+    asked, mask = rollout.responses.masked_fill(~rollout.response_mask, 0), rollout.response_mask
+    request = ScoreRequest(asked, mask, rollout.sampling, rollout.kept, with_entropy, other and (lambda: other))
     if takes_requests(model):
-        scored, _ = run(model, *seen, score=request, use_cache=False)
+        scored: Any = Rescored(**run(model, *seen, score=request, use_cache=False)[0])
     else:
         scored = request.answer(*inputs_and_head(model, *seen, T))
     check_finite(scored.logprobs if scored.kl is None else scored.logprobs.where(~scored.kl.isnan(), scored.kl))

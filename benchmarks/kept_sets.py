@@ -116,7 +116,7 @@ def rows() -> dict[str, tuple[Scores, Scores]]:
 def table() -> str:
     """The rows as Markdown."""
     lines = [
-        "| settings | -inf, cut off again | mean ratio | KL | -inf, kept sets | mean ratio | KL |",
+        "| settings | -inf, own ranking | mean ratio | KL | -inf, kept sets | mean ratio | KL |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, sides in rows().items():

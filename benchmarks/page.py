@@ -15,42 +15,52 @@ SECTIONS = (
     (
         "Rollouts, float32",
         "rollout.py --rounds 3 --seed-loop --shapes 16x16x48",
-        "Tokens, log-probabilities and values for PPO. `generate(output_scores=True)`, `generate()` alone and "
-        "CTranslate2 (`pip install ctranslate2`) give no values; the seed's loop ran once.",
+        "Time to get what PPO needs: tokens, log-probabilities and values. `generate(output_scores=True)`, "
+        "`generate()` alone and CTranslate2 (`pip install ctranslate2`) give no values. The seed's loop is the "
+        "sampling loop of the notebook with which TRL began; it ran once.",
     ),
     ("Rollouts, other shapes", "rollout.py --rounds 3 --shapes 1x16x48 64x16x48 16x16x128", ""),
-    ("Scoring with gradients", "rescore.py --rounds 3", "Memory of processes of their own; time interleaved in one."),
+    (
+        "Scoring with gradients",
+        "rescore.py --rounds 3",
+        "Forward and backward pass. Each method's memory was measured in its own process, the times of all in one.",
+    ),
     (
         "Rollouts, bfloat16",
         "rollout.py --rounds 3 --dtype bfloat16 --shapes 16x1x4",
-        "A CPU without bfloat16 instructions of its own: torch multiplies slowly there, so few tokens are used. The "
-        "decode step then multiplies in float32 and rounds each layer's result; its cache and attention are in "
-        "float32 on every CPU.",
+        "This CPU has no bfloat16 instructions. torch multiplies bfloat16 slowly there, so the shape is small. On such "
+        "a CPU the decode step multiplies in float32 and rounds the result of each layer. Its cache and attention are "
+        "in float32 on every CPU.",
     ),
     (
         "Rollouts of torch.compile(model)",
         "rollout.py --rounds 3 --compile --layers 2 --shapes 16x16x12",
-        "Two layers only, since compiling takes long. A rollout decodes the model inside the wrapper, compiled or not.",
+        "The model has only two layers, because compiling takes long. `rollout` decodes with the model inside the "
+        "wrapper, as without `torch.compile`.",
     ),
     (
         "Training with a CheckpointPusher: whole runs",
         "checkpoint_pusher.py --ways whole --rounds 3",
-        "A Hub on loopback that takes ten seconds for each upload. On Linux the worker process runs only while a core "
-        "is idle; where training leaves none, fewer checkpoints are pushed in the same time.",
+        "The Hub is a local server that takes ten seconds for each upload. On Linux the worker process runs only while "
+        "a core is idle. If training keeps all cores busy, fewer checkpoints are pushed in the same time.",
     ),
     (
         "Training with a CheckpointPusher: within one run",
         "checkpoint_pusher.py --ways segments --rounds 3",
-        "The worker process is stopped for every other half second of training. `control`: the same without a pusher.",
+        "The worker process is stopped in every other half second, and the times of training steps with and without it "
+        "are compared. `control` is the same without a pusher.",
     ),
 )
 INTRODUCTION = """# Benchmarks
 
-GPT-2 124M with random weights, where nothing else is said. Every table was made by one run in one process (memory: one
-process each), the methods in turns; compare the ratios, since the seconds depend on the machine. Reproduce with
-`make bench`, or with the command under each heading. On a GPU: `python benchmarks/rollout.py --device cuda --dtype
-bfloat16 --shapes 16x64x128 64x64x128 256x64x128`, which also measures the copy bandwidth and gives the floor that it
-sets.
+The model is GPT-2 124M with random weights, unless a section says otherwise. Each table comes from one run in one
+process, which alternates between the methods. (Peak memory is measured in one process for each method.) Seconds depend
+on the machine, so compare the ratios. Shapes are B prompts x P prompt tokens x T response tokens. "Floor" is the time
+of the matrix products alone.
+
+Reproduce everything with `make bench`, or one section with the command under its heading. Nothing has been measured on
+a GPU. The command there is `python benchmarks/rollout.py --device cuda --dtype bfloat16 --shapes 16x64x128 64x64x128
+256x64x128`; it also measures the copy bandwidth, and computes the floor from it.
 """
 
 

@@ -153,7 +153,7 @@ def load(checkpoint: str) -> tuple[GPT2ValueModel, Any]:
     try:
         model = GPT2ValueModel.from_pretrained(checkpoint, dtype="auto").eval()
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # a TypeError is what transformers 4 says of a missing vocabulary
         raise SourceError(f"{checkpoint} does not load: {error}", next_step=ANOTHER_BASE) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers 5 makes where there are no files
         raise SourceError(f"{checkpoint} has no tokenizer", next_step=ANOTHER_BASE)

@@ -1,4 +1,5 @@
-"""From a model in memory to a repository on the Hub: save, inspect, verify, load, push, convert, export.
+"""From a model in memory to a repository on the Hub: save, inspect, verify, load, push, convert, export;
+and honest draws through `generate()`.
 
 Names are imported when they are first used, so that looking into a package needs neither torch nor
 transformers.
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from .convert.critic import export_critic
     from .convert.export import ExportedPolicy, export_policy
     from .errors import GPT2ValueHubError
-    from .package.inspection import PackageReport, inspect_package
-    from .package.load import LoadedPackage, load_package
-    from .package.save import SavedPackage, save_package
-    from .package.verify import VerificationReport, verify_package
+    from .generate import HonestOutput, honest_generate
+    from .package.loading.load import LoadedPackage, load_package
+    from .package.loading.verify import VerificationReport, verify_package
+    from .package.reading.inspection import PackageReport, inspect_package
+    from .package.writing.save import SavedPackage, save_package
     from .publish.checkpoints.job import PushedCheckpoint
     from .publish.checkpoints.pusher import CheckpointPusher
     from .publish.checkpoints.trainer_callback import CheckpointPusherCallback
@@ -35,17 +37,19 @@ _HOMES = {
     "ExportedPolicy": "convert.export",
     "export_policy": "convert.export",
     "GPT2ValueHubError": "errors",
-    "LoadedPackage": "package.load",
-    "PackageReport": "package.inspection",
-    "inspect_package": "package.inspection",
-    "load_package": "package.load",
+    "HonestOutput": "generate",
+    "honest_generate": "generate",
+    "LoadedPackage": "package.loading.load",
+    "PackageReport": "package.reading.inspection",
+    "inspect_package": "package.reading.inspection",
+    "load_package": "package.loading.load",
     "PushReport": "publish.push",
     "push_package": "publish.push",
     "push_to_hub": "publish.push",
-    "SavedPackage": "package.save",
-    "save_package": "package.save",
-    "VerificationReport": "package.verify",
-    "verify_package": "package.verify",
+    "SavedPackage": "package.writing.save",
+    "save_package": "package.writing.save",
+    "VerificationReport": "package.loading.verify",
+    "verify_package": "package.loading.verify",
 }
 
 __all__ = [
@@ -54,6 +58,7 @@ __all__ = [
     "Conversion",
     "ExportedPolicy",
     "GPT2ValueHubError",
+    "HonestOutput",
     "LoadedPackage",
     "PackageReport",
     "PushReport",
@@ -64,6 +69,7 @@ __all__ = [
     "convert_checkpoint",
     "export_critic",
     "export_policy",
+    "honest_generate",
     "inspect_package",
     "load_package",
     "push_package",

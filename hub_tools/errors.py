@@ -50,6 +50,10 @@ class UnsavableWeightsError(GPT2ValueHubError, ValueError):
     """Weights that a package cannot hold: without data, sharded, quantised, untied, or foreign."""
 
 
+class ProcessesMissingError(GPT2ValueHubError, TimeoutError):
+    """A model that is sharded over several processes was to be saved, and not all of them came."""
+
+
 class NonFiniteWeightsError(GPT2ValueHubError, ValueError):
     """A weight is NaN or infinite."""
 
@@ -224,6 +228,13 @@ class AmbiguousSourceError(GPT2ValueHubError, ValueError):
 
 class UnusedOptionError(GPT2ValueHubError, ValueError):
     """An option that this source has no use for, or a word that the option does not know."""
+
+
+# Generating
+
+
+class DishonestSettingError(GPT2ValueHubError, ValueError):
+    """A setting of `generate()` that tokens could be drawn by, and not be scored by."""
 
 
 # The command line and the app

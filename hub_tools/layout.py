@@ -40,6 +40,10 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_gpt2_value.GPT2ValueModel",
 }
 
+# What an Inference Endpoint runs in the place of its own pipeline. A package has it only if that was asked for, and
+# loading a package does not run it.
+HANDLER = "handler.py"
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
@@ -82,7 +86,7 @@ def kind_of(name: str) -> Kind:
         return "config"
     if name in (WEIGHTS, WEIGHTS_INDEX) or SHARD.fullmatch(name):
         return "weights"
-    if name in REMOTE_CODE:
+    if name in REMOTE_CODE or name == HANDLER:
         return "code"
     if name in TOKENIZER:
         return "tokenizer"
@@ -130,6 +134,21 @@ def installed_code() -> dict[str, Path]:
 def installed_hashes() -> dict[str, str]:
     """Return the SHA-256, in hexadecimal, of this installed version's remote code, by file name."""
     return {name: sha256_of(path) for name, path in installed_code().items()}
+
+
+def written_code() -> dict[str, Path]:
+    """Return every file of code that this installed version's `save_package` may write: `installed_code`, and the
+    handler.
+
+    Raises:
+        MissingFileError: the installation is incomplete.
+    """
+    return {**installed_code(), HANDLER: Path(__file__).resolve().parent / "package" / "writing" / HANDLER}
+
+
+def written_hashes() -> dict[str, str]:
+    """Return the SHA-256, in hexadecimal, of `written_code`, by file name."""
+    return {name: sha256_of(path) for name, path in written_code().items()}
 
 
 def sha256_of(path: Path) -> str:

@@ -22,7 +22,7 @@ from hub_tools.app.page.document import document
 from hub_tools.app.page.records import as_json, as_read, records
 from hub_tools.app.page.stream import stream
 from hub_tools.app.page.token_text import TokenTexts, visible
-from hub_tools.package.save import save_package
+from hub_tools.package.writing.save import save_package
 from sampling_gpt2_value import Sampling
 
 QUERIES = [torch.tensor([5, 6, 7]), torch.tensor([8]), torch.tensor([9, 10])]

@@ -88,6 +88,7 @@ def running(temporary, runs):
         serving(xet=False) as server,
         mock.patch.dict(os.environ, environment),
         mock.patch.object(worker_process, "give_way"),
+        mock.patch.object(worker_process, "SHARE", 1e9),  # nor do they rest
         mock.patch.object(checkpoint_pusher, "PAUSE", 0.1),
     ):
         with CheckpointPusher("value", metric_for_best_model="reward", patience=1.0, dataset="imdb") as pusher:
@@ -171,6 +172,20 @@ def test_a_worker_that_cannot_be_started_is_told_at_the_next_call_and_stops_noth
     pusher.push(make_tiny_model(seed=6), step=6)
     pusher.flush()
     assert pusher.pushed[-1].step == 6
+
+
+def test_the_next_worker_waits_until_the_last_has_taken_no_more_than_its_share(server, pusher, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(worker_process, "SHARE", 1e-3)
+        pusher.push(make_tiny_model(seed=7), step=7)
+        pusher.flush()
+    for step in (8, 9):
+        pusher.push(make_tiny_model(seed=step), step=step)
+        time.sleep(0.2)  # many times as long as a thread takes to start
+        assert pusher._worker is None
+    assert pusher.skipped[-1] == 8
+    pusher.flush()  # at once
+    assert [checkpoint.step for checkpoint in pusher.pushed[-2:]] == [7, 9]
 
 
 def test_while_nothing_is_on_its_way_there_is_no_thread_no_process_and_no_file(server, pusher, temporary):
@@ -295,6 +310,7 @@ def test_a_forked_process_cannot_use_it_and_does_not_disturb_it(pusher):
     pusher.flush()
 
 
+@pytest.mark.shows("Trainer", "`CheckpointPusherCallback` pushes what it saves")
 def test_a_trainer_pushes_what_it_saves_and_ends_with_what_it_holds(server, pusher, tmp_path):
     from transformers import Trainer, TrainingArguments
 

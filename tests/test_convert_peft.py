@@ -9,12 +9,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 from test_convert import TINY, Original, Payload, package_numbers, write_safetensors
 
 from hub_tools import convert_checkpoint, errors
 
 MODULES = ["c_attn", "c_proj", "c_fc"]
+PEFT = Version(peft.__version__)
+SAVES_BIASES = pytest.mark.skipif(Version("0.21") > PEFT, reason='before 0.21 PEFT loses biases of "lora_only"')
 
 
 class Adapted:
@@ -41,6 +44,7 @@ class Adapted:
         file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
+@pytest.mark.shows("PEFT", "a LoRA folder becomes a package with the adapter's numbers")
 @pytest.mark.parametrize(
     "lora",
     [
@@ -54,7 +58,7 @@ class Adapted:
         {"alpha_pattern": {"attn.c_attn": 32, "^transformer.h.1.mlp.c_fc": 1}},
         {"rank_pattern": {r".*attn\.c_.*": 2}},
         {"bias": "all"},
-        {"bias": "lora_only"},
+        pytest.param({"bias": "lora_only"}, marks=SAVES_BIASES),
         {"lora_bias": True},
         {"target_modules": ["c_attn", "wte", "wpe"]},
         {"target_modules": ["c_attn", "lm_head"]},
@@ -80,6 +84,7 @@ def test_a_merged_adapter_gives_the_numbers_of_the_unmerged_one(lora, tmp_path):
     assert names == ["model.safetensors", "adapter_model.safetensors", "pytorch_model.bin"]
 
 
+@pytest.mark.shows("PEFT", "merged weights are those that PEFT merges")
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
 def test_the_merged_weights_are_those_that_peft_merges(lora, tmp_path):
     adapted = Adapted(tmp_path, **lora)
@@ -88,6 +93,19 @@ def test_the_merged_weights_are_those_that_peft_merges(lora, tmp_path):
     theirs = adapted.original.body.merge_and_unload(safe_merge=True).state_dict()
     for name in set(ours) - {"v_head.summary.weight", "v_head.summary.bias"}:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_trained_biases_that_an_adapter_lost_are_not_made_up(tmp_path):
+    """PEFT before 0.21 trains them with `bias="lora_only"`, and does not save them."""
+    adapted = Adapted(tmp_path, bias="lora_only")
+    weights = adapted.folder / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if not name.endswith("base_layer.bias")}
+    write_safetensors(kept, weights)
+    with pytest.raises(errors.WeightsMismatchError, match=r"lacks .*c_attn\.bias") as refusal:
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+    assert '"bias": "none"' in str(refusal.value)
+    adapted.edit(bias="none")
+    convert_checkpoint(adapted.folder, tmp_path / "ours")
 
 
 def test_the_base_can_be_named_and_its_own_head_gives_way(tmp_path):

@@ -142,6 +142,7 @@ def test_bfloat16_rollouts_work():
     assert (rescore(model, drawn).logprobs - drawn.logprobs).abs().mean() < 0.05
 
 
+@pytest.mark.shows("torch.compile", "a compiled model is sampled and scored")
 def test_a_compiled_model_can_be_sampled_and_scored():
     model = make_tiny_model()
     compiled = torch.compile(model, backend="eager")

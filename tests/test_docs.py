@@ -21,8 +21,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ABOUT_PPO = ("ppo.md", "coming-from-trl.md")  # tests/test_docs_ppo.py runs their blocks, with a model that they need
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Commands that take minutes or need a network: of these only the target or the file is checked. What they run is tested
-# by `.ci/run`, tests/test_demo.py, tests/test_generate_quirks.py, and below.
-NOT_RUN = ("make", "pip", "python")
+# by `.ci/run`, tests/test_demo.py, tests/test_generate_quirks.py, tests/test_accelerate_launch.py, and below.
+NOT_RUN = ("make", "pip", "python", "accelerate")
 RUN = """
 import importlib.metadata, json, shlex, sys
 [command] = importlib.metadata.entry_points(group="console_scripts", name="gpt2-value")
@@ -108,6 +108,10 @@ def test_what_is_not_run_is_there(page):
                 assert arguments[0] in targets, line
             if program == "python":
                 assert (ROOT / arguments[0]).is_file(), line
+            if program == "accelerate":
+                files = [name for name in arguments if name.startswith("examples/")]
+                assert files, line
+                assert all((ROOT / name).is_file() for name in files), line
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)

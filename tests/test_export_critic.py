@@ -56,6 +56,7 @@ def read_as_trl_and_openrlhf_do(folder):
 READERS = {"token-classification": read_as_verl_does, "sequence-classification": read_as_trl_and_openrlhf_do}
 
 
+@pytest.mark.shows("verl, OpenRLHF, TRL", "`export_critic`: values as their code reads them")
 @pytest.mark.parametrize("head", READERS)
 @pytest.mark.parametrize("source", ["model", "package"])
 def test_other_trainers_read_the_model_s_own_values(head, source, tmp_path, tiny_tokenizer):
@@ -80,6 +81,7 @@ def test_a_head_that_starts_at_zero_is_exported(head, tmp_path):
     assert not READERS[head](tmp_path / "critic").any()
 
 
+@pytest.mark.shows("verl, OpenRLHF, TRL", "an exported critic becomes a package again")
 @pytest.mark.parametrize("head", READERS)
 def test_a_critic_comes_back(head, tmp_path):
     model = model_with_bias()

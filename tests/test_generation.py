@@ -416,6 +416,7 @@ def test_dropout_is_found_again_as_it_was():
 # Other models
 
 
+@pytest.mark.shows("transformers", "other families of models are sampled and scored")
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_any_causal_language_model_can_be_sampled_and_scored(family):
     torch.manual_seed(0)
@@ -482,6 +483,7 @@ def test_layers_that_were_dropped_from_the_model_are_not_missed():
     assert_rescoring_gives_the_rollout_back(model, model.rollout(RAGGED, max_new_tokens=5))
 
 
+@pytest.mark.shows("PEFT", "LoRA: a rollout equals its rescoring")
 def test_a_peft_model_can_be_sampled_and_scored():
     from peft import LoraConfig, get_peft_model
 

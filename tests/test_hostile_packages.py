@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hub_tools import errors, inspect_package, layout, limits, load_package, save_package, verify_package
 from hub_tools.convert import pickle_outline
-from hub_tools.package import allowed_fields, verify
-from hub_tools.package.tokenizer import try_in_a_process
+from hub_tools.package.loading import verify
+from hub_tools.package.loading.tokenizer import try_in_a_process
+from hub_tools.package.reading import allowed_fields
 
 MODELING = "modeling_gpt2_value.py"
 ROOT = Path(__file__).parent.parent
@@ -170,7 +171,7 @@ def test_a_base_that_claims_to_be_huge_is_not_built(fields, gpt2_value, tmp_path
 def test_a_base_of_whole_numbers_is_not_taken_for_one_of_weights(dtype, gpt2_value, tmp_path):
     write_published_checkpoint(tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
-    state = load_file(file)
+    state = {name: tensor.clone() for name, tensor in load_file(file).items()}  # which maps the file: it is replaced
     masks = {name: mask.to(torch.uint8) for name, mask in state.items() if name.endswith(".attn.bias")}
     save_file({**state, **masks}, file, metadata={"format": "pt"})
     create = ("create", "--base", tmp_path / "base", tmp_path / "out", "--no-tokenizer")

@@ -17,9 +17,9 @@ from conftest import make_tiny_model
 from safetensors.torch import load_file, save_file
 
 from hub_tools import errors, layout
-from hub_tools.package.config_json import expected_shapes
-from hub_tools.package.inspection import inspect_package
-from hub_tools.package.save import save_package
+from hub_tools.package.reading.config_json import expected_shapes
+from hub_tools.package.reading.inspection import inspect_package
+from hub_tools.package.writing.save import save_package
 from modeling_gpt2_value import GPT2ValueModel
 
 

@@ -23,7 +23,8 @@ from transformers import AutoModel
 
 from generation_gpt2_value import rescore, rollout
 from hub_tools import errors, inspect_package, layout, load_package, save_package, verify_package
-from hub_tools.package import load, releases
+from hub_tools.package import releases
+from hub_tools.package.loading import load
 from modeling_gpt2_value import GPT2ValueModel
 
 REPO = "alice/value"
@@ -164,9 +165,9 @@ def test_a_package_that_0_1_0_wrote_is_loaded_as_that_release(tmp_path):
 def test_a_release_is_recorded_once(tmp_path):
     record = tmp_path / "releases.json"
     record.write_text("{}")
-    assert releases.record_release(record) == layout.installed_hashes()
+    assert releases.record_release(record) == layout.written_hashes()
     releases.record_release(record)
-    assert json.loads(record.read_text()) == {layout.__version__: layout.installed_hashes()}
+    assert json.loads(record.read_text()) == {layout.__version__: layout.written_hashes()}
     record.write_text(json.dumps({layout.__version__: {MODELING: "0" * 64}}))
     with pytest.raises(errors.ChangedFileError, match=layout.__version__):
         releases.record_release(record)
@@ -175,7 +176,7 @@ def test_a_release_is_recorded_once(tmp_path):
 def test_the_installed_code_is_what_was_released_under_its_version():
     """Fails when code changes after a release without a new version."""
     recorded = json.loads(releases.RELEASES.read_text())
-    assert recorded.get(layout.__version__, layout.installed_hashes()) == layout.installed_hashes()
+    assert recorded.get(layout.__version__, layout.written_hashes()) == layout.written_hashes()
     assert set(recorded) <= set(
         re.findall(r"(?m)^## ([\w.]+)", (Path(__file__).parent.parent / "CHANGELOG.md").read_text())
     )

@@ -434,6 +434,9 @@ MODES = {
 }
 
 
+@pytest.mark.shows(
+    "transformers", "`generate()`: greedy, sampling, beams, prompt lookup and static cache give GPT-2's tokens"
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_gives_what_gpt2_gives(tiny_model, mode):
     prompts = IDS[:1] if mode == "assisted" else IDS
@@ -445,6 +448,7 @@ def test_generate_gives_what_gpt2_gives(tiny_model, mode):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.shows("transformers", "`generate()` with left padding")
 def test_generate_with_left_padding_gives_what_the_prompt_alone_gives(tiny_model):
     alone = tiny_model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)
     padded = torch.cat([torch.full((2, 3), 95), IDS], 1)
@@ -453,6 +457,7 @@ def test_generate_with_left_padding_gives_what_the_prompt_alone_gives(tiny_model
     assert torch.equal(output[:, 3:], alone)
 
 
+@pytest.mark.shows("transformers", '`pipeline("text-generation")` answers as GPT-2')
 def test_pipelines_answer_as_gpt2(tiny_model, tiny_tokenizer, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)

@@ -273,6 +273,7 @@ def test_the_command_refuses_wrong_settings_in_one_sentence(quick):
 # Several processes
 
 
+@pytest.mark.shows("Accelerate", "examples/ppo.py in two processes learns what one does")
 def test_two_processes_learn_what_one_does(quick):
     """The same prompts and settings: rewards of the first iteration agree within noise, and both runs go on."""
     quick = dataclasses.replace(quick, batch_size=64, minibatch_size=16, iterations=3, cpu=False)

@@ -127,6 +127,7 @@ def accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.shows("Accelerate", "a prepared model in mixed precision is scored as it draws")
 @grid
 def test_prepared_by_accelerate_in_mixed_precision(settings, accelerator):
     model = make_policy(resid_pdrop=0.3).train()
@@ -203,7 +204,10 @@ def test_a_hook_on_every_module_is_seen_by_both():
 
 
 def with_a_hook_inside(model):
-    model.transformer.h[1].register_forward_hook(lambda module, args, output: output * 1.1)
+    def scaled(module, args, output):  # a tuple in transformers 4
+        return (output[0] * 1.1, *output[1:]) if isinstance(output, tuple) else output * 1.1
+
+    model.transformer.h[1].register_forward_hook(scaled)
     return model
 
 
@@ -304,6 +308,7 @@ def test_top_k_alone_keeps_k_ids_of_each_token():
     assert drawn.kept.dtype == torch.int32
 
 
+@pytest.mark.shows("torch.save", "`torch.load(weights_only=True)` of a rollout")
 def test_kept_tokens_travel_with_the_rollout(tmp_path):
     model, other = make_policy(), make_policy(seed=1)
     drawn = draw(model, {"top_p": 0.8})
@@ -470,6 +475,7 @@ def distributed_worker(rank, kind, folder):
     os._exit(0)  # gloo's destructors wait for a peer that may be gone
 
 
+@pytest.mark.shows("DistributedDataParallel, FSDP2", "two processes: gradients are the mean of what each has alone")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", ["DistributedDataParallel", "FSDP2"])
 def test_two_processes_learn_the_mean_of_what_each_would_learn_alone(kind, tmp_path):
@@ -480,6 +486,7 @@ def test_two_processes_learn_the_mean_of_what_each_would_learn_alone(kind, tmp_p
 # What a stranger tried
 
 
+@pytest.mark.shows("torch.compile", "layers that were compiled in place")
 def test_layers_that_were_compiled_in_place_lose_their_dropout_too():
     model = make_policy(resid_pdrop=0.3).train()
     for block in model.transformer.h:

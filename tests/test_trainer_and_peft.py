@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from conftest import make_tiny_model, plain_twin
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -35,6 +36,7 @@ def body_gradient(model, drawn):
     )
 
 
+@pytest.mark.shows("PEFT", "a head in `modules_to_save` obeys `detach_value_head`")
 def test_a_head_that_peft_copied_is_detached_and_attached_again():
     model = lora(make_tiny_model(), modules_to_save=["v_head"])
     drawn = rollout(model, RAGGED, max_new_tokens=4)
@@ -47,6 +49,7 @@ def test_a_head_that_peft_copied_is_detached_and_attached_again():
     assert body_gradient(model, drawn) > 0
 
 
+@pytest.mark.shows("PEFT", "LoRA: KL to its own base, without a second copy")
 @pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["v_head"]}], ids=["body", "body and head"])
 def test_the_base_of_an_adapter_is_its_reference_without_a_second_copy(fields):
     model = lora(make_tiny_model(), **fields).train()
@@ -73,6 +76,7 @@ def test_the_base_is_the_reference_also_where_the_output_layer_has_an_adapter():
     torch.testing.assert_close(rescore(model, drawn, reference="disable_adapter").kl, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.shows("PEFT", "an adapted model is refused as its own reference")
 def test_an_adapted_model_is_refused_as_its_own_reference():
     model = lora(make_tiny_model())
     drawn = rollout(model, RAGGED, max_new_tokens=4)
@@ -95,6 +99,7 @@ def test_an_adapted_model_is_refused_as_its_own_reference():
         rescore(make_tiny_model(), drawn, reference="disable_adapter")
 
 
+@pytest.mark.shows("PEFT", "a frozen head of zeros is named")
 def test_a_head_of_zeros_that_nothing_trains_is_named():
     model = lora(make_tiny_model(value_head_initializer_range=0.0))
     drawn = rollout(model, RAGGED, max_new_tokens=4)
@@ -111,6 +116,7 @@ def test_a_head_of_zeros_that_nothing_trains_is_named():
         rescore(without_adapter, drawn)
 
 
+@pytest.mark.shows("PEFT", "prefix and prompt tuning are refused by name")
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
 def test_virtual_tokens_are_refused_by_name(kind):
     config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
@@ -162,6 +168,7 @@ def model_without_dropout():
     return make_tiny_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0)
 
 
+@pytest.mark.shows("Trainer", "label smoothing: losses and weights of `GPT2LMHeadModel`")
 def test_label_smoothing_does_not_teach_the_model_to_copy_its_input(tmp_path):
     """Trainer shifts the labels itself there, for the models that it takes for language models."""
     ours, plain = model_without_dropout(), plain_model()
@@ -185,6 +192,7 @@ def test_label_smoothing_shifts_for_an_adapter_and_for_the_seed_s_class(tmp_path
     assert loss == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.shows("Trainer", "`compute_metrics` gets the logits alone")
 def test_compute_metrics_gets_the_logits_alone(tmp_path):
     found = {}
 
@@ -210,6 +218,7 @@ def train_in_two_processes(rank, folder, checkpointing):
     os._exit(0)  # gloo's destructors wait for a peer that may be gone
 
 
+@pytest.mark.shows("Trainer", "two processes, with gradient checkpointing")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer_goes_on_in_two_processes_though_the_loss_does_not_use_the_head(tmp_path, checkpointing):
@@ -222,12 +231,12 @@ def test_trainer_goes_on_in_two_processes_though_the_loss_does_not_use_the_head(
 # Continuous batching
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4.57 batches so on a GPU only")
+@pytest.mark.shows("transformers", "`generate_batch`: the tokens of `generate()`")
 def test_generate_batch_answers_as_generate_does():
     from transformers import GenerationConfig
 
     model = make_tiny_model()
-    if not hasattr(model, "generate_batch"):
-        pytest.fail("this transformers has no generate_batch")
     config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
     answers = model.generate_batch([prompt.tolist() for prompt in RAGGED], generation_config=config)
     found = [answer.generated_tokens for _, answer in sorted(answers.items())]

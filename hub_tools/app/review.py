@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import layout
 from ..errors import PackageChangedError, visible
-from ..package.inspection import inspect_package
+from ..package.reading.inspection import inspect_package
 from ..package.releases import releases
 
 AGREE = "I have read this code: run it"
@@ -67,7 +67,7 @@ def unread_code(source: Source) -> Unread | None:
         And everything that `inspect_package` raises.
     """
     package = inspect_package(source.name, revision=source.revision)
-    code, installed = package.code_sha256, layout.installed_hashes()
+    code, installed = package.code_sha256, layout.written_hashes()
     if any(release.is_in(code) for release in releases()):
         return None
     files = []
@@ -144,7 +144,7 @@ _RELOAD = """(read) => {
 
 
 def _difference(name: str, text: str) -> str:
-    known: Mapping[str, Any] = layout.installed_code()
+    known: Mapping[str, Any] = layout.written_code()
     if name not in known:
         return text
     ours = known[name].read_text(encoding="utf-8").splitlines()

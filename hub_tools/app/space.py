@@ -19,8 +19,8 @@ from .. import layout
 from ..errors import FolderRefusedError, SaveFailedError, SourceError
 from ..hub import download
 from ..hub.repository import Branch, Hub
-from ..package.source import HubOptions, repository_id
-from ..package.verify import verify_package
+from ..package.loading.verify import verify_package
+from ..package.reading.source import HubOptions, repository_id
 from ..publish.report import MAIN, PushReport
 from ..publish.upload_set import LocalFile, merge_cards
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from ..convert.convert import Conversion
     from ..convert.export import ExportedPolicy
-    from ..package.inspection import PackageReport
-    from ..package.save import SavedPackage
-    from ..package.verify import VerificationReport
+    from ..package.loading.verify import VerificationReport
+    from ..package.reading.inspection import PackageReport
+    from ..package.writing.save import SavedPackage
     from ..publish.push import PushReport
 
 # markup and emoji off: names that come from a package are shown, not obeyed

@@ -48,7 +48,7 @@ def load_reviewed(source: str, *, revision: str | None, reviewed: list[str] | No
     Raises:
         What `load_package` raises.
     """
-    from ..package.load import load_package
+    from ..package.loading.load import load_package
 
     quiet_transformers()
     hashes = {}
@@ -84,10 +84,10 @@ def load_base(source: str, *, revision: str | None, dtype: str = "auto", tokeniz
     from modeling_gpt2_value import GPT2ValueModel
 
     from ..files import read_json
-    from ..package import allowed_fields
-    from ..package.config_json import check_memory, check_sizes, count_numbers
-    from ..package.stage import make_loadable, package_file_limit, stage
-    from ..package.tokenizer import load_tokenizer
+    from ..package.loading.tokenizer import load_tokenizer
+    from ..package.reading import allowed_fields
+    from ..package.reading.config_json import check_memory, check_sizes, count_numbers
+    from ..package.reading.stage import make_loadable, package_file_limit, stage
 
     quiet_transformers()
     refuse_revision_of_a_folder(source, revision)

@@ -17,9 +17,9 @@ from ..errors import CorruptFileError, LoadError, TokenizerMismatchError
 from ..files import read_json
 from ..layout import GENERATION_CONFIG, TOKENIZER, kind_of
 from ..library_errors import as_ours
-from ..package.allowed_fields import reduce
-from ..package.stage import make_loadable, package_file_limit, stage
-from ..package.tokenizer import load_tokenizer
+from ..package.loading.tokenizer import load_tokenizer
+from ..package.reading.allowed_fields import reduce
+from ..package.reading.stage import make_loadable, package_file_limit, stage
 
 
 def carried_tokenizer(

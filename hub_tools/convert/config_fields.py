@@ -18,8 +18,8 @@ from .. import limits
 from ..errors import CorruptFileError, UnsupportedModelError
 from ..layout import MODEL_TYPE
 from ..library_errors import as_ours
-from ..package.allowed_fields import CONFIG, PROBABILITY, Allowed
-from ..package.config_json import count_numbers
+from ..package.reading.allowed_fields import CONFIG, PROBABILITY, Allowed
+from ..package.reading.config_json import count_numbers
 
 SourceFormat = Literal["seed", "trl", "trlx", "sequence-classification", "token-classification", "gpt2"]
 

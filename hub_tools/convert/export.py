@@ -21,12 +21,12 @@ from ..files import AGAIN
 from ..layout import HEAD_PREFIX, kind_of
 from ..library_errors import as_ours
 from ..package.finite import not_finite
-from ..package.inspection import inspect_stage
-from ..package.replace_folder import staging_folder
-from ..package.source import local_folder
-from ..package.stage import make_loadable, stage_package
-from ..package.target import check_target, writing_to
-from ..package.tokenizer import load_tokenizer
+from ..package.loading.tokenizer import load_tokenizer
+from ..package.reading.inspection import inspect_stage
+from ..package.reading.source import local_folder
+from ..package.reading.stage import make_loadable, stage_package
+from ..package.writing.replace_folder import staging_folder
+from ..package.writing.target import check_target, writing_to
 
 # Fields of a package's config.json that GPT-2's own does not have, or that say which class it is for.
 NOT_GPT2 = (

@@ -26,7 +26,7 @@ from ..errors import (
     WeightsMismatchError,
 )
 from ..layout import HEAD_PREFIX
-from ..package.config_json import check_memory, expected_shapes
+from ..package.reading.config_json import check_memory, expected_shapes
 from .config_fields import SourceFormat, known_fields, left_out, value_config
 from .weight_files import listed
 

@@ -21,7 +21,7 @@ from ..errors import MissingFileError, UnsupportedModelError, WeightsMismatchErr
 from ..files import read_json
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX
 from ..library_errors import as_ours
-from ..package.stage import identities, refuse_changes
+from ..package.reading.stage import identities, refuse_changes
 from .config_fields import most_bytes
 from .formats import BODY_DTYPES, translate
 from .lora_settings import MERGE_THERE, LoraSettings, read_settings
@@ -142,6 +142,13 @@ def merge(
             f"{file} does not fit its base model; only one of the two has {listed(sorted(odd))}",
             expected="the adapter's weights for each layer that adapter_config.json names",
             next_step=OTHER_BASE,
+        )
+    if settings.bias == "lora_only" and (lost := {f"{module}.bias" for module in layers} & set(before) - set(whole)):
+        raise WeightsMismatchError(
+            f"{file} lacks biases that were trained: {listed(sorted(lost))}",
+            expected='the biases of all adapted layers, as "bias": "lora_only" in adapter_config.json says',
+            next_step="save the adapter again with PEFT 0.21 or newer, since older ones leave them out; or, to go on "
+            'with the biases of the base model, write "bias": "none" into adapter_config.json',
         )
     merged = dict(before)
     for name, tensor in whole.items():

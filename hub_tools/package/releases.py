@@ -20,14 +20,14 @@ RELEASES = Path(__file__).with_name("releases.json")
 
 @dataclass(frozen=True)
 class Release:
-    """The remote code of one version: file name -> SHA-256, in hexadecimal."""
+    """The code of one version, and its handler where it had one: file name -> SHA-256, in hexadecimal."""
 
     version: str
     sha256: dict[str, str]
 
     def is_in(self, code: Mapping[str, str]) -> bool:
-        """Whether `code` (name -> SHA-256) has every file of this release, unchanged."""
-        return all(code.get(name) == digest for name, digest in self.sha256.items())
+        """Whether `code` (name -> SHA-256) has every file of this release that a loader runs, unchanged."""
+        return all(code.get(name) == digest for name, digest in self.sha256.items() if name != layout.HANDLER)
 
 
 def releases() -> tuple[Release, ...]:
@@ -39,7 +39,7 @@ def releases() -> tuple[Release, ...]:
     """
     recorded = _recorded(RELEASES)
     return (
-        Release(layout.__version__, layout.installed_hashes()),
+        Release(layout.__version__, layout.written_hashes()),
         *(Release(version, recorded[version]) for version in reversed(recorded)),
     )
 
@@ -52,7 +52,7 @@ def versions_of(name: str, sha256: str, among: tuple[Release, ...]) -> tuple[str
 def diff_command(path: Path) -> str:
     """Return the command that shows a file of code: how it differs from the installed file of its name, where there is
     one."""
-    installed = layout.installed_code().get(path.name)
+    installed = layout.written_code().get(path.name)
     return shlex.join(["diff", "-u", str(installed), str(path)] if installed else ["less", str(path)])
 
 
@@ -62,7 +62,7 @@ def record_release(to: Path = RELEASES) -> dict[str, str]:
     Raises:
         ChangedFileError: this version is in the list already, with other hashes: it has been released.
     """
-    recorded, installed = _recorded(to), layout.installed_hashes()
+    recorded, installed = _recorded(to), layout.written_hashes()
     if recorded.get(layout.__version__, installed) != installed:
         raise ChangedFileError(
             f"version {layout.__version__} was released with other code than is here now",

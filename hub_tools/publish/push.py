@@ -1,7 +1,7 @@
 """Push a package: verify it, then make exactly one commit of what changed.
 
 Imports the standard library, huggingface_hub, and of hub_tools `report`, `upload_set`, `hub`, `verify`, `card` and what
-these import; and `save`, with torch and transformers, only inside `push_to_hub`.
+these import; and `save` and `sharded`, with torch and transformers, only inside `push_to_hub`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from huggingface_hub import CommitOperationDelete
 from .. import layout
 from ..errors import GPT2ValueHubError, PushOptionsError, TagExistsError
 from ..hub.repository import Branch, Hub, PushedCommit
-from ..package.card import load_lines, with_repo_id
-from ..package.verify import verify_package
+from ..package.loading.verify import verify_package
+from ..package.writing.card import load_lines, with_repo_id
 from .report import MAIN, MESSAGE, PushOptions, PushPlan, PushReport
 from .upload_set import Package, merge_cards
 
@@ -53,35 +53,35 @@ def push_package(
     trust_remote_code: bool = False,
     patience: float = PATIENCE,
 ) -> PushReport:
-    """Verify a package, then push it in exactly one commit, which either happens or does not.
+    """Verify a package, then push it in exactly one commit. It is pushed as a whole or not at all.
 
-    What the repository has already is not uploaded again; if nothing changed, there is no commit. Weights of ours that
-    no longer belong (other shards, other formats) are deleted in the same commit, and so are tokenizer files that the
-    new tokenizer does not have. All other files in the repository stay. A card that is there keeps its text and its
-    own metadata; the package's metadata is merged into it.
+    Files that the repository has already are not uploaded again; if nothing changed, there is no commit. Stale weights
+    (other shards, other formats) are deleted in the same commit, and so are tokenizer files that the new tokenizer does
+    not have. All other files in the repository stay. An existing card keeps its text and its own metadata; the
+    package's metadata is merged into it.
 
-    The commit names the parent that was read, so nobody's concurrent push is overwritten. Faults that pass (409, 429,
-    5xx, broken connections) are retried; an answer that got lost is looked for on the branch before anything is sent
-    again. A push that failed can be run again.
+    The commit names the parent that was read, so it cannot overwrite a concurrent push. Temporary faults (409, 429,
+    5xx, broken connections) are retried. If the answer to a commit is lost, the push first looks for the commit on the
+    branch, and only then sends it again. A push that failed can be run again.
 
     Args:
         folder: a package, as `save_package` writes it.
         repo_id: `name` or `owner/name`. The repository is created if there is none.
         revision: the branch to push to (default: main); created from main if there is none.
-        private: visibility of a repository that is created. For one that exists it must be as it is.
-        create_pr: open a pull request instead of committing to main. (Pull requests name no parent: where the Hub acts
-            on a request only after it has answered that it failed, there can be two.)
+        private: visibility of a repository that is created. For an existing one, pass its own visibility or None.
+        create_pr: open a pull request instead of committing to main. (Pull requests name no parent. If the Hub reports
+            a failure and still acts on the request, the retry opens a second pull request.)
         tag: a tag for the commit; it must be free, or on this commit already.
         commit_message: the commit's title.
         token: a user access token; default is the one that huggingface_hub knows.
-        dry_run: change nothing on the Hub; report what would be.
-        trust_remote_code: verify also a package whose code is not this installed version's, which runs that code.
+        dry_run: change nothing on the Hub; report what a push would do.
+        trust_remote_code: also verify, and so run, code that is not this installed version's.
         patience: seconds for which one request may keep failing before the push gives up.
 
     Raises:
         Everything that `verify_package` raises, and
         ForeignFileError, PickleError, UnsafeFileError: a file that does not belong to a package.
-        SecretFoundError: a text that holds a token.
+        SecretFoundError: a text file or the commit message holds a token.
         PushOptionsError: arguments that do not fit each other or the repository.
         CardMetadataError: the card in the repository has metadata that cannot be read.
         AuthenticationError, NoAccessError, RemoteNotFoundError: 401, 403, 404; never retried.
@@ -106,6 +106,7 @@ def push_to_hub(
     license: str | None = None,
     tags: Sequence[str] = (),
     max_shard_size: int | str = "5GB",
+    handler: bool = False,
     revision: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
@@ -117,32 +118,33 @@ def push_to_hub(
 ) -> PushReport:
     """Save a model as a package in a temporary folder, and push that: `save_package`, then `push_package`.
 
+    A model that FSDP2 shards is pushed in all processes by the same call, as in `save_package`. They wait for the
+    first, which pushes: where that may outlast the process group's timeout, save first, and push the folder in one.
+
     Args:
-        model, tokenizer, base_model, license, tags, max_shard_size: as in `save_package`. `tags` are the card's.
+        model, tokenizer, base_model, license, tags, max_shard_size, handler: as in `save_package`. `tags` go into the
+            card.
         repo_id, revision, private, create_pr, tag, commit_message, token, dry_run, patience: as in `push_package`.
-            `tag` is git's.
+            `tag` is a git tag.
 
     Raises:
         Everything that `save_package` and `push_package` raise.
     """
-    from ..package.save import save_package
+    from ..package.writing.save import SaveOptions, write_package
+    from ..package.writing.sharded import State, in_first_process
 
     options = PushOptions(revision or MAIN, private, create_pr, tag, commit_message, dry_run=dry_run)
-    hub = open_repository(repo_id, token=token, patience=patience)
-    refuse_early(hub, options)
-    with tempfile.TemporaryDirectory(prefix="gpt2-value-push-") as home:
-        folder = Path(home, "package")
-        save_package(
-            model,
-            folder,
-            tokenizer,
-            base_model=base_model,
-            license=license,
-            tags=tags,
-            repo_id=hub.repo_id,
-            max_shard_size=max_shard_size,
-        )
-        return push(read_verified(folder, hub, options), hub, options)
+
+    def save_and_push(state: State | None) -> PushReport:
+        hub = open_repository(repo_id, token=token, patience=patience)
+        refuse_early(hub, options)
+        with tempfile.TemporaryDirectory(prefix="gpt2-value-push-") as home:
+            folder = Path(home, "package")
+            saving = SaveOptions(base_model, license, tags, hub.repo_id, max_shard_size, handler=handler)
+            write_package(model, state, folder, tokenizer, saving)
+            return push(read_verified(folder, hub, options), hub, options)
+
+    return in_first_process(model, save_and_push)
 
 
 def open_repository(repo_id: str, *, token: str | None = None, patience: float = PATIENCE) -> Hub:
@@ -157,10 +159,10 @@ def open_repository(repo_id: str, *, token: str | None = None, patience: float =
 
 
 def refuse_early(hub: Hub, options: PushOptions) -> None:
-    """Ask the Hub for what it can refuse before anything is saved, verified or uploaded: a few small requests.
+    """Find out with a few small requests whether the Hub would refuse the push, before anything is saved or uploaded.
 
     Raises:
-        PushOptionsError, TagExistsError, NoAccessError: as `push` would, later.
+        PushOptionsError, TagExistsError, NoAccessError: the errors that `push` would raise later.
     """
     if _is_new(hub, options):
         return
@@ -171,9 +173,9 @@ def refuse_early(hub: Hub, options: PushOptions) -> None:
 
 
 def read_verified(folder: Path, hub: Hub, options: PushOptions, *, trust_remote_code: bool = False) -> Package:
-    """Refuse what must not be published or cannot be pushed, and verify the package.
+    """Refuse a package that must not be published or cannot be pushed, and verify it.
 
-    Returns it as it was read first, so that `push` notices whatever is written to it later.
+    Returns the package as it was before verification, so that `push` notices if it is written to later.
 
     Raises:
         Everything that `push_package` raises before it uploads anything.
@@ -205,9 +207,9 @@ def _tag_exists(tag: str, commit: str) -> TagExistsError:
 
 
 def push(package: Package, hub: Hub, options: PushOptions) -> PushReport:
-    """Push a package that was verified, with a token that was checked. Raises what `push_package` raises.
+    """Push a verified package, with a token that was checked. Raises what `push_package` raises.
 
-    An interrupt (Ctrl-C) leaves a line in the log that says in which state the repository is.
+    After an interrupt (Ctrl-C), the log says in which state the repository is.
     """
     states = [f"nothing was changed in {hub.repo_id}"]
     try:
@@ -218,7 +220,7 @@ def push(package: Package, hub: Hub, options: PushOptions) -> PushReport:
 
 
 def _push(package: Package, hub: Hub, options: PushOptions, *, say_state: Callable[[str], None]) -> PushReport:
-    """`say_state` is called, with words, whenever the repository enters another state."""
+    """Push, and call `say_state` with a description whenever the state of the repository may have changed."""
     new_repository = _is_new(hub, options)
     if new_repository and not options.dry_run:
         say_state(f"{hub.repo_id} may have been created; it holds nothing of ours")
@@ -255,7 +257,7 @@ def _push(package: Package, hub: Hub, options: PushOptions, *, say_state: Callab
 
 @contextmanager
 def after_commit(commit: str, *, but: str, next_step: str = "") -> Iterator[None]:
-    """Have an error that comes after the commit say that the commit is there, and what is not."""
+    """Extend errors raised in the block: they say that the commit is on the Hub, and what is missing (`but`)."""
     try:
         yield
     except GPT2ValueHubError as error:
@@ -291,7 +293,7 @@ def _commit(
             create_pr=options.create_pr,
             note=options.note,
         )
-    except (FileNotFoundError, ValueError):  # what huggingface_hub says of a file that is not there any more
+    except (FileNotFoundError, ValueError):  # huggingface_hub raises these if a file has disappeared
         package.check_unchanged()
         raise
 
@@ -332,9 +334,9 @@ def _plan(package: Package, branch: Branch, options: PushOptions, *, repo_id: st
 
 
 def _with_remote_card(package: Package, hub: Hub, branch: Branch, scratch: Path) -> Package:
-    """Return the package with the card that the repository gets: ours with its address, or theirs with our metadata.
+    """Return the package with the card to push: the package's own, or the repository's with the package's metadata.
 
-    `scratch` is a folder for the files that it is made from.
+    `scratch` is a folder for temporary files.
     """
     ours = package.files.get(layout.CARD)
     theirs = branch.files.get(layout.CARD)

@@ -1,4 +1,4 @@
-"""What a push is told, what it plans, and what it reports.
+"""The options of a push, its plan, and its report.
 
 Imports the standard library and of hub_tools `errors`.
 """
@@ -44,7 +44,7 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push would do. File tables map names to bytes."""
+    """What a push would do. The dicts map file names to sizes in bytes."""
 
     repo_id: str
     revision: str  # the branch to push to
@@ -56,7 +56,7 @@ class PushPlan:
     unchanged: dict[str, int]
     kept: dict[str, int]  # files in the repository that are not a package's, and are left alone
     tag: str | None
-    sets_tag: bool  # False where there is none to set, or it is in its place already
+    sets_tag: bool  # False if there is no tag to set, or it is on the commit already
 
     @property
     def upload_size(self) -> int:
@@ -85,12 +85,12 @@ class PushPlan:
 
 @dataclass(frozen=True)
 class PushReport(PushPlan):
-    """What a push did, or with `dry_run` would do: the plan, and what came of it."""
+    """What a push did, or with `dry_run` would do: the plan and its result."""
 
     dry_run: bool = False
     commit: str | None = None  # the commit that holds the package; None in a dry run
     url: str | None = None  # of that commit
-    committed: bool = False  # False where nothing had changed, and in a dry run
+    committed: bool = False  # False if nothing had changed, and in a dry run
     pr_url: str | None = None  # with `create_pr`
     load_lines: str | None = None  # the lines that load exactly this commit; None in a dry run
 

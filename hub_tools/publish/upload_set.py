@@ -1,4 +1,4 @@
-"""The files of a package that a push uploads: read once, refused by name, and checked again before the commit.
+"""The files of a package that a push uploads: checked by name, read once, and compared again before the commit.
 
 Imports the standard library, huggingface_hub, PyYAML (which comes with it), and of hub_tools `errors`, `files`,
 `layout` and `hub`.
@@ -40,15 +40,15 @@ class LocalFile:
 
     path: Path
     size: int
-    identity: tuple[int, ...]  # of the file on the disk: another one after every write
-    data: bytes | None  # None: on the disk
+    identity: tuple[int, ...]  # of the file on the disk; it changes with every write
+    data: bytes | None  # None if the content was left on the disk
 
     @cached_property
     def sha256(self) -> str:
         return layout.sha256_of(self.path) if self.data is None else hashlib.sha256(self.data).hexdigest()
 
     def same_as(self, remote: RemoteFile | None) -> bool:
-        """Whether the Hub has this very content. Git hashes a file as `blob <size>\\0<content>`."""
+        """Whether the Hub has exactly this content. Git hashes a file as `blob <size>\\0<content>`."""
         if remote is None or remote.size != self.size:
             return False
         if remote.sha256 is not None:
@@ -66,7 +66,7 @@ class Package:
 
     @classmethod
     def read(cls, folder: Path) -> Package:
-        """Read a package's files; what does not belong to a package is refused by name.
+        """Read a package's files, and refuse files that do not belong to a package.
 
         Raises:
             NotAPackageError: no such folder.
@@ -96,10 +96,10 @@ class Package:
         return cls(folder, {name: _read_file(file_in(folder, name)) for name in names})
 
     def refuse_secrets(self, hub: Hub, message: str) -> None:
-        """Refuse to publish a token, the one in use or any other of the Hub's.
+        """Refuse to publish a Hub token, the one in use or any other.
 
         Raises:
-            SecretFoundError: naming the file.
+            SecretFoundError: a file or the commit message holds one; the error names it.
         """
         texts = {name: file.data for name, file in self.files.items() if file.data is not None}
         for name, data in {**texts, "the commit message": message.encode()}.items():
@@ -110,7 +110,7 @@ class Package:
                 )
 
     def check_unchanged(self) -> None:
-        """Look whether the files on the disk are still those that were read.
+        """Check that the files on the disk are still those that were read.
 
         Raises:
             PackageChangedError: a file was written to, replaced or removed.
@@ -125,9 +125,10 @@ class Package:
 
 
 def merge_cards(ours: bytes, theirs: bytes, scratch: Path) -> bytes:
-    """Return their card with our metadata: our keys replace theirs, tags are united, the rest of theirs stays.
+    """Merge the package's card (`ours`) into the repository's (`theirs`), and return the result.
 
-    A card without text, as the Hub's web page makes one from a license, gets our text, too.
+    The text of theirs stays. Our metadata keys replace theirs, tags are united, and their other keys stay. If theirs
+    has no text (the Hub's web page makes such a card from a license), it also gets our text.
 
     Raises:
         CardMetadataError: their metadata cannot be read.

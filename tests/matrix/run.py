@@ -4,7 +4,8 @@ Builds one virtual environment for each version, with torch and that transformer
 package is made (with this checkout on the path, through `hub_tools.save_package`, and verified); then every package is
 loaded in every environment without the checkout, measured, saved again, and what was saved is loaded and measured in
 every environment once more. Every measurement must repeat the maker's numbers. Packages that earlier releases wrote are
-verified in every environment, with the code that they carry.
+verified in every environment, with the code that they carry. On the oldest and the newest version, one package is also
+trained with the oldest and the newest PEFT and Accelerate that we allow, which lie in folders of their own.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+SHOWS = [("transformers", "packages load, and give the same numbers, from 4.57.6 to the newest (`make matrix`)")]
 TORCH = "torch==2.13.0"
 VERSIONS = ("4.57.6", "5.0.0", "newest")
 TOLERANCE = 1e-6  # of logits, values and log-probabilities; tokens must be equal
@@ -47,6 +49,19 @@ def environment(version):
     return python
 
 
+def libraries(version):
+    """A folder with PEFT and Accelerate for an environment, made when missing; the oldest goes with the oldest."""
+    constraints = "constraints-oldest.txt" if version == VERSIONS[0] else "constraints.txt"
+    lines = (CHECKOUT / constraints).read_text().split()
+    wanted = [line for line in lines if line.startswith(("peft==", "accelerate=="))]
+    folder = CHECKOUT / ".matrix" / "-".join(line.replace("==", "-") for line in wanted)
+    if not (folder / ".done").exists():
+        pip = [environment(version), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--no-deps", "--upgrade", "--target", folder, *wanted, "psutil"], check=True)
+        (folder / ".done").touch()
+    return folder
+
+
 def run(python, script, *arguments, home, checkout=False):
     """Run a script of this folder; without the checkout the interpreter is isolated from it (-I)."""
     keep = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
@@ -70,6 +85,23 @@ def differences(expected, found):
     )
     same = all(expected[name] == found[name] for name in ("sampled", "greedy"))
     return largest, same
+
+
+def compare_tools(found):
+    """What PEFT and Trainer gave on each version: rows of a table, and what is wrong."""
+    rows, failures = [], []
+    expected = next(iter(found.values()))["PEFT"]
+    for version, numbers in found.items():
+        adapted = numbers["PEFT"]
+        same = adapted["drawn"] == expected["drawn"]
+        names = [name for name in adapted if name != "drawn"]
+        peft = max(abs(a - b) for name in names for a, b in zip(adapted[name], expected[name], strict=True))
+        trainer = max(number for name, number in numbers["Trainer"].items() if name.startswith("difference"))
+        learnt = [losses[-1] < losses[0] for name, losses in numbers["Trainer"].items() if name.startswith("losses")]
+        rows.append((f"{version}, peft {numbers['version']}", f"{peft:.1e}", f"{trainer:.1e}"))
+        if not (same and peft <= TOLERANCE and trainer <= TOLERANCE and all(learnt)):
+            failures.append((version, "PEFT and Trainer", same, peft, trainer, learnt))
+    return rows, failures
 
 
 def main():
@@ -112,8 +144,20 @@ def main():
                 rows.append((archive.stem, version, f"{found:.1e}", "not compared"))
                 failures += [(archive.stem, version, found)] if found > TOLERANCE else []
 
+        trained = {}
+        ends = [version for version in (VERSIONS[0], VERSIONS[-1]) if version in versions]
+        for version in tqdm(ends, desc="PEFT and Trainer"):
+            arguments = [libraries(version), scratch / f"made-{ends[0]}"]
+            trained[version] = run(pythons[version], "tools.py", *arguments, home=homes[version])
+        tools, wrong = compare_tools(trained) if trained else ([], [])
+        failures += wrong
+
     table = Table("made on", "loaded and saved on", "largest difference", "sampled and greedy tokens")
     for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    table = Table("transformers", "LoRA: difference to the oldest", "Trainer: difference to GPT2LMHeadModel")
+    for row in tools:
         table.add_row(*row)
     Console().print(table)
     names = ", ".join(f"{version} = {newest()}" if version == "newest" else version for version in versions)

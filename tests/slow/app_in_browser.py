@@ -26,7 +26,7 @@ from hub_tools.app.page.records import as_read, records
 from hub_tools.app.page.token_text import visible
 from hub_tools.app.review import Source
 from hub_tools.app.serve import open_app
-from hub_tools.package.save import save_package
+from hub_tools.package.writing.save import save_package
 
 SHOTS = Path(__file__).parent.parent.parent / "runs" / "app"
 DONE = "#responses .gv-chip[data-rank]"

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trl_steps import write_or_compare
 
+SHOWS = [("TRL", "advantages and losses of examples/ppo.py against PPOTrainer's (`make compare-trl`)")]
 B, P, T, V = 16, 5, 14, 40
 END, OWN = V - 1, V - 2  # the end of a text, and a token that is nothing but padding
 CASES = {"padding is a token of its own": OWN, "padding is the end-of-text token": END}

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from trl_steps import write_or_compare
 
+SHOWS = [("TRL", "converted checkpoints against TRL 1.12.0 itself (`make compare-trl`)")]
 CASES = "cases.json"
 NUMBERS = "numbers.safetensors"
 SEED = 11

@@ -1,4 +1,4 @@
-"""The command line of the two comparisons with TRL: `write FOLDER` in TRL's environment, `compare FOLDER` in ours.
+"""The command line of the comparisons with TRL: `write FOLDER` in one environment, `compare FOLDER` in the other.
 
 Imports the standard library and torch, which both environments have.
 """

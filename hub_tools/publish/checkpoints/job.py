@@ -1,4 +1,4 @@
-"""What a training process and its worker tell each other, as lines of JSON: a job, and the answer to it.
+"""The messages between a training process and its worker, as lines of JSON: a job, and the answer to it.
 
 Imports the standard library and of hub_tools `errors`.
 """
@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from ... import errors
-from ...errors import CardMetadataError, GPT2ValueHubError
+from ...errors import CardMetadataError, CheckpointPushError, GPT2ValueHubError
 
 NOTE = "gpt2-value-checkpoint: "  # a line in a commit's description: the step and its metrics, as JSON
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where checkpoints go, and by whose token."""
+    """Where checkpoints are pushed, and with which token."""
 
     repo_id: str
     branch: str
@@ -46,7 +46,7 @@ class BestRule:
     tag: str
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """How good a checkpoint is, the higher the better; -inf without the metric, or with a NaN."""
+        """The score of a checkpoint: higher is better, and -inf if the metric is missing or not finite."""
         value = metrics.get(self.metric, math.nan)
         if not math.isfinite(value):
             return -math.inf
@@ -73,7 +73,7 @@ class Job:
 
     @property
     def note(self) -> str:
-        """A line for the commit's description, by which a later job knows how good this checkpoint is."""
+        """A line for the commit's description, from which later jobs read the metrics of this checkpoint."""
         finite = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
         return NOTE + json.dumps({"step": self.step, "metrics": finite})
 
@@ -97,7 +97,7 @@ class PushedCheckpoint:
     metrics: dict[str, float]
     commit: str
     url: str
-    committed: bool  # False where the branch held exactly this already
+    committed: bool  # False if the branch held exactly this already
     best: bool  # whether it is the best so far, and carries the tag
 
 
@@ -107,30 +107,48 @@ class Success:
 
     pushed: PushedCheckpoint
     verified: str  # fingerprint, for the next job
+    processor_seconds: float  # used so far by the worker and by the interpreter in which it verified
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
 
 def failure_to_json(error: GPT2ValueHubError) -> str:
-    """The answer to a job that failed in a way that a user can mend."""
+    """The answer to a job that failed with an error that a user can fix."""
     return json.dumps({"error": type(error).__name__, **vars(error)})
 
 
 def read_answer(text: str) -> Success:
-    """
+    """Parse an answer.
+
     Raises:
-        The error that the job failed with, of its own type.
+        The error that the job failed with, of the same type.
     """
     found = json.loads(text)
     if "error" in found:
         kind: type[GPT2ValueHubError] = getattr(errors, found.pop("error"))
         raise kind(**found)
-    return Success(PushedCheckpoint(**found["pushed"]), found["verified"])
+    return Success(**{**found, "pushed": PushedCheckpoint(**found["pushed"])})
+
+
+def push_error(step: int, repo_id: str, cause: BaseException) -> CheckpointPushError:
+    """The error that says why a checkpoint is not on the Hub. `cause` becomes its `__cause__`."""
+    known = cause
+    if not isinstance(known, GPT2ValueHubError):
+        advice = "correct what this error names; the next checkpoint is tried all the same"
+        known = GPT2ValueHubError(f"{type(cause).__name__}: {cause}", next_step=advice)
+    error = CheckpointPushError(
+        f"the checkpoint of step {step} is not on {repo_id}: {known.found}",
+        expected=known.expected,
+        next_step=known.next_step,
+        step=step,
+    )
+    error.__cause__ = cause
+    return error
 
 
 def metrics_in(description: str) -> dict[str, float]:
-    """The metrics that a commit's description notes; none where it is no checkpoint's."""
+    """The metrics in a commit's description; empty if the commit is not a checkpoint."""
     for line in description.splitlines():
         if line.startswith(NOTE):
             try:
@@ -142,7 +160,8 @@ def metrics_in(description: str) -> dict[str, float]:
 
 
 def as_numbers(metrics: Mapping[str, float]) -> dict[str, float]:
-    """
+    """Convert the metrics to floats.
+
     Raises:
         CardMetadataError: one of them is no number.
     """

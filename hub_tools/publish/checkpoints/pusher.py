@@ -1,8 +1,8 @@
-"""Push checkpoints while training goes on: a copy between two steps, and all the rest in a worker process.
+"""Push checkpoints during training: a copy between two training steps, and everything else in a worker process.
 
-Imports the standard library, huggingface_hub, torch, and of hub_tools `errors`, `hub`, `replace_folder`, `job`,
-`snapshot`, `worker_process` and what these import. While a checkpoint is on its way there are one thread, one worker
-and one folder on the disk; while none is, there is nothing of these.
+Imports the standard library, huggingface_hub, torch, and of hub_tools `errors`, `hub`, `replace_folder`, `sharded`,
+`job`, `snapshot`, `worker_process` and what these import. One thread, one worker and one folder on the disk exist while
+a checkpoint is being pushed, and only then.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,26 +23,26 @@ from torch import nn
 
 from ...errors import (
     CheckpointPushError,
-    GPT2ValueHubError,
     HubUnavailableError,
     PusherClosedError,
     PushOptionsError,
     WorkerDiedError,
 )
 from ...hub.repository import Hub
-from ...package.replace_folder import discard, left_behind, locked_folder
+from ...package.writing.replace_folder import discard, left_behind, locked_folder
+from ...package.writing.sharded import State, in_first_process
 from ..push import MAIN, PATIENCE
-from .job import BestRule, Destination, Job, PackageOptions, PushedCheckpoint, as_numbers, read_answer
+from .job import BestRule, Destination, Job, PackageOptions, PushedCheckpoint, as_numbers, push_error, read_answer
 from .snapshot import Snapshot
-from .worker_process import Worker
+from .worker_process import Worker, rest_after
 
 logger = logging.getLogger(__name__)
 
 BEST = "best"  # the tag of the best checkpoint
-FIRST_LOOK = 5.0  # seconds that a Hub may take to answer before training starts without having asked it
-PAUSE = 10.0  # seconds between two attempts, where the Hub does not answer; less where a call ends it
-WORKERS = 3  # for one checkpoint, where they die
-FOLDER = "gpt2-value-checkpoints-"  # folders of this name in the system's folder for temporary files are ours
+FIRST_LOOK = 5.0  # seconds to wait for the Hub at the start; after that, training starts without its answer
+PAUSE = 10.0  # seconds between two attempts while the Hub does not answer; `push`, `flush` and `close` end the pause
+WORKERS = 3  # the most workers for one checkpoint, if they die
+FOLDER = "gpt2-value-checkpoints-"  # prefix of this module's folders in the system's folder for temporary files
 
 
 class CheckpointPusher:
@@ -49,52 +50,52 @@ class CheckpointPusher:
 
         with CheckpointPusher("me/model", metric_for_best_model="reward", dataset="imdb") as pusher:
             for step in range(steps):
-                ...
                 if step % 500 == 0:
                     pusher.push(model, step=step, metrics={"reward": reward, "kl": kl}, tokenizer=tokenizer)
 
-    `push` copies the weights and returns: the next training step cannot change them. A worker process then saves,
-    verifies and pushes, without a GPU, on one core, and on Linux only while that core is idle. Where training leaves
-    no core idle, checkpoints take longer, and training a little (docs/benchmarks.md). Where pushing is slower than
-    training, only the newest checkpoint waits, and those it replaced are `skipped`; the last one is never dropped.
+    `push` copies the weights and returns, so the next training step cannot change them. A worker process then saves,
+    verifies and pushes, without a GPU, on one core, and on Linux only while that core is idle. Workers take at most 2%
+    of the processors, so that training loses less than 3% (docs/benchmarks.md): after one that took 5 seconds of
+    processor time, the next starts 125 seconds later on a machine of 2 cores, 16 seconds later on 16. If checkpoints
+    come faster, only the newest waits, and those that it replaced are `skipped`, never the last: `flush` and `close`
+    push it at once.
 
-    Memory and disk: in memory there are at most two copies of the weights, one waiting and one being written to the
-    disk; the worker maps its copy from the disk and needs about 0.5 GB for torch. On the disk there are at most two,
-    the snapshot and its package, in the system's folder for temporary files (`TMPDIR`), and none while no checkpoint
-    is on its way. After a `kill -9` the worker removes them within seconds, and ends; where it was killed too, the
-    next CheckpointPusher does.
+    Memory holds at most two copies of the weights, one that waits and one that is being written to the disk, and the
+    worker about 0.5 GB of torch. The disk holds at most two, the snapshot and its package, in the system's folder for
+    temporary files (`TMPDIR`). After a `kill -9` the worker removes them within seconds; if it was killed too, the next
+    CheckpointPusher does.
 
-    Verified in full, as by `verify_package`, is the first checkpoint and each whose config, generation config,
-    tokenizer, or tensors' names, shapes or types are new. The others are checked to be complete and finite.
+    The first checkpoint is verified as by `verify_package`, and so is each one whose config, generation config,
+    tokenizer, or tensors' names, shapes or dtypes are new. The others are only checked to be complete and finite.
 
-    Failures that may pass (5xx, timeouts, no connection) are logged, and the push is tried again until it succeeds or
-    a newer checkpoint waits; only `flush` and `close` give up, after `patience`. All other failures (401, 403, 404,
-    weights that are not finite, a full disk, a worker that keeps dying, an error of ours) are logged, and raised once,
-    by the next call of any method.
+    Temporary failures (5xx, timeouts, no connection) are logged, and the push is retried until it succeeds or a newer
+    checkpoint waits; only `flush` and `close` give up, after `patience`. All other failures (401, 403, 404, weights
+    that are not finite, a full disk, a worker that keeps dying) are logged, and raised once, by any next call.
 
-    `close` runs at the end of a `with` block, and at the interpreter's exit where nobody called it. So after an
-    uncaught exception, too, the last checkpoint is pushed, or an error in the log says that it is not.
+    `close` runs at the end of a `with` block, and otherwise at the interpreter's exit. After an uncaught exception,
+    too, the last checkpoint is pushed, or an error in the log says that it is not.
 
-    In a run of several processes, make one in the main process only. A process forked from this one (a data loader's
-    worker) cannot use it, and does not disturb it.
+    In a run of several processes, create it in the main process only; for a model that FSDP2 shards, create one in
+    each, and call `push` in all: the first gathers the weights, in one more copy, and pushes. A forked process (a data
+    loader's worker) cannot use it, and does not disturb it.
 
     Args:
         repo_id: `name` or `owner/name`; created with the first push if there is none.
         revision: the branch to push to (default: main).
-        private: visibility of a repository that is created; for one that exists it must be as it is.
+        private: visibility of a repository that is created. For an existing one, pass its own visibility or None.
         token: a user access token; default is the one that huggingface_hub knows.
         metric_for_best_model: the metric by which checkpoints are compared, as in transformers' TrainingArguments.
-            Of all checkpoints on the branch, those of earlier runs included, the best carries `best_tag`. One without
-            this metric, or with a NaN, is never the best.
-        greater_is_better: default, as there: unless the metric's name ends in "loss".
+            The best of all checkpoints on the branch, including those of earlier runs, gets `best_tag`. A checkpoint
+            without this metric, or with a NaN, is never the best.
+        greater_is_better: default, as in TrainingArguments: True unless the metric's name ends in "loss".
         best_tag: a tag of the repository that is moved from one best checkpoint to the next.
-        dataset: what the metrics were measured on, for the card: a dataset's id on the Hub, or words.
+        dataset: what the metrics were measured on, for the card: a dataset's id on the Hub, or a description.
         base_model, license, tags, max_shard_size: as in `save_package`.
         patience: seconds for which one request may keep failing before it is logged (and before `close` gives up).
 
     Raises:
-        AuthenticationError, NoAccessError: the token. (A Hub that does not answer is no reason not to start.)
-        PushOptionsError: `repo_id` cannot be a repository's id, or `greater_is_better` or `best_tag` has no metric.
+        AuthenticationError, NoAccessError: the token is refused. (If the Hub does not answer, training starts anyway.)
+        PushOptionsError: `repo_id` cannot be a repository's id, or `greater_is_better` or `best_tag` without a metric.
         HubUnavailableError: offline mode is on.
     """
 
@@ -147,10 +148,11 @@ class CheckpointPusher:
         self._changed = threading.Condition()
         # All of these are read and written while holding _changed.
         self._waiting: Snapshot | None = None
-        self._current: Snapshot | None = None  # on its way; without weights once it is on the disk
+        self._current: Snapshot | None = None  # being pushed; without weights once it is on the disk
         self._thread: threading.Thread | None = None
         self._worker: Worker | None = None
         self._verified: str | None = None  # fingerprint of the last package; see `worker`
+        self._next_start = 0.0  # when the next worker may start, by the monotonic clock
         self._pushed: list[PushedCheckpoint] = []
         self._skipped: list[int] = []
         self._failures: list[CheckpointPushError] = []
@@ -163,8 +165,7 @@ class CheckpointPusher:
     ) -> None:
         """Copy the weights, and return; they are pushed in the background.
 
-        An error of an earlier checkpoint is raised here after the copy was taken: who catches it and goes on loses
-        nothing.
+        An earlier checkpoint's error is raised after the copy was taken: whoever catches it and goes on loses nothing.
 
         Args:
             model: a `GPT2ValueModel`, unwrapped, on any device. Its config, generation config and tokenizer are
@@ -174,29 +175,34 @@ class CheckpointPusher:
             tokenizer: a transformers tokenizer, to travel with the model.
 
         Raises:
-            WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
             CardMetadataError: a metric that is no number.
-            TokenizerMismatchError: a tokenizer that cannot be copied.
+            WrongModelError, TokenizerMismatchError and others: what `save_package` refuses, too.
             CheckpointPushError: an earlier checkpoint did not reach the Hub.
             PusherClosedError: after `close`, or in a forked process.
         """
+        in_first_process(model, lambda gathered: self._accept(model, gathered, step, metrics or {}, tokenizer))
+
+    def _accept(
+        self, model: nn.Module, gathered: State | None, step: int, metrics: Mapping[str, float], tokenizer: Any
+    ) -> None:
+        """What `push` does in the process that pushes."""
         self._check_usable()
-        numbers = as_numbers(metrics or {})
+        numbers = as_numbers(metrics)
         with self._changed:
             if self._current is not None and self._current.weights:
-                self._skip_waiting()  # before the copy and not after it: there are never more than two
-            snapshot = Snapshot.of(model, tokenizer, step=step, metrics=numbers)
+                self._skip_waiting()  # before the copy is made, so that memory never holds more than two
+            snapshot = Snapshot.of(model, tokenizer, step=step, metrics=numbers, gathered=gathered)
             self._skip_waiting()
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
-                thread.start()  # it waits for our lock; where the system refuses to start it, nothing waits
+                thread.start()  # it waits for our lock; if the system cannot start it, no snapshot is left waiting
                 self._thread = thread
             self._waiting = snapshot
             self._changed.notify_all()
         self.check()
 
     def check(self) -> None:
-        """Raise what went wrong since the last call, if anything did.
+        """Raise the last failure since the previous call, if there was one.
 
         Raises:
             CheckpointPushError: with the original error as its cause.
@@ -226,10 +232,10 @@ class CheckpointPusher:
     def close(self) -> None:
         """`flush`, and accept no more checkpoints. A second call does nothing.
 
-        An interrupt (Ctrl-C) ends the waiting; what was not pushed by then is not, and the log says so.
+        An interrupt (Ctrl-C) ends the waiting. The log then names the checkpoints that were not pushed.
 
         Raises:
-            CheckpointPushError: as `flush`. The pusher is closed all the same.
+            CheckpointPushError: as `flush`. The pusher is closed nevertheless.
         """
         if os.getpid() != self._owner:
             return
@@ -260,7 +266,7 @@ class CheckpointPusher:
 
     @property
     def skipped(self) -> tuple[int, ...]:
-        """The steps of checkpoints that a newer one replaced before they left."""
+        """The steps of checkpoints that a newer one replaced before they were pushed."""
         with self._changed:
             return tuple(self._skipped)
 
@@ -294,7 +300,7 @@ class CheckpointPusher:
                 raise PusherClosedError("this CheckpointPusher is closed", next_step=advice)
 
     def _skip_waiting(self) -> None:
-        """Let a newer checkpoint take the place of the one that waits, if one does."""
+        """Drop the checkpoint that waits, if there is one, because a newer one takes its place."""
         if self._waiting is not None:
             logger.info("step %d is skipped: a newer checkpoint is there already", self._waiting.step)
             self._skipped.append(self._waiting.step)
@@ -306,6 +312,9 @@ class CheckpointPusher:
         """Push what waits, until nothing does."""
         while True:
             with self._changed:
+                if self._waiting is not None:
+                    rest = self._next_start - time.monotonic()
+                    self._changed.wait_for(lambda: self._flushes > 0, timeout=max(rest, 0))
                 self._current, self._waiting = self._waiting, None
                 if self._current is None:
                     self._thread = None
@@ -314,13 +323,13 @@ class CheckpointPusher:
                 snapshot = self._current
             try:
                 self._push_in_folder(snapshot)
-            except BaseException as error:  # a thread has no caller: whatever it is, the next call raises it
+            except BaseException as error:  # a thread has no caller, so the next call of a method raises it
                 with self._changed:
-                    snapshot.weights.clear()  # the error's traceback would keep them
+                    snapshot.weights.clear()  # the error's traceback would keep them in memory
                 self._keep_failure(snapshot.step, error)
 
     def _push_in_folder(self, snapshot: Snapshot) -> None:
-        """Push a checkpoint from a folder of its own; by another worker where one dies."""
+        """Push a checkpoint from a folder of its own; if a worker dies, start another."""
         folder, lock = locked_folder(FOLDER, Path(tempfile.gettempdir()))
         try:
             for number in range(1, WORKERS + 1):
@@ -338,10 +347,10 @@ class CheckpointPusher:
                 worker.end()  # Windows removes no file that is open
             discard(folder, lock)
             if worker is not None:
-                worker.end()  # only now: should this process be killed before, the worker removes the folder
+                worker.end()  # only now: if this process is killed before, the worker still removes the folder
 
     def _push_by_worker(self, snapshot: Snapshot, folder: Path) -> None:
-        """Have a new worker push a checkpoint, again and again while the Hub does not answer.
+        """Have a new worker push a checkpoint, and retry while the Hub does not answer.
 
         Raises:
             WorkerDiedError: the worker ended without an answer, or the pusher was closed.
@@ -350,8 +359,9 @@ class CheckpointPusher:
         with self._changed:
             if self._closed:
                 raise WorkerDiedError("the pusher was closed in the meantime", next_step="push before close()")
-            # before the snapshot is written, which the worker removes should this process be killed
+            # started before the snapshot is written: if this process is killed, the worker removes the snapshot
             self._worker = worker = Worker(folder, self._endpoint)
+            started = time.monotonic()
             job = self._new_job(step=snapshot.step, metrics=snapshot.metrics, verified=self._verified)
         if snapshot.weights:  # not on the disk yet
             snapshot.write(folder)
@@ -359,7 +369,7 @@ class CheckpointPusher:
                 snapshot.weights.clear()
         while True:
             with self._changed:
-                is_last = self._flushes > 0  # an attempt that begins while somebody waits is the last
+                is_last = self._flushes > 0  # an attempt that starts during a `flush` is the last one
             try:
                 success = read_answer(worker.ask(job.to_json()))
                 break
@@ -375,25 +385,16 @@ class CheckpointPusher:
                     self._changed.wait(PAUSE)
         with self._changed:
             self._verified = success.verified
+            self._next_start = started + rest_after(success.processor_seconds)
             self._pushed.append(success.pushed)
             self._current = None
         logger.info("step %d is on %s: %s", snapshot.step, self.repo_id, success.pushed.url)
 
     def _keep_failure(self, step: int, cause: BaseException) -> None:
         """Keep a failure for the next call."""
-        known = cause
-        if not isinstance(known, GPT2ValueHubError):
-            advice = "correct what this error names; the next checkpoint is tried all the same"
-            known = GPT2ValueHubError(f"{type(cause).__name__}: {cause}", next_step=advice)
-        error = CheckpointPushError(
-            f"the checkpoint of step {step} is not on {self.repo_id}: {known.found}",
-            expected=known.expected,
-            next_step=known.next_step,
-            step=step,
-        )
-        error.__cause__ = cause
+        error = push_error(step, self.repo_id, cause)
         with self._changed:
             self._failures.append(error)
             closed = self._closed
-        if not closed:  # what an interrupt stopped, `close` tells
+        if not closed:  # `close` itself logs what an interrupt stopped
             logger.error("%s", error)

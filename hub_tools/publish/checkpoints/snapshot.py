@@ -1,6 +1,6 @@
 """A model as it was between two training steps: copied in memory, written to a folder, read by another process.
 
-Imports the standard library, torch, transformers, the remote code, and of hub_tools `errors` and `save`.
+Imports the standard library, torch, transformers, the remote code, and of hub_tools `errors`, `save` and `sharded`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from configuration_gpt2_value import GPT2ValueConfig
 from modeling_gpt2_value import GPT2ValueModel
 
 from ...errors import SaveFailedError, TokenizerMismatchError
-from ...package.save import installed_shell
+from ...package.writing.model import installed_shell
+from ...package.writing.sharded import State
 
 WEIGHTS = "weights.pt"
 TOKENIZER = "tokenizer"
@@ -28,7 +29,7 @@ TOKENIZER = "tokenizer"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy that training cannot change any more."""
+    """A copy of a model, which training cannot change."""
 
     step: int
     metrics: dict[str, float]
@@ -38,14 +39,22 @@ class Snapshot:
     weights: dict[str, torch.Tensor]  # in main memory; tied tensors share their copy
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Any = None, *, step: int, metrics: dict[str, float]) -> Snapshot:
-        """Copy a model, also from a GPU.
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        step: int,
+        metrics: dict[str, float],
+        gathered: State | None = None,
+    ) -> Snapshot:
+        """Copy a model, also from a GPU; or take the weights that were `gathered` of one that is sharded.
 
         Raises:
             WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
             TokenizerMismatchError: a tokenizer that cannot be copied.
         """
-        shell, state = installed_shell(model)  # its configs are copies
+        shell, state = installed_shell(model, gathered)  # its configs are copies
         try:
             tokenizer = copy.deepcopy(tokenizer)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -54,13 +63,15 @@ class Snapshot:
                 expected="a tokenizer of transformers' own, without code",
                 next_step="load one with AutoTokenizer.from_pretrained(...)",
             ) from error
-        return cls(step, metrics, shell.config, shell.generation_config, tokenizer, _copied(state))
+        weights = _copied(state) if gathered is None else state
+        return cls(step, metrics, shell.config, shell.generation_config, tokenizer, weights)
 
     def write(self, folder: Path) -> None:
-        """Write it to a folder, the weights in one file.
+        """Write the snapshot to a folder, with the weights in one file.
 
-        By `torch.save`, because it neither copies the weights again nor holds the interpreter lock, for which a
-        training step would wait; and it keeps tied tensors tied. Reading it runs no code (`weights_only`).
+        Uses `torch.save`, because it makes no second copy of the weights, and does not hold the interpreter lock, for
+        which a training step would wait. It also keeps tied tensors tied. Reading the file runs no code
+        (`weights_only`).
 
         Raises:
             SaveFailedError: the system refused, the disk is full.
@@ -74,7 +85,7 @@ class Snapshot:
                 self.tokenizer.save_pretrained(folder / TOKENIZER)
             with open(folder / WEIGHTS, "wb") as file:
                 torch.save(self.weights, file)
-        except (OSError, RuntimeError) as error:  # a RuntimeError is torch's for a full disk
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
             raise SaveFailedError(
                 f"writing the snapshot to {folder} failed: {error}",
                 expected="space for two copies of the model in the folder for temporary files",
@@ -83,7 +94,7 @@ class Snapshot:
 
 
 def read_model(folder: Path) -> GPT2ValueModel:
-    """The model of a snapshot; its weights are mapped from the file, which must stay."""
+    """The model of a snapshot. Its weights are mapped from the file, so the file must stay while it is used."""
     config = GPT2ValueConfig.from_json_file(folder / "config.json")
     model = GPT2ValueModel(config)
     model.load_state_dict(torch.load(folder / WEIGHTS, mmap=True, weights_only=True), assign=True)
@@ -93,7 +104,7 @@ def read_model(folder: Path) -> GPT2ValueModel:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a snapshot; None where it has none."""
+    """The tokenizer of a snapshot; None if it has none."""
     if not (folder / TOKENIZER).exists():
         return None
     try:

@@ -1,6 +1,7 @@
 """transformers' Trainer pushes its checkpoints in the background.
 
-Imports the standard library, transformers, and of hub_tools `pusher` and what it imports. When a Trainer calls what: https://huggingface.co/docs/transformers/main_classes/callback.
+Imports the standard library, transformers, and of hub_tools `pusher`, `sharded` and what they import. The events of a
+Trainer: https://huggingface.co/docs/transformers/main_classes/callback.
 """
 
 from __future__ import annotations
@@ -10,26 +11,27 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...package.writing.sharded import is_sharded
 from .pusher import CheckpointPusher
 
-# What a Trainer logs that is no metric: it measures the clock, not the model.
+# What a Trainer logs besides metrics: counters, and how long things took.
 BOOKKEEPING = re.compile(r"step|epoch|total_flos|.*_(runtime|per_second)|num_input_tokens_seen")
 
 
 class CheckpointPusherCallback(TrainerCallback):
-    """Each time a Trainer saves, the model goes to the Hub as well; and once more at the end of training.
+    """Push the model to the Hub each time a Trainer saves, and once more at the end of training.
 
         pusher = CheckpointPusher("me/model", metric_for_best_model="eval_loss")
         Trainer(..., callbacks=[CheckpointPusherCallback(pusher)])
 
-    Each checkpoint has what the Trainer logged at its step (training loss, learning rate, `eval_` metrics) as its
-    metrics, under these names; and the Trainer's `processing_class`, if that is a tokenizer. At the end of training
-    the branch holds what `trainer.model` then is (with `load_best_model_at_end` the best model, under the number of
-    its step), and everything is on the Hub, or `CheckpointPushError` is raised. What failed for good before (see
-    `CheckpointPusher`) is raised at the next step.
+    The metrics of a checkpoint are what the Trainer logged at its step (training loss, learning rate, `eval_` metrics),
+    under the Trainer's names. The Trainer's `processing_class` is pushed too, if it is a tokenizer. The end of training
+    waits until everything is on the Hub, or raises `CheckpointPushError`. The branch then holds the final
+    `trainer.model`; with `load_best_model_at_end` this is the best model, under the number of its step. A failure that
+    is not temporary (see `CheckpointPusher`) is raised at the next step.
 
-    In a run of several processes only the main one pushes; there the model must be whole (not sharded by FSDP or
-    DeepSpeed's third stage). The pusher stays open, for further training; Python closes it at exit.
+    In a run of several processes, only the main one pushes, also a model that FSDP2 shards; one that FSDP1 or DeepSpeed
+    ZeRO-3 shards is refused. The pusher stays open for further training; it is closed when Python exits.
 
     Args:
         pusher: where checkpoints go. Pass it in every process; only the main one uses it.
@@ -59,7 +61,7 @@ class CheckpointPusherCallback(TrainerCallback):
             self._pusher.flush()
 
     def _push(self, state: TrainerState, step: int, kwargs: dict[str, Any]) -> None:
-        if not state.is_world_process_zero:
+        if not (state.is_world_process_zero or is_sharded(kwargs["model"])):
             return
         tokenizer = kwargs.get("processing_class")
         self._last = step

@@ -1,8 +1,8 @@
 """Save, verify and push one checkpoint, in a process that gives way to training.
 
 Imports the standard library, huggingface_hub, and of hub_tools `errors`, `files`, `layout`, `hub`, `package` and
-`publish`; and torch and transformers, by way of `save` and `snapshot`.
-It is a process of its own because a thread would share the training loop's interpreter lock and torch's cores.
+`publish`; and torch and transformers, through `save` and `snapshot`. This is a separate process, because a thread would
+share the interpreter lock and torch's threads with the training loop.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from ... import layout
 from ...errors import ConcurrentPushError, GPT2ValueHubError
 from ...files import read_safetensors_header
 from ...hub.repository import Hub
-from ...package.inspection import inspect_package
+from ...package.loading.verify import refusals, verify_package
+from ...package.reading.inspection import inspect_package
 from ...package.record import read_record
-from ...package.save import save_package
-from ...package.verify import refusals, verify_package
+from ...package.writing.save import save_package
 from ..push import PushOptions, after_commit, push
 from ..upload_set import Package
 from .job import BestRule, Job, PushedCheckpoint, Success, failure_to_json, metrics_in
@@ -33,14 +34,14 @@ from .worker_process import ANSWER
 logger = logging.getLogger(__name__)
 
 TASK = "text-generation"
-VERIFY_TIMEOUT = 24 * 3600.0  # seconds: it gets the time that training leaves
-TRIES = 3  # of a push, where others push at the same time
+VERIFY_TIMEOUT = 24 * 3600.0  # seconds; long, because the worker runs only while training leaves a core idle
+TRIES = 3  # of a push, if others push at the same time
 
 
 def main(folder: Path) -> None:
     """Read a job from the standard input, do it, and print the answer. For each further line, try the push again."""
     line = sys.stdin.readline()
-    if not line.endswith("\n"):  # the parent died before the snapshot was whole
+    if not line.endswith("\n"):  # the parent died before the snapshot was complete
         return
     job, prepared = Job.from_json(line), None
     while line:
@@ -48,7 +49,8 @@ def main(folder: Path) -> None:
             hub = Hub(job.destination.repo_id, token=job.destination.token, patience=job.destination.patience)
             hub.check_token()
             package, fingerprint = prepared = prepared or prepare(job, hub, folder)
-            answer = Success(push_checkpoint(job, hub, package), fingerprint).to_json()
+            pushed = push_checkpoint(job, hub, package)
+            answer = Success(pushed, fingerprint, processor_seconds=sum(os.times()[:4])).to_json()
         except GPT2ValueHubError as error:
             answer = failure_to_json(error)
         print(f"\n{ANSWER}{answer}", flush=True)  # on a line of its own, whatever a library has printed
@@ -59,7 +61,7 @@ def prepare(job: Job, hub: Hub, folder: Path) -> tuple[Package, str]:
     """Make a verified package of the snapshot in `folder`; return it with its fingerprint.
 
     Raises:
-        Everything that `save_package`, `verify_package` and `push_package` raise without asking the Hub.
+        Everything that `save_package` and `verify_package` raise, and what `push_package` raises without the Hub.
     """
     package_folder = folder / "package"
     save_package(
@@ -85,8 +87,10 @@ def prepare(job: Job, hub: Hub, folder: Path) -> tuple[Package, str]:
 
 
 def _write_metrics(job: Job, repo_id: str, path: Path) -> None:
-    """Put the metrics in the card's `model-index`. It is there also without metrics: the card on the Hub keeps
-    what a push does not replace, and an older checkpoint's metrics would be untrue of this one."""
+    """Put the metrics in the card's `model-index`.
+
+    It is written even without metrics. Otherwise the card on the Hub would keep the metrics of an older checkpoint.
+    """
     card = ModelCard.load(path)
     card.data.model_name = repo_id.rsplit("/", 1)[-1]
     card.data.eval_results = [
@@ -105,10 +109,11 @@ def _write_metrics(job: Job, repo_id: str, path: Path) -> None:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """A hash of everything in a package but the values of the weights.
+    """A hash of everything in a package except the values of the weights.
 
-    Two packages of one fingerprint have the same code, config and tokenizer, and tensors of the same names, shapes and
-    types: where one of them loads, so does the other. (The save has checked that the weights are finite and whole.)
+    Two packages with the same fingerprint have the same code, config and tokenizer, and tensors of the same names,
+    shapes and dtypes. If one of them loads, so does the other. (The save has checked that the weights are finite and
+    complete.)
     """
     hashes = read_record(folder).sha256
     others = {name: digest for name, digest in hashes.items() if layout.kind_of(name) != "weights"}
@@ -141,10 +146,10 @@ def push_checkpoint(job: Job, hub: Hub, package: Package) -> PushedCheckpoint:
 
 
 def tag_best(job: Job, rule: BestRule, hub: Hub, commit: str) -> str | None:
-    """Give the tag to the best checkpoint, and return its commit; None where no checkpoint has the metric.
+    """Give the tag to the best checkpoint, and return its commit; None if no checkpoint has the metric.
 
-    Compares all commits on the branch, and the one that has the tag. What this run remembers, or the tag alone, would
-    not do: a run that is killed after a commit and before its tag leaves the tag on an older one, or on none.
+    Compares all commits on the branch, and the one that has the tag. The tag alone is not enough: a run that is killed
+    between a commit and its tag leaves the tag on an older commit, or no tag.
     """
     commits = hub.commits(job.destination.branch)
     tagged = hub.tagged(rule.tag)

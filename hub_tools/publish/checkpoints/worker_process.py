@@ -1,4 +1,4 @@
-"""A worker process that takes from training only what it leaves of the cores: start it, ask it, end it.
+"""A worker process that runs only on cores that training leaves idle: start it, send it jobs, end it.
 
 Imports the standard library and of hub_tools `errors`. What the process does is in `__main__` and `worker`.
 """
@@ -18,20 +18,21 @@ from ...errors import WorkerDiedError
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", __package__)
-ANSWER = "gpt2-value-answer: "  # how the lines begin that are answers
+ANSWER = "gpt2-value-answer: "  # the prefix of lines that are answers
+SHARE = 0.02  # the share of the processors that workers may take
 
 
 class Worker:
     """A process that answers one line with one line. Everything else that it prints is logged.
 
     Args:
-        folder: its working folder, for temporary files, too. If this process dies, the worker removes it.
+        folder: its working folder, also for temporary files. If this process dies, the worker removes the folder.
         endpoint: the Hub's address.
     """
 
     def __init__(self, folder: Path, endpoint: str) -> None:
         own = {
-            # it imports what this process would import, whatever the training script is
+            # the worker then imports the same modules as this process, wherever the training script is
             "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
             "HF_ENDPOINT": endpoint,
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -50,7 +51,7 @@ class Worker:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            cwd=folder,  # where nothing can be imported from: `python -m` looks there first
+            cwd=folder,  # `python -m` imports from the working folder first, and this one has no modules
             env={**os.environ, **own},
         )
         self.pid = self._process.pid
@@ -74,7 +75,7 @@ class Worker:
             if printed.strip():
                 last = printed.strip()
                 logger.warning("the worker: %s", last)
-        self.end()  # what it started may live on
+        self.end()  # processes that it started may still run
         status = self._process.returncode
         raise WorkerDiedError(
             "the process that pushes checkpoints ended with "
@@ -84,9 +85,9 @@ class Worker:
 
     def kill(self) -> None:
         """Kill it and the interpreter in which it verifies. An `ask` in another thread then raises."""
-        # Not where somebody has waited for its end: its number may be another process's by then.
+        # Only before the process has been waited for: after that, its number may belong to another process.
         if self._process.returncode is None and hasattr(os, "killpg"):
-            # it has not come to making its group; or (macOS) nobody but itself is in it, dead
+            # raised if it has not made its group yet, or (macOS) if only dead processes are in the group
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()
@@ -94,18 +95,32 @@ class Worker:
     def end(self) -> None:
         """Kill it, wait until it is gone, and close the pipes to it."""
         self.kill()
-        with suppress(BrokenPipeError), self._process:  # it has died, and not read all that was sent
+        with suppress(BrokenPipeError), self._process:  # raised if it died before it read everything that was sent
             pass
 
 
 def give_way(pid: int) -> None:
-    """Have a process run only while a core has nothing else to do.
+    """Let a process run only while a core has nothing else to do.
 
-    On Linux by SCHED_IDLE (sched(7)), which leaves a core at once when somebody needs it. The lowest nice value, as
-    elsewhere, keeps it for some milliseconds, for which all threads of a training step wait.
+    On Linux this is SCHED_IDLE (sched(7)): the process leaves a core at once when another process needs it. Elsewhere
+    it is the lowest priority (nice 19), with which a process keeps a core for some milliseconds, while all threads of a
+    training step wait.
     """
-    with suppress(OSError):  # it has ended already; or a sandbox refuses, sometimes as if the call did not exist
+    with suppress(OSError):  # it has ended already, or a sandbox forbids the call
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, pid, 19)
         if sys.platform == "linux":
             os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+
+
+def rest_after(processor_seconds: float) -> float:
+    """Seconds from the start of this worker to the earliest start of the next, so that workers keep to their `SHARE`.
+
+    The lowest priority is not enough. Even if training uses all cores, an idle-priority process gets 15% of a core,
+    which slows training by 5% (measured on two cores, docs/benchmarks.md).
+
+    Args:
+        processor_seconds: the processor time that this worker took.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return processor_seconds / (SHARE * cores)

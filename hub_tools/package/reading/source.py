@@ -10,8 +10,8 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .. import layout
-from ..errors import NotAPackageError, UnusedOptionError
+from ... import layout
+from ...errors import NotAPackageError, UnusedOptionError
 
 
 @dataclass(frozen=True)

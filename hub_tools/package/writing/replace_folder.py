@@ -26,7 +26,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .. import layout
+from ... import layout
 
 LOCK = "lock"  # the file that is locked, in each staging folder
 _AT_FDCWD = -100

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import layout
-from ..errors import (
+from ... import layout
+from ...errors import (
     ChangedFileError,
     GPT2ValueHubError,
     LoadError,
@@ -27,13 +27,13 @@ from ..errors import (
     UntrustedCodeError,
     UnusedOptionError,
 )
-from ..files import AGAIN
-from ..library_errors import as_ours
-from .finite import not_finite
-from .inspection import PackageReport, inspect_stage
-from .releases import Release, diff_command, releases
-from .source import HubOptions, local_folder, repository_id
-from .stage import make_loadable, stage_package
+from ...files import AGAIN
+from ...library_errors import as_ours
+from ..finite import not_finite
+from ..reading.inspection import PackageReport, inspect_stage
+from ..reading.source import HubOptions, local_folder, repository_id
+from ..reading.stage import make_loadable, stage_package
+from ..releases import Release, diff_command, releases
 from .tokenizer import load_tokenizer
 from .verify import refusals
 
@@ -110,7 +110,7 @@ def load_package(
     if repo_id is None:
         folder = local_folder(source)
     else:
-        from ..hub import download
+        from ...hub import download
 
         snapshot = download.fetch(
             repo_id,
@@ -125,9 +125,10 @@ def load_package(
         _refuse(package, MissingHeadError)
         release = _approve(package, reviewed)
         _refuse(replace(package, changed=tuple(sorted(set(package.changed) - set(reviewed)))), ChangedFileError)
-        installed = release is not None and release.sha256 == layout.installed_hashes()
+        installed = release is not None and release.sha256 == layout.written_hashes()
         # what was hashed is what runs: nobody else can write to the copy
-        loadable = make_loadable(copy, [] if installed else release.sha256 if release else package.code_sha256)
+        code = set() if installed else set(release.sha256 if release else package.code_sha256) - {layout.HANDLER}
+        loadable = make_loadable(copy, code)
         model = _load_model(loadable, package, dtype, by_installed_code=installed)
         tokenizer = None
         if package.tokenizer is not None:
@@ -182,7 +183,7 @@ def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> Release | N
     changed = [name for name, digest in reviewed.items() if code.get(name) != digest]
     release = next((release for release in releases() if release.is_in(code)), None)
     if release is None or changed:
-        installed = layout.installed_hashes()
+        installed = layout.written_hashes()
         unknown = sorted(
             name for name, digest in code.items() if digest not in (reviewed.get(name), installed.get(name))
         )
@@ -190,7 +191,7 @@ def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> Release | N
             raise _untrusted(package, code, unknown, changed)
         if not reviewed:
             raise MissingFileError(
-                f"{package.folder} has no {', '.join(name for name in installed if name not in code)}",
+                f"{package.folder} has no {', '.join(name for name in layout.REMOTE_CODE if name not in code)}",
                 expected="all of the code that auto_map leads to",
                 next_step="GPT2ValueModel.from_pretrained(FOLDER) loads it without; then save_package writes it all",
             )

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .. import layout
-from ..errors import CardMetadataError
-from ..hub.repository_id import is_repository_id
+from ... import layout
+from ...errors import CardMetadataError
+from ...hub.repository_id import is_repository_id
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ("gpt2", "gpt2-value", "value-head", "reinforcement-learning", "ppo")
@@ -36,6 +36,7 @@ class CardFacts:
     vocab_size: int
     has_tokenizer: bool
     versions: dict[str, str]
+    has_handler: bool = False
 
 
 def is_hub_id(text: object) -> bool:

@@ -1,7 +1,7 @@
 """Write a complete package, all or nothing.
 
-Imports the standard library, torch, transformers, the remote code, and of hub_tools `allowed_fields`, `card`,
-`finite`, `record`, `probe`, `replace_folder`, `target` and what these import.
+Imports the standard library, torch, transformers, the remote code, and of hub_tools `card`, `model`, `record`, `probe`,
+`replace_folder`, `sharded`, `target` and what these import.
 """
 
 from __future__ import annotations
@@ -19,29 +19,22 @@ import torch
 import transformers
 from torch import nn
 
-from configuration_gpt2_value import GPT2ValueConfig
 from modeling_gpt2_value import GPT2ValueModel
 
-from .. import layout
-from ..errors import (
-    MissingHeadError,
+from ... import layout
+from ...errors import (
     NonFiniteWeightsError,
     TokenizerMismatchError,
-    UnsavableConfigError,
-    UnsavableWeightsError,
-    WrongModelError,
 )
-from ..library_errors import as_ours
-from . import allowed_fields
+from ...library_errors import as_ours
+from ..probe import measure
+from ..record import PROBE_TEXT, Record, probe
+from ..releases import releases, versions_of
 from .card import CardFacts, load_lines, render_card
-from .finite import not_finite
-from .probe import measure
-from .record import PROBE_TEXT, Record, probe
+from .model import installed_copy
 from .replace_folder import staging_folder
+from .sharded import State, in_first_process
 from .target import check_target, writing_to
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-WRAPPED = "save the model inside the wrapper"
 
 
 @dataclass(frozen=True)
@@ -60,6 +53,19 @@ class SavedPackage:
         return sum(self.files.values())
 
 
+@dataclass(frozen=True)
+class SaveOptions:
+    """How a package is saved; see `save_package`."""
+
+    base_model: str | None
+    license: str | None
+    tags: Sequence[str]
+    repo_id: str | None
+    max_shard_size: int | str
+    overwrite: bool = True
+    handler: bool = False
+
+
 def save_package(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -71,6 +77,7 @@ def save_package(
     tags: Sequence[str] = (),
     repo_id: str | None = None,
     max_shard_size: int | str = "5GB",
+    handler: bool = False,
 ) -> SavedPackage:
     """Write a complete package: weights, config, code, tokenizer, card, and a record to verify it by.
 
@@ -84,6 +91,10 @@ def save_package(
     where they are (a model on a GPU is copied to main memory), and written with this installed version's
     code, also when the model itself came from a package's code.
 
+    A model that FSDP2 shards is saved in all processes by the same call: the first gathers the weights in main
+    memory and writes the package, and all return, or raise, what it does. Any other model is saved where this is
+    called, so in a run of several processes call it in one (`accelerator.is_main_process`).
+
     Args:
         model: a `GPT2ValueModel` (or a subclass without weights of its own), unwrapped, in float32, float16
             or bfloat16.
@@ -96,25 +107,50 @@ def save_package(
         repo_id: where the package will live on the Hub, for the lines in the card that load it.
         max_shard_size: the weights are split into files of at most this size (bytes, or a string like
             `"5GB"`).
+        handler: also write `handler.py`, by which an Inference Endpoint answers requests: code of ours that runs there
+            and nowhere else. It needs the tokenizer.
 
     Raises:
         WrongModelError, MissingHeadError: not a value-head model, or wrapped in something.
+        ProcessesMissingError: a sharded model, and another process did not call this within 30 s.
         UnsavableWeightsError, NonFiniteWeightsError, UnsavableConfigError: a model that could not be loaded
             again.
-        TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code.
+        TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code; or none, and
+            a handler.
         CardMetadataError: see `render_card`.
         FolderRefusedError: `folder` holds something else, or cannot be replaced in one step.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
     """
-    target = save_target(folder, overwrite=overwrite)
-    installed = _installed_copy(model)
+    options = SaveOptions(base_model, license, tags, repo_id, max_shard_size, overwrite, handler)
+    return in_first_process(model, lambda state: write_package(model, state, folder, tokenizer, options))
+
+
+def write_package(
+    model: nn.Module, state: State | None, folder: str | os.PathLike[str], tokenizer: Any, options: SaveOptions
+) -> SavedPackage:
+    """What `save_package` does in the process that writes; `state` as `in_first_process` gives it."""
+    target = save_target(folder, overwrite=options.overwrite)
+    installed = installed_copy(model, state)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, installed.config.vocab_size)
-    card = render_card(_facts(installed, tokenizer), base_model=base_model, license=license, tags=tags, repo_id=repo_id)
+    elif options.handler:
+        raise TokenizerMismatchError(
+            "a handler, and no tokenizer: an Inference Endpoint is sent texts",
+            next_step="pass the tokenizer as well: save_package(model, FOLDER, tokenizer, handler=True)",
+        )
+    card = render_card(
+        _facts(installed, tokenizer, options.handler),
+        base_model=options.base_model,
+        license=options.license,
+        tags=options.tags,
+        repo_id=options.repo_id,
+    )
     with writing_to(target), staging_folder(target) as staging:
-        _write(staging.package, installed, tokenizer, card, max_shard_size)
+        if options.handler:
+            shutil.copyfile(layout.written_code()[layout.HANDLER], staging.package / layout.HANDLER)
+        _write(staging.package, installed, tokenizer, card, options.max_shard_size)
         files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
-        save_target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+        save_target(folder, overwrite=options.overwrite)  # writing may have taken minutes: look again
         replaced = staging.commit()
     return SavedPackage(
         folder=target,
@@ -131,158 +167,16 @@ def save_target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
     Raises:
         FolderRefusedError: it holds something else, or cannot be replaced in one step.
     """
+
+    def may_replace(name: str) -> bool:
+        if name == layout.HANDLER:  # many write their own
+            path = Path(folder, name)
+            return path.is_file() and bool(versions_of(name, layout.sha256_of(path), releases()))
+        return layout.written_by_save(name)
+
     return check_target(
-        folder,
-        overwrite=overwrite,
-        what="a package",
-        model_type=layout.MODEL_TYPE,
-        may_replace=layout.written_by_save,
+        folder, overwrite=overwrite, what="a package", model_type=layout.MODEL_TYPE, may_replace=may_replace
     )
-
-
-def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.Tensor]]:
-    """Return an empty model of this installed version's class, on the meta device, with the configs of `model`; and the
-    weights of `model`, after checking that the empty model takes exactly these. (Whether they are finite is not
-    checked.)
-
-    Raises:
-        WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
-    """
-    _check_class(model)
-    with as_ours(_unsavable):
-        given: Any = model.config
-        config: Any = GPT2ValueConfig.from_dict(given.to_dict())
-        generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-        # what could be written but not be loaded again is refused now
-        allowed_fields.reduce(layout.CONFIG, json.loads(config.to_json_string()))
-        if generation_config is not None:
-            generation_config.validate(strict=True)
-            allowed_fields.reduce(layout.GENERATION_CONFIG, json.loads(generation_config.to_json_string()))
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    with torch.device("meta"), as_ours(_unsavable):
-        installed = GPT2ValueModel(config)
-        if hasattr(
-            config, "validate"
-        ):  # transformers 5, which does it when it writes, once the model chose its kernels
-            config.validate()
-    _check_state(state, installed)
-    if generation_config is not None:
-        installed.generation_config = generation_config
-    return installed, state
-
-
-def _unsavable(gist: str) -> UnsavableConfigError:
-    return UnsavableConfigError(
-        f"the model's config or generation_config is not valid: {gist}",
-        next_step="correct the field in model.config or model.generation_config, and save again",
-    )
-
-
-def _installed_copy(model: nn.Module) -> GPT2ValueModel:
-    """Return a model of this installed version's class, in eval mode on the CPU, that holds the same weights (shared
-    where they are on the CPU, else copied), after checking that they are complete and finite."""
-    installed, state = installed_shell(model)
-    body = {name: tensor.cpu() for name, tensor in state.items() if name != "lm_head.weight"}
-    tied = installed.config.tie_word_embeddings
-    body["lm_head.weight"] = body["transformer.wte.weight"] if tied else state["lm_head.weight"].cpu()
-    for name, count in not_finite(body).items():
-        raise NonFiniteWeightsError(
-            f"{name} has {count:,} NaN or infinite values of {body[name].numel():,}",
-            expected="finite weights",
-            next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
-        )
-    installed.load_state_dict(body, assign=True)
-    if tied:
-        installed.tie_weights()
-    # causal masks and the like, which are in no state dict
-    found = dict(model.named_buffers())
-    for name, _ in list(installed.named_buffers()):
-        owner, _, attribute = name.rpartition(".")
-        setattr(installed.get_submodule(owner), attribute, found[name].cpu())
-    return installed.eval()
-
-
-def _check_class(model: nn.Module) -> None:
-    """Refuse wrappers, and other models, each with the way out."""
-
-    def refuse(found: str, next_step: str) -> WrongModelError:
-        return WrongModelError(found, expected="a GPT2ValueModel", next_step=next_step)
-
-    name = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise refuse(f"a {name}", "pass the model itself")
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise refuse(
-            f"a {name} with PEFT adapters, which are not part of GPT-2's weights",
-            "merge them into a copy: save_package(copy.deepcopy(peft_model).merge_and_unload(), ...)",
-        )
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        raise refuse(f"a compiled model ({name})", f"{WRAPPED}: save_package(model._orig_mod, ...)")
-    if isinstance(getattr(model, "module", None), nn.Module):
-        raise refuse(
-            f"a wrapper ({name})",
-            f"{WRAPPED}, in one process: save_package(model.module, ...) or accelerator.unwrap_model(model)",
-        )
-    if hasattr(model, "pretrained_model") and hasattr(model, "v_head"):
-        raise refuse(f"TRL's {name}", "save it with its own save_pretrained, then: gpt2-value convert FOLDER OUT")
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type == "gpt2":
-        raise MissingHeadError(
-            f"a {name}, which has no value head",
-            expected="a GPT2ValueModel",
-            next_step="model.save_pretrained(FOLDER); GPT2ValueModel.from_pretrained(FOLDER) gives it a head",
-        )
-    if model_type != layout.MODEL_TYPE:
-        raise refuse(f"a {name} of model type {model_type!r}", "pass a GPT2ValueModel")
-
-
-def _check_state(state: dict[str, torch.Tensor], installed: GPT2ValueModel) -> None:
-    """Refuse weights that are not exactly the model's, or that are not here."""
-    expected = {name: tuple(tensor.shape) for name, tensor in installed.state_dict().items()}
-    missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-    if any(name.startswith(layout.HEAD_PREFIX) for name in missing):
-        raise MissingHeadError(
-            f"the model has no {', '.join(missing[:2])}",
-            expected="the value head that its config calls for",
-            next_step="build it as GPT2ValueModel, which brings one, or load it with init_value_head=True",
-        )
-
-    def refuse(found: str, expected: str, next_step: str) -> UnsavableWeightsError:
-        return UnsavableWeightsError(found, expected=expected, next_step=next_step)
-
-    if missing or unknown:
-        raise refuse(
-            f"missing weights: {missing[:3]}; unknown weights: {unknown[:3]}",
-            "exactly the weights of GPT2ValueModel, whose code travels with them",
-            "remove what was added to the model (adapters, extra heads), and save again",
-        )
-    for name, tensor in state.items():
-        if tensor.is_meta:
-            raise refuse(
-                f"{name} is on the meta device, without data",
-                "weights in memory",
-                "load the model without device_map='auto' or offloading, and save again",
-            )
-        if tuple(tensor.shape) != expected[name]:
-            raise refuse(
-                f"{name} has shape {list(tensor.shape)}",
-                f"shape {list(expected[name])}, as model.config says",
-                "resize with model.resize_token_embeddings, which keeps the config in step; "
-                "if the weights are sharded (ZeRO-3, FSDP), gather them first",
-            )
-        if tensor.dtype not in FLOATS:
-            raise refuse(
-                f"{name} is {tensor.dtype}",
-                f"one of {', '.join(map(str, FLOATS))}",
-                "convert it: model.float(); a quantised model must be dequantised first",
-            )
-    head, embeddings = state["lm_head.weight"], state["transformer.wte.weight"]
-    if installed.config.tie_word_embeddings and head.data_ptr() != embeddings.data_ptr() and not head.equal(embeddings):
-        raise refuse(
-            "lm_head.weight and transformer.wte.weight differ, and config.tie_word_embeddings is True",
-            "equal weights, since loading would tie them",
-            "set model.config.tie_word_embeddings = False to keep both, or model.tie_weights() to tie them",
-        )
 
 
 def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
@@ -308,7 +202,7 @@ def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def _facts(model: GPT2ValueModel, tokenizer: Any) -> CardFacts:
+def _facts(model: GPT2ValueModel, tokenizer: Any, handler: bool) -> CardFacts:
     config = model.config
     return CardFacts(
         parameters=_parameters(model),
@@ -320,6 +214,7 @@ def _facts(model: GPT2ValueModel, tokenizer: Any) -> CardFacts:
         vocab_size=config.vocab_size,
         has_tokenizer=tokenizer is not None,
         versions=_versions(),
+        has_handler=handler,
     )
 
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from .. import layout, limits
-from ..errors import (
+from ... import layout, limits
+from ...errors import (
     CorruptFileError,
     GPT2ValueHubError,
     NoRoomError,
@@ -31,7 +31,7 @@ from ..errors import (
     PackageChangedError,
     ResourceLimitError,
 )
-from ..files import AGAIN, open_in, read_json
+from ...files import AGAIN, open_in, read_json
 from . import allowed_fields
 from .config_json import check_config, count_numbers
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import layout, limits
-from ..errors import CorruptFileError, MissingFileError, PickleError, WeightsMismatchError
-from ..files import AGAIN, Tensor, read_json, read_safetensors_header
+from ... import layout, limits
+from ...errors import CorruptFileError, MissingFileError, PickleError, WeightsMismatchError
+from ...files import AGAIN, Tensor, read_json, read_safetensors_header
 from . import allowed_fields
 from .config_json import check_memory, expected_shapes
 

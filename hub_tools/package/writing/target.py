@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .. import layout
-from ..errors import FolderRefusedError, GPT2ValueHubError, SaveFailedError
-from ..files import read_json
-from ..library_errors import gist
+from ... import layout
+from ...errors import FolderRefusedError, GPT2ValueHubError, SaveFailedError
+from ...files import read_json
+from ...library_errors import gist
 
 
 def check_target(

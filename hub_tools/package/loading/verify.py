@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import layout, limits
-from ..errors import (
+from ... import layout, limits
+from ...errors import (
     ChangedFileError,
     ForeignFileError,
     GPT2ValueHubError,
@@ -33,18 +33,18 @@ from ..errors import (
     VerificationError,
     VerificationTimeoutError,
 )
-from ..files import AGAIN
-from ..limited_process import run_limited, search_path_of
-from .inspection import PackageReport, inspect_stage
-from .record import PROBE_TEXT, Record, read_record
-from .releases import diff_command
-from .source import local_folder
-from .stage import make_loadable, stage_package
+from ...files import AGAIN
+from ...limited_process import run_limited, search_path_of
+from ..reading.inspection import PackageReport, inspect_stage
+from ..reading.source import local_folder
+from ..reading.stage import make_loadable, stage_package
+from ..record import PROBE_TEXT, Record, read_record
+from ..releases import diff_command
 
 TOLERANCE = 1e-5  # of the largest recorded number, or of 1 if that is larger
 PASSED_ON_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY")
 TIMEOUT_AT_MOST = 7 * 24 * 3600
-PROBE_SCRIPT = Path(__file__).with_name("probe.py")
+PROBE_SCRIPT = Path(__file__).parents[1] / "probe.py"
 
 
 @dataclass(frozen=True)

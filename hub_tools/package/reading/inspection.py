@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import layout, limits
-from ..errors import CodeReferenceError, CorruptFileError
-from ..files import AGAIN, file_in, read_json, sha256_in
+from ... import layout, limits
+from ...errors import CodeReferenceError, CorruptFileError
+from ...files import AGAIN, file_in, read_json, sha256_in
+from ..record import Record, read_record
+from ..releases import releases, versions_of
 from . import allowed_fields
 from .config_json import check_config, tied
-from .record import Record, read_record
-from .releases import releases, versions_of
 from .source import HubOptions, local_folder, repository_id
 from .stage import Stage
 from .weight_headers import FLOATS, Head, check_tensors, read_weights
@@ -123,7 +123,7 @@ def inspect_package(
 def _inspect_repository(repo_id: str, options: HubOptions, *, hash_weights: bool) -> PackageReport:
     """Report on a repository. An outline of it is enough, unless the weights are to be hashed; offline, the cache must
     do."""
-    from ..hub import download
+    from ...hub import download
 
     if hash_weights or options.local_files_only or download.offline():
         snapshot = download.fetch(
@@ -258,7 +258,7 @@ def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tupl
 
 def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:
     """Hash every file of code in the package."""
-    installed, known = layout.installed_hashes(), releases()
+    installed, known = layout.written_hashes(), releases()
     files = []
     for name in names:
         if name.endswith(layout.CODE_SUFFIXES):
@@ -292,6 +292,7 @@ def _changed(
     if record is None:
         return ()
     here = {name for name in names if layout.written_by_save(name)} - {layout.CARD, layout.RECORD}
+    here -= {layout.HANDLER} - set(record.sha256)  # somebody's own: reported as code, and nothing of ours
     changed = set(record.sha256) ^ here
     for name in here & set(record.sha256):
         if sha256 is not None:

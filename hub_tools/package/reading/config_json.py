@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .. import layout, limits
-from ..errors import CodeReferenceError, CorruptFileError, NotAPackageError
-from ..files import AGAIN
+from ... import layout, limits
+from ...errors import CodeReferenceError, CorruptFileError, NotAPackageError
+from ...files import AGAIN
 
 # In transformers 4 each layer keeps a causal mask of n_positions ** 2 bytes: this many in all layers together. It is
 # what 12 layers of 13,377 positions have, from weights that can be a few kB.

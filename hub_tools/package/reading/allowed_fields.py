@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import layout
-from ..errors import CorruptFileError, UnsafeFileError
-from ..files import AGAIN
+from ... import layout
+from ...errors import CorruptFileError, UnsafeFileError
+from ...files import AGAIN
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,8 @@ _OF_NO_EFFECT = {
 METHODS = frozenset(
     {
         "convert_rope_params_to_dict", "default_config_fields", "dict_dtype_to_str", "from_dict", "from_gpt2",
-        "from_json_file", "from_model_config", "from_pretrained", "get_config_dict", "get_generation_mode",
+        "from_json_file", "from_model_config", "from_pretrained", "from_text_audio_configs",
+        "from_text_vision_configs", "get_config_dict", "get_generation_mode",
         "get_mtp_config", "get_text_config", "is_custom_code", "is_remote_code", "nested_rope_parameter_keys",
         "push_to_hub", "register_for_auto_class", "save_pretrained", "standardize_rope_params", "to_dict",
         "to_diff_dict", "to_json_file", "to_json_string", "update", "update_from_string", "validate",
