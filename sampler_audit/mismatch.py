@@ -108,7 +108,7 @@ class Mismatch:
         share = self.effective_sample_size / self.tokens
         worst = "; ".join(f"row {w.row} step {w.step} {w.engine:.3f} / {w.scored:.3f}" for w in self.worst)
         lines = [
-            f"ratio (ours / engine's) {self.mean_ratio:.4f} ± {self.standard_error:.4f} over {self.tokens:,} tokens, "
+            f"ratio (ours / engine's) {self.mean_ratio:.5f} ± {self.standard_error:.1e} over {self.tokens:,} tokens, "
             f"effective sample size {self.effective_sample_size:,.0f} ({share:.1%})",
             f"KL(engine || ours) k1 {self.k1:+.2e}, k2 {self.k2:.2e}, k3 {self.k3:.2e} nats a token; "
             f"chi-square {self.chi_square:.2e}",
