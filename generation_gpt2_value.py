@@ -86,7 +86,7 @@ class Rollout:
         }
         if logprobs is not None:
             found = [torch.as_tensor(row, dtype=torch.float32).view(-1) for row in logprobs]
-            logprobs = pad_sequence(found, batch_first=True).to(mask.device)
+            logprobs = pad_sequence(found, batch_first=True).detach().to(mask.device)
             refused["has a log-probability above 0, or not finite"] = ~(logprobs < 1e-3) | logprobs.isinf()
         if kept is not None:
             found = [torch.as_tensor([*ids], dtype=torch.int32) for row in kept for ids in row]
@@ -235,11 +235,13 @@ def _aligned(name, rows, attention_mask=None, *, pad=0, right=False):
         rows = pad_sequence([ids.long() for ids in rows], batch_first=True)
     if rows.dim() != 2:
         raise ValueError(f"{name} has shape {list(rows.shape)}; expected [batch, tokens]: try {name}[None].")
+    if not are_ids(rows):
+        raise TypeError(f"{name} is {rows.dtype}; expected token ids, an integer dtype: try .long().")
     mask = torch.ones_like(rows, dtype=torch.long) if attention_mask is None else torch.as_tensor(attention_mask)
     if mask.shape != rows.shape:
         raise ValueError(f"attention_mask has shape {[*mask.shape]}, {name} {[*rows.shape]}; expected the same.")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
-    mask, rows = mask.long().to(rows.device), rows.long() if are_ids(rows) else rows
+    mask, rows = mask.long().to(rows.device), rows.long()
     order = mask.argsort(dim=1, stable=True, descending=right)  # tokens stay in their order
     return rows.masked_fill(mask == 0, pad).gather(1, order), mask.gather(1, order)

@@ -73,8 +73,7 @@ class ValueHead(nn.Module):
 class GPT2ValueModel(GPT2LMHeadModel):
     """GPT-2 with a language-model head and a value head, `GPT2ValueOutput` in one forward pass.
 
-    `v_head.summary.{weight,bias}` is the only addition to GPT-2's state dict; with the same weights the logits are
-    those of `GPT2LMHeadModel`, bit for bit.
+    `v_head.summary.{weight,bias}` is all that it adds to GPT-2's state dict; its logits are GPT-2's, bit for bit.
     """
 
     config_class = GPT2ValueConfig

@@ -45,9 +45,9 @@ class Mismatch:
     Attributes:
         tokens: how many drawn tokens were compared.
         mean_ratio: of exp(scored - engine's); 1 within its error if the engine drew by the numbers that it gave.
-        standard_error: of `mean_ratio`. Tokens of a row are no nearer to each other than others: each ratio has the
-            mean 1 whatever came before it.
-        effective_sample_size: as many tokens of our own would tell as much.
+        standard_error: of `mean_ratio`. Ratios of one row are uncorrelated too: each has the mean 1, whatever was drawn
+            before it.
+        effective_sample_size: how many tokens of our own distribution would estimate a mean as well; at most `tokens`.
         k1, k2, k3: estimates of KL(engine || ours), in nats a token.
         chi_square: the estimate of the chi-square divergence of ours from the engine's.
         worst: the tokens with the largest differences, the largest first.
@@ -86,8 +86,8 @@ class Mismatch:
 
         Args:
             level: `"token"`, min(r, cap) of each token; or `"sequence"`, the same of the product of a row's ratios,
-                given to each of its tokens. A token's weight has less variance, a sequence's is without bias as long as
-                it is not truncated.
+                given to each of its tokens. Weights of tokens vary less; those of sequences are without bias where they
+                are not truncated.
             cap: the largest weight, at least 1; `math.inf` truncates nothing.
 
         Masked tokens have the weight 0: sums over `[B, T]` need no mask, and means must divide by its sum.

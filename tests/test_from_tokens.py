@@ -200,6 +200,8 @@ ENDS = Sampling(eos_token_id=2)
         ({"responses": [[7], "text"]}, TypeError, "responses holds no token ids"),
         ({"responses": [[7], [1.5]]}, TypeError, "float32; expected token ids"),
         ({"responses": [[7], [[1], [2]]]}, TypeError, r"responses\[1\] has the shape \[2, 1\]"),
+        ({"responses": torch.tensor([[7.0], [8.0]])}, TypeError, "responses is torch.float32; expected token ids"),
+        ({"prompts": torch.tensor([[5.0], [8.0]])}, TypeError, "prompts is torch.float32; expected token ids"),
         ({"responses": torch.tensor([7, 8])}, ValueError, r"try responses\[None\]"),
         ({"prompts": [5, 6]}, TypeError, r"prompts\[0\] has the shape \[\]"),
         ({"prompts": [[5], []]}, ValueError, r"the token 6, has no prompt before it"),
