@@ -4,7 +4,6 @@ Remote code: this file is copied into every package, so it imports only the stan
 """
 
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -34,8 +33,7 @@ class GPT2ValueConfig(GPT2Config):
         value_head_initializer_range (`float`, defaults to 0.0): std of the projection's initial weights. 0 starts every
             value at exactly 0 ("The N Implementation Details of RLHF with PPO", Huang et al., 2023).
 
-    Raises ValueError where a field has the wrong type or is out of range, naming it and what was expected. transformers
-    5 checks the types of GPT-2's own fields first, with an error of its own.
+    Raises ValueError where a field has the wrong type or is out of range. transformers 5 checks its own types before.
     """
 
     model_type = "gpt2_value"
@@ -96,11 +94,11 @@ class GPT2ValueConfig(GPT2Config):
 
     def save_pretrained(self, save_directory, **kwargs):
         """Write `config.json` and the code that it names, so that the folder is complete by itself."""
-        os.makedirs(save_directory, exist_ok=True)
-        here = Path(__file__).parent
+        here, folder = Path(__file__).parent, Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(here.glob("*_gpt2_value.py")):
-            if here.resolve() != Path(save_directory).resolve():
-                shutil.copyfile(file, Path(save_directory) / file.name)
+            if here.resolve() != folder.resolve():
+                shutil.copyfile(file, folder / file.name)
         super().save_pretrained(save_directory, **kwargs)
 
 

@@ -94,7 +94,7 @@ def run(model, tokens, mask, columns, *, logits_to_keep=None, **kwargs):
 
 
 def inputs_and_head(model, tokens, mask, columns, T):
-    """As `run`, of the last T of these columns: inputs `[B, T, ...]` of an output layer, that layer, values or None.
+    """Inputs `[B, T, ...]` of an output layer for the last T columns of `run`, that layer, and values or None.
 
     A plain GPT-2's inputs are its hidden states, so that nobody has to hold all logits; any other's are the logits.
     """
@@ -237,8 +237,8 @@ class Decoder:
 class GPT2Decoder(Decoder):
     """For a plain GPT-2: keys and values are written into storage of their final size.
 
-    On a CPU the products are oneDNN's, by packed weights where a rollout begins with several rows, in about half the
-    time of torch's default. Weights are packed anew for each rollout, and so are never older than the model's.
+    On a CPU the products are oneDNN's, in about half the time of torch's default. Where a rollout begins with several
+    rows, weights are packed for it, and so are never older than the model's.
     """
 
     def __init__(self, model, tokens, mask):

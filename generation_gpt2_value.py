@@ -26,9 +26,7 @@ __all__ = ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "ro
 
 @dataclasses.dataclass
 class Rollout:
-    """A batch of prompts with the responses that were drawn for them, B rows, P prompt and T response columns.
-
-    Prompts stand at the right of their columns (left padding). `rollout[rows]` selects rows, for minibatches.
+    """B rows of P columns with prompts, padded at the left, and T columns with the responses drawn for them.
 
     Attributes:
         sequences: `[B, P+T]` int64, prompts and responses.
@@ -36,9 +34,9 @@ class Rollout:
         responses: `[B, T]` int64; padding after a row's first end-of-text token.
         response_mask: `[B, T]` bool, this token was drawn from the model (a row's first end-of-text token was).
         logprobs: `[B, T]` float32 (float64 from a float64 model), natural logarithm, of the drawn tokens under the
-            sampling distribution; 0 where masked.
+            sampling distribution; 0 where masked. None where another engine gave none (`from_tokens`).
         values: as `logprobs`, the value of the state before each token; None without a value head.
-        truncated: `[B]` bool, the row ran out of `max_new_tokens` before an end-of-text token was drawn.
+        truncated: `[B]` bool, no end-of-text token was drawn in the row.
         kept: which tokens each draw chose among, as `compact` stores them: `[B, T, K]` int32 ids, -1 in unused
             places, or `[B, T, ceil(V / 8)]` uint8 bits, whichever is smaller; None where nothing was cut off.
         sampling: the `Sampling` that it was drawn by.
@@ -48,11 +46,58 @@ class Rollout:
     attention_mask: torch.Tensor
     responses: torch.Tensor
     response_mask: torch.Tensor
-    logprobs: torch.Tensor
+    logprobs: Optional[torch.Tensor]
     values: Optional[torch.Tensor]
     truncated: torch.Tensor
     kept: Optional[torch.Tensor]
     sampling: Sampling
+
+    @classmethod
+    def from_tokens(
+        cls, prompts, responses, *, attention_mask=None, sampling=None, logprobs=None, kept=None, pad_token_id=None
+    ):
+        """The tokens that another engine drew, as a `Rollout` without values, for `rescore`, the audit and training.
+
+        Args:
+            prompts, attention_mask, pad_token_id: as in `rollout`, one prompt for each response.
+            responses: the tokens drawn in each row, lists or tensors; with the end-of-text token, and nothing after it.
+            sampling: the `Sampling` that the engine was asked for; default: `Sampling()`.
+            logprobs: of these tokens, as the engine gave them, row by row.
+            kept: `kept[row][step]`: the ids that the draw chose among, or a dict with these keys. `rescore` needs them
+                where `sampling` cuts tokens off; `sampler_audit.find_kept_sets` finds them in hindsight.
+
+        Raises TypeError or ValueError where these do not fit each other, or where nobody can have drawn a token.
+        """
+        sampling = sampling or Sampling()
+        pad = whole_number("pad_token_id", (*sampling.eos_token_id, 0)[0] if pad_token_id is None else pad_token_id, 0)
+        prompts, prompt_mask = _aligned("prompts", prompts, attention_mask, pad=pad)
+        responses, mask = (x.to(prompts.device) for x in _aligned("responses", responses, pad=pad, right=True))
+        drawn, (B, T) = mask.bool(), mask.shape
+        if len(prompts) != B or not drawn.any():
+            raise ValueError(f"got {len(prompts)} prompts, {B} responses; expected as many, with a token at least.")
+        for name, given in (("logprobs", logprobs), ("kept", kept)):
+            if given is not None and [len(row) for row in given] != mask.sum(1).tolist():
+                raise ValueError(f"the rows of {name} are not as long as the responses; expected one for each token.")
+        ends = drawn & torch.isin(responses, torch.tensor(sampling.eos_token_id, dtype=torch.long, device=mask.device))
+        refused = {
+            "has no prompt before it; begin with the end-of-text token": ~prompt_mask.any(1, keepdim=True),
+            "comes after the row's end; cut the row there": ends.cumsum(1) > ends.long(),
+            "ends the row before min_new_tokens": ends & (drawn.cumsum(1) <= sampling.min_new_tokens),
+        }
+        if logprobs is not None:
+            found = [torch.as_tensor(row, dtype=torch.float32).view(-1) for row in logprobs]
+            logprobs = pad_sequence(found, batch_first=True).detach().to(mask.device)
+            refused["has a log-probability above 0, or not finite"] = ~(logprobs < 1e-3) | logprobs.isinf()
+        if kept is not None:
+            found = [torch.as_tensor([*ids], dtype=torch.int32) for row in kept for ids in row]
+            sets = pad_sequence(found, batch_first=True, padding_value=-1).to(mask.device)  # [tokens, K]
+            kept = sets.new_full((B, T, sets.shape[1]), -1).masked_scatter(drawn[..., None], sets)
+            refused["is not in its kept set of ids"] = ~(kept == responses[..., None]).any(-1) | (kept < -1).any(-1)
+        for what, where in refused.items():
+            for row, step in (where & drawn).nonzero().tolist():
+                raise ValueError(f"responses[{row}][{step}], the token {int(responses[row, step])}, {what}.")
+        tokens, seen = torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1)
+        return cls(tokens, seen, responses, drawn, logprobs, None, ~ends.any(1), kept, sampling)
 
     def __len__(self):
         return self.sequences.shape[0]
@@ -98,8 +143,7 @@ def rollout(
 ):
     """Draw responses to prompts, with the log-probability of each token and the value of the state before it.
 
-    Dropout is off, whatever mode the model is in. A plain GPT-2, also one in a wrapper, is decoded by a faster step of
-    this package; a model that something alters, by its own forward; one that FSDP2 shards, until all processes end.
+    Dropout is off, whatever mode the model is in. One that FSDP2 shards is run until the rows of all processes end.
 
     Args:
         model: any causal language model of transformers; `values` are reported where its output has a `value`.
@@ -119,7 +163,7 @@ def rollout(
     if sampling.min_new_tokens > T:
         raise ValueError(f"min_new_tokens={min_new_tokens}; expected 0 to max_new_tokens={T}.")
     pad = whole_number("pad_token_id", (*sampling.eos_token_id, 0)[0] if pad_token_id is None else pad_token_id, 0)
-    prompts, prompt_mask = _left_pad(queries, attention_mask, pad)
+    prompts, prompt_mask = _aligned("queries", queries, attention_mask, pad=pad)
     vocabulary = check_tokens(model, prompts, prompt_mask, T)
     sampling.check_vocabulary(vocabulary)
     if pad >= vocabulary:
@@ -172,31 +216,32 @@ def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
     return rollout(model, queries, max_new_tokens=txt_len, top_k=top_k, top_p=top_p).responses
 
 
-def _left_pad(queries, attention_mask, pad):
-    """Prompts `[B, P]` with their tokens at the right, and their mask, from a tensor or from ragged 1-D tensors."""
-    if not isinstance(queries, torch.Tensor):
+def _aligned(name, rows, attention_mask=None, *, pad=0, right=False):
+    """Token ids `[B, P]`, padded at the left (or `right`), and their mask, from a tensor or from ragged 1-D tensors."""
+    if not isinstance(rows, torch.Tensor):
         if attention_mask is not None:
-            raise ValueError("attention_mask goes with a [batch, tokens] tensor of queries; a list needs none.")
+            raise ValueError(f"attention_mask goes with a [batch, tokens] tensor of {name}; a list needs none.")
         try:
-            rows = [torch.as_tensor(query) for query in queries]
+            rows = [torch.as_tensor(row) for row in rows]
         except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists
-            raise TypeError(f"queries holds no token ids ({error}); expected tensors of ids, not texts.") from error
+            raise TypeError(f"{name} holds no token ids ({error}); expected tensors of ids, not texts.") from error
         if not rows:
-            raise ValueError("queries is empty; expected at least one prompt.")
-        for row, query in enumerate(rows):
-            if query.dim() != 1:
-                raise ValueError(f"queries[{row}] has shape {list(query.shape)}; expected a 1-D tensor of token ids.")
-            if len(query) and not are_ids(query):  # torch makes an empty list a float tensor
-                raise TypeError(f"queries[{row}] is {query.dtype}; expected token ids, an integer dtype: try .long().")
-        queries = pad_sequence([query.long() for query in rows], batch_first=True)
-        attention_mask = pad_sequence([torch.ones_like(query).long() for query in rows], batch_first=True)
-    if queries.dim() != 2:
-        raise ValueError(f"queries has shape {list(queries.shape)}; expected [batch, tokens]: try queries[None].")
-    mask = torch.ones_like(queries, dtype=torch.long) if attention_mask is None else torch.as_tensor(attention_mask)
-    if mask.shape != queries.shape:
-        raise ValueError(f"attention_mask has shape {[*mask.shape]}, queries {[*queries.shape]}; expected the same.")
+            raise ValueError(f"{name} is empty; expected at least one prompt.")
+        for row, ids in enumerate(rows):
+            if ids.dim() != 1 or (len(ids) and not are_ids(ids)):  # torch makes an empty list a float tensor
+                what = f"{name}[{row}] has the shape {[*ids.shape]} and is {ids.dtype}"
+                raise TypeError(f"{what}; expected token ids, 1-D and of an integer dtype: try .long().")
+        attention_mask = pad_sequence([torch.ones_like(ids).long() for ids in rows], batch_first=True)
+        rows = pad_sequence([ids.long() for ids in rows], batch_first=True)
+    if rows.dim() != 2:
+        raise ValueError(f"{name} has shape {list(rows.shape)}; expected [batch, tokens]: try {name}[None].")
+    if not are_ids(rows):
+        raise TypeError(f"{name} is {rows.dtype}; expected token ids, an integer dtype: try .long().")
+    mask = torch.ones_like(rows, dtype=torch.long) if attention_mask is None else torch.as_tensor(attention_mask)
+    if mask.shape != rows.shape:
+        raise ValueError(f"attention_mask has shape {[*mask.shape]}, {name} {[*rows.shape]}; expected the same.")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
-    mask, queries = mask.long().to(queries.device), queries.long() if are_ids(queries) else queries
-    order = mask.argsort(dim=1, stable=True)  # padding first; tokens stay in their order
-    return queries.masked_fill(mask == 0, pad).gather(1, order), mask.gather(1, order)
+    mask, rows = mask.long().to(rows.device), rows.long()
+    order = mask.argsort(dim=1, stable=True, descending=right)  # tokens stay in their order
+    return rows.masked_fill(mask == 0, pad).gather(1, order), mask.gather(1, order)

@@ -2,15 +2,8 @@
 
 The head is a linear layer on GPT-2's last hidden state, as in "Fine-Tuning Language Models from Human Preferences"
 (Ziegler et al., 2019, arXiv:1909.08593). Six files are copied into every package. In the order in which to read them:
-
-1. `configuration_gpt2_value`: the fields, checked. Saving a config copies the six files beside it.
-2. `sampling_gpt2_value`: settings and logits to the distribution, and the draw. Knows nothing of models.
-3. `decoding_gpt2_value`: runs a model as it is scored, one step at a time. Never writes to a module.
-4. `scoring_gpt2_value`: `rescore`. Draws nothing, and cuts off nothing that the draw did not.
-5. `generation_gpt2_value`: `rollout`. Reads nothing of a `generation_config`.
-6. This file: the model. Its logits are those of `GPT2LMHeadModel`.
-
-A log-probability comes from `draw` in a rollout and from `_score` in `rescore`, both over `sampling_distribution`.
+`configuration_`, `sampling_`, `decoding_`, `scoring_`, `generation_` and `modeling_gpt2_value.py`. A log-probability
+comes from `draw` in a rollout and from `_score` in `rescore`, both over `sampling_distribution`.
 """
 
 import inspect
@@ -20,11 +13,10 @@ from typing import Optional
 import torch
 from torch import nn
 from transformers import Cache, GPT2LMHeadModel, GPT2Model
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import ModelOutput
 
-# From a local folder, transformers 4.57.6 to 5.0.0 copy into their module cache only the siblings that are named here:
-# what generation needs must be named too.
+# transformers 4.57.6 to 5.0.0 copy from a local folder only what is named here: what generation needs must be, too.
 try:
     from .configuration_gpt2_value import GPT2ValueConfig
     from .decoding_gpt2_value import as_scalars, positions, without_dropout
@@ -47,21 +39,9 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(gpt2_value="GPT2ValueModel", gpt2_value
 
 
 @dataclass
-class GPT2ValueOutput(ModelOutput):
-    """What one forward pass gives.
+class GPT2ValueOutput(CausalLMOutputWithCrossAttentions):
+    """`GPT2LMHeadModel`'s, and `value [batch, tokens]` float32 of the state after each token of the input."""
 
-    `loss []` of the language model, where `labels` were given; `logits [batch, tokens, vocab_size]` before the softmax,
-    of the positions that `logits_to_keep` asked for; `past_key_values`, the cache; on request `n_layer + 1` times
-    `hidden_states [batch, tokens, n_embd]` and `n_layer` times `attentions [batch, n_head, tokens, past + tokens]`;
-    `value [batch, tokens]` float32, of the state after each token, whatever `logits_to_keep` says.
-    """
-
-    loss: Optional[torch.Tensor] = None
-    logits: Optional[torch.Tensor] = None
-    past_key_values: Optional[Cache] = None
-    hidden_states: Optional[tuple[torch.Tensor, ...]] = None
-    attentions: Optional[tuple[torch.Tensor, ...]] = None
-    cross_attentions: Optional[tuple[torch.Tensor, ...]] = None
     value: Optional[torch.Tensor] = None
 
 
@@ -74,10 +54,7 @@ class Float32Linear(nn.Linear):
 
 
 class ValueHead(nn.Module):
-    """Dropout, projection, activation, dropout: hidden states `[..., n_embd]` to `[..., 1]`, in float32 at least.
-
-    The last dimension is `n_embd` instead of 1 when `summary_use_proj` or `summary_proj_to_labels` is off.
-    """
+    """Dropout, projection, activation, dropout: `[..., n_embd]` to `[..., 1]` (see the config), in float32 at least."""
 
     def __init__(self, config):
         super().__init__()
@@ -96,8 +73,7 @@ class ValueHead(nn.Module):
 class GPT2ValueModel(GPT2LMHeadModel):
     """GPT-2 with a language-model head and a value head, `GPT2ValueOutput` in one forward pass.
 
-    `v_head.summary.{weight,bias}` is the only addition to GPT-2's state dict; with the same weights the logits are
-    those of `GPT2LMHeadModel`, bit for bit.
+    `v_head.summary.{weight,bias}` is all that it adds to GPT-2's state dict; its logits are GPT-2's, bit for bit.
     """
 
     config_class = GPT2ValueConfig
@@ -139,8 +115,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, init_value_head=False, **kwargs):
         """As in transformers, from a package of this model or from a plain GPT-2 checkpoint, which gets a new head.
 
-        Raises ValueError where the checkpoint is not a GPT-2, or where a package's head is missing or has other shapes,
-        unless `init_value_head=True`.
+        Raises ValueError for what is no GPT-2; without `init_value_head`, also for a package without its whole head.
         """
         if pretrained_model_name_or_path is not None and not init_value_head:
             names = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -155,9 +130,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
         mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
         lost = [key for key in [*info["missing_keys"], *mismatched] if key.startswith("v_head.")]
         if lost and not init_value_head:
-            what = f"{pretrained_model_name_or_path} is a value-head package without its head: {sorted(lost)} not found"
-            way_out = "Ask for a complete package, or pass init_value_head=True to start with a new head."
-            raise ValueError(f"{what} in its weights, or of another shape. {way_out}")
+            what = f"{pretrained_model_name_or_path}: its value head lacks {sorted(lost)}, or has another shape"
+            raise ValueError(f"{what}. Ask for a whole package, or pass init_value_head=True to start with a new head.")
         return (model, info) if wants_info else model
 
     def detach_value_head(self):
@@ -189,9 +163,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
     ):
         """`GPT2LMHeadModel.forward` with its arguments, plus the value of every token.
 
-        Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask` admits, so that padding
-        on either side changes nothing. The mask covers the cached tokens too. `rescore` passes a `ScoreRequest` as
-        `score`, and gets its answer, computed without dropout: so whatever wraps the model sees the call.
+        Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask` admits, cached ones too:
+        padding on either side changes nothing. `score` is the `ScoreRequest` of `rescore`, answered without dropout.
 
         Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises TypeError
         for an argument that this model cannot honour, ValueError for a mask that leaves out the cache or the input.
@@ -215,17 +188,15 @@ class GPT2ValueModel(GPT2LMHeadModel):
                 raise ValueError(f"{what}, {past} of the cache and {tokens} of the input: pass the whole sequence's.")
             position_ids = positions(attention_mask)[:, -tokens:]
 
-        transformer, lm_head, v_head = self.transformer, self.lm_head, self.v_head
+        layers = self.transformer, self.lm_head, self.v_head
         if score is not None:
-            quiet = [without_dropout(layer, checkpointing=True) for layer in (transformer, lm_head, v_head)]
-            transformer, lm_head, v_head = quiet
+            layers = tuple(without_dropout(layer, checkpointing=True) for layer in layers)
+        transformer, lm_head, v_head = layers
         kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         kwargs |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
         body = transformer(**kwargs, use_cache=use_cache, return_dict=True)
         hidden_states = body.last_hidden_state  # [batch, tokens, n_embd]
-        if score is not None:
-            hidden_states = hidden_states[:, -score.tokens.shape[1] :]
         # Read from the model's config at each call: it is the one that is saved, and peft copies the head.
         value = v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
         if score is not None:
@@ -247,10 +218,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
 
 
 class GPT2HeadWithValueModel(GPT2ValueModel):
-    """The seed notebook's model: a tuple `(logits, past_key_values, ..., value)`, and a head that starts as GPT-2 does.
-
-    Pass `return_dict=True` for a `GPT2ValueOutput`.
-    """
+    """The seed notebook's model: a tuple `(logits, past_key_values, ..., value)`; its head starts as GPT-2's layers."""
 
     returns_dict = False
     head_std = "initializer_range"

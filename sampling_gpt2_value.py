@@ -1,9 +1,8 @@
 """The settings that tokens are drawn by, the distribution that they make of logits, and the draw.
 
-Remote code, which imports only torch and knows nothing of models. Sampling and scoring both call
-`sampling_distribution`, and cannot disagree. What top-k and top-p cut off is decided when a token is drawn, and kept:
-a policy that has learnt since, a reference, or another dtype ranks tokens otherwise, and cutting off again would leave
-drawn tokens without probability ("keep sampling mask" in DeepSeek-V3.2, 2025, arXiv:2512.02556, section 3.1).
+Remote code, which imports only torch. Sampling and scoring both call `sampling_distribution`, and cannot disagree. What
+top-k and top-p cut off is decided at the draw, and kept: another policy or dtype ranks tokens otherwise, and would give
+drawn tokens no probability ("keep sampling mask" in DeepSeek-V3.2, 2025, arXiv:2512.02556, section 3.1).
 """
 
 import dataclasses
@@ -37,8 +36,8 @@ class Sampling:
     eos_token_id: tuple = ()
 
     def __post_init__(self):
-        ids = _plain(self.eos_token_id)
-        ids = () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+        ids = () if self.eos_token_id is None else self.eos_token_id
+        ids = tuple(ids) if isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) == 1 else (ids,)
         settings = {
             "temperature": float(number("temperature", self.temperature, SMALLEST, LARGEST)),
             "top_k": whole_number("top_k", self.top_k, 0),
@@ -173,13 +172,8 @@ def whole_number(name, value, low):
 
 def number(name, value, low, high, kind=numbers.Real):
     """`value` as a Python number; ValueError where it is none of this kind, from `low` to `high`."""
-    plain = _plain(value)
+    plain = value.tolist() if hasattr(value, "tolist") else value  # a tensor's or an array's number
     if isinstance(plain, bool) or not isinstance(plain, kind) or not low <= plain <= high:
         expected = f"an int >= {low}" if kind is numbers.Integral else f"a number from {low} to {high}"
         raise ValueError(f"{name}={value!r}; expected {expected}.")
     return plain
-
-
-def _plain(value):
-    """A tensor's or an array's numbers as Python's; anything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value

@@ -1,8 +1,7 @@
 """Scoring given tokens under a model: log-probabilities, values, entropy and KL, without holding all logits at once.
 
-Remote code, which imports only torch, transformers and its siblings. It draws nothing and cuts nothing off: it scores a
-token over the very set that it was drawn from. Logits are computed a chunk of tokens at a time, and again in the
-backward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174).
+Remote code, which imports only torch, transformers and its siblings. Logits are computed a chunk of tokens at a time,
+and again in the backward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174).
 """
 
 import contextlib
@@ -56,10 +55,10 @@ class ScoreRequest:
     reference: Any  # for the KL: () -> inputs [B, T, ...], their output layer; FSDP2 would cast tensors that it sees
 
     def answer(self, inputs, head, values):
-        """The `Rescored` of a model with the logits `head(inputs [B, T, ...])` and `values [B, T]` or None."""
-        drawn = self.drawn
-        early = torch.arange(drawn.shape[1], device=drawn.device) < self.sampling.min_new_tokens
-        columns = {"inputs": inputs, "tokens": self.tokens, "kept": self.kept, "early": early.expand_as(drawn)}
+        """The `Rescored` of a model with the logits `head(inputs [B, >= T, ...])`, and such `values` or None."""
+        drawn, T = self.drawn, self.drawn.shape[1]
+        early = torch.arange(T, device=drawn.device) < self.sampling.min_new_tokens
+        columns = {"inputs": inputs[:, -T:], "tokens": self.tokens, "kept": self.kept, "early": early.expand_as(drawn)}
         if self.reference is not None:
             columns["reference_inputs"] = self.reference()[0]
         columns = {name: column[drawn.to(column.device)] for name, column in columns.items() if column is not None}
@@ -68,14 +67,11 @@ class ScoreRequest:
         chunks = [dict(zip(columns, piece, strict=True)) for piece in pieces]
         # Nothing in a chunk is random. The model's caller may be in a checkpoint of its own.
         parts = [checkpoint(self._score, head, c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
-        logprobs, entropy, kl = (torch.cat(column) for column in zip(*parts, strict=True))
-
-        def spread(column):
-            return torch.zeros(drawn.shape, dtype=column.dtype, device=drawn.device).masked_scatter(drawn, column)
-
-        values = None if values is None else torch.where(drawn, values, 0.0)
-        asked = spread(entropy) if self.with_entropy else None, spread(kl) if self.reference is not None else None
-        return Rescored(spread(logprobs), values, *asked)
+        found = (torch.cat(column) for column in zip(*parts, strict=True))
+        logprobs, entropy, kl = (torch.zeros_like(drawn, dtype=x.dtype).masked_scatter(drawn, x) for x in found)
+        values = None if values is None else torch.where(drawn, values[:, -T:], 0.0)
+        asked = entropy if self.with_entropy else None, kl if self.reference is not None else None
+        return Rescored(logprobs, values, *asked)
 
     def _score(self, head, chunk):
         """Log-probability, entropy and KL `[n]` of n drawn tokens; NaN where logits are not finite, 0 if not asked."""
@@ -107,10 +103,8 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
     1e-6 * max |logit| / temperature where that is more). With any other, exp(logprobs - rollout.logprobs) is 1 in the
     mean, within its error. Dropout is off, whatever mode the model is in; gradient checkpointing stays as it is.
 
-    A `GPT2ValueModel`, also in DistributedDataParallel, FSDP2, peft, Accelerate or `torch.compile`, is called once, as
-    it was passed, and its own forward gives the scores. Of a plain `GPT2LMHeadModel` the body is called, and the output
-    layer. Neither holds all logits at once. Any other model, or a forward that was overridden, replaced or hooked, is
-    called for its logits `[B, T, vocabulary]`.
+    A `GPT2ValueModel` is called once, in the wrapper that it was passed in; of a `GPT2LMHeadModel`, the body and the
+    output layer. Any other model, or a forward that was replaced or hooked, gives its logits `[B, T, vocabulary]`.
 
     Args:
         model: any causal language model of transformers with the rollout's vocabulary.
@@ -123,8 +117,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
     """
     if type(rollout).__name__ != "Rollout" or not hasattr(rollout, "sampling"):
         # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
-        what = f"rescore() got a {type(rollout).__name__}"
-        raise TypeError(f"{what}; expected the Rollout that rollout() of this version returned.")
+        raise TypeError(f"rescore() got a {type(rollout).__name__}; expected the Rollout of this version.")
     adapter: Any = next((wrapper for wrapper in unwrapped(model) if hasattr(wrapper, "disable_adapter")), None)
     asks, inner = isinstance(reference, str), unwrapped(model)[-1]
     if asks and (reference != "disable_adapter" or adapter is None):
@@ -135,6 +128,9 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
         raise ValueError('the reference is the model itself, whose KL is 0; pass reference="disable_adapter".')
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
     rollout.sampling.check_vocabulary(vocabulary, rollout.kept)
+    if rollout.kept is None and rollout.sampling.cuts_off(vocabulary):
+        what = f"{rollout.sampling} cuts tokens off, and the rollout does not say which (`kept` is None)"
+        raise ValueError(f"{what}. Pass from_tokens(kept=...), or sampler_audit.find_kept_sets(model, rollout).")
     its = vocabulary if reference is None else check_tokens(reference, rollout.sequences, rollout.attention_mask)
     if its != vocabulary:
         raise ValueError(f"the model's vocabulary has {vocabulary} tokens, the reference's {its}; expected the same.")

@@ -5,7 +5,7 @@
 A random GPT-2 (3 layers, 64 wide, vocabulary 300) draws 6,144 tokens. A copy of it takes policy-gradient steps until
 its KL to the first is 0.03 nats a token, and scores those tokens. It does so twice: over the tokens that each draw
 chose among (`Rollout.kept`), and with `kept` thrown away, so that top-k and top-p cut off once more by the scorer's own
-ranking. Imports torch, transformers and the remote code.
+ranking, which `rescore` refuses to do. Imports torch, transformers and the remote code.
 """
 
 import copy
@@ -21,6 +21,7 @@ import torch
 from configuration_gpt2_value import GPT2ValueConfig
 from generation_gpt2_value import Rollout, rescore
 from modeling_gpt2_value import GPT2ValueModel
+from sampling_gpt2_value import sampling_distribution
 
 SETTINGS: tuple[dict, ...] = ({}, {"top_k": 20}, {"top_p": 0.8}, {"top_p": 0.3})
 PROMPTS = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
@@ -71,12 +72,31 @@ def learn(model: GPT2ValueModel) -> GPT2ValueModel:
 
 
 @torch.no_grad()
-def score(scorer: GPT2ValueModel, drawn: Rollout, sampler: GPT2ValueModel) -> Scores:
-    scored = rescore(scorer, drawn, reference=None if scorer is sampler else sampler)
-    ratios = (scored.logprobs - drawn.logprobs).double().exp()
+def scores(scorer: GPT2ValueModel, drawn: Rollout, sampler: GPT2ValueModel) -> tuple[Scores, Scores]:
+    """With the sets thrown away, and with them."""
+    reference = None if scorer is sampler else sampler
+    scored = rescore(scorer, drawn, reference=reference)
+    own = cut_again(scorer, drawn)
+    kl = None
+    if reference is not None:
+        possible = own > -math.inf
+        difference = (own - cut_again(reference, drawn)).masked_fill(~possible, 0.0)
+        kl = (own.exp() * difference).sum(-1)
+    taken = own.gather(-1, drawn.responses.unsqueeze(-1)).squeeze(-1)
+    return summary(taken, kl, drawn), summary(scored.logprobs, scored.kl, drawn)
+
+
+def cut_again(model: GPT2ValueModel, drawn: Rollout) -> torch.Tensor:
+    """Log-probabilities `[B, T, V]` over what top-k and top-p keep by this model's ranking, whatever was drawn."""
+    logits = model(drawn.sequences, attention_mask=drawn.attention_mask).logits[:, -STEPS - 1 : -1]
+    return sampling_distribution(logits, drawn.sampling).log_softmax(-1)
+
+
+def summary(logprobs: torch.Tensor, kl: torch.Tensor | None, drawn: Rollout) -> Scores:
+    ratios = (logprobs - drawn.logprobs).double().exp()
     error = float(ratios.std()) / math.sqrt(ratios.numel())
-    kl = None if scored.kl is None else float(scored.kl.mean())
-    return Scores(int((scored.logprobs == -math.inf).sum()), float(ratios.mean()), error, kl)
+    impossible = int((logprobs == -math.inf).sum())
+    return Scores(impossible, float(ratios.mean()), error, None if kl is None else float(kl.mean()))
 
 
 def rows() -> dict[str, tuple[Scores, Scores]]:
@@ -89,9 +109,7 @@ def rows() -> dict[str, tuple[Scores, Scores]]:
         *((name, settings, model, policy) for name, settings in cases),
         ("top_k=20, same weights, bfloat16", {"top_k": 20}, low, low),
     ):
-        drawn = draw(sampler, settings)
-        cut_again = dataclasses.replace(drawn, kept=None)
-        found[name] = score(scorer, cut_again, sampler), score(scorer, drawn, sampler)
+        found[name] = scores(scorer, draw(sampler, settings), sampler)
     return found
 
 

@@ -3,10 +3,13 @@
 The tokens may come from anywhere: `rollout`, `generate()`, another engine. `audit_sampler` computes the logits itself,
 `audit_logits` takes those of a scoring pass. Files, in the order in which they import each other: `claim` (which
 tokens, by which settings), `evidence` (what a token says about its distribution), `statistics` (the four tests),
-`report` (the result and its picture), `audit` (the two functions).
+`report` (the result and its picture), `audit` (the two functions). For tokens of another engine: `kept_sets` (what it
+drew them from, if it does not say) and `mismatch` (how far its log-probabilities are from ours).
 """
 
 from .audit import audit_logits, audit_sampler
+from .kept_sets import find_kept_sets
+from .mismatch import Mismatch, mismatch
 from .report import SamplerAudit
 
-__all__ = ["SamplerAudit", "audit_logits", "audit_sampler"]
+__all__ = ["Mismatch", "SamplerAudit", "audit_logits", "audit_sampler", "find_kept_sets", "mismatch"]

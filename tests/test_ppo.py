@@ -19,7 +19,9 @@ from ppo_task import SettingsError
 from train_small_gpt2 import Recipe, small_gpt2
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+from generation_gpt2_value import Rollout, rescore, rollout
 from hub_tools import inspect_package
+from sampler_audit import find_kept_sets
 
 ROOT = Path(__file__).parent.parent
 QUICK = Recipe(vocab_size=400, n_positions=256, n_embd=32, n_layer=1, n_head=2, steps=12, batch_size=8)
@@ -326,3 +328,25 @@ def test_the_sentiment_of_a_lexicon_rises(writer, tmp_path, lora_rank):
     assert kl[-1] > 0.5
     assert max(explained[-3:]) > 0.1
     assert metrics[0]["clip_fraction"] > metrics[-1]["clip_fraction"]
+
+
+# Tokens of another engine
+
+
+def test_tokens_that_an_engine_hands_over_train_as_those_of_a_rollout(quick):
+    """The engine is `rollout`, of which only the tokens come back: sets and numbers are found by scoring."""
+
+    def engine(model, queries, **settings):
+        drawn = rollout(model, queries, **settings)
+        tokens = [row[mask].tolist() for row, mask in zip(drawn.responses, drawn.response_mask, strict=True)]
+        back = find_kept_sets(model, Rollout.from_tokens(queries, tokens, sampling=drawn.sampling))
+        with torch.no_grad():
+            scored = rescore(model, back)
+        return dataclasses.replace(back, logprobs=scored.logprobs, values=scored.values)
+
+    settings = dataclasses.replace(quick, top_k=20, temperature=0.8, iterations=3)
+    expected = trained(settings)
+    found = without_seconds(ppo.train(elsewhere(settings, "engine"), sample=engine).read())
+    assert len(found) == len(expected) == 3
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-4, nan_ok=True)

@@ -95,8 +95,10 @@ def drawn_so_far(tokenizer: Any, rollout: Rollout) -> list[Response]:
     found = []
     for row in range(len(rollout)):
         prompt, ids = _ids(rollout, row)
-        logprobs = rollout.logprobs[row, : len(ids)].tolist()
-        values = [None] * len(ids) if rollout.values is None else rollout.values[row, : len(ids)].tolist()
+        logprobs, values = (
+            [None] * len(ids) if column is None else column[row, : len(ids)].tolist()
+            for column in (rollout.logprobs, rollout.values)
+        )
         tokens = [
             Token(id, texts[id], value_before=value, logprob=logprob)
             for id, value, logprob in zip(ids, values, logprobs, strict=True)

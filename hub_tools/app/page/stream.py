@@ -67,18 +67,18 @@ def _joined(found: Rollout, piece: Rollout) -> Rollout:
         shown = running.view(-1, *[1] * (column.dim() - 1))
         return torch.cat([before, torch.where(shown, column, column.new_full((), nothing))], 1)
 
-    kept = None
-    if found.kept is not None and piece.kept is not None:
-        kept = put(found.kept, piece.kept, 0)
+    def put_if_there(before: torch.Tensor | None, column: torch.Tensor | None) -> torch.Tensor | None:
+        return None if before is None or column is None else put(before, column, 0)
+
     return Rollout(
         sequences=put(found.sequences, piece.responses, pad),
         attention_mask=put(found.attention_mask, piece.response_mask.long(), 0),
         responses=put(found.responses, piece.responses, pad),
         response_mask=put(found.response_mask, piece.response_mask, False),
-        logprobs=put(found.logprobs, piece.logprobs, 0.0),
-        values=None if found.values is None or piece.values is None else put(found.values, piece.values, 0.0),
+        logprobs=put_if_there(found.logprobs, piece.logprobs),
+        values=put_if_there(found.values, piece.values),
         truncated=running & piece.truncated,
-        kept=kept,
+        kept=put_if_there(found.kept, piece.kept),
         sampling=found.sampling,
     )
 

@@ -1,0 +1,192 @@
+"""How far another engine's log-probabilities are from the trainer's, and the weights that correct for it.
+
+Imports torch and the remote code. An engine that serves the same weights computes other log-probabilities, by its
+rounding, its kernels, or by what it means by the word; a trainer that takes its tokens is then slightly off-policy (Yao
+et al., 2025, "Your efficient RL framework secretly brings you off-policy RL training"). With the ratio r = exp(ours -
+the engine's) of each drawn token, whose mean is 1 if the engine's numbers are those that it drew by:
+
+- effective sample size: (sum r)^2 / sum r^2 (Kish, 1965, "Survey Sampling"; Kong, 1992);
+- k1, k2, k3: means of -log r, (log r)^2 / 2 and r - 1 - log r, estimates of KL(engine || ours) (Schulman, 2020,
+  "Approximating KL divergence");
+- chi-square: the mean of r^2 - 1, the divergence that the variance of the weights follows;
+- weights: min(r, cap), "truncated importance sampling" (Ionides, 2008, Journal of Computational and Graphical
+  Statistics 17), of a token, or of a sequence, whose ratio is the product of its tokens'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from generation_gpt2_value import Rescored, Rollout, rescore
+from sampling_gpt2_value import Sampling, number
+
+WORST = 5  # tokens that are named
+CLAIMED = "the sampling settings"
+
+
+class WorstToken(NamedTuple):
+    """A token with one of the largest differences, and its log-probabilities on either side."""
+
+    row: int
+    step: int
+    token: int
+    engine: float
+    scored: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mismatch:
+    """How far an engine's log-probabilities are from those of a scoring pass; `print` it. `weights` corrects for it.
+
+    Attributes:
+        tokens: how many drawn tokens were compared.
+        mean_ratio: of exp(scored - engine's); 1 within its error if the engine drew by the numbers that it gave.
+        standard_error: of `mean_ratio`. Ratios of one row are uncorrelated too: each has the mean 1, whatever was drawn
+            before it.
+        effective_sample_size: how many tokens of our own distribution would estimate a mean as well; at most `tokens`.
+        k1, k2, k3: estimates of KL(engine || ours), in nats a token.
+        chi_square: the estimate of the chi-square divergence of ours from the engine's.
+        worst: the tokens with the largest differences, the largest first.
+        distances: mean absolute difference, in nats, between the engine's numbers and the model's under these readings
+            of what the engine meant; None where no model was given.
+        log_ratios: `[B, T]` float64 on the CPU, scored - engine's; 0 where masked.
+        response_mask: `[B, T]` bool.
+    """
+
+    tokens: int
+    mean_ratio: float
+    standard_error: float
+    effective_sample_size: float
+    k1: float
+    k2: float
+    k3: float
+    chi_square: float
+    worst: tuple[WorstToken, ...]
+    distances: dict[str, float] | None
+    log_ratios: torch.Tensor = dataclasses.field(repr=False)
+    response_mask: torch.Tensor = dataclasses.field(repr=False)
+
+    @property
+    def reports(self) -> str | None:
+        """What the engine's numbers are log-probabilities under: the key of `distances` that is clearly the nearest.
+
+        Another reading than the sampling settings is named where it is less than half as far. None without `distances`.
+        """
+        if self.distances is None:
+            return None
+        nearest = min(self.distances, key=self.distances.__getitem__)
+        return nearest if 2 * self.distances[nearest] < self.distances[CLAIMED] else CLAIMED
+
+    def weights(self, level: Literal["token", "sequence"] = "token", *, cap: float = 2.0) -> torch.Tensor:
+        """Truncated importance weights `[B, T]` float32, for a loss of tokens that the engine drew; without gradient.
+
+        Args:
+            level: `"token"`, min(r, cap) of each token; or `"sequence"`, the same of the product of a row's ratios,
+                given to each of its tokens. Weights of tokens vary less; those of sequences are without bias where they
+                are not truncated.
+            cap: the largest weight, at least 1; `math.inf` truncates nothing.
+
+        Masked tokens have the weight 0: sums over `[B, T]` need no mask, and means must divide by its sum.
+
+        Raises:
+            ValueError: these arguments are others, or `reports` says that the engine's numbers are not what it drew by,
+                so that no weight follows from them.
+        """
+        cap = float(number("cap", cap, 1, math.inf))
+        if level not in ("token", "sequence"):
+            raise ValueError(f'level={level!r}; expected "token" or "sequence".')
+        if self.reports not in (None, CLAIMED):
+            raise ValueError(f"{self._what_they_are()} No weights follow from them: train on rescore(...).logprobs.")
+        logs = self.log_ratios if level == "token" else self.log_ratios.sum(1, keepdim=True)
+        return torch.where(self.response_mask, logs.clamp(max=math.log(cap)).exp(), 0.0).float()
+
+    def __str__(self) -> str:
+        share = self.effective_sample_size / self.tokens
+        worst = "; ".join(f"row {w.row} step {w.step} {w.engine:.3f} / {w.scored:.3f}" for w in self.worst)
+        lines = [
+            f"ratio (ours / engine's) {self.mean_ratio:.5f} ± {self.standard_error:.1e} over {self.tokens:,} tokens, "
+            f"effective sample size {self.effective_sample_size:,.0f} ({share:.1%})",
+            f"KL(engine || ours) k1 {self.k1:+.2e}, k2 {self.k2:.2e}, k3 {self.k3:.2e} nats a token; "
+            f"chi-square {self.chi_square:.2e}",
+            f"largest differences (engine / ours): {worst}",
+        ]
+        return "\n".join([*lines, self._what_they_are()] if self.distances is not None else lines)
+
+    def _what_they_are(self) -> str:
+        distances, reports = self.distances or {}, self.reports
+        if reports == CLAIMED:
+            return f"the engine's numbers are those of the sampling settings, {distances[CLAIMED]:.1e} nats apart."
+        return (
+            f"the engine's numbers are NOT those of the sampling settings ({distances[CLAIMED]:.1e} nats apart) but of "
+            f"{reports} ({distances[str(reports)]:.1e} apart)."
+        )
+
+
+@torch.no_grad()
+def mismatch(rollout: Rollout, rescored: Rescored, *, model: Any = None) -> Mismatch:
+    """Compare an engine's log-probabilities, `rollout.logprobs`, with those of a scoring pass of the same tokens.
+
+    Args:
+        rollout: of `Rollout.from_tokens(..., logprobs=...)`.
+        rescored: of `rescore(model, rollout)`, with the weights that the engine served.
+        model: this model. With it, the tokens are also scored over the full vocabulary, at temperature 1 and at the
+            sampling temperature, which many engines report whatever they draw by; `Mismatch.reports` says which it was.
+
+    Returns:
+        `Mismatch`.
+
+    Raises:
+        TypeError, ValueError: the rollout has no log-probabilities, or none that are finite, or the two do not fit each
+            other.
+    """
+    if type(rollout).__name__ != "Rollout":  # by name: a package's own class is another one than the checkout's
+        raise TypeError(f"mismatch() got a {type(rollout).__name__}; expected a Rollout: see Rollout.from_tokens().")
+    if rollout.logprobs is None:
+        raise ValueError("the engine gave no log-probabilities, so there is nothing to compare; train on rescored's.")
+    theirs, ours = rollout.logprobs, rescored.logprobs
+    if ours is None or ours.shape != theirs.shape:
+        found = "none" if ours is None else list(ours.shape)
+        raise ValueError(f"rescored has the log-probabilities {found}, the rollout {list(theirs.shape)}; rescore it.")
+    mask = rollout.response_mask.cpu()
+    engine, scored = theirs[rollout.response_mask].double().cpu(), ours[rollout.response_mask].double().cpu()  # [n]
+    if not len(engine) or not engine.isfinite().all():
+        raise ValueError("the rollout has no drawn token, or log-probabilities that are NaN or infinite.")
+    logs = scored - engine
+    ratios, places = logs.exp(), mask.nonzero()
+    worst = []
+    for i in logs.abs().argsort(descending=True)[:WORST].tolist():
+        row, step = places[i].tolist()
+        worst.append(WorstToken(row, step, int(rollout.responses[row, step]), float(engine[i]), float(scored[i])))
+    n = len(logs)
+    return Mismatch(
+        tokens=n,
+        mean_ratio=float(ratios.mean()),
+        standard_error=float(ratios.std() / math.sqrt(n)),
+        effective_sample_size=float(ratios.sum() ** 2 / (ratios**2).sum()),
+        k1=float(-logs.mean()),
+        k2=float((logs**2).mean() / 2),
+        k3=float((ratios - 1 - logs).mean()),
+        chi_square=float((ratios**2).mean() - 1),
+        worst=tuple(worst),
+        distances=None if model is None else _distances(model, rollout, engine, scored),
+        log_ratios=torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, logs),
+        response_mask=mask,
+    )
+
+
+def _distances(model, rollout, engine, scored):
+    """Mean absolute differences of the engine's numbers `[n]` from each reading of them, by its name."""
+    found = {CLAIMED: float((scored - engine).abs().mean())}
+    for temperature in {1.0, rollout.sampling.temperature}:
+        plain = dataclasses.replace(rollout, sampling=Sampling(temperature), kept=None)
+        if plain.sampling == rollout.sampling and rollout.kept is None:
+            continue
+        logprobs = rescore(model, plain).logprobs.cpu()[rollout.response_mask.cpu()]
+        found[f"temperature {temperature:g} over the full vocabulary"] = float(
+            (logprobs.double() - engine).abs().mean()
+        )
+    return found
