@@ -101,7 +101,9 @@ release-hashes: .venv/.done  ## add this version's code to the list of releases,
 tree: .venv/.done  ## draw the tree in CONTRIBUTING.md
 	$(BIN)/python docs/tree.py
 
-ecosystem: .venv/.done  ## write the table in docs/ecosystem.md: tool, feature, and the test that shows it
+ecosystem: .venv/.done  ## run the tests that docs/ecosystem.md names, and write its table: tool, feature, test
+	$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m shows
+	$(BIN)/python -m pytest -q tests/test_quantised.py
 	$(BIN)/python docs/ecosystem.py
 
 wheel: .venv/.done  ## build dist/*.whl

@@ -1,6 +1,6 @@
 """Write the table in docs/ecosystem.md: which tool works with what, and the test that shows it.
 
-    python docs/ecosystem.py            # writes the page; `make ecosystem`
+    python docs/ecosystem.py            # writes the page; `make ecosystem` runs its tests first
 
 Imports the standard library. A row stands beside the test that shows it, as `@pytest.mark.shows("tool", "feature")`;
 a script that is no test has a list `SHOWS = [("tool", "feature")]`, and its docstring says how it is run. The files are

@@ -19,7 +19,7 @@ def load_page():
 def test_the_table_is_up_to_date():
     page = load_page()
     text = page.PAGE.read_text(encoding="utf-8")
-    assert page.page(text) == text, "run: make ecosystem"
+    assert page.page(text) == text, "run: python docs/ecosystem.py"
 
 
 def test_every_mark_in_the_tests_is_a_row_once():
