@@ -55,8 +55,8 @@ INTRODUCTION = """# Benchmarks
 
 The model is GPT-2 124M with random weights, unless a section says otherwise. Each table comes from one run in one
 process, which alternates between the methods. (Peak memory is measured in one process for each method.) Seconds depend
-on the machine, so compare the ratios. Shapes are B prompts x P prompt tokens x T response tokens. "Floor" is the time of
-the matrix products alone.
+on the machine, so compare the ratios. Shapes are B prompts x P prompt tokens x T response tokens. "Floor" is the time
+of the matrix products alone.
 
 Reproduce everything with `make bench`, or one section with the command under its heading. Nothing has been measured on
 a GPU. The command there is `python benchmarks/rollout.py --device cuda --dtype bfloat16 --shapes 16x64x128 64x64x128

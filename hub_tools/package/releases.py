@@ -1,4 +1,4 @@
-"""Which released version of this package a file of code is, byte for byte.
+"""Find the released version of gpt2-value that a code file belongs to, byte for byte.
 
 Imports only the standard library, `errors` and `layout`. `releases.json` holds the SHA-256 of every released file of
 remote code; `make release-hashes` adds the version that is about to be released.
@@ -31,8 +31,7 @@ class Release:
 
 
 def releases() -> tuple[Release, ...]:
-    """Return every version whose code is known: the installed one, as it is on the disk, then the released ones, newest
-    first.
+    """Return every version whose code is known: the installed one (as on the disk), then releases, newest first.
 
     Raises:
         MissingFileError: the installation is incomplete.
@@ -50,8 +49,7 @@ def versions_of(name: str, sha256: str, among: tuple[Release, ...]) -> tuple[str
 
 
 def diff_command(path: Path) -> str:
-    """Return the command that shows a file of code: how it differs from the installed file of its name, where there is
-    one."""
+    """Return the shell command that shows a code file, as a diff if an installed file has the same name."""
     installed = layout.installed_code().get(path.name)
     return shlex.join(["diff", "-u", str(installed), str(path)] if installed else ["less", str(path)])
 
@@ -60,7 +58,7 @@ def record_release(to: Path = RELEASES) -> dict[str, str]:
     """Add the installed version's files to the list of releases; return their hashes.
 
     Raises:
-        ChangedFileError: this version is in the list already, with other hashes: it has been released.
+        ChangedFileError: this version was released already, with other hashes.
     """
     recorded, installed = _recorded(to), layout.installed_hashes()
     if recorded.get(layout.__version__, installed) != installed:

@@ -1,4 +1,4 @@
-"""A model as it can be saved: of this version's class, with weights that were checked, or refused with the way out.
+"""Prepare a model for saving: check it, and rebuild it as this version's class; or refuse it with advice.
 
 Imports the standard library, torch, the remote code, and of hub_tools `allowed_fields`, `finite` and what these import.
 """
@@ -34,9 +34,10 @@ PEFT_PARTS = {"base_model", "base_layer", "modules_to_save", "prompt_encoder", "
 
 
 def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.Tensor]]:
-    """Return an empty model of this installed version's class, on the meta device, with the configs of `model`; and the
-    weights of `model`, after checking that the empty model takes exactly these. (Whether they are finite is not
-    checked.)
+    """Return an empty copy of `model`, of this installed version's class and on the meta device, and its weights.
+
+    The copy has the configs of `model`. The weights are checked to be exactly those that the copy needs. Whether they
+    are finite is not checked.
 
     Raises:
         WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
@@ -46,7 +47,7 @@ def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.T
         given: Any = model.config
         config: Any = GPT2ValueConfig.from_dict(given.to_dict())
         generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-        # what could be written but not be loaded again is refused now
+        # refuse now what could be written but not loaded again
         allowed_fields.reduce(layout.CONFIG, json.loads(config.to_json_string()))
         if generation_config is not None:
             generation_config.validate(strict=True)
@@ -56,7 +57,7 @@ def installed_shell(model: nn.Module) -> tuple[GPT2ValueModel, dict[str, torch.T
         installed = GPT2ValueModel(config)
         if hasattr(
             config, "validate"
-        ):  # transformers 5, which does it when it writes, once the model chose its kernels
+        ):  # transformers 5 validates the config when it writes it, after the model has chosen its kernels
             config.validate()
     _check_state(state, installed)
     if generation_config is not None:
@@ -72,8 +73,10 @@ def _unsavable(gist: str) -> UnsavableConfigError:
 
 
 def installed_copy(model: nn.Module) -> GPT2ValueModel:
-    """Return a model of this installed version's class, in eval mode on the CPU, that holds the same weights (shared
-    where they are on the CPU, else copied), after checking that they are complete and finite."""
+    """Return a model of this installed version's class with the weights of `model`, in eval mode on the CPU.
+
+    The weights are checked to be complete and finite. They are shared with `model` if they are on the CPU, else copied.
+    """
     installed, state = installed_shell(model)
     body = {name: tensor.cpu() for name, tensor in state.items() if name != "lm_head.weight"}
     tied = installed.config.tie_word_embeddings
@@ -133,7 +136,7 @@ def _check_class(model: nn.Module) -> None:
 
 
 def _check_state(state: dict[str, torch.Tensor], installed: GPT2ValueModel) -> None:
-    """Refuse weights that are not exactly the model's, or that are not here."""
+    """Refuse weights that are not exactly those of the model class, or that have no data."""
     expected = {name: tuple(tensor.shape) for name, tensor in installed.state_dict().items()}
     missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if any(name.startswith(layout.HEAD_PREFIX) for name in missing):
