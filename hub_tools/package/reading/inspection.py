@@ -67,7 +67,7 @@ class PackageReport:
 
     @property
     def code_sha256(self) -> dict[str, str]:
-        """The Python files and their SHA-256. If you have read them, pass this to `load_package` as `reviewed_sha256`."""
+        """The Python files and their SHA-256. Once you have read them, pass it to `load_package(reviewed_sha256=)`."""
         return {file.name: file.sha256 for file in self.code if file.name.endswith(".py")}
 
     def to_json(self) -> dict[str, Any]:
