@@ -1,7 +1,7 @@
-"""What lies beside a checkpoint's weights and travels with it: the tokenizer, and the settings of generation.
+"""Convert the tokenizer and the generation config that lie beside a checkpoint's weights.
 
-Imports transformers, and of hub_tools `allowed_fields`, `stage`, `tokenizer` and what these import. Both are read from
-a private copy, with the fields that are known.
+Imports transformers, and of hub_tools `allowed_fields`, `stage`, `tokenizer` and what these import. Only known fields
+are read. The tokenizer is read from a private copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..package.reading.stage import make_loadable, package_file_limit, stage
 def carried_tokenizer(
     given: PreTrainedTokenizerBase | str | os.PathLike[str] | None, homes: Sequence[Path], *, vocab_size: int
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was given, or the first that lies in one of `homes`; None where there is none.
+    """The tokenizer that was given, or else the first one in `homes`; None if there is none.
 
     Args:
         given: a tokenizer, or the folder of one.
@@ -51,7 +51,7 @@ def carried_tokenizer(
 
     try:
         with stage(home, limit_of=limit_of) as copy:
-            # the config says which tokenizer it is where the tokenizer's settings do not
+            # transformers takes the tokenizer's class from the config if the tokenizer's settings do not name it
             return load_tokenizer(make_loadable(copy, ()), str(home), config=GPT2Config())
     except LoadError as err:
         raise TokenizerMismatchError(
@@ -62,7 +62,7 @@ def carried_tokenizer(
 
 
 def carried_generation_config(homes: Sequence[Path]) -> GenerationConfig | None:
-    """The settings of generation in the first of `homes` that has any; None where there are none.
+    """The generation config in the first of `homes` that has one; None if there is none.
 
     Raises:
         CorruptFileError: no JSON, or a setting that cannot be right.

@@ -27,7 +27,7 @@ TRL_DROPOUT = 0.1  # TRL's `summary_dropout_prob` where nobody set it
 CLASSIFIER_DROPOUT = 0.1  # GPT2ForTokenClassification's where its config has none
 
 _WORD = Allowed(lambda value: value is None or (isinstance(value, str) and len(value) <= 80), "a word, or null")
-# A package's fields that say which class and which numbers it has; ours says so itself.
+# Fields that describe the class and dtype of a checkpoint. A package sets its own.
 _OURS = (
     "model_type", "auto_map", "num_labels", "id2label", "label2id", "dtype", "torch_dtype", "transformers_version",
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder",
@@ -35,7 +35,7 @@ _OURS = (
 )  # fmt: skip
 FIELDS: dict[str, Allowed] = {
     **{name: allowed for name, allowed in CONFIG.items() if name not in _OURS},
-    # whatever word stands there: the heads of some libraries ignore them
+    # any word is allowed, because the heads of some libraries ignore these fields
     **dict.fromkeys(("summary_type", "summary_activation"), _WORD),
     "summary_dropout_prob": PROBABILITY,  # TRL's
     **dict.fromkeys(
@@ -48,7 +48,7 @@ _OF_NO_EFFECT = {
     "_num_labels", "is_decoder", "pruned_heads",
 }  # fmt: skip
 _GPT2_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
-# Other names of the same numbers, which transformers would read over the first ones.
+# Other names of the same numbers. transformers would let them override the first ones.
 _ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -101,7 +101,7 @@ def most_bytes(where: str, fields: Mapping[str, Any]) -> int:
 
 
 def left_out(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """A note on the fields that a package does not get, and that transformers might have made a difference of."""
+    """A note on fields that are left out of the package, and that might have had an effect in transformers."""
     names = sorted(str(name)[:40] for name in set(fields) - set(FIELDS) - _OF_NO_EFFECT - set(_ALIASES))
     if not names:
         return ()
@@ -117,13 +117,13 @@ def value_config(
     one_linear_layer: bool,
     summary_first_dropout: float | None,
 ) -> tuple[GPT2ValueConfig, list[str]]:
-    """The configuration of a package: GPT-2's own fields as they are; the head's as that library's head behaves.
+    """The configuration of a package. GPT-2's own fields are kept; the head's are set to how that library's head works.
 
     Args:
         where: the checkpoint's path, for messages.
         fields: what `known_fields` returned.
         source_format: the library.
-        one_linear_layer: its head is one, whatever GPT-2's `summary_*` fields say.
+        one_linear_layer: whether its head is one linear layer, whatever GPT-2's `summary_*` fields say.
         summary_first_dropout: see `convert_checkpoint`.
 
     Raises:
@@ -132,7 +132,7 @@ def value_config(
     notes: list[str] = []
     head: dict[str, Any] = {}
     if source_format == "seed":
-        # the seed's head knows tanh, and takes every other word for none
+        # the seed notebook's head applies tanh, and treats every other word as no activation
         head["summary_activation"] = "tanh" if fields.get("summary_activation") == "tanh" else None
     elif one_linear_layer:
         head = {

@@ -50,12 +50,12 @@ class Conversion:
     source: Path
     folder: Path  # the package
     source_format: SourceFormat
-    prefix: str  # what stood before the body's names: "", "pretrained_model." or "base_model."
+    prefix: str  # of the body's tensor names in the source: "", "pretrained_model." or "base_model."
     files: tuple[Path, ...]  # the weight files that were read
     adapter: bool  # a LoRA was merged into its base
-    mapped: dict[str, str]  # the source's tensor, of an adapter the merged model's -> the package's
+    mapped: dict[str, str]  # tensor of the source (for an adapter: of the merged model) -> tensor of the package
     dropped: dict[str, str]  # the source's tensor -> why it is not in the package
-    notes: tuple[str, ...]  # what the source left open and how it was decided
+    notes: tuple[str, ...]  # what the source did not specify, and what was chosen
     dtype: torch.dtype  # the body's; the head is float32
     tokenizer: str | None  # the class of the package's tokenizer
 
@@ -98,29 +98,31 @@ def convert_checkpoint(
 ) -> Conversion:
     """Write another library's GPT-2 checkpoint as a package of this model, with the same logits and values.
 
-    Understood are: the seed's `GPT2HeadWithValueModel` (which was TRL's until 0.1.0); TRL's
-    `AutoModelForCausalLMWithValueHead`, with plain names or below `pretrained_model.`; a PEFT LoRA folder
-    with TRL's head beside the adapter, which is merged; trlx's `AutoModelForCausalLMWithValueHead`, whose
-    head of two layers cannot be kept (see `init_value_head`); `GPT2ForSequenceClassification` and
-    `GPT2ForTokenClassification` with one label, whose classifier becomes the value head; and plain GPT-2,
-    with `init_value_head`.
+    These checkpoints can be converted:
 
-    The body keeps its dtype, the head is float32. Pickles are not unpickled: a process with little memory and time
-    finds the tensors in them (see `pickle_outline`). Of JSON files, libraries see the fields that are known and no
-    others. No tensor is left out unless the record says so.
+    - `GPT2HeadWithValueModel` of the seed notebook (and of TRL until 0.1.0);
+    - TRL's `AutoModelForCausalLMWithValueHead`, with or without the prefix `pretrained_model.`;
+    - a PEFT LoRA folder with TRL's head beside the adapter; the adapter is merged;
+    - trlx's `AutoModelForCausalLMWithValueHead`; its head of two layers cannot be kept (see `init_value_head`);
+    - `GPT2ForSequenceClassification` and `GPT2ForTokenClassification` with one label; the classifier becomes the head;
+    - plain GPT-2, with `init_value_head`.
+
+    The body keeps its dtype, the head is float32. Pickles are not unpickled: a child process with limited memory and
+    time finds the tensors in them (see `pickle_outline`). Other libraries see only known fields of JSON files. The
+    record lists every tensor that is left out.
 
     Args:
         source: a folder, or a weight file: `*.safetensors`, the `*.index.json` of shards, or else a pickle.
         folder: where the package goes, as for `save_package`.
         config: GPT-2's `config.json`, or the folder that holds it; by default the one beside the weights.
-        source_format: the library that wrote the checkpoint, where its files do not tell.
+        source_format: the library that wrote the checkpoint, if its files do not show it.
         base: the folder of an adapter's base model; by default the path, or the repository on the Hub, that
             `adapter_config.json` names.
         tokenizer: a tokenizer, or the folder of one; by default the source's, where it has one.
         summary_first_dropout: probability of the dropout before the head, in training mode; by default the
             source's. TRL does not record it: there the default is TRL's own, 0.1.
-        init_value_head: start with a new head, every value 0, where the source has none, or one that cannot
-            be kept.
+        init_value_head: start with a new head, whose values are all 0. Only for a source without a head, or with one
+            that cannot be kept.
         overwrite: as for `save_package`.
 
     Returns:
@@ -131,7 +133,8 @@ def convert_checkpoint(
         UnsafePickleError: the pickle asks for more than tensors. Nothing of it ran.
         CorruptFileError: a damaged file, or a setting that cannot be right.
         UnsafeFileError: a link out of the source's folder, or an index or a tokenizer that names files elsewhere.
-        AmbiguousSourceError: two readings that give different models; the message says how to choose.
+        AmbiguousSourceError: the source can be read in two ways that give different models; the error says how to
+            choose.
         UnsupportedModelError: the body is not a GPT-2, or is quantised, or the adapter is not a LoRA.
         UnconvertibleHeadError: a head of several layers or outputs, without `init_value_head`.
         MissingHeadError: no head, without `init_value_head`.
@@ -151,7 +154,7 @@ def convert_checkpoint(
             expected="another folder for the package",
             next_step="name a folder that does not exist yet",
         )
-    save_target(folder, overwrite=overwrite)  # now, and not when minutes have been spent
+    save_target(folder, overwrite=overwrite)  # checked now, before the work that can take minutes
     folder = Path(folder)
     known = {CONFIG, ADAPTER_CONFIG, weights.name, *MODEL_WEIGHTS, *HEAD_WEIGHTS, *ADAPTER_WEIGHTS}
     before = identities(home, known)
@@ -240,7 +243,7 @@ def _fields(home: Path, config: _Path | None) -> dict[str, Any]:
 
 
 def _read_model(weights: Path, *, config: _Path | None, base: _Path | None, named: bool) -> _Read:
-    """A whole model, from its weight file; `named` by the user, and not found in a folder."""
+    """A whole model, from its weight file. `named`: the user named this file, rather than a folder with it."""
     if base is not None:
         raise UnusedOptionError(
             f"base= is for an adapter; {weights} is a whole model",

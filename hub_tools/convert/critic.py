@@ -41,11 +41,13 @@ def export_critic(
 
     `"token-classification"` is a `GPT2ForTokenClassification`: its `logits [batch, tokens, 1]` are the values.
     `"sequence-classification"` is a `GPT2ForSequenceClassification`, whose `score` has no bias. The head's bias b is
-    therefore added to that of the last layer norm, as b * w / (w . w) for the head's weights w: the values stay the
-    same, and there is no language-model head that this would change. Values equal the model's to 1e-6 in float32; in
-    bfloat16 and float16 the classifier computes in that type, where the value head computes in float32.
+    therefore moved into the bias of the last layer norm, to which b * w / (w . w) is added, for the head's weights w.
+    This keeps the values. It would change the logits of a language-model head, but the critic has none.
 
-    `convert_checkpoint` makes a package of such a critic again; its language model is then that of the changed body.
+    In float32, values equal the model's to 1e-6. In bfloat16 and float16, the classifier computes in that type, whereas
+    the value head computes in float32.
+
+    `convert_checkpoint` can make a package of such a critic again. Its logits are then those of the changed body.
 
     Args:
         model: a `GPT2ValueModel`, or the folder of a package (none of whose code is run).

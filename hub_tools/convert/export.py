@@ -46,7 +46,7 @@ NOT_GPT2 = (
 
 @dataclass(frozen=True)
 class ExportedPolicy:
-    """A plain GPT-2 that lies on the disk, whole."""
+    """A plain GPT-2 that was written to the disk."""
 
     architecture: str  # its class
     folder: Path
@@ -69,8 +69,8 @@ def export_policy(
 ) -> ExportedPolicy:
     """Write the policy alone, as a `GPT2LMHeadModel` that any GPT-2 runtime loads: no head, and no code.
 
-    The weights are the model's own, so the logits are too, bit for bit. All or nothing, as `save_package`: a
-    process that is killed leaves what was there, or the whole new folder. The model is left as it is.
+    The weights are unchanged, so the logits are equal bit for bit. As with `save_package`, a process that is killed
+    leaves the old folder or the complete new one. The model is not changed.
 
     Args:
         model: a `GPT2ValueModel`, or the folder of a package (none of whose code is run).
@@ -100,7 +100,7 @@ def write_plain(
     overwrite: bool,
     needs_head: bool,
 ) -> ExportedPolicy:
-    """Write what `as_plain` makes of the model, and the tokenizer; the rest is as in `export_policy`."""
+    """Write the model that `as_plain` returns, and the tokenizer; the rest is as in `export_policy`."""
     if isinstance(model, (str, os.PathLike)):
         model, its_tokenizer = _read_package(model, with_tokenizer=tokenizer is None, needs_head=needs_head)
         tokenizer = tokenizer or its_tokenizer
@@ -135,8 +135,10 @@ def write_plain(
 def _read_package(
     source: str | os.PathLike[str], *, with_tokenizer: bool, needs_head: bool
 ) -> tuple[GPT2ValueModel, PreTrainedTokenizerBase | None]:
-    """A package's weights in this installation's model, and its tokenizer, from a private copy. Its code is not run, so
-    nobody needs to have reviewed it."""
+    """Load a package's weights into this installation's model, and its tokenizer, from a private copy.
+
+    The package's code is not run, so it needs no review.
+    """
     name = os.fspath(source)
     with stage_package(local_folder(source)) as copy:
         report = inspect_stage(copy, name)
@@ -179,8 +181,10 @@ def gpt2_fields(model: GPT2ValueModel) -> dict[str, Any]:
 
 
 def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
-    """A `GPT2LMHeadModel` around the same weights, which are not copied where they are on the CPU. Good for
-    saving alone: it has no memory of its own, and lacks the buffers that are in no state dict."""
+    """A `GPT2LMHeadModel` that shares the model's weights if they are on the CPU, or else has copies.
+
+    It can only be saved, not run: buffers that are not in the state dict stay on the meta device.
+    """
     with torch.device("meta"):
         plain = GPT2LMHeadModel(GPT2Config.from_dict(gpt2_fields(model)))
     state = {

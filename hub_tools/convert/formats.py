@@ -1,6 +1,6 @@
-"""What other libraries' GPT-2 checkpoints mean: their tensors and `config.json` as those of a package.
+"""Translate the tensors and `config.json` of other libraries' GPT-2 checkpoints into those of a package.
 
-Imports torch, the remote code's configuration and modules of hub_tools that only look; reads no file.
+Imports torch, the remote code's configuration, and modules of hub_tools that only check values; reads no file.
 Sources: trl 0.0.3 to 1.12.0, the last with the head (`trl/experimental/ppo/modeling_value_head.py`), trlx
 (`trlx/models/modeling_ppo.py`), transformers (`modeling_gpt2.py`).
 """
@@ -32,7 +32,7 @@ from .weight_files import listed
 
 HEAD_WEIGHT, HEAD_BIAS = HEAD_PREFIX + "summary.weight", HEAD_PREFIX + "summary.bias"
 
-# The attribute in which a wrapper keeps the model. The head is the wrapper's own and stands without it.
+# The attribute in which a wrapper keeps the model. The names of the head's tensors do not have this prefix.
 PREFIXES: Mapping[SourceFormat, str] = {"trl": "pretrained_model.", "trlx": "base_model."}
 
 # Each library's name for the head's weights, and ours.
@@ -49,7 +49,7 @@ TRLX_HEAD = re.compile(r"v_head\.([02]\.(weight|bias)|(decoder_blocks|final_norm
 # The upper layers of trlx's reference model, for the KL term.
 TRLX_REFERENCE = "frozen_head."
 
-# What PEFT puts around a layer's own name while an adapter is on top of it.
+# PEFT inserts this into the names of a layer's tensors while an adapter is attached to it.
 UNMERGED = ".base_layer."
 
 # Causal masks, which GPT-2 checkpoints carried as buffers until 2023.
@@ -81,7 +81,7 @@ def translate(
     summary_first_dropout: float | None = None,
     init_value_head: bool = False,
 ) -> Translation:
-    """The tensors and the configuration of a package that computes what its own library computed.
+    """The tensors and the configuration of a package that computes the same as the checkpoint in its own library.
 
     Args:
         where: the checkpoint's path, for messages.
@@ -215,7 +215,7 @@ def _decide_head(
     *,
     init_value_head: bool,
 ) -> None:
-    """Refuse a head that is missing or cannot be kept; with `init_value_head`, drop the latter."""
+    """Refuse a missing head, and one that cannot be kept. With `init_value_head`, drop the latter instead."""
     head = [key for key, name in mapped.items() if name.startswith(HEAD_PREFIX)]
     lost = sorted(key for key in dropped if key.startswith(HEAD_PREFIX))
     outputs = {state[key].shape[0] for key in head if state[key].dim() > 0}
@@ -290,7 +290,7 @@ def _refuse_mismatch(
 
 
 def _refuse_other_tie(where: str, state: Mapping[str, torch.Tensor], names: Mapping[str, str], prefix: str) -> None:
-    """Where the configuration ties lm_head to the embeddings, they must be the same numbers."""
+    """Refuse an lm_head that the configuration ties to the embeddings, and that has other numbers."""
     head, embeddings = f"{prefix}lm_head.weight", f"{prefix}transformer.wte.weight"
     tied = head in state and names[head] != "lm_head.weight"
     if tied and not torch.equal(state[head], state[embeddings]):
@@ -303,7 +303,7 @@ def _refuse_other_tie(where: str, state: Mapping[str, torch.Tensor], names: Mapp
 
 
 def _refuse_other_masks(where: str, state: Mapping[str, torch.Tensor], dropped: Mapping[str, str]) -> None:
-    """A mask is dropped because GPT-2 computes the same one; any other would have meant another model."""
+    """Refuse masks that are not causal. Causal masks are dropped, because GPT-2 computes the same ones itself."""
     for key in dropped:
         if not key.endswith((".attn.bias", ".crossattention.bias")):
             continue

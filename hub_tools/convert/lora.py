@@ -53,7 +53,7 @@ class Merged:
     fields: dict[str, Any]  # the base's config.json
     base: Path
     files: tuple[Path, ...]  # the weight files that were read
-    dropped: dict[str, str]  # the base's tensor, its folder's name before it -> why it is not there
+    dropped: dict[str, str]  # FOLDER/TENSOR of the base -> why it is not in `state`
     limit: int  # the most bytes that a weight file of this model may have
     notes: tuple[str, ...]
 
@@ -165,7 +165,11 @@ def merge(
 def _sorted_out(
     before: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], settings: LoraSettings
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], list[str]]:
-    """An adapter's tensors: those of each layer, those that replace a whole one of the base, and what is odd."""
+    """Sort an adapter's tensors.
+
+    Returns:
+        The LoRA parts of each layer, the tensors that replace one of the base, and the names that do not fit.
+    """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     whole: dict[str, torch.Tensor] = {}
     odd = []
@@ -209,10 +213,10 @@ def _merged_layer(
     parts: Mapping[str, torch.Tensor],
     settings: LoraSettings,
 ) -> dict[str, torch.Tensor]:
-    """The weight, and the bias where it changes, of one layer: computed in float32, rounded once."""
+    """The merged weight of one layer, and its bias if that changes. Computed in float32, and rounded once."""
     weight, a, b = before[f"{module}.weight"], parts["A"].float(), parts["B"].float()
     embedding = module in EMBEDDINGS
-    # Conv1D keeps [in, out]; Embedding [in, out] too: a row for each token. lm_head, a Linear, keeps [out, in].
+    # Conv1D stores [in, out], and so does Embedding (one row for each token). lm_head, a Linear, stores [out, in].
     transposed = module != "lm_head"
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     rank = a.shape[0] if a.dim() == 2 else 0

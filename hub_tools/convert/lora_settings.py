@@ -1,7 +1,7 @@
-"""The fields of an `adapter_config.json` that a LoRA is merged by; whatever else is switched on in it is refused.
+"""The fields of `adapter_config.json` that decide how a LoRA is merged; any other option that is on is refused.
 
-Imports the standard library and `errors`. PEFT's own reader is not shown these files: some of the fields name modules
-that it imports. Meaning of the fields: https://huggingface.co/docs/peft/package_reference/lora.
+Imports the standard library and `errors`. PEFT itself does not read these files, because it imports modules that some
+of the fields name. Meaning of the fields: https://huggingface.co/docs/peft/package_reference/lora.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MOST_RANK = 1 << 16
 SAVE_AGAIN = "correct the field, or save the adapter again with its library's save_pretrained"
 MERGE_THERE = "merge it with peft (merge_and_unload), save the result, and convert that"
 
-# Fields that say how the adapter was made, or where: merging is the same whatever they are.
+# Fields that do not change how the adapter is merged.
 OF_NO_EFFECT = frozenset(
     {
         "auto_mapping",
-        "base_model_name_or_path",  # read by whoever looks for the base
-        "corda_config",  # these configure a way of beginning, and init_lora_weights says whether it was used
+        "base_model_name_or_path",  # `lora.py` reads it to find the base
+        "corda_config",  # settings of an initialisation, as are eva_, loftq_ and lora_ga_config
         "eva_config",
         "fan_in_fan_out",  # GPT-2's layers are known to keep [in, out]
         "inference_mode",
@@ -49,16 +49,16 @@ class LoraSettings:
     rslora: bool
     dora: bool
     lora_bias: bool
-    bias: str  # whose biases were trained too: none, all, lora_only
-    targets: tuple[str, ...] | None  # names, or ends of names; None where it is an expression, which is not evaluated
+    bias: str  # which biases were trained too: none, all, lora_only
+    targets: tuple[str, ...] | None  # names, or ends of names; None for a regular expression, which is not evaluated
     excluded: tuple[str, ...]
-    layers: frozenset[int] | None  # None: every one
-    saved: tuple[str, ...]  # ends of the names of modules that were trained whole
-    rank_pattern: Mapping[str, float] | None  # None: there are expressions in it; the tensors say the rank
+    layers: frozenset[int] | None  # None: all layers
+    saved: tuple[str, ...]  # ends of the names of modules that were trained in full (`modules_to_save`)
+    rank_pattern: Mapping[str, float] | None  # None if it has regular expressions: ranks are taken from the tensors
     alpha_pattern: Mapping[str, float]
 
     def is_target(self, module: str, *, embedding: bool) -> bool | None:
-        """Whether the adapter has weights for a module; None where only its tensors say so."""
+        """Whether the settings give a module adapter weights; None if only the tensors can show it."""
         if self.targets is None:
             return None
         layer = re.match(r"transformer\.h\.(\d+)\.", module)
@@ -75,7 +75,7 @@ class LoraSettings:
         """What the product of a module's two matrices is multiplied by.
 
         Raises:
-            WeightsMismatchError: `rank`, the one of the tensors, is not the one that the settings say.
+            WeightsMismatchError: `rank`, which is that of the tensors, differs from the rank in the settings.
         """
         said = rank if self.rank_pattern is None else _matching(self.rank_pattern, module, self.r)
         if said != rank:

@@ -1,13 +1,13 @@
 """Find the tensors in a file that `torch.save` wrote, without torch and without running what the pickle asks for.
 
-Run as a script, in a process of its own with little memory and time (see `limited_process`). Of the file that is its
-stdin it prints one JSON object: `{"tensors": {name: [dtype, shape, offset]}}`, with the byte at which the tensor's
-numbers begin, or `{"refused": KIND, "found": ...}`. It imports only the standard library, so it starts in a few
-hundredths of a second.
+Run as a script, in a process of its own with limited memory and time (see `limited_process`). It reads the file from
+its stdin and prints one JSON object: `{"tensors": {name: [dtype, shape, offset]}}`, where `offset` is the byte at which
+the tensor's numbers begin, or `{"refused": KIND, "found": ...}`. It imports only the standard library, so it starts in
+a few hundredths of a second.
 
-Both formats of torch are understood: the archive (since 1.6), and the stream of pickles before it. Instead of calling
-torch, the unpickler calls the stand-ins in `GLOBALS`, which only note what they were given. Any other name is refused:
-the list is shorter than that of `torch.load(weights_only=True)`. Format: `torch/serialization.py`, `_save` and
+It reads both formats of torch: the zip archive (since 1.6), and the older stream of pickles. Instead of functions of
+torch, the unpickler calls the stand-ins in `GLOBALS`, which only record their arguments. It refuses any other name. The
+list is shorter than that of `torch.load(weights_only=True)`. Format: `torch/serialization.py`, `_save` and
 `_legacy_save`.
 """
 
@@ -41,7 +41,7 @@ STORAGES = {
 OLD_MAGIC, OLD_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
-# What the standard library's unpickler and zip reader raise on noise.
+# What the standard library's unpickler and zip reader raise for random bytes.
 NOISE = (
     pickle.PickleError,
     zipfile.BadZipFile,
@@ -217,7 +217,7 @@ def read_archive(file: BinaryIO, size: int) -> tuple[object, dict[str, tuple[int
 
 
 def read_stream(file: BinaryIO, size: int) -> tuple[object, dict[str, tuple[int, int]]]:
-    """The same of the older format: five pickles one after the other, then each storage's count and numbers."""
+    """As `read_archive`, for the older format: five pickles in a row, then each storage's count and numbers."""
     first = Unpickler(file).load()
     if first != OLD_MAGIC or type(first) is not int:
         raise Refused("nested", f"a {kind_of(first)}")

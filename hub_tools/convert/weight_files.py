@@ -1,8 +1,8 @@
 """Read other people's weight files without running anything that is in them.
 
-Imports the standard library, torch, `pickle_outline`, `stage`, `files`, `limits`, `layout` and `errors`. No library
-reads these files: the header of a safetensors file says where its tensors lie, and of a pickle a small process of its
-own says it (see `pickle_outline`). This module then maps that part of a private copy of the file into memory.
+Imports the standard library, torch, `pickle_outline`, `stage`, `files`, `limits`, `layout` and `errors`. No other
+library reads these files. The header of a safetensors file says where its tensors are; for a pickle, a small child
+process finds them (see `pickle_outline`). This module then maps those parts of a private copy of the file into memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PICKLED_WEIGHTS = "pytorch_model.bin"
 # What transformers writes for a whole model: one file, or an index that names the shards.
 MODEL_WEIGHTS = (WEIGHTS, WEIGHTS_INDEX, PICKLED_WEIGHTS, "pytorch_model.bin.index.json")
 
-# Where a value head lies when it is not among the model's weights: TRL's name for it beside an adapter, then
+# Files that hold a value head apart from the model's weights: TRL's name for it beside an adapter, then
 # LLaMA-Factory's.
 HEAD_WEIGHTS = (PICKLED_WEIGHTS, "value_head.safetensors", "value_head.bin")
 
@@ -55,10 +55,10 @@ FETCH_AGAIN = "fetch the file again; if it stays so, ask whoever made it"
 
 
 def only_one(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The one file of `names` that lies in `folder`, None where there is none.
+    """The one file of `names` that is in `folder`; None if there is none.
 
     Raises:
-        AmbiguousSourceError: there are several, and nothing says which of them was saved last.
+        AmbiguousSourceError: there are several, and nothing shows which of them was saved last.
         UnsafeFileError: it is a link out of the folder, or no regular file.
     """
     found = [folder / name for name in names if os.path.lexists(folder / name)]
@@ -80,7 +80,7 @@ def read_state_dict(
         file: an existing file. Every name but `*.safetensors` and `*.json` is read as a pickle. The tensors are views
             of a private copy, so what happens to the file later does not reach them.
         limit: the most bytes that it, or all shards together, may have.
-        follow: a link is followed wherever it leads, because the user named this very file.
+        follow: follow a link wherever it leads. For a file that the user named.
 
     Raises:
         UnsafePickleError: the pickle asks for more than tensors and plain containers. Nothing of it ran.
@@ -109,7 +109,7 @@ def _read_shards(index: Path, *, limit: int) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     before: dict[str, Identity] = {}
     for name, keys in sorted(tensors_of.items()):
-        # An index is somebody else's file: it may point at its neighbours and nowhere else.
+        # An index is not trusted: it may only name files in its own folder.
         shard = file_in(index.parent, name)
         if shard.suffix == ".json":
             raise CorruptFileError(f"{index} names {name} as a weight file", next_step=FETCH_AGAIN)
@@ -127,8 +127,10 @@ def _read_shards(index: Path, *, limit: int) -> dict[str, torch.Tensor]:
 
 
 def _tensors_in(file: Path, place: Path, *, limit: int) -> tuple[dict[str, torch.Tensor], Identity]:
-    """The tensors of a file that lies at `place`, as views of a private copy: a file that shrinks while it is mapped
-    would end this process."""
+    """The tensors of the file at `place`, as views of a private copy. (`file` is its name, for messages.)
+
+    If the file itself were mapped and then shrank, this process would crash.
+    """
     with private_file(place, limit=limit) as (copied, identity):
         try:
             content = mmap.mmap(copied.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -152,7 +154,7 @@ def _views(file: Path, content: mmap.mmap, outline: Outline) -> dict[str, torch.
                 expected="numbers that can be counted",
                 next_step=FETCH_AGAIN,
             )
-        # A tied lm_head is in the file once and in the model twice. More than that was made to fill the memory.
+        # A tied lm_head is in the file once and in the model twice. A larger factor means an attack on the memory.
         if start + length > size or made > limits.TENSORS_PER_FILE * size:
             raise CorruptFileError(
                 f"{file} has {size:,} bytes, and says that its tensors have {made:,}",

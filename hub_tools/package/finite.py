@@ -1,4 +1,4 @@
-"""Which weights are NaN or infinite. Imports torch inside the function."""
+"""Find weights that are NaN or infinite. Imports torch inside the function."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def not_finite(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the tensors that hold NaN or infinity, and how many such values each holds; `{}` where all are finite.
+    """Return the tensors that hold NaN or infinity, and how many such values each holds; `{}` if all are finite.
 
-    (`probe.py` asks the same for itself: it runs where none of hub_tools can be seen.)
+    (`probe.py` has its own check, because it runs where hub_tools cannot be imported.)
     """
     import torch
 

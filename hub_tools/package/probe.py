@@ -1,7 +1,7 @@
-"""Measure what a model computes on the probe; as a script, load a package in a fresh interpreter and measure that.
+"""Measure what a model computes on the probe. Run as a script, load a package in a fresh interpreter and measure it.
 
-Imports only the standard library, torch and transformers, inside the functions: `verify.py` runs this file by
-its path, isolated, where neither a checkout nor an installed copy of this project can be seen.
+Imports only the standard library, and torch and transformers inside the functions. `verify.py` runs this file by its
+path in an isolated interpreter, which can import neither a checkout nor an installed copy of this project.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 
 def measure(model: Any, token_ids: list[int], logit_ids: list[int]) -> dict[str, Any]:
-    """Return `logits`, `logsumexp` and `values` for a `Record`: one forward pass of a float32 model in eval mode on the
-    CPU."""
+    """Return `logits`, `logsumexp` and `values` for a `Record`, from one forward pass.
+
+    The model must be in float32, in eval mode and on the CPU.
+    """
     import torch
 
     with torch.no_grad():
@@ -44,7 +46,7 @@ def load_and_measure(job: dict[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter()
     result = measure(model.eval(), job["token_ids"], job["logit_ids"])
     result["load_seconds"], result["forward_seconds"] = loaded - started, time.perf_counter() - loaded
-    # 4.57 gives lists, 5 gives sets; an entry is a key, or a key and two shapes
+    # transformers 4.57 gives lists, 5 gives sets; an entry is a key, or a key and two shapes
     result["loading_info"] = {name: sorted(map(str, found)) for name, found in info.items() if found}
     result["not_finite"] = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
     result["class"] = type(model).__name__

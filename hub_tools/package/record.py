@@ -25,10 +25,10 @@ PROBE_TEXT = "My most favourite movie is"
 
 @dataclass(frozen=True)
 class Record:
-    """What `verify_package` compares with.
+    """The numbers that `verify_package` compares with.
 
-    `logits [tokens, len(logit_ids)]`, `logsumexp [tokens]` over the whole vocabulary, and `values [tokens,
-    width]` (width 1 unless the head does not project to one value; then its first 64 numbers).
+    Shapes: `logits [tokens, len(logit_ids)]`, `logsumexp [tokens]` (over the whole vocabulary), and `values [tokens,
+    width]`. The width is 1; if the head does not project to one value, its first 64 numbers are recorded.
     """
 
     token_ids: list[int]
@@ -48,8 +48,8 @@ class Record:
 def probe(*, vocab_size: int, n_positions: int) -> tuple[list[int], list[int]]:
     """Return the probe for a model of this size: the ids to feed, and the ids whose logits are recorded.
 
-    Up to 16 tokens, and 32 logits spread over the vocabulary; both include its first and last id, since those
-    are what a wrong resize loses.
+    These are up to 16 tokens, and 32 logits spread over the vocabulary. Both include its first and last id, because a
+    wrong resize of the vocabulary changes those.
     """
     length, spread = min(16, n_positions), min(32, vocab_size)
     # multiplying by an odd constant scatters neighbours (Knuth's multiplicative hashing)

@@ -1,4 +1,4 @@
-"""Which released version of this package a file of code is, byte for byte.
+"""Find the released version of gpt2-value that a code file belongs to, byte for byte.
 
 Imports only the standard library, `errors` and `layout`. `releases.json` holds the SHA-256 of every released file of
 remote code; `make release-hashes` adds the version that is about to be released.
@@ -31,8 +31,7 @@ class Release:
 
 
 def releases() -> tuple[Release, ...]:
-    """Return every version whose code is known: the installed one, as it is on the disk, then the released ones, newest
-    first.
+    """Return every version whose code is known: the installed one (as on the disk), then releases, newest first.
 
     Raises:
         MissingFileError: the installation is incomplete.
@@ -60,7 +59,7 @@ def record_release(to: Path = RELEASES) -> dict[str, str]:
     """Add the installed version's files to the list of releases; return their hashes.
 
     Raises:
-        ChangedFileError: this version is in the list already, with other hashes: it has been released.
+        ChangedFileError: this version was released already, with other hashes.
     """
     recorded, installed = _recorded(to), layout.written_hashes()
     if recorded.get(layout.__version__, installed) != installed:

@@ -1,8 +1,8 @@
-"""Reviewed loading: look at a package, and load it only if its code is known, or was read by a person.
+"""Reviewed loading: inspect a package, and load it only if its code is known, or was read by a person.
 
 Imports torch, transformers and this installation's model inside the functions that need them, and of hub_tools
-`download`, `inspection`, `releases`, `stage`, `verify` and what these import. Trust is in code whose bytes are known,
-never in a repository. The idea is skops': https://skops.readthedocs.io/en/stable/persistence.html.
+`download`, `inspection`, `releases`, `stage`, `verify` and what these import. Code is trusted by its bytes, never
+because of its repository. The idea is skops': https://skops.readthedocs.io/en/stable/persistence.html.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedPackage:
-    """A model, and what is known about where it comes from."""
+    """A model with its tokenizer, and where it comes from."""
 
     model: GPT2ValueModel  # in evaluation mode, on the CPU
     tokenizer: Any  # a transformers tokenizer; None where the package has none
     commit: str | None  # what to pass as `revision` to get the same again; None for a folder
-    code_version: str | None  # the release that its code is; None where a person reviewed it
+    code_version: str | None  # the release that its code belongs to; None for code that a person reviewed
     package: PackageReport
 
 
@@ -68,31 +68,31 @@ def load_package(
 ) -> LoadedPackage:
     """Load a package from a folder or the Hub, strictly, and without running code that nobody has reviewed.
 
-    The revision becomes a commit, the package's files are downloaded (never a pickle), and `inspect_package` looks
-    at them. Then, by the SHA-256 of its Python files:
+    The revision is resolved to a commit, the package's files are downloaded (never a pickle), and inspected as by
+    `inspect_package`. What happens next depends on the SHA-256 of its Python files:
 
-    - code that is this installed version's is not run at all: the installed classes load the weights;
-    - code that is another released version's, or that `reviewed_sha256` names, is run, as the very bytes that were
-      hashed;
-    - any other is refused. The error lists each file with its hash, and the command that shows how it differs.
+    - Code of this installed version is not run at all: the installed classes load the weights.
+    - Code of another released version, or code that `reviewed_sha256` names, is run: exactly the bytes that were
+      hashed.
+    - Other code is refused. The error lists each file with its hash, and the command that shows how it differs.
 
-    There is no switch that trusts everything. Weights must match the record of the save, where there is one.
+    No option trusts all code. If the package has a record, the weights must match it.
 
-    Everything is read from a private copy (see `stage`): the files that a package has and no others, with the fields
-    that are known here and no others. What happens to the folder afterwards does not reach the model.
+    Everything is read from a private copy (see `stage`), with only the files that belong to a package, and only known
+    JSON fields. Later changes to the folder do not affect the model.
 
     Args:
         source: a package's folder, or the id of a repository on the Hub (`owner/name`).
         revision: branch, tag or commit of the repository.
-        reviewed_sha256: file name -> SHA-256 in hexadecimal, of code that you have read; `inspect_package(source)`
-            has it as `code_sha256`. A file that is named here and has changed since is refused, whatever else it is.
+        reviewed_sha256: file name -> SHA-256 in hexadecimal, of code that you have read: `code_sha256` of the report of
+            `inspect_package`. If a file named here has another hash, the package is refused.
         dtype: of the weights (the head stays float32); None keeps the package's own.
         token: for the Hub, instead of the one that huggingface_hub knows.
         cache_dir: the Hub's cache, instead of huggingface_hub's.
-        local_files_only: take what is in the Hub's cache, and ask nobody. Offline mode does the same.
+        local_files_only: use only the Hub's cache, without the network. Offline mode does the same.
 
     Raises:
-        UntrustedCodeError: code that is no released version's, and was not reviewed.
+        UntrustedCodeError: code that belongs to no released version, and was not reviewed.
         NotAPackageError, PickleError: a repository without a package, or with a pickle for its weights.
         MissingHeadError, MissingFileError: not complete.
         ChangedFileError: a file is not the one that was saved.
@@ -101,7 +101,7 @@ def load_package(
         TokenizerMismatchError: its tokenizer has ids that the model does not have.
         PackageChangedError: the folder was written to while it was being copied.
         NoRoomError: the folder for temporary files has no room for the copy.
-        UnusedOptionError: an option that has no use here, or is no hash.
+        UnusedOptionError: an option that a folder has no use for, or `reviewed_sha256` with something that is no hash.
         And everything that `inspect_package` raises.
     """
     options = HubOptions(revision, token, None if cache_dir is None else Path(cache_dir), local_files_only)
@@ -170,15 +170,18 @@ def _checked(reviewed: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _refuse(package: PackageReport, kind: type[GPT2ValueHubError]) -> None:
-    """Refuse a package that `verify_package` would refuse with this type of error. Its other reasons do not matter for
-    loading: foreign files are neither read nor run, and neither card nor record is needed."""
+    """Refuse a package that `verify_package` would refuse with this type of error.
+
+    Its other refusals do not matter for loading: foreign files are neither read nor run, and loading needs neither card
+    nor record.
+    """
     for refusal in refusals(package):
         if isinstance(refusal, kind):
             raise refusal
 
 
 def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> Release | None:
-    """Return the release whose code the package has, or None where its code was reviewed; refuse any other code."""
+    """Return the release whose code the package has, or None if its code was reviewed; refuse any other code."""
     code = package.code_sha256
     changed = [name for name, digest in reviewed.items() if code.get(name) != digest]
     release = next((release for release in releases() if release.is_in(code)), None)

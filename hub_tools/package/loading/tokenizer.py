@@ -20,12 +20,12 @@ SCRIPT = Path(__file__).with_name("try_tokenizer.py")
 
 
 def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
-    """The tokenizer whose files lie in `folder`, a stage that was made loadable; none of its code is run.
+    """Load the tokenizer in `folder`, without running any code of it.
 
     Args:
-        folder: private, with reduced settings: see `stage.make_loadable`.
-        source: what to call it in errors, and in the tokenizer's `name_or_path`.
-        config: the model's config, which says the tokenizer's class where its settings do not.
+        folder: a private copy whose settings were reduced: see `stage.make_loadable`.
+        source: its name in errors, and the tokenizer's `name_or_path`.
+        config: the model's config, which gives the tokenizer's class if the tokenizer's settings do not.
 
     Raises:
         ResourceLimitError: opening it, or using it, took more memory or time than `limits` allows.
@@ -56,7 +56,7 @@ def try_in_a_process(folder: Path, source: str) -> None:
             *search_path_of("tokenizers"),
             limits={"RLIMIT_AS": limits.TOKENIZER_MEMORY, "RLIMIT_CPU": int(limits.TOKENIZER_SECONDS)},
             seconds=limits.WAITING * limits.TOKENIZER_SECONDS,
-            # each thread takes address space, which is what is limited
+            # one thread, because every thread takes address space, and that is limited
             environment={"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
             stdin=subprocess.DEVNULL,
             text=True,

@@ -1,9 +1,10 @@
 """Open a tokenizer.json and use it; run as a script by `tokenizer.py`, in a process of its own with limits.
 
-Imports the standard library and tokenizers, inside the functions: it is run by its path, isolated.
+Imports the standard library, and tokenizers inside the function, because it is run by its path, isolated.
 
-A tokenizer can be small on the disk and endless in memory, since its steps may each double what the one before them
-made. What it does with text that makes those steps work, its patterns and long runs of each character, is tried here.
+A tokenizer can be small on the disk and still fill the memory, because each of its steps may double the output of the
+one before. This script tries it on text that is likely to trigger those steps: its own patterns, and long runs of each
+character.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def try_tokenizer(folder: Path, *, growth: int) -> None:
-    """Raises whatever tokenizers raises for this tokenizer, or SystemExit where it makes far too much of a text.
+    """Open the tokenizer and use it.
 
     Args:
-        folder: `tokenizer.json`, and `tokenizer_config.json` where there is one.
-        growth: tokens that a character may become; one has at most 4 bytes, and normalising makes 18 of some.
+        folder: has `tokenizer.json`, and perhaps `tokenizer_config.json`.
+        growth: the most tokens for one character. (A character has at most 4 bytes, and normalising turns some into
+            18.)
+
+    Raises:
+        What tokenizers raises for this tokenizer, and SystemExit if it makes far too many tokens of a text.
     """
     from tokenizers import Tokenizer
 

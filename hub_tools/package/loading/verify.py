@@ -72,18 +72,18 @@ class VerificationReport:
 def verify_package(
     source: str | os.PathLike[str], *, trust_remote_code: bool = False, timeout: float = limits.VERIFY_SECONDS
 ) -> VerificationReport:
-    """Prove that a package loads, strictly, and computes what it did when it was saved.
+    """Check that a package loads, strictly, and computes the same as when it was saved.
 
-    The package is copied to a private folder (see `stage`) and inspected there, as `inspect_package` does, with the
-    hash of every file. Then an isolated interpreter, which has torch and transformers and cannot see this project,
-    calls `AutoModel.from_pretrained(folder, trust_remote_code=True)` on the same copy. No key may be missing, unknown
-    or of another shape. Every weight must be finite. Logits and values on the recorded probe must agree to 1e-5 of the
-    largest recorded number (or of 1, if that is larger). One tolerance holds for all dtypes, since both sides compute
-    in float32: a bfloat16 or float16 weight converts to float32 exactly.
+    The package is copied to a private folder (see `stage`) and inspected there, as by `inspect_package`, with the hash
+    of every file. Then an isolated interpreter calls `AutoModel.from_pretrained(folder, trust_remote_code=True)` on the
+    same copy. This interpreter has torch and transformers, and cannot import this project. No key may be missing,
+    unknown or of another shape. Every weight must be finite. Logits and values on the recorded probe must agree to 1e-5
+    of the largest recorded number (or of 1, if that is larger). The tolerance is the same for all dtypes, because both
+    sides compute in float32, and bfloat16 and float16 weights convert to float32 exactly.
 
-    This *runs the package's code*. Code that is byte-identical to this installed version's is run without
-    asking; any other is refused unless you pass `trust_remote_code=True`, transformers' own word for it. The
-    fresh interpreter protects from mistakes, not from malice: it is no sandbox.
+    This *runs the package's code*. Code that is byte-identical to this installed version's is always run. Other code is
+    refused unless you pass `trust_remote_code=True` (as in transformers). The fresh interpreter is no sandbox: it
+    protects from mistakes, not from malicious code.
 
     Args:
         source: a package's folder.
@@ -150,8 +150,10 @@ def verify_package(
 
 
 def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
-    """Return an error for each thing that `inspect_package` only reports and `verify_package` refuses: files that are
-    missing, foreign, or not as they were saved, and other code. `verify_package` raises the first."""
+    """Return an error for each finding of `inspect_package` that `verify_package` refuses; it raises the first.
+
+    These are a missing head, files that are missing, foreign or changed, pickles, and code of another version.
+    """
     found: list[GPT2ValueHubError] = []
     if package.head is None:
         found.append(
@@ -252,7 +254,7 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
         try:
             done = run_limited(
                 PROBE_SCRIPT,
-                # of the address space torch takes many times what it uses
+                # not RLIMIT_AS, since torch reserves many times the address space that it uses
                 limits={"RLIMIT_DATA": limits.verify_memory(package.parameters)},
                 seconds=timeout,
                 environment=environment,

@@ -2,9 +2,9 @@
 
 Imports the standard library and of hub_tools `errors`, `files` and `layout`.
 
-transformers makes a difference of almost any field, and of more of them in each version. So a file is reduced to the
-fields listed here before transformers reads it. A field that is known to name other files, other code or another
-model is refused by its name. Any other field that is not listed is left out, and reported by `unknown_fields`.
+Almost any field can have an effect in transformers, and each version adds more. So a file is reduced to the fields
+listed here before transformers reads it. A field that is known to name other files, other code or another model is
+refused. Any other field that is not listed is left out, and reported by `unknown_fields`.
 Sources: transformers' GPT2Config, GenerationConfig and PreTrainedTokenizerBase.
 """
 
@@ -171,7 +171,7 @@ GENERATION: dict[str, Allowed] = {
         "the name of a cache of transformers' own, or null",
     ),
     "transformers_version": VERSION,
-    # machinery that a GPT-2 needs none of, and that runs or fetches something else
+    # features that a GPT-2 does not need, and that run or download something else
     **dict.fromkeys(
         ("assistant_early_exit", "cache_config", "compile_config", "constraints",
          "continuous_batching_config", "dola_layers", "force_words_ids", "prompt_lookup_num_tokens", "sequence_bias",
@@ -206,7 +206,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _is_named(value: Any) -> bool:
-    """A chat template with a name, under which transformers will write it, in versions 4 and 5.0 wherever it leads."""
+    """A chat template with a name. transformers 4 and 5.0 write it to a file of that name, wherever that leads."""
     return (
         isinstance(value, dict)
         and set(value) == {"name", "template"}
@@ -264,7 +264,7 @@ TOKENIZER: dict[str, Allowed] = {
     ),
 }  # fmt: skip
 
-# Written by transformers about how a tokenizer was made, and read by nobody; or of no effect on a GPT-2.
+# Fields that transformers writes and does not read, or that have no effect on a GPT-2.
 _OF_NO_EFFECT = {
     layout.CONFIG: {"_name_or_path", "n_ctx", "task_specific_params", "gradient_checkpointing", "problem_type",
                     "output_past", "_num_labels"},
@@ -274,7 +274,7 @@ _OF_NO_EFFECT = {
     layout.SPECIAL_TOKENS_MAP: set(),
 }  # fmt: skip
 
-# transformers makes every field an attribute, also one that hides a method of the config's class.
+# transformers turns every field into an attribute, which would hide a method of the same name.
 METHODS = frozenset(
     {
         "convert_rope_params_to_dict", "default_config_fields", "dict_dtype_to_str", "from_dict", "from_gpt2",
@@ -295,7 +295,7 @@ _TABLES = {
     layout.SPECIAL_TOKENS_MAP: SPECIAL_TOKENS,
 }
 REDUCED = (*_TABLES, layout.ADDED_TOKENS, layout.WEIGHTS_INDEX)
-# Settings of a tokenizer that are, or hold, the places of files; or that reach the constructor without a name.
+# Settings of a tokenizer that are paths of files or contain them, or that are passed to the constructor by position.
 _PLACES = re.compile(r"vocab|merges|.*_file|.*_path|.*_dir|init_inputs|sp_model_kwargs|mecab_kwargs|.*_kwargs")
 
 
@@ -340,7 +340,7 @@ def reduce(file: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shards(weight_map: Any) -> dict[str, str]:
-    """The index of the shards, which transformers opens by the names that it finds there, wherever they lead."""
+    """Check the names in the index of shards, because transformers opens these files wherever they are."""
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(
             f"{layout.WEIGHTS_INDEX} has no weight_map", expected="tensor names and their files", next_step=AGAIN

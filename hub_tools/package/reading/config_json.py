@@ -1,4 +1,4 @@
-"""The fields of a package's `config.json`: what they may be, and the tensors that they call for.
+"""The fields of a package's `config.json`: which values are allowed, and which tensors they call for.
 
 Imports only the standard library, `errors`, `layout`, `limits` and `files`. The fields are those of GPT2Config:
 https://huggingface.co/docs/transformers/model_doc/gpt2.
@@ -14,10 +14,10 @@ from ... import layout, limits
 from ...errors import CodeReferenceError, CorruptFileError, NotAPackageError
 from ...files import AGAIN
 
-# In transformers 4 each layer keeps a causal mask of n_positions ** 2 bytes: this many in all layers together. It is
-# what 12 layers of 13,377 positions have, from weights that can be a few kB.
+# In transformers 4, each layer has a causal mask of n_positions ** 2 bytes. This is the limit for all layers together
+# (12 layers of 13,377 positions), because weights of a few kB can call for masks that fill the memory.
 MASKS_LIMIT = limits.MASK_BYTES
-# Fields by which transformers would do something else than load these weights into this model.
+# With these fields, transformers would not simply load these weights into this model.
 REFUSED = (
     "quantization_config",  # other kernels, other weights
     "compression_config",
@@ -35,8 +35,10 @@ REFUSED = (
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Refuse a `config.json` of another kind of model, one whose values cannot be right, and one that makes a loader
-    read other files, run other code, or fill the memory.
+    """Refuse a `config.json` that is unsafe to load from.
+
+    Refused are the config of another kind of model, values that cannot be right, and fields that make a loader read
+    other files or run other code.
 
     Raises:
         NotAPackageError, CodeReferenceError, CorruptFileError.
@@ -83,10 +85,10 @@ def check_sizes(config: dict[str, Any]) -> None:
     )
     for name in ("tie_word_embeddings", "add_cross_attention", "summary_use_proj", "summary_proj_to_labels"):
         expect(name, type(config.get(name, True)) is bool, "true or false")
-    # names under which transformers would read the same fields a second time, unchecked
+    # other names of the same fields, under which transformers would read them unchecked
     for alias in ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"):
         expect(alias, alias not in config, "GPT-2's own names: n_embd, n_positions, n_head, n_layer")
-    # transformers makes a label for each
+    # a large number would fill the memory, because transformers makes a name for each label
     expect("num_labels", type(config.get("num_labels", 1)) is int and config.get("num_labels", 1) == 1, "1")
     for name in REFUSED:
         expect(name, name not in config, "no such field in a value-head package")
@@ -113,8 +115,10 @@ def tied(config: Mapping[str, Any]) -> bool:
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return every tensor of a package and its shape, from the fields of `config.json`. GPT-2 keeps its matrices as
-    `[in, out]` (transformers' Conv1D); the head is `[out, in]` (torch's Linear)."""
+    """Return the name and shape of every tensor that the fields of `config.json` call for.
+
+    GPT-2 stores its matrices as `[in, out]` (transformers' Conv1D); the head is `[out, in]` (torch's Linear).
+    """
     vocab, positions, n = config["vocab_size"], config["n_positions"], config["n_embd"]
     inner = config.get("n_inner") or 4 * n
 
@@ -146,8 +150,10 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def count_numbers(config: Mapping[str, Any]) -> int:
-    """Return how many numbers all tensors of a package have together. One layer is counted and multiplied, so that a
-    hostile `n_layer` costs no time."""
+    """Return how many numbers all tensors of a package have together.
+
+    One layer is counted and multiplied, so that a huge `n_layer` costs no time.
+    """
     without, with_one = (
         sum(math.prod(shape) for shape in expected_shapes({**config, "n_layer": layers}).values()) for layers in (0, 1)
     )

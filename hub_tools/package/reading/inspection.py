@@ -1,8 +1,8 @@
 """Read a package without running any of it: JSON and safetensors headers; pickles are never opened.
 
-Imports only the standard library, of hub_tools `errors`, `layout`, `limits`, `files` and what stands below it in
-`package`, and for a repository on the Hub `download`. So it needs neither torch nor transformers. The idea, look
-before you load, is skops': https://skops.readthedocs.io/en/stable/persistence.html.
+Imports only the standard library, of hub_tools `errors`, `layout`, `limits`, `files` and the modules of `package` that
+it builds on, and `download` for a repository on the Hub. So it needs neither torch nor transformers. The idea to look
+before loading is from skops: https://skops.readthedocs.io/en/stable/persistence.html.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CodeFile:
     name: str
     sha256: str
     installed: bool  # byte-identical to this installed version's file of the same name
-    releases: tuple[str, ...]  # the released versions that have it, byte for byte; the installed one counts
+    releases: tuple[str, ...]  # the versions that have it, byte for byte: releases, and the installed one
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PackageReport:
     """What is inside a package. Nothing of it was run."""
 
     source: str
-    folder: Path  # of a repository on the Hub: where its files are in the Hub's cache
+    folder: Path  # for a repository on the Hub: where its files are in the Hub's cache
     commit: str | None  # of a repository on the Hub
     parameters: int  # tied embeddings count once
     dtypes: dict[str, int]  # torch's name for the type -> parameters of that type
@@ -57,18 +57,17 @@ class PackageReport:
     has_generation_config: bool
     code: tuple[CodeFile, ...]
     auto_map: dict[str, str]
-    versions: dict[str, str]  # what wrote the package, as far as it says
+    versions: dict[str, str]  # of the libraries that wrote the package, if it names them
     record: bool  # whether `verify_package` has numbers to compare with
-    missing: tuple[str, ...]  # files that a complete package has and this one has not
-    changed: tuple[str, ...]  # files that are not the ones that were saved
+    missing: tuple[str, ...]  # files of a complete package that this one lacks
+    changed: tuple[str, ...]  # files that were changed, removed or added since the save
     pickles: tuple[str, ...]
     foreign: tuple[str, ...]  # other files that do not belong to a package
-    unknown_fields: dict[str, tuple[str, ...]]  # file -> fields that are not known here; no library is shown them
+    unknown_fields: dict[str, tuple[str, ...]]  # file -> fields that are not known here, and are hidden from libraries
 
     @property
     def code_sha256(self) -> dict[str, str]:
-        """The Python files and their SHA-256: what `load_package` takes as `reviewed_sha256`, once you have read
-        them."""
+        """The Python files and their SHA-256. Once you have read them, pass it to `load_package(reviewed_sha256=)`."""
         return {file.name: file.sha256 for file in self.code if file.name.endswith(".py")}
 
     def to_json(self) -> dict[str, Any]:
@@ -87,24 +86,24 @@ def inspect_package(
 ) -> PackageReport:
     """Report what is inside a package, without running any of it.
 
-    Every tensor's name, shape and dtype is compared with what `config.json` calls for, so that a report means
-    that the weights are complete; a package that cannot be read, or that contradicts itself, is refused. What
-    is unusual but harmless to *read* (another version's code, pickles, foreign files, no head) is reported:
-    `verify_package` refuses those.
+    Every tensor's name, shape and dtype is compared with what `config.json` calls for, so a report means that the
+    weights are complete. A package that cannot be read, or that contradicts itself, is refused. What is unusual but
+    harmless to *read* (another version's code, pickles, foreign files, no head) is only reported; `verify_package`
+    refuses it.
 
     Args:
-        source: a package's folder, or the id of a repository on the Hub (`owner/name`). Of a repository the JSON
-            and code are downloaded, and of the weights only the headers.
+        source: a package's folder, or the id of a repository on the Hub (`owner/name`). From a repository, the JSON and
+            code files are downloaded, and only the headers of the weights.
         revision: branch, tag or commit of the repository.
-        hash_weights: also hash the weights (about a second per GB) and compare with what was recorded at save
-            time. The weights of a repository are then downloaded.
+        hash_weights: also hash the weights (about a second per GB), and compare with the hashes of the record. The
+            weights of a repository are then downloaded.
         token: for the Hub, instead of the one that huggingface_hub knows.
         cache_dir: the Hub's cache, instead of huggingface_hub's.
-        local_files_only: inspect what is in the Hub's cache, and ask nobody. Offline mode does the same.
+        local_files_only: use only the Hub's cache, without the network. Offline mode does the same.
 
     Raises:
-        UnusedOptionError: an option for the Hub, and the source is a folder.
-        RemoteNotFoundError, AuthenticationError, NoAccessError, HubUnavailableError: the Hub does not give it.
+        UnusedOptionError: an option for the Hub, but the source is a folder.
+        RemoteNotFoundError, AuthenticationError, NoAccessError, HubUnavailableError: the download failed.
         NotAPackageError: no such folder, or `config.json` describes another kind of model.
         MissingFileError: a file without which there is no model.
         CorruptFileError: truncated, oversized, invalid JSON, or values that cannot be right.
@@ -121,8 +120,8 @@ def inspect_package(
 
 
 def _inspect_repository(repo_id: str, options: HubOptions, *, hash_weights: bool) -> PackageReport:
-    """Report on a repository. An outline of it is enough, unless the weights are to be hashed; offline, the cache must
-    do."""
+    """Report on a repository. Downloads only an outline of it, unless the weights are to be hashed. Offline, the cache
+    is used."""
     from ...hub import download
 
     if hash_weights or options.local_files_only or download.offline():
@@ -228,8 +227,10 @@ def _inspect(
 
 
 def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tuple[str | None, dict[str, Any]]:
-    """Return the tokenizer's class, if the package has one, and its settings. Refuses tokenizers that bring code, or
-    that are read from elsewhere. A vocabulary may be large, so only its size is looked at: `vocabulary` bytes at most.
+    """Return the tokenizer's class, if the package has a tokenizer, and its settings.
+
+    Refuses tokenizers that bring code, or that are read from other places. Vocabularies can be large, so they are not
+    read; only their size is compared with `vocabulary`, the most bytes.
     """
     files = [name for name in names if layout.kind_of(name) == "tokenizer"]
     for name in files:
@@ -251,7 +252,7 @@ def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tupl
             expected="a tokenizer of transformers' own, which brings no code",
             next_step="save the package again with such a tokenizer",
         )
-    # the class is shown to people, whatever it says; loading is strict about it
+    # the class is only shown here, so any name is allowed; loading is strict about it
     allowed_fields.reduce(layout.TOKENIZER_CONFIG, {k: v for k, v in settings.items() if k != "tokenizer_class"})
     return str(settings.get("tokenizer_class"))[:80], settings
 

@@ -1,4 +1,4 @@
-"""Where a package is: in a folder here, or in a repository on the Hub.
+"""Decide whether a source is a local folder or a repository on the Hub.
 
 Imports only the standard library and of hub_tools `errors` and `layout`.
 """
@@ -16,20 +16,21 @@ from ...errors import NotAPackageError, UnusedOptionError
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How to ask the Hub for a repository. A folder has no use for any of these."""
+    """Options for downloading a repository. None of them applies to a folder."""
 
     revision: str | None = None  # branch, tag or commit
     token: str | None = None  # instead of the one that huggingface_hub knows
     cache_dir: Path | None = None  # instead of huggingface_hub's
-    local_files_only: bool = False  # take what is in the cache, and ask nobody
+    local_files_only: bool = False  # use only the cache, without the network
 
 
 def repository_id(source: str | os.PathLike[str], options: HubOptions) -> str | None:
-    """Return `source` if it reads as `owner/name` on the Hub and is no path here; None for a folder. huggingface_hub
-    checks the id itself when the Hub is asked.
+    """Return `source` if it has the form `owner/name` and is no local path; None for a folder.
+
+    huggingface_hub checks the id further when it asks the Hub.
 
     Raises:
-        UnusedOptionError: one of the `options`, and `source` is a folder.
+        UnusedOptionError: one of the `options` is set, but `source` is a folder.
     """
     if isinstance(source, str) and not os.path.exists(source):
         parts = source.split("/")
@@ -70,7 +71,7 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
 
 
 def _interrupted_save(folder: Path) -> Path | None:
-    """Return the folder in which a save that was interrupted left the package that lay at `folder`."""
+    """Return the staging folder in which an interrupted save left the package that was at `folder`, if there is one."""
     try:
         real = Path(os.path.realpath(folder))
         pattern = layout.staging_name(real)

@@ -1,11 +1,10 @@
-"""A private copy of the files that are needed of somebody else's folder, for everything that reads it.
+"""Make a private copy of the files that are needed from somebody else's folder.
 
 Imports the standard library and of hub_tools `config_json`, `errors`, `files`, `layout` and `limits`.
 
-Whoever reads a folder twice, or lets a library read it, can be shown one thing the first time and another thing the
-second; and a library reads more of a folder than it is asked for: adapters, templates, links. So a folder that is not
-ours is copied first, only the files that are wanted, each within its limit, and everything after that works on the
-copy.
+A folder can change between the check and the load. Also, a library reads more of a folder than it is asked for:
+adapters, templates, links. So the wanted files of an untrusted folder are copied first, each within its limit, and
+everything after that works on the copy.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from . import allowed_fields
 from .config_json import check_config, count_numbers
 
 _PIECE = limits.MIB
-# What changes whenever somebody writes to a file, or puts another one in its place.
+# Device, inode, size, mtime and ctime of a file: they change if the file is written to or replaced.
 Identity = tuple[int, int, int, int, int]
 
 
@@ -54,15 +53,15 @@ class Stage:
 def stage(
     source: str | os.PathLike[str], *, limit_of: Callable[[str], int | None], total: int = limits.WEIGHT_BYTES_AT_MOST
 ) -> Iterator[Stage]:
-    """Copy the files that are wanted out of `source`, and yield the copy; it is removed afterwards.
+    """Copy the wanted files of `source`, and yield the copy; it is removed afterwards.
 
-    Each file is opened once, and what was opened is what is checked, hashed and copied. A link is followed only where
-    it leads to a file of the same folder or, in the Hub's cache, to its blob (see `files.file_in`). Files in folders
-    below `source` are never copied. What happens to `source` afterwards, the copy does not see.
+    Each file is opened once, and checked, hashed and copied through that one handle. A link is followed only if it
+    leads to a file of the same folder or, in the Hub's cache, to its blob (see `files.file_in`). Files in subfolders
+    are never copied. Later changes to `source` do not affect the copy.
 
     Args:
         source: a folder.
-        limit_of: for a file's name the most bytes that it may have, or None for a file that is not wanted.
+        limit_of: maps a file's name to the most bytes that it may have, or to None if it is not wanted.
         total: the most bytes that all of the files may have together.
 
     Raises:
@@ -93,8 +92,9 @@ def stage(
 
 
 def stage_package(source: str | os.PathLike[str]) -> AbstractContextManager[Stage]:
-    """`stage`, for a package: config, weights, code, tokenizer and record, as large as a model may be that has the
-    sizes in `config.json`.
+    """`stage` for a package: copies config, weights, code, tokenizer and record.
+
+    The sizes in `config.json` decide how large the files may be.
 
     Raises:
         What `stage` raises, and what `check_config` raises for `config.json`.
@@ -133,10 +133,10 @@ def package_file_limit(name: str, *, vocabulary: int, weights: int) -> int | Non
 
 
 def make_loadable(copy: Stage, code: Iterable[str]) -> Path:
-    """Turn the copy of a package, after it was inspected, into a folder that a library may load, and return it.
+    """Turn the inspected copy of a package into a folder that a library may load, and return that folder.
 
     The JSON files are reduced to the fields that a library may see (`allowed_fields`). Code that is not in `code` is
-    removed. The copy is no copy any more afterwards, and has another name.
+    removed. The folder is renamed, so `copy.folder` is gone afterwards.
 
     Raises:
         What `allowed_fields.reduce` raises.
@@ -149,7 +149,7 @@ def make_loadable(copy: Stage, code: Iterable[str]) -> Path:
         elif path.name in allowed_fields.REDUCED:
             fields = read_json(copy.folder, path.name, limit=limits.INDEX_BYTES)
             path.write_text(json.dumps(allowed_fields.reduce(path.name, fields)), encoding="utf-8")
-    # transformers keeps a copy of the code that it runs under the folder's name: the same code gets the same name
+    # transformers caches the code that it runs under the folder's name, so equal code gets an equal name
     digest = hashlib.sha256(repr([(name, copy.sha256[name]) for name in sorted(wanted)]).encode()).hexdigest()
     return copy.folder.rename(copy.folder.with_name(f"gpt2_value_{digest[:16]}"))
 
@@ -178,8 +178,10 @@ def _names(folder: Path) -> tuple[str, ...]:
 
 @contextmanager
 def private_file(path: Path, *, limit: int) -> Iterator[tuple[BinaryIO, Identity]]:
-    """A copy of one file, open to be read, which has no name and which nobody else can shorten or change; and the
-    identity of the file that was copied. See `stage` for the rules and the errors."""
+    """Yield a private copy of one file, open for reading, and the identity of the file that was copied.
+
+    The copy has no name, so nobody else can shorten or change it. Rules and errors are those of `stage`.
+    """
     with ExitStack() as stack:
         with _copying(path.name):
             copied = stack.enter_context(tempfile.TemporaryFile(prefix="gpt2-value-"))
@@ -246,17 +248,17 @@ def _no_room(found: str) -> NoRoomError:
 
 
 def identities(folder: Path, names: Iterable[str]) -> dict[str, Identity]:
-    """The identities of those of the names that are in a folder, to be compared later with `refuse_changes`."""
+    """The identities of those of `names` that are in `folder`, for `refuse_changes` to compare later."""
     found = {name: _identity_of(folder / name) for name in names}
     return {name: identity for name, identity in found.items() if identity is not None}
 
 
 def refuse_changes(folder: Path, before: Mapping[str, Identity]) -> None:
-    """Refuse a folder whose files were written to: files of two saves, one half each, are nobody's model.
+    """Refuse a folder whose files were written to meanwhile, because it may mix the files of two saves.
 
     Args:
-        folder: theirs.
-        before: the files that were read, and their identities when the reading began.
+        folder: the folder that was read.
+        before: the files that were read, and their identities when reading began.
 
     Raises:
         PackageChangedError.

@@ -1,7 +1,7 @@
-"""The weights of a package, by their headers: which files hold which tensors, and are they those of its config?
+"""Read the headers of a package's weights: which files hold which tensors, and whether the config calls for them.
 
 Imports only the standard library and of hub_tools `errors`, `files`, `layout`, `limits`, `allowed_fields` and
-`config_json`. The data of the weights are not read, and pickles are not opened.
+`config_json`. The numbers of the weights are not read, and pickles are not opened.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors
 
 @dataclass(frozen=True)
 class Head:
-    """The value head's projection: `[1, n_embd]` gives one value per token. `()` if its config says no
-    projection: then the value is the hidden state, and the head has no weights."""
+    """The value head's projection: `[1, n_embd]` gives one value per token.
+
+    The shape is `()` if the config says no projection. The value is then the hidden state, and the head has no weights.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -69,8 +71,8 @@ def read_weights(folder: Path, names: Sequence[str], pickles: tuple[str, ...]) -
 
 
 def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Head | None:
-    """Compare the tensors with what `config.json` calls for; return the head's, or None where it has none."""
-    # a bound for the loop below: one layer has more tensors than this
+    """Compare the tensors with what `config.json` calls for; return the head, or None if there is none."""
+    # Bounds the loop over layers in `expected_shapes`: each layer has more than one tensor.
     if config["n_layer"] > len(tensors):
         raise WeightsMismatchError(
             f"config.json says {config['n_layer']:,} layers; the weights are {len(tensors):,} tensors",

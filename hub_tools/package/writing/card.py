@@ -40,14 +40,14 @@ class CardFacts:
 
 
 def is_hub_id(text: object) -> bool:
-    """Whether `text` has the form of a repository's id on the Hub (`gpt2`, `openai-community/gpt2`) and names
-    no file or folder here: of the two, transformers prefers the folder."""
+    """Whether `text` has the form of a repository's id on the Hub (`gpt2`, `openai-community/gpt2`), and is not the
+    name of a local file or folder. (transformers prefers a local folder.)"""
     return is_repository_id(text) and not os.path.exists(str(text))
 
 
 def load_lines(where: str, *, tokenizer: bool, revision: str | None = None) -> str:
-    """Return the lines that load a package. `where` is a folder or a repository's id; of a repository, `revision` may
-    pin one."""
+    """Return the Python lines that load a package. `where` is a folder, or a repository's id; `revision` pins the
+    latter to a commit, tag or branch."""
     pinned = "" if revision is None else f", revision={json.dumps(revision)}"
     arguments = f"{json.dumps(where)}{pinned}, trust_remote_code=True"
     lines = [
@@ -55,7 +55,7 @@ def load_lines(where: str, *, tokenizer: bool, revision: str | None = None) -> s
         f"model = AutoModel.from_pretrained({arguments})",
     ]
     if tokenizer:
-        # transformers 5 reads the config first, whose class is in the package, and stops to ask without this
+        # trust_remote_code is needed here too: transformers 5 first reads the config, whose class is in the package
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({arguments})")
     return "\n".join(lines)
 
@@ -126,7 +126,7 @@ def render_card(
 
 
 def with_repo_id(card: bytes, repo_id: str) -> bytes:
-    """Return a card that was rendered without `repo_id` as if it had been rendered with it; others unchanged."""
+    """Return the card as if it had been rendered with `repo_id`. A card that names a repository is unchanged."""
     found = card
     for tokenizer in (True, False):
         here, there = (load_lines(where, tokenizer=tokenizer) for where in (".", repo_id))

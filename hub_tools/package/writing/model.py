@@ -1,4 +1,4 @@
-"""A model as it can be saved: of this version's class, with weights that were checked, or refused with the way out.
+"""Prepare a model for saving: check it, and rebuild it as this version's class; or refuse it with advice.
 
 Imports the standard library, torch, the remote code, and of hub_tools `allowed_fields`, `finite` and what these import.
 """
@@ -47,7 +47,7 @@ def installed_shell(model: nn.Module, gathered: State | None = None) -> tuple[GP
         given: Any = model.config
         config: Any = GPT2ValueConfig.from_dict(given.to_dict())
         generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-        # what could be written but not be loaded again is refused now
+        # refuse now what could be written but not loaded again
         allowed_fields.reduce(layout.CONFIG, json.loads(config.to_json_string()))
         if generation_config is not None:
             generation_config.validate(strict=True)
@@ -58,7 +58,7 @@ def installed_shell(model: nn.Module, gathered: State | None = None) -> tuple[GP
         installed = GPT2ValueModel(config)
         if hasattr(
             config, "validate"
-        ):  # transformers 5, which does it when it writes, once the model chose its kernels
+        ):  # transformers 5 validates the config when it writes it, after the model has chosen its kernels
             config.validate()
     _check_state(state, installed)
     if generation_config is not None:

@@ -1,15 +1,16 @@
 """Replace a folder by another in one step: a process killed at any moment leaves the old or the new one.
 
-Imports the standard library, filelock and `layout`. The new folder is prepared beside the old one,
-in `.<name>.saving-xxxxxxxx/package`, synced to the disk, and then exchanged with it: renameat2(2) with
-RENAME_EXCHANGE on Linux, renamex_np(2) with RENAME_SWAP on macOS. Where the file system knows no exchange,
-the old folder is renamed to `previous` in the staging folder, and the new one to its place; between these two
-renames the place is empty, and a process killed just there leaves `previous`, which the next save puts back
-before it does anything else.
+Imports the standard library, filelock and `layout`. The new folder is prepared beside the old one, in
+`.<name>.saving-xxxxxxxx/package`, synced to the disk, and then exchanged with it: renameat2(2) with RENAME_EXCHANGE on
+Linux, renamex_np(2) with RENAME_SWAP on macOS.
 
-A staging folder is locked while its process lives, so that the next save can tell which folders a killed process left,
-and remove them. The snapshots of checkpoints lie in such folders too. Where the file system has no locks, no folder
-counts as left behind.
+If the file system has no exchange, the old folder is renamed to `previous` in the staging folder, and then the new one
+to its place. Between these two renames the place is empty. A process killed at this moment leaves `previous`, and the
+next save first puts it back.
+
+A staging folder is locked while its process lives. So the next save can find the folders that killed processes left,
+and remove them. Snapshots of checkpoints are in such folders too. If the file system has no locks, no folder is ever
+treated as left behind.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Staging:
 
     def _make_room(self) -> None:
         previous = self.home / "previous"
-        if previous.exists():  # another save took the place between our two renames: that one is the previous now
+        if previous.exists():  # another save wrote the target between our two renames; its package is now the previous
             shutil.rmtree(previous)
         os.rename(self.target, previous)
 
@@ -81,9 +82,9 @@ class Staging:
 def staging_folder(target: Path) -> Iterator[Staging]:
     """Make a staging folder for `target`, and remove it afterwards.
 
-    Cleans up after saves of the same target that were killed. Saves of the same target that run at the same
-    time do not disturb each other, and the last to finish wins: each holds a lock in its own staging folder,
-    and what is locked is not cleaned. Where the file system has no locks, nothing is cleaned.
+    Cleans up after killed saves of the same target. Concurrent saves of the same target do not disturb each other,
+    because each locks its own staging folder, and locked folders are not cleaned up. The last one to finish wins. If
+    the file system has no locks, nothing is cleaned up.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     clean(target)
@@ -96,7 +97,7 @@ def staging_folder(target: Path) -> Iterator[Staging]:
 
 
 def clean(target: Path) -> None:
-    """Put back a package that a killed save of `target` had moved, and remove what such saves left."""
+    """Put back a package that a killed save of `target` had moved, and remove the staging folders of such saves."""
     pattern = layout.staging_name(target)
     homes = (home for home in sorted(target.parent.iterdir()) if pattern.fullmatch(home.name))
     for home, lock in left_behind(homes):
@@ -107,17 +108,17 @@ def clean(target: Path) -> None:
 
 
 def _put_back(home: Path, target: Path) -> None:
-    """Undo the first rename where a save was stopped between its two."""
+    """Undo the first rename of a save that was stopped between its two renames."""
     previous = home / "previous"
     if previous.is_dir() and not target.exists():
         os.rename(previous, target)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step. False where the system or the file system knows no such step.
+    """Swap two folders in one step. Return False if the system or the file system cannot.
 
     Raises:
-        OSError: the system knows it, and refused.
+        OSError: the system can, but refused.
     """
     if os.name != "posix":
         return False
@@ -156,7 +157,7 @@ def _sync(path: Path) -> None:
 
 def locked_folder(prefix: str, parent: Path) -> tuple[Path, FileLock]:
     """Make a folder in `parent`; return it and its lock, which this process holds."""
-    while True:  # before the lock is taken, another process may think that the folder was left behind, and remove it
+    while True:  # again, if another process removes the folder as left behind before this one has locked it
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         lock = FileLock(folder / LOCK)
         try:
@@ -179,14 +180,14 @@ def left_behind(folders: Iterable[Path]) -> Iterator[tuple[Path, FileLock]]:
         lock = FileLock(folder / LOCK, timeout=0)
         try:
             lock.acquire()
-        except (Timeout, NotImplementedError, OSError):  # in use; no locks here; not ours, or just gone
+        except (Timeout, NotImplementedError, OSError):  # in use; no locks; another user's, or removed meanwhile
             continue
         yield folder, lock
 
 
 def discard(folder: Path, lock: FileLock) -> None:
     """Remove a folder, and release its lock."""
-    shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed now, the next save removes
+    shutil.rmtree(folder, ignore_errors=True)  # the next save removes what cannot be removed now
     lock.release()
-    if os.name == "nt":  # Windows removes no file that is open
+    if os.name == "nt":  # Windows cannot remove the lock file while it is open
         shutil.rmtree(folder, ignore_errors=True)

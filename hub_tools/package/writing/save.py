@@ -39,7 +39,7 @@ from .target import check_target, writing_to
 
 @dataclass(frozen=True)
 class SavedPackage:
-    """A package that lies on the disk, whole."""
+    """A package that was written to the disk."""
 
     folder: Path
     files: dict[str, int]  # name -> bytes
@@ -81,15 +81,14 @@ def save_package(
 ) -> SavedPackage:
     """Write a complete package: weights, config, code, tokenizer, card, and a record to verify it by.
 
-    All or nothing: the package is prepared beside `folder` and then put in its place in one step (see
-    `replace_folder`). A process killed at any moment leaves the package that was there, or this one; what it leaves
-    beside `folder`, the next save removes. A package that is replaced is replaced whole: nothing of it stays,
-    a card edited by hand included. A reader that opens files one after the other while a save replaces them
-    can see files of both.
+    The package is prepared beside `folder` and then put in its place in one step (see `replace_folder`). A process
+    killed at any moment leaves the old package or this one. The next save removes what such a process left beside
+    `folder`. Nothing of a replaced package stays, not even a card that was edited by hand. A reader that opens files
+    one after the other during the replacement can see files of both packages.
 
-    The model is left as it is: mode, config, device, hooks, gradients, random state. Its weights are read
-    where they are (a model on a GPU is copied to main memory), and written with this installed version's
-    code, also when the model itself came from a package's code.
+    The model is not changed: mode, config, device, hooks, gradients and random state stay as they are. Its weights are
+    not copied, unless they are on a GPU. The package gets this installed version's code, even if the model itself was
+    loaded from a package with other code.
 
     A model that FSDP2 shards is saved in all processes by the same call: the first gathers the weights in main
     memory and writes the package, and all return, or raise, what it does. Any other model is saved where this is
@@ -162,7 +161,7 @@ def write_package(
 
 
 def save_target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The folder that `save_package` would write, links resolved.
+    """The folder that `save_package` would write, with links resolved.
 
     Raises:
         FolderRefusedError: it holds something else, or cannot be replaced in one step.
@@ -236,7 +235,7 @@ def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_s
     if tokenizer is not None:
         _write_tokenizer(folder, tokenizer)
     (folder / layout.CARD).write_text(f"{card}\n", encoding="utf-8")
-    for path in folder.iterdir():  # safetensors writes files that nobody else may read
+    for path in folder.iterdir():  # safetensors writes files that only their owner can read
         shutil.copymode(folder / layout.CARD, path)
     token_ids, logit_ids = probe(vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
     tokenizer_ids = None
@@ -271,10 +270,10 @@ def _cannot_read(gist: str) -> TokenizerMismatchError:
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write the tokenizer's files, so that transformers 4 and 5 both read them.
+    """Write the tokenizer's files, so that both transformers 4 and 5 can read them.
 
-    Version 5 has new names for two things in `tokenizer_config.json`, and understands the old ones; and it records
-    how the tokenizer was loaded here, which no reader needs.
+    Version 5 renames two settings in `tokenizer_config.json`, and still reads the old names, so those are written. It
+    also records how the tokenizer was loaded here, which is removed.
     """
     tokenizer.save_pretrained(folder)
     foreign = sorted(path.name for path in folder.iterdir() if not layout.written_by_save(path.name))

@@ -1,4 +1,4 @@
-"""The folder that a save or an export replaces: what it may hold, and what is said when writing it fails.
+"""Check the folder that a save or an export replaces, and turn failed writes into errors with advice.
 
 Imports the standard library and of hub_tools `errors`, `files`, `layout` and `library_errors`.
 """
@@ -24,12 +24,12 @@ def check_target(
     model_type: str,
     may_replace: Callable[[str], bool],
 ) -> Path:
-    """Return the folder to replace, with links resolved; refuse one that holds what must not be lost.
+    """Return the folder to replace, with links resolved; refuse one whose content must not be lost.
 
     Args:
-        folder: where somebody wants to write.
+        folder: the folder to write.
         overwrite: whether a folder that holds a model of the same kind may be replaced.
-        what: such a model, in words: "a package".
+        what: the kind of model, for messages: "a package".
         model_type: its `model_type` in `config.json`.
         may_replace: whether a file of this name belongs to such a model.
 
