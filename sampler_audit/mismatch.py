@@ -82,7 +82,7 @@ class Mismatch:
         return nearest if 2 * self.distances[nearest] < self.distances[CLAIMED] else CLAIMED
 
     def weights(self, level: Literal["token", "sequence"] = "token", *, cap: float = 2.0) -> torch.Tensor:
-        """Truncated importance weights `[B, T]` float32, for a loss of tokens that the engine drew; without gradient.
+        """Truncated importance weights `[B, T]` float32 on the rollout's device, for a loss of the engine's tokens.
 
         Args:
             level: `"token"`, min(r, cap) of each token; or `"sequence"`, the same of the product of a row's ratios,
@@ -90,7 +90,8 @@ class Mismatch:
                 are not truncated.
             cap: the largest weight, at least 1; `math.inf` truncates nothing.
 
-        Masked tokens have the weight 0: sums over `[B, T]` need no mask, and means must divide by its sum.
+        Masked tokens have the weight 0: sums over `[B, T]` need no mask, and means must divide by its sum. There is no
+        gradient.
 
         Raises:
             ValueError: these arguments are others, or `reports` says that the engine's numbers are not what it drew by,
@@ -102,7 +103,8 @@ class Mismatch:
         if self.reports not in (None, CLAIMED):
             raise ValueError(f"{self._what_they_are()} No weights follow from them: train on rescore(...).logprobs.")
         logs = self.log_ratios if level == "token" else self.log_ratios.sum(1, keepdim=True)
-        return torch.where(self.response_mask, logs.clamp(max=math.log(cap)).exp(), 0.0).float()
+        weights = logs.clamp(max=math.log(cap)).exp().float().to(self.response_mask.device)
+        return torch.where(self.response_mask, weights, 0.0)
 
     def __str__(self) -> str:
         share = self.effective_sample_size / self.tokens
@@ -152,7 +154,7 @@ def mismatch(rollout: Rollout, rescored: Rescored, *, model: Any = None) -> Mism
         found = "none" if ours is None else list(ours.shape)
         raise ValueError(f"rescored has the log-probabilities {found}, the rollout {list(theirs.shape)}; rescore it.")
     mask = rollout.response_mask.cpu()
-    engine, scored = theirs[rollout.response_mask].double().cpu(), ours[rollout.response_mask].double().cpu()  # [n]
+    engine, scored = (column.detach().cpu()[mask].double() for column in (theirs, ours))  # [n]
     if not len(engine) or not engine.isfinite().all():
         raise ValueError("the rollout has no drawn token, or log-probabilities that are NaN or infinite.")
     logs = scored - engine
@@ -174,7 +176,7 @@ def mismatch(rollout: Rollout, rescored: Rescored, *, model: Any = None) -> Mism
         worst=tuple(worst),
         distances=None if model is None else _distances(model, rollout, engine, scored),
         log_ratios=torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, logs),
-        response_mask=mask,
+        response_mask=rollout.response_mask,
     )
 
 
