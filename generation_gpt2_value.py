@@ -6,6 +6,7 @@ reads nothing of the model's `generation_config`.
 
 import dataclasses
 import math
+import warnings
 from typing import Optional
 
 import torch
@@ -170,7 +171,6 @@ def rollout(
         raise ValueError(f"pad_token_id={pad} is not in the vocabulary of {vocabulary} tokens; pass an id below that.")
     if not isinstance(generator, (torch.Generator, type(None))):
         raise TypeError(f"generator is a {type(generator).__name__}; expected torch.Generator().manual_seed(...).")
-
     device = unwrapped(model)[-1].device
     prompts, prompt_mask = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
     B, P = prompts.shape
@@ -205,7 +205,6 @@ def rollout(
             if 2 * len(left) <= len(rows):
                 decoder.keep(left)
     decoder.keep_pace(ended=True)
-
     kept = compact(found["kept"], vocabulary) if "kept" in found else None
     drawn = tokens[:, P:], mask[:, P:].bool(), found["logprobs"], found.get("values")
     return Rollout(tokens, mask, *drawn, truncated=running, kept=kept, sampling=sampling)
@@ -237,6 +236,8 @@ def _aligned(name, rows, attention_mask=None, *, pad=0, right=False):
         raise ValueError(f"{name} has shape {list(rows.shape)}; expected [batch, tokens]: try {name}[None].")
     if not are_ids(rows):
         raise TypeError(f"{name} is {rows.dtype}; expected token ids, an integer dtype: try .long().")
+    if attention_mask is None and any(e.any() and not e.all() for e in (rows[:, :1] == pad, rows[:, -1:] == pad)):
+        warnings.warn(f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask", stacklevel=3)
     mask = torch.ones_like(rows, dtype=torch.long) if attention_mask is None else torch.as_tensor(attention_mask)
     if mask.shape != rows.shape:
         raise ValueError(f"attention_mask has shape {[*mask.shape]}, {name} {[*rows.shape]}; expected the same.")

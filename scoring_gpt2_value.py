@@ -70,8 +70,7 @@ class ScoreRequest:
         found = (torch.cat(column) for column in zip(*parts, strict=True))
         logprobs, entropy, kl = (torch.zeros_like(drawn, dtype=x.dtype).masked_scatter(drawn, x) for x in found)
         values = None if values is None else torch.where(drawn, values[:, -T:], 0.0)
-        asked = entropy if self.with_entropy else None, kl if self.reference is not None else None
-        return Rescored(logprobs, values, *asked)
+        return Rescored(logprobs, values, entropy if self.with_entropy else None, kl if self.reference else None)
 
     def _score(self, head, chunk):
         """Log-probability, entropy and KL `[n]` of n drawn tokens; NaN where logits are not finite, 0 if not asked."""

@@ -636,3 +636,16 @@ def test_a_rollout_is_moved_to_a_device_and_not_to_a_dtype():
     assert torch.equal(drawn.to("cpu").sequences, drawn.sequences)
     with pytest.raises(TypeError):
         drawn.to(torch.float64)
+
+
+def test_padding_without_a_mask_is_not_taken_for_tokens_without_a_word(recwarn):
+    model = make_tiny_model()
+    padded = torch.tensor([[9, 9, 5, 17], [41, 9, 7, 2]])
+    for prompts in (padded, padded.flip(1)):
+        with pytest.warns(UserWarning, match="9 begins or ends some rows of queries.*attention_mask"):
+            rollout(model, prompts, max_new_tokens=2, eos_token_id=9)
+    recwarn.clear()
+    rollout(model, padded, attention_mask=(padded != 9).long(), max_new_tokens=2, eos_token_id=9)
+    rollout(model, padded[:1], max_new_tokens=2, eos_token_id=9)  # every prompt begins with the end-of-text token
+    rollout(model, list(padded), max_new_tokens=2, eos_token_id=9)
+    assert not [each for each in recwarn if "attention_mask" in str(each.message)]

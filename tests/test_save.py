@@ -333,6 +333,22 @@ def test_the_way_out_for_adapters_works(tiny_model, tmp_path):
         assert torch.allclose(adapted.eval()(input_ids=PROMPT).logits, loaded(PROMPT).logits, atol=1e-5)
 
 
+def test_the_way_out_for_transformers_own_adapters_works(tiny_model, tmp_path):
+    from peft import LoraConfig, PeftModel
+
+    tiny_model.save_pretrained(tmp_path / "base")
+    tiny_model.add_adapter(LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False))
+    with pytest.raises(errors.WrongModelError) as refusal:
+        save_package(tiny_model, tmp_path / "p")
+    names = {"model": tiny_model.eval(), "save_package": save_package, "PeftModel": PeftModel}
+    names |= {"GPT2ValueModel": GPT2ValueModel, "BASE": tmp_path / "base"}
+    lines = refusal.value.next_step.partition(": ")[2]
+    exec(lines.replace('"adapter"', repr(str(tmp_path / "adapter"))).replace("...", repr(str(tmp_path / "p"))), names)
+    with torch.no_grad():
+        loaded = GPT2ValueModel.from_pretrained(tmp_path / "p").eval()
+        assert torch.allclose(tiny_model(input_ids=PROMPT).logits, loaded(PROMPT).logits, atol=1e-5)
+
+
 def without_head(model):
     del model.v_head
     return model

@@ -110,10 +110,13 @@ def _check_class(model: nn.Module) -> None:
     if (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)) and any(
         name.rpartition(".")[2] in PEFT_PARTS for name, _ in model.named_modules()
     ):
-        raise refuse(
-            f"a {name} with PEFT adapters, which are not part of GPT-2's weights",
-            "merge them into a copy: save_package(copy.deepcopy(peft_model).merge_and_unload(), ...)",
-        )
+        way_out = "merge them into a copy: save_package(copy.deepcopy(peft_model).merge_and_unload(), ...)"
+        if not hasattr(model, "merge_and_unload"):  # transformers' own add_adapter, which cannot merge
+            way_out = (
+                'merge them with PEFT: model.save_pretrained("adapter"); save_package(PeftModel.from_pretrained('
+                'GPT2ValueModel.from_pretrained(BASE), "adapter").merge_and_unload(), ...)'
+            )
+        raise refuse(f"a {name} with PEFT adapters, which are not part of GPT-2's weights", way_out)
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise refuse(f"a compiled model ({name})", f"{WRAPPED}: save_package(model._orig_mod, ...)")
     if isinstance(getattr(model, "module", None), nn.Module):
