@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -17,6 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import hub_tools
 from configuration_gpt2_value import AUTO_MAP
 from hub_tools import errors, layout
+from hub_tools.files import read_json
+from hub_tools.package.writing import target
 from hub_tools.package.writing.save import save_package
 from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel
 
@@ -222,6 +225,29 @@ def test_parallel_saves_of_one_folder_give_one_whole_package(tmp_path):
     assert failures == []
     assert hashes(tmp_path / "here" / "p") in alone
     assert os.listdir(tmp_path / "here") == ["p"]
+
+
+def test_a_package_that_another_save_replaces_while_it_is_looked_at_is_looked_at_again(
+    tiny_model, tmp_path, monkeypatch
+):
+    save_package(tiny_model, tmp_path / "p")
+    answers = iter(
+        [
+            errors.PackageChangedError("replaced", next_step="wait"),
+            errors.PackageChangedError("replaced", next_step="wait"),
+        ]
+    )
+
+    def read(folder, name):
+        for error in answers:
+            raise error
+        return read_json(folder, name)
+
+    monkeypatch.setattr(target, "read_json", read)
+    assert save_package(tiny_model, tmp_path / "p").replaced
+    answers = itertools.repeat(errors.PackageChangedError("replaced", next_step="wait"))
+    with pytest.raises(errors.FolderRefusedError, match="replaced"):
+        save_package(tiny_model, tmp_path / "p")
 
 
 def test_a_save_that_the_system_refuses_leaves_the_old_package(tiny_model, tmp_path):

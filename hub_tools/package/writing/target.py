@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ... import layout
-from ...errors import FolderRefusedError, GPT2ValueHubError, SaveFailedError
+from ...errors import FolderRefusedError, GPT2ValueHubError, PackageChangedError, SaveFailedError
 from ...files import read_json
 from ...library_errors import gist
+
+READS = 100  # of a config.json that other saves replace while it is read
 
 
 def check_target(
@@ -77,10 +79,14 @@ def check_target(
     foreign = [name for name in names if not may_replace(name)]
     if foreign:
         raise refuse(f"holds {foreign[:5]}, which would be lost", "move them elsewhere, or choose another folder")
-    try:
-        found = read_json(target, layout.CONFIG).get("model_type")
-    except GPT2ValueHubError as error:
-        raise refuse(f"is not {what}: {error.found}", "choose another folder, or remove this one") from error
+    for attempt in range(1, READS + 1):
+        try:
+            found = read_json(target, layout.CONFIG).get("model_type")
+            break
+        except GPT2ValueHubError as error:
+            if isinstance(error, PackageChangedError) and attempt < READS:
+                continue  # another save has put its package there meanwhile: read that one
+            raise refuse(f"is not {what}: {error.found}", "choose another folder, or remove this one") from error
     if found != model_type:
         raise refuse(f"holds a model of type {found!r}, which would be lost", "choose another folder")
     return target
