@@ -131,11 +131,6 @@ def installed_code() -> dict[str, Path]:
     return {name: home / name for name in REMOTE_CODE}
 
 
-def installed_hashes() -> dict[str, str]:
-    """Return the SHA-256, in hexadecimal, of this installed version's remote code, by file name."""
-    return {name: sha256_of(path) for name, path in installed_code().items()}
-
-
 def written_code() -> dict[str, Path]:
     """Return every file of code that this installed version's `save_package` may write: `installed_code`, and the
     handler.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_tiny_model, write_published_checkpoint
 from PIL import Image
-from test_app_page import Reader
+from test_app_page import Reader, assert_chips_show
 from test_verify import record_again
 
 from generation_gpt2_value import rescore, rollout
@@ -92,18 +92,7 @@ def test_what_is_drawn_in_the_page_is_a_rollout_with_rescore_s_numbers(visitor, 
     with torch.no_grad():
         scored = rescore(models[0], found, with_entropy=True, reference=models[1])
         theirs = rescore(models[1], found)
-    mask = found.response_mask
-    assert [int(chip["data-id"]) for chip in chips] == found.responses[mask].tolist()
-    for name, numbers in (
-        ("logprob", scored.logprobs),
-        ("value", scored.values),
-        ("entropy", scored.entropy),
-        ("kl", scored.kl),
-        ("other-logprob", theirs.logprobs),
-        ("other-value", theirs.values),
-    ):
-        shown = [float(chip[f"data-{name}"]) for chip in chips]
-        assert shown == pytest.approx(numbers[mask].tolist(), abs=1e-6), name
+    assert_chips_show(chips, found, scored, theirs)
 
 
 def test_tokens_appear_while_they_are_drawn(visitor):

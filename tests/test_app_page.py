@@ -307,14 +307,9 @@ ATTRIBUTES = re.compile(
 )
 
 
-def test_the_numbers_in_the_page_are_rescore_s(tiny_model, tiny_tokenizer, other):
-    found = drawn(tiny_model, top_p=0.9, eos_token_id=(41, 42))
-    page = Reader(view(records(tiny_model, tiny_tokenizer, found, other=other), names=("mine", "theirs")))
-    with torch.no_grad():
-        scored = rescore(tiny_model, found, with_entropy=True, reference=other)
-        theirs = rescore(other, found)
+def assert_chips_show(chips, found, scored, theirs):
+    """The chips are the drawn tokens, with what both models' `rescore` says of them."""
     mask = found.response_mask
-    chips = [chip for chip in page.chips if "data-logprob" in chip]
     assert [int(chip["data-id"]) for chip in chips] == found.responses[mask].tolist()
     for name, numbers in (
         ("logprob", scored.logprobs),
@@ -327,6 +322,15 @@ def test_the_numbers_in_the_page_are_rescore_s(tiny_model, tiny_tokenizer, other
     ):
         read = [float(chip[f"data-{name}"]) for chip in chips]
         assert read == pytest.approx(numbers[mask].tolist(), abs=1e-6), name
+
+
+def test_the_numbers_in_the_page_are_rescore_s(tiny_model, tiny_tokenizer, other):
+    found = drawn(tiny_model, top_p=0.9, eos_token_id=(41, 42))
+    page = Reader(view(records(tiny_model, tiny_tokenizer, found, other=other), names=("mine", "theirs")))
+    with torch.no_grad():
+        scored = rescore(tiny_model, found, with_entropy=True, reference=other)
+        theirs = rescore(other, found)
+    assert_chips_show([chip for chip in page.chips if "data-logprob" in chip], found, scored, theirs)
 
 
 def test_hostile_tokens_are_shown_as_text(tiny_model, hostile_tokenizer):

@@ -23,7 +23,7 @@ import typer
 from .. import layout
 from ..errors import GPT2ValueHubError
 from . import audit, console, pages, respond
-from .loading import load_base, quiet_transformers, refuse_revision_of_a_folder
+from .loading import DryRun, Json, TrustRemoteCode, load_base, quiet_transformers, refuse_revision_of_a_folder
 
 if TYPE_CHECKING:
     from ..package.reading.inspection import PackageReport
@@ -43,7 +43,6 @@ app = typer.Typer(
 )
 
 ExportKind = Literal["policy", "token-classification", "sequence-classification"]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 
 
 class Dtype(str, Enum):
@@ -152,10 +151,7 @@ def inspect(
 @app.command()
 def verify(
     package: Annotated[str, typer.Argument(help="A package's folder.")],
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the package's code though it is not this installation's."),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     timeout: Annotated[
         float, typer.Option(min=1, max=7 * 24 * 3600, help="Seconds that the fresh interpreter may take.")
     ] = 600,
@@ -263,13 +259,8 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     tag: Annotated[Optional[str], typer.Option(help="Tag for the commit.")] = None,
     message: Annotated[Optional[str], typer.Option("--message", "-m", help="Title of the commit.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be added, changed and deleted; change nothing.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the package's code though it is not this installation's."),
-    ] = False,
+    dry_run: DryRun = False,
+    trust_remote_code: TrustRemoteCode = False,
     patience: Annotated[float, typer.Option(min=0, help="Seconds for which one request may keep failing.")] = 300,
     json: Json = False,
 ) -> None:

@@ -15,7 +15,7 @@ import typer
 from ..errors import UnusedOptionError
 from ..library_errors import as_ours
 from . import console
-from .loading import MAX_SEED, Reviewed, encode, load_sampler
+from .loading import MAX_SEED, Json, Reviewed, encode, load_sampler
 
 if TYPE_CHECKING:
     from ..app.page.audits import Draw
@@ -52,7 +52,7 @@ def audit(
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Write the histogram to this file, a PNG, SVG or PDF.")] = None,
     reviewed: Reviewed = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
+    json: Json = False,
 ) -> None:
     """Test whether tokens are draws from the distribution that they would be scored by.
 

@@ -20,6 +20,15 @@ from ..errors import NotAPackageError, SourceError
 from ..library_errors import as_ours
 
 MAX_SEED = (1 << 63) - 1  # torch's
+# Options that several subcommands have.
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be added, changed and deleted; change nothing.")
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the package's code though it is not this installation's."),
+]
 Reviewed = Annotated[
     Optional[list[str]],
     typer.Option(metavar="NAME=SHA256", help="A file of the package's code that you have read; repeat it for others."),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from . import console
-from .loading import load_sampler, refuse_revision_of_a_folder
+from .loading import DryRun, Json, TrustRemoteCode, load_sampler, refuse_revision_of_a_folder
 
 if TYPE_CHECKING:
     from ..app.page.desk import Named
@@ -76,14 +76,9 @@ def space(
     private: Annotated[
         Optional[bool], typer.Option("--private/--public", help="Visibility of a Space that is created.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be added, changed and deleted; change nothing.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the package's code though it is not this installation's."),
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
+    dry_run: DryRun = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
 ) -> None:
     """Put the app for a package on the Hub, as a Space, in exactly one commit.
 

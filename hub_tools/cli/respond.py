@@ -12,7 +12,7 @@ import typer
 
 from ..errors import SaveFailedError
 from . import console
-from .loading import MAX_SEED, Loaded, Reviewed, encode, load_reviewed
+from .loading import MAX_SEED, Json, Loaded, Reviewed, encode, load_reviewed
 
 
 def respond(
@@ -28,7 +28,7 @@ def respond(
     html: Annotated[
         Optional[Path], typer.Option(help="Write the responses to this file too, as one page for a browser.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
+    json: Json = False,
 ) -> None:
     """Respond to prompts, and show each token's log-probability and the value of the state before it.
 

@@ -21,7 +21,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from safetensors.torch import load_file, save_file
-from trl_steps import write_or_compare
+from trl_steps import PPO_CONFIG, write_or_compare
 
 SHOWS = [("TRL", "advantages and losses of examples/ppo.py against PPOTrainer's (`make compare-trl`)")]
 B, P, T, V = 16, 5, 14, 40
@@ -109,26 +109,17 @@ def numbers_of_trl(pad: int) -> dict[str, torch.Tensor]:
     prompts = torch.randint(OWN, (B, P), generator=torch.Generator().manual_seed(1)).tolist()
     with tempfile.TemporaryDirectory() as output:
         arguments = PPOConfig(
+            **PPO_CONFIG,
             output_dir=output,
-            use_cpu=True,
-            bf16=False,
-            seed=0,
             learning_rate=3e-3,
             per_device_train_batch_size=B,
-            gradient_accumulation_steps=1,
-            num_mini_batches=1,
             num_ppo_epochs=2,
             local_rollout_forward_batch_size=B,
             total_episodes=B,
             response_length=T,
-            stop_token="eos",
             temperature=1.0,
             cliprange=CLIP,
             cliprange_value=CLIP,
-            num_sample_generations=0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
             **SETTINGS,
         )
         trainer = PPOTrainer(

@@ -19,7 +19,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from safetensors.torch import load_file, save_file
-from trl_steps import write_or_compare
+from trl_steps import PPO_CONFIG, write_or_compare
 
 SHOWS = [("TRL", "PPOTrainer takes `export_critic`'s classifier as `value_model`, and trains it (`make compare-trl`)")]
 B, P, T, V = 16, 5, 14, 40
@@ -87,22 +87,13 @@ def train(critic) -> list[float]:
     prompts = datasets.Dataset.from_dict({"input_ids": torch.randint(PAD, (2 * B, P)).tolist()})
     with tempfile.TemporaryDirectory() as output:
         arguments = PPOConfig(
+            **PPO_CONFIG,
             output_dir=output,
-            use_cpu=True,
-            bf16=False,
-            seed=0,
             learning_rate=1e-3,
             per_device_train_batch_size=B,
-            gradient_accumulation_steps=1,
-            num_mini_batches=1,
             num_ppo_epochs=1,
             total_episodes=2 * B,
             response_length=T,
-            stop_token="eos",
-            num_sample_generations=0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
         )
         trainer = PPOTrainer(
             args=arguments,

@@ -1,4 +1,6 @@
-"""The command line of the comparisons with TRL: `write FOLDER` in one environment, `compare FOLDER` in the other.
+"""What the comparisons with TRL share: settings of its trainer, and the command line.
+
+It is `write FOLDER` in one environment, and `compare FOLDER` in the other.
 
 Imports the standard library and torch, which both environments have.
 """
@@ -8,6 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+# What the comparisons ask of `PPOConfig` alike: one minibatch, on the CPU, and nothing but training.
+PPO_CONFIG = {
+    "use_cpu": True,
+    "bf16": False,
+    "seed": 0,
+    "gradient_accumulation_steps": 1,
+    "num_mini_batches": 1,
+    "stop_token": "eos",
+    "num_sample_generations": 0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+}
 
 
 def write_or_compare(

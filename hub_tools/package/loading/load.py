@@ -112,13 +112,7 @@ def load_package(
     else:
         from ...hub import download
 
-        snapshot = download.fetch(
-            repo_id,
-            revision=options.revision,
-            token=options.token,
-            cache_dir=options.cache_dir,
-            local_files_only=options.local_files_only,
-        )
+        snapshot = download.fetch(repo_id, **vars(options))
         folder, commit = snapshot.folder, snapshot.commit
     with stage_package(folder) as copy:
         package = replace(inspect_stage(copy, os.fspath(source)), commit=commit)

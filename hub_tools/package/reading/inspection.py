@@ -125,13 +125,7 @@ def _inspect_repository(repo_id: str, options: HubOptions, *, hash_weights: bool
     from ...hub import download
 
     if hash_weights or options.local_files_only or download.offline():
-        snapshot = download.fetch(
-            repo_id,
-            revision=options.revision,
-            token=options.token,
-            cache_dir=options.cache_dir,
-            local_files_only=options.local_files_only,
-        )
+        snapshot = download.fetch(repo_id, **vars(options))
         report = _inspect(snapshot.folder, repo_id, hash_weights=hash_weights)
     else:
         with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as outline:

@@ -16,7 +16,7 @@ from ...errors import NotAPackageError, UnusedOptionError
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Options for downloading a repository. None of them applies to a folder."""
+    """Options for downloading a repository, named as in `download.fetch`. None of them applies to a folder."""
 
     revision: str | None = None  # branch, tag or commit
     token: str | None = None  # instead of the one that huggingface_hub knows
