@@ -4,11 +4,10 @@ Two ways, since other work on the machine moves a minute's time by more than wha
 
 - whole runs, with and without in turns; the pusher is made before the loop and closed after it, neither of which is
   training time;
-- segments of one run: the worker is stopped (SIGSTOP) for every other half second of training. The median
-  step while it may run, against the median step while it may not, is what it takes from training; the time in `push`,
-  for which training waits, is added. The process has half of the time for all of its work, so this overstates. The
-  same without a pusher (`control`) shows what the machine's other work does to this figure. Workers follow one another
-  here without the rest that a CheckpointPusher gives them, so it is the price of a worker and not that of a run.
+- segments of one run, with one worker: it is stopped (SIGSTOP) for every other half second of training. The mean step
+  while it may run, less the mean step while it may not, is what it takes from training; divided by the processor time
+  that it took, this says what each second of a worker costs. Times `worker_process.SHARE`, it is what training pays.
+  The same without a pusher (`control`) shows what the machine's other work does to the steps.
 
 The Hub on loopback is a process of its own, and waits before it takes an upload.
 """
@@ -24,6 +23,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -93,39 +94,57 @@ def tell(pusher, number):
             os.killpg(process.pid, number)
 
 
-def segments(rounds, work, steps, new_pusher):
-    print("| run | steps while stopped (s) | while running (s) | ratio | share of push | sum | pushed | skipped |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    sums = {True: [], False: []}
+def processor_time(pid):
+    """Seconds of a process and all that it started."""
+    process = psutil.Process(pid)
+    return sum(sum(found.cpu_times()[:4]) for found in (process, *process.children(recursive=True)))
+
+
+def segments(rounds, work, steps, new_pusher, taken):
+    """`taken` gets the processor time of each worker that has answered."""
+    print(
+        "| run | steps while stopped (s) | while running (s) | ratio | lost (s) | time of the worker (s) | quotient |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
+    ratios, quotients = [], []
     for number in range(2 * rounds):
         pushes = number % 2 == 1
-        pusher, running = new_pusher() if pushes else None, []
+        pusher, may_run = new_pusher() if pushes else None, [None]
         length = max(round(steps / 120), 1)  # of a segment: about half a second of a minute
 
-        def between(step, pusher=pusher, length=length, running=running):
-            running.append(step % (2 * length) < length)  # in the next step
-            if step % length == 0:
-                tell(pusher, signal.SIGCONT if running[-1] else signal.SIGSTOP)
+        def push_first(model, step, metrics, pusher=pusher):
+            if step == steps // 10:
+                pusher.push(model, step=step, metrics=metrics)
 
+        def between(step, pusher=pusher, length=length, may_run=may_run, pushes=pushes):
+            runs = step % (2 * length) < length  # in the next step
+            if step % length == 0:
+                tell(pusher, signal.SIGCONT if runs else signal.SIGSTOP)
+            there = step > steps // 10 and (not pushes or pusher._worker is not None)
+            may_run.append(runs if there else None)
+
+        taken.clear()
         try:
-            seconds, pushing, each = train(*work, steps, pusher.push if pushes else None, between)
+            _, _, each = train(*work, steps, push_first if pushes else None, between)
         finally:
             tell(pusher, signal.SIGCONT)
         if pushes:
+            processor_seconds = taken[0] if taken else processor_time(pusher._worker.pid)
             pusher.close()
-        first = steps // 10 + 1  # the process starts with the first checkpoint
-        pairs = list(zip(each[1:], running, strict=False))[first:]
-        stopped, moving = (statistics.median(t for t, r in pairs if r == on) for on in (False, True))
-        share = pushing / (seconds - pushing)
-        sums[pushes].append(moving / stopped + share)
-        counts = f"{len(pusher.pushed)} | {len(pusher.skipped)}" if pushes else "- | -"
-        print(
-            f"| {'with' if pushes else 'control'} | {stopped:.4f} | {moving:.4f} | {moving / stopped:.3f} | "
-            f"{share:.4f} | {sums[pushes][-1]:.3f} | {counts} |",
-            flush=True,
-        )
-    print(f"\ncontrol, median of {rounds}: {statistics.median(sums[False]):.3f}")
-    print(f"with / without, median of {rounds}: {statistics.median(sums[True]):.3f}")
+        stopped, moving = ([t for t, r in zip(each, may_run, strict=False) if r is on] for on in (False, True))
+        ratio = statistics.mean(moving) / statistics.mean(stopped)
+        row = f"| {'with' if pushes else 'control'} | {statistics.mean(stopped):.4f} | {statistics.mean(moving):.4f} | "
+        row += f"{ratio:.3f} | "
+        if pushes:
+            lost = (statistics.mean(moving) - statistics.mean(stopped)) * len(moving)
+            quotients.append(lost / processor_seconds)
+            row += f"{lost:.2f} | {processor_seconds:.2f} | {quotients[-1]:.2f} |"
+        else:
+            ratios.append(ratio)
+            row += "- | - | - |"
+        print(row, flush=True)
+    print(f"\ncontrol, median of {rounds}: {statistics.median(ratios):.3f}")
+    print(f"training lost for each second of the worker, median of {rounds}: {statistics.median(quotients):.2f}")
 
 
 def measure(rounds, seconds, threads, ways):
@@ -133,7 +152,7 @@ def measure(rounds, seconds, threads, ways):
 
     from configuration_gpt2_value import GPT2ValueConfig
     from hub_tools import CheckpointPusher
-    from hub_tools.publish.checkpoints import worker_process
+    from hub_tools.publish.checkpoints import pusher as checkpoint_pusher
     from modeling_gpt2_value import GPT2ValueModel
 
     torch.set_num_threads(threads)
@@ -155,8 +174,9 @@ def measure(rounds, seconds, threads, ways):
     if "whole" in ways:
         whole_runs(rounds, work, steps, new_pusher)
     if "segments" in ways:
-        worker_process.SHARE = 1e9  # of the processors, which is no limit
-        segments(rounds, work, steps, new_pusher)
+        taken = []
+        checkpoint_pusher.rest_after = lambda seconds: taken.append(seconds) or 0.0
+        segments(rounds, work, steps, new_pusher, taken)
 
 
 def main():

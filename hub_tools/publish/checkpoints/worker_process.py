@@ -1,4 +1,4 @@
-"""A worker process that runs only on cores that training leaves idle: start it, send it jobs, end it.
+"""A worker process that takes little from training: start it, send it jobs, end it.
 
 Imports the standard library and of hub_tools `errors`. What the process does is in `__main__` and `worker`.
 """
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", __package__)
 ANSWER = "gpt2-value-answer: "  # the prefix of lines that are answers
-SHARE = 0.02  # the share of the processors that workers may take
+SHARE = 0.025  # of one core: the processor time that workers may take
 
 
 class Worker:
@@ -28,9 +28,10 @@ class Worker:
     Args:
         folder: its working folder, also for temporary files. If this process dies, the worker removes the folder.
         endpoint: the Hub's address.
+        in_background: let it run only while a core is idle.
     """
 
-    def __init__(self, folder: Path, endpoint: str) -> None:
+    def __init__(self, folder: Path, endpoint: str, *, in_background: bool = True) -> None:
         own = {
             # the worker then imports the same modules as this process, wherever the training script is
             "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
@@ -55,7 +56,8 @@ class Worker:
             env={**os.environ, **own},
         )
         self.pid = self._process.pid
-        give_way(self.pid)
+        if in_background:
+            give_way(self.pid)
 
     def ask(self, line: str) -> str:
         """Send a line, and wait for the answer.
@@ -116,11 +118,11 @@ def give_way(pid: int) -> None:
 def rest_after(processor_seconds: float) -> float:
     """Seconds from the start of this worker to the earliest start of the next, so that workers keep to their `SHARE`.
 
-    The lowest priority is not enough. Even if training uses all cores, an idle-priority process gets 15% of a core,
-    which slows training by 5% (measured on two cores, docs/benchmarks.md).
+    The lowest priority is not enough: even if training uses all cores, an idle-priority process gets 15% of one
+    (measured, docs/benchmarks.md). What it takes from one core, all threads of a training step may wait for, so the
+    share does not grow with the number of cores.
 
     Args:
         processor_seconds: the processor time that this worker took.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return processor_seconds / (SHARE * cores)
+    return processor_seconds / SHARE
