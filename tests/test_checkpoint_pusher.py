@@ -154,7 +154,7 @@ def test_the_worker_takes_only_what_is_left_of_the_cores(first_workers):
 
 
 def test_a_worker_that_cannot_be_started_is_told_at_the_next_call_and_stops_nothing(server, pusher, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError(12, "Cannot allocate memory")
 
     with monkeypatch.context() as patched:
