@@ -99,8 +99,7 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
         logits = logits / sampling.temperature
     if kept is not None or not sampling.cuts_off(vocabulary):
         return logits
-    cuts_k = 0 < sampling.top_k < vocabulary
-    highest, tokens = logits.topk(sampling.top_k) if cuts_k else logits.sort(descending=True)
+    highest, tokens = logits.topk(sampling.top_k) if 0 < sampling.top_k < vocabulary else logits.sort(descending=True)
     if sampling.top_p < 1.0:
         probs = highest.softmax(-1)
         of_more_probable = probs.cumsum(-1, dtype=torch.float64) - probs
@@ -120,11 +119,12 @@ def kept_set(logits, sampling):
 
 def compact(kept, vocabulary):
     """The sets `kept [B, T, ceil(V / 8)]`, or if that is smaller: their ids `[B, T, K]` int32, -1 in unused places."""
-    longest = int(torch.stack([_as_mask(row, vocabulary).sum(-1).amax() for row in kept]).amax())
+    parts = kept.split(max(1, 2**22 // (kept.shape[1] * vocabulary)))  # masks of 4 MB, or of one row
+    longest = int(torch.stack([_as_mask(part, vocabulary).sum(-1).amax() for part in parts]).amax())
     if 4 * longest > kept.shape[-1]:
         return kept
-    found = [_as_mask(row, vocabulary).byte().topk(longest) for row in kept]
-    return torch.stack([tokens.masked_fill(is_kept == 0, -1).int() for is_kept, tokens in found])
+    found = [_as_mask(part, vocabulary).byte().topk(longest) for part in parts]
+    return torch.cat([tokens.masked_fill(is_kept == 0, -1).int() for is_kept, tokens in found])
 
 
 def _as_mask(kept, vocabulary):

@@ -105,6 +105,15 @@ def test_a_tokenizer_is_not_read_from_another_place(name, with_tokenizer, tmp_pa
             reader(with_tokenizer)
 
 
+@pytest.mark.parametrize("name", ["RagTokenizer", "BigBirdTokenizer"])
+def test_a_class_that_is_no_tokenizer_or_cannot_be_made_is_refused(name, with_tokenizer):
+    """RagTokenizer holds two tokenizers, and BigBirdTokenizer reads a variable that it has not set."""
+    edit_json(with_tokenizer / layout.TOKENIZER_CONFIG, tokenizer_class=name)
+    record_again(with_tokenizer)
+    with pytest.raises(errors.LoadError, match="because of its tokenizer"):
+        load_package(with_tokenizer)
+
+
 def test_a_chat_template_that_is_a_link_is_not_followed(with_tokenizer, tmp_path):
     (tmp_path / "secret").write_text("a secret")
     (with_tokenizer / "chat_template.jinja").symlink_to(tmp_path / "secret")

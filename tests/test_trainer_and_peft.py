@@ -235,11 +235,13 @@ def test_trainer_goes_on_in_two_processes_though_the_loss_does_not_use_the_head(
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4.57 batches so on a GPU only")
 @pytest.mark.shows("transformers", "`generate_batch`: the tokens of `generate()`")
 def test_generate_batch_answers_as_generate_does():
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model = make_tiny_model()
     config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    answers = model.generate_batch([prompt.tolist() for prompt in RAGGED], generation_config=config)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # by default its cache fills the memory
+    prompts = [prompt.tolist() for prompt in RAGGED]
+    answers = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
     found = [answer.generated_tokens for _, answer in sorted(answers.items())]
     expected = [
         model.generate(prompt[None], max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)[

@@ -6,6 +6,7 @@ path in an isolated interpreter, which can import neither a checkout nor an inst
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -73,6 +74,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def main() -> None:
+    gc.disable()  # nothing here makes much garbage, and collections take an eighth of the time that the imports take
     job = json.load(sys.stdin)
     for name in job["hidden_modules"]:  # an installed copy of this project must not stand in for the package's code
         sys.modules[name] = None  # type: ignore[assignment]

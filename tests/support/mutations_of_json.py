@@ -185,6 +185,7 @@ def tokenizers() -> Iterator[Mutation]:
         "BertTokenizer",
         "LlamaTokenizer",
         "RagTokenizer",
+        "BigBirdTokenizer",
         "GPT2Tokenizer",
         "Wav2Vec2CTCTokenizer",
         "../x",

@@ -33,11 +33,13 @@ def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
     """
     if (folder / "tokenizer.json").is_file():
         try_in_a_process(folder, source)
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     options = {} if config is None else {"config": config}
     with as_ours(lambda gist: _does_not_load(source, gist)):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # such as RagTokenizer, a pair of them
+        raise _does_not_load(source, f"its class is {type(tokenizer).__name__}, which is no tokenizer of transformers")
     tokenizer.name_or_path = source
     return tokenizer
 
