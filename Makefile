@@ -4,6 +4,8 @@ BASE ?=
 SEED ?= 0
 OUT ?= runs/ppo
 BIN := .venv/bin
+# Without --no-compile pip compiles every module of torch and the others; an import compiles those that it needs.
+PIP := pip install --quiet --disable-pip-version-check --no-compile
 # The tests of a file share what takes long to make: one process runs them all, files in their order.
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
@@ -17,9 +19,9 @@ help:  ## this list
 .venv/.done: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/torchao torchao
+	$(BIN)/$(PIP) -c constraints.txt torch
+	$(BIN)/$(PIP) -c constraints.txt -e '.[dev]'
+	$(BIN)/$(PIP) -c constraints.txt --no-deps --upgrade --target .venv/torchao torchao
 	@touch $@
 
 demo: .venv/.done  ## from a GPT-2 checkpoint to a loaded package and a picture; BASE=openai-community/gpt2 or a folder
@@ -33,9 +35,9 @@ test: .venv/.done  ## the test suite
 
 .oldest/.done: setup.cfg pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .oldest
-	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch
-	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
-	.oldest/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .oldest/torchao torchao
+	.oldest/bin/$(PIP) -c constraints-oldest.txt torch
+	.oldest/bin/$(PIP) -c constraints-oldest.txt -e '.[test]'
+	.oldest/bin/$(PIP) -c constraints.txt --no-deps --upgrade --target .oldest/torchao torchao
 	@touch $@
 
 test-oldest: .oldest/.done  ## the test suite on the oldest versions that setup.cfg allows (slow)
@@ -69,7 +71,7 @@ matrix: .venv/.done  ## packages saved and loaded across transformers 4.57.6, 5.
 
 .trl/.done:
 	$(PYTHON) -m venv .trl
-	.trl/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch trl==1.12.0 peft transformers vaderSentiment
+	.trl/bin/$(PIP) -c constraints.txt torch trl==1.12.0 peft transformers vaderSentiment
 	@touch $@
 
 compare-trl: .venv/.done .trl/.done  ## checkpoints, PPO and an exported critic against TRL 1.12.0 itself (slow)

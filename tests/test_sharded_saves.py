@@ -1,11 +1,13 @@
 """A model that FSDP2 shards is saved and pushed by one call in all processes, as the whole one is, or refused."""
 
+import os
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_tiny_model
+from slow.fault_sweep import talking_to
 from support.two_processes import LAYOUTS, free_port, in_two_processes, sharded
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -93,8 +95,14 @@ def test_what_the_first_process_refuses_all_processes_refuse(tmp_path):
     in_two_processes(fail, tmp_path)
 
 
-def push(rank, folder):
+def push(rank, folder, url, token):
     worker_process.give_way = lambda pid: None  # other tests run at the same time
+    os.environ.update(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")  # for workers
+    with talking_to(url, token, xet=False):
+        push_all(rank, folder)
+
+
+def push_all(rank, folder):
     model = sharded(make_tiny_model())
     report = push_to_hub(model, "alice/pushed")
     assert report.committed
@@ -117,10 +125,8 @@ def push(rank, folder):
         dist.barrier()
 
 
-def test_a_sharded_model_is_pushed_once(server, tmp_path, monkeypatch):
-    for name, value in {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}.items():
-        monkeypatch.setenv(name, value)
-    in_two_processes(push, tmp_path, fresh=True)  # huggingface_hub reads the address when it is imported
+def test_a_sharded_model_is_pushed_once(server, tmp_path):
+    in_two_processes(push, tmp_path, server.url, server.token)
     assert len(server.history("alice/pushed")) == 2
     titles = [commit.title for commit in server.history("alice/steps")]
     assert titles == ["Step 4", "Step 2: reward=2", "initial commit"]

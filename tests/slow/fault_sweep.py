@@ -168,17 +168,23 @@ def hurried() -> Iterator[None]:
 @contextmanager
 def serving(*, xet: bool) -> Iterator[HubServer]:
     """A server that this process's huggingface_hub talks to."""
+    with HubServer() as server, talking_to(server.url, server.token, xet=xet):
+        yield server
+
+
+@contextmanager
+def talking_to(url: str, token: str, *, xet: bool) -> Iterator[None]:
+    """Let this process's huggingface_hub, which was imported before, talk to this server."""
     with (
-        HubServer() as server,
-        mock.patch.object(huggingface_hub.constants, "ENDPOINT", server.url),
-        mock.patch.object(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + DOWNLOADS),
+        mock.patch.object(huggingface_hub.constants, "ENDPOINT", url),
+        mock.patch.object(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + DOWNLOADS),
         # huggingface_hub 0.36 keeps a copy here
-        mock.patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + DOWNLOADS, create=True),
+        mock.patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", url + DOWNLOADS, create=True),
         mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", False),
         mock.patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_XET", not xet),
-        mock.patch.dict(os.environ, HF_TOKEN=server.token),
+        mock.patch.dict(os.environ, HF_TOKEN=token),
     ):
-        yield server
+        yield
 
 
 def sweep(

@@ -16,24 +16,23 @@ LAYOUTS = ["blocks", "accelerate", "whole after forward"]
 PRELOADED = ["accelerate", "conftest", "hub_tools.package.loading.verify", "hub_tools.package.writing.save", __name__]
 
 
-def start_two(worker, *arguments, fresh=False):
+def start_two(worker, *arguments):
     """Run `worker(rank, *arguments)` twice, and wait; whatever one of them raises is raised here.
 
     Both are forked from a process that has imported torch and this project, and have the environment that it was
-    started with; `fresh`, they import everything anew, in the environment as it is now.
+    started with.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
-    method = "spawn" if fresh else "forkserver"
-    torch.multiprocessing.start_processes(worker, arguments, nprocs=2, daemon=True, start_method=method)
+    torch.multiprocessing.start_processes(worker, arguments, nprocs=2, daemon=True, start_method="forkserver")
 
 
-def in_two_processes(worker, folder, *arguments, meet=None, fresh=False):
+def in_two_processes(worker, folder, *arguments, meet=None):
     """Run `worker(rank, folder, *arguments)` twice, as a process group, and see that both come to its end.
 
     They meet in a file of the folder, or at the address `meet`, such as `tcp://127.0.0.1:PORT`.
     """
     meet = meet or f"file://{folder}/rendezvous"
-    start_two(_run, worker, folder, meet, *arguments, fresh=fresh)
+    start_two(_run, worker, folder, meet, *arguments)
     assert {"done-0", "done-1"} <= set(os.listdir(folder))
 
 
