@@ -4,9 +4,7 @@ BASE ?=
 SEED ?= 0
 OUT ?= runs/ppo
 BIN := .venv/bin
-# pip would compile modules on one core.
-PIP := pip install --quiet --disable-pip-version-check --no-compile
-COMPILE := python -m compileall -qq -j 0
+PIP := pip install --quiet --disable-pip-version-check
 # Otherwise each of the many interpreters that the tests start compiles the project again.
 unexport PYTHONDONTWRITEBYTECODE
 # The tests of a file share what takes long to make: one process runs them all, files in their order.
@@ -25,7 +23,6 @@ help:  ## this list
 	$(BIN)/$(PIP) -c constraints.txt torch
 	$(BIN)/$(PIP) -c constraints.txt -e '.[dev]'
 	$(BIN)/$(PIP) -c constraints.txt --no-deps --upgrade --target .venv/torchao torchao
-	$(BIN)/$(COMPILE) .venv || true  # templates are no modules
 	@touch $@
 
 demo: .venv/.done  ## from a GPT-2 checkpoint to a loaded package and a picture; BASE=openai-community/gpt2 or a folder
@@ -42,7 +39,6 @@ test: .venv/.done  ## the test suite
 	.oldest/bin/$(PIP) -c constraints-oldest.txt torch
 	.oldest/bin/$(PIP) -c constraints-oldest.txt -e '.[test]'
 	.oldest/bin/$(PIP) -c constraints.txt --no-deps --upgrade --target .oldest/torchao torchao
-	.oldest/bin/$(COMPILE) .oldest || true
 	@touch $@
 
 test-oldest: .oldest/.done  ## the test suite on the oldest versions that setup.cfg allows (slow)
@@ -77,7 +73,6 @@ matrix: .venv/.done  ## packages saved and loaded across transformers 4.57.6, 5.
 .trl/.done:
 	$(PYTHON) -m venv .trl
 	.trl/bin/$(PIP) -c constraints.txt torch trl==1.12.0 peft transformers vaderSentiment
-	.trl/bin/$(COMPILE) .trl || true
 	@touch $@
 
 compare-trl: .venv/.done .trl/.done  ## checkpoints, PPO and an exported critic against TRL 1.12.0 itself (slow)
