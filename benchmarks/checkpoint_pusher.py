@@ -165,7 +165,7 @@ def measure(rounds, seconds, threads, ways):
     train(*work, 3)
     steps = max(round(10 * seconds / train(*work, 10)[0]), 10)
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    print(f"{weights / 2**20:.0f} MiB of weights, {steps} steps a run, {threads} threads, 10 checkpoints a run\n")
+    print(f"{weights / 2**20:.0f} MiB of weights, {steps} steps a run, {threads} threads\n")
     numbers = itertools.count()
 
     def new_pusher():

@@ -41,13 +41,13 @@ SECTIONS = (
     (
         "Training with a CheckpointPusher: whole runs",
         "checkpoint_pusher.py --ways whole --rounds 1 --seconds 240",
-        "The Hub is a local server that takes ten seconds for each upload. Both cores train. Workers may take 2.5% of "
-        "one core: fewer checkpoints are pushed than are made. Two runs without a pusher have differed by 4% on this "
+        "The Hub is a local server that takes ten seconds for each upload. Both cores train, and make ten checkpoints. "
+        "Workers may take 2.5% of one core, so fewer are pushed. Two runs without a pusher have differed by 4% on this "
         "machine, so a ratio of whole runs says little. The next section compares steps that are half a second apart.",
     ),
     (
         "Training with a CheckpointPusher: within one run",
-        "checkpoint_pusher.py --ways segments --rounds 3 --seconds 90",
+        "checkpoint_pusher.py --ways segments --rounds 3",
         "One worker, which is stopped in every other half second; the training steps with and without it are compared. "
         "The quotient is the time that training loses for each second of the worker's processor time. Workers may take "
         "2.5% of one core, so training loses 2.5% of the quotient, and the time in `push` (in the section above). "
