@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from conftest import make_tiny_model, write_published_checkpoint
@@ -18,16 +17,17 @@ from test_verify import record_again
 from generation_gpt2_value import rescore, rollout
 from hub_tools import layout
 from hub_tools.app.page.desk import Desk, Named
-from hub_tools.app.page.handlers import GENERATE, ROLLOUT
 from hub_tools.app.review import Source, review_page, unread_code
 from hub_tools.app.serve import open_app
 from hub_tools.errors import SourceError
 from hub_tools.package.writing.save import save_package
 
 pytest.importorskip("gradio", reason="the oldest versions are tested without the app")
+import httpx
 from gradio_client import Client, handle_file
 
 from hub_tools.app.page.app import build, launch
+from hub_tools.app.page.handlers import GENERATE, ROLLOUT
 
 PROMPT = "Hello\nabc"
 SAMPLE = (PROMPT, 2, 12, 0, 0.9, 5, 1.0, 7)  # prompts, responses, longest, shortest, temperature, top-k, top-p, seed
