@@ -100,8 +100,7 @@ def processor_time(pid):
     return sum(sum(found.cpu_times()[:4]) for found in (process, *process.children(recursive=True)))
 
 
-def segments(rounds, work, steps, new_pusher, taken):
-    """`taken` gets the processor time of each worker that has answered."""
+def segments(rounds, work, steps, new_pusher):
     print(
         "| run | steps while stopped (s) | while running (s) | ratio | lost (s) | time of the worker (s) | quotient |"
     )
@@ -109,27 +108,28 @@ def segments(rounds, work, steps, new_pusher, taken):
     ratios, quotients = [], []
     for number in range(2 * rounds):
         pushes = number % 2 == 1
-        pusher, may_run = new_pusher() if pushes else None, [None]
+        pusher, may_run, taken = new_pusher() if pushes else None, [None], [0.0]
         length = max(round(steps / 120), 1)  # of a segment: about half a second of a minute
 
         def push_first(model, step, metrics, pusher=pusher):
             if step == steps // 10:
                 pusher.push(model, step=step, metrics=metrics)
 
-        def between(step, pusher=pusher, length=length, may_run=may_run, pushes=pushes):
+        def between(step, pusher=pusher, length=length, may_run=may_run, taken=taken):
             runs = step % (2 * length) < length  # in the next step
-            if step % length == 0:
-                tell(pusher, signal.SIGCONT if runs else signal.SIGSTOP)
-            there = step > steps // 10 and (not pushes or pusher._worker is not None)
+            tell(pusher, signal.SIGCONT if runs else signal.SIGSTOP)
+            worker = None if pusher is None else pusher._worker
+            if worker is not None:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    taken.append(processor_time(worker.pid))
+            there = step > steps // 10 and (pusher is None or worker is not None)
             may_run.append(runs if there else None)
 
-        taken.clear()
         try:
             _, _, each = train(*work, steps, push_first if pushes else None, between)
         finally:
             tell(pusher, signal.SIGCONT)
         if pushes:
-            processor_seconds = taken[0] if taken else processor_time(pusher._worker.pid)
             pusher.close()
         stopped, moving = ([t for t, r in zip(each, may_run, strict=False) if r is on] for on in (False, True))
         ratio = statistics.mean(moving) / statistics.mean(stopped)
@@ -137,8 +137,8 @@ def segments(rounds, work, steps, new_pusher, taken):
         row += f"{ratio:.3f} | "
         if pushes:
             lost = (statistics.mean(moving) - statistics.mean(stopped)) * len(moving)
-            quotients.append(lost / processor_seconds)
-            row += f"{lost:.2f} | {processor_seconds:.2f} | {quotients[-1]:.2f} |"
+            quotients.append(lost / max(taken))
+            row += f"{lost:.2f} | {max(taken):.2f} | {quotients[-1]:.2f} |"
         else:
             ratios.append(ratio)
             row += "- | - | - |"
@@ -152,7 +152,6 @@ def measure(rounds, seconds, threads, ways):
 
     from configuration_gpt2_value import GPT2ValueConfig
     from hub_tools import CheckpointPusher
-    from hub_tools.publish.checkpoints import pusher as checkpoint_pusher
     from modeling_gpt2_value import GPT2ValueModel
 
     torch.set_num_threads(threads)
@@ -174,9 +173,7 @@ def measure(rounds, seconds, threads, ways):
     if "whole" in ways:
         whole_runs(rounds, work, steps, new_pusher)
     if "segments" in ways:
-        taken = []
-        checkpoint_pusher.rest_after = lambda seconds: taken.append(seconds) or 0.0
-        segments(rounds, work, steps, new_pusher, taken)
+        segments(rounds, work, steps, new_pusher)
 
 
 def main():

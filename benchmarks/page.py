@@ -49,9 +49,9 @@ SECTIONS = (
         "Training with a CheckpointPusher: within one run",
         "checkpoint_pusher.py --ways segments --rounds 3",
         "One worker, which is stopped in every other half second; the training steps with and without it are compared. "
-        "The quotient is the time that training loses for each second of the worker's processor time. Workers may take "
-        "2.5% of one core, so training loses 2.5% of the quotient, and the time in `push` (in the section above). "
-        "`control` is the same without a pusher.",
+        "The quotient is how many seconds training loses for each second of the worker's processor time. Workers take "
+        "2.5% of one core, so training loses 0.025 times the quotient of its time (0.9% for a quotient of 0.35), and "
+        "in addition the time in `push` (in the section above). `control` is the same without a pusher.",
     ),
 )
 INTRODUCTION = """# Benchmarks

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # by `.ci/run`, tests/test_demo.py, tests/test_generate_quirks.py, tests/test_accelerate_launch.py, and below.
 NOT_RUN = ("make", "pip", "python", "accelerate")
 RUN = """
-import importlib.metadata, json, os, shlex, sys
+import importlib.metadata, json, os, shlex, signal, sys
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 def run(steps):
@@ -46,7 +47,9 @@ for line in sys.stdin:
     page = json.loads(line)
     child = os.fork()
     if child == 0:
-        output = os.open(page["output"], os.O_CREAT | os.O_WRONLY)
+        signal.alarm(240)  # before pytest's own limit, which would leave this process behind
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        output = os.open(page["output"], os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(page["folder"])
@@ -81,10 +84,13 @@ def place(tmp_path_factory):
             [sys.executable, "-c", RUN],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
             env={**inherited, **own, "OMP_NUM_THREADS": "1"},
         ) as interpreter:
             yield hub, interpreter, home
+            os.killpg(interpreter.pid, signal.SIGKILL)  # a page still runs, if its test was interrupted
 
 
 @pytest.mark.parametrize(
@@ -107,10 +113,12 @@ def test_every_block_runs_as_it_stands(page, place, tmp_path, tiny_tokenizer):
     assert all(line.startswith("gpt2-value ") for language, _, line in steps if language == "bash")
     folder, output = tmp_path / "work", tmp_path / "output"
     folder.mkdir()
+    output.touch()
     line = json.dumps({"folder": str(folder), "output": str(output), "steps": steps})
     interpreter.stdin.write(f"{line}\n")
     interpreter.stdin.flush()
-    assert interpreter.stdout.readline() == "0\n", f"{page.name}: {output.read_text()}"
+    status = interpreter.stdout.readline()
+    assert status == "0\n", f"{page.name}: {status}{output.read_text()}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from generation_gpt2_value import Rollout, rescore, respond_to_batch, rollout
-from sampling_gpt2_value import Sampling, draw, kept_set, sampling_distribution
+from sampling_gpt2_value import Sampling, _as_mask, compact, draw, kept_set, sampling_distribution
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 EOS = [1, 2, 3, 4, 5, 6, 7, 8]  # several, so that rows of a random model end early
@@ -192,6 +192,15 @@ def test_sampled_sequences_follow_the_enumerated_distribution(settings):
     index = (drawn * V ** torch.arange(T - 1, -1, -1)).sum(-1)
     counts = torch.bincount(index, minlength=V**T)
     assert chi_square_p(counts, expected * N) > 1e-3
+
+
+def test_ids_of_kept_sets_are_those_of_the_bits_however_the_rows_are_parted():
+    logits = torch.full((5, 40, 50257), -math.inf)  # two rows a part, and one
+    logits.scatter_(-1, torch.randint(50257, (5, 40, 7), generator=torch.Generator().manual_seed(0)), 0.0)
+    bits = kept_set(logits, Sampling(top_k=7))
+    ids = compact(bits, 50257)
+    assert ids.dtype == torch.int32
+    assert torch.equal(_as_mask(ids, 50257), logits == 0)
 
 
 @pytest.mark.parametrize("width", [1, 2, 255, 256, 257, 1000, 50257])

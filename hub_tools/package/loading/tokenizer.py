@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
 
     Raises:
         ResourceLimitError: opening it, or using it, took more memory or time than `limits` allows.
-        LoadError: its files are not complete, or transformers cannot load them.
+        LoadError: its files are not complete, transformers cannot load them, or their class is not a tokenizer's.
     """
     if (folder / "tokenizer.json").is_file():
         try_in_a_process(folder, source)
@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
     with as_ours(lambda gist: _does_not_load(source, gist)):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):  # such as RagTokenizer, a pair of them
-        raise _does_not_load(source, f"its class is {type(tokenizer).__name__}, which is no tokenizer of transformers")
+        raise _does_not_load(source, f"its class is {type(tokenizer).__name__}, which is not a PreTrainedTokenizerBase")
     tokenizer.name_or_path = source
     return tokenizer
 

@@ -54,10 +54,10 @@ class CheckpointPusher:
                     pusher.push(model, step=step, metrics={"reward": reward, "kl": kl}, tokenizer=tokenizer)
 
     `push` copies the weights and returns, so the next training step cannot change them. A worker process then saves,
-    verifies and pushes, without a GPU, on one core, and on Linux only while that core is idle. Workers take at most
-    2.5% of one core, so that training loses less than 3% (docs/benchmarks.md): after one that took 5 seconds of
+    verifies and pushes, without a GPU, on one core, at the lowest priority that there is. Over a long run, workers take
+    at most 2.5% of one core, so that training loses less than 3% (docs/benchmarks.md): after one that took 5 seconds of
     processor time, the next starts 200 seconds later. If checkpoints come faster, only the newest waits, and those that
-    it replaced are `skipped`, never the last: `flush` and `close` push it at once.
+    it replaced are `skipped`, never the last: `flush` and `close` push it at once, at the normal priority.
 
     Memory holds at most two copies of the weights, one that waits and one that is being written to the disk, and the
     worker about 0.5 GB of torch. The disk holds at most two, the snapshot and its package, in the system's folder for
@@ -358,8 +358,8 @@ class CheckpointPusher:
         with self._changed:
             if self._closed:
                 raise WorkerDiedError("the pusher was closed in the meantime", next_step="push before close()")
-            # started before the snapshot is written: if this process is killed, the worker removes the snapshot
-            # while `flush` waits, training does not; at the lowest priority, any other work could hold the worker up
+            # Started before the snapshot is written: if this process is killed, the worker removes the snapshot.
+            # At the lowest priority, other work could hold up the worker for which `flush` waits.
             self._worker = worker = Worker(folder, self._endpoint, in_background=self._flushes == 0)
             started = time.monotonic()
             job = self._new_job(step=snapshot.step, metrics=snapshot.metrics, verified=self._verified)

@@ -118,9 +118,9 @@ def give_way(pid: int) -> None:
 def rest_after(processor_seconds: float) -> float:
     """Seconds from the start of this worker to the earliest start of the next, so that workers keep to their `SHARE`.
 
-    The lowest priority is not enough: even if training uses all cores, an idle-priority process gets 15% of one
-    (measured, docs/benchmarks.md). What it takes from one core, all threads of a training step may wait for, so the
-    share does not grow with the number of cores.
+    The lowest priority is not enough: even while training uses all cores, a process that has it gets about a quarter of
+    one (docs/benchmarks.md). All threads of a training step may wait for the one that is held up, so the share does not
+    grow with the number of cores.
 
     Args:
         processor_seconds: the processor time that this worker took.
