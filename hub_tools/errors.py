@@ -38,36 +38,17 @@ class GPT2ValueHubError(Exception):
 # Saving
 
 
-class WrongModelError(GPT2ValueHubError, TypeError):
-    """The object to save is no GPT2ValueModel: a wrapper (DDP, PEFT, torch.compile) or another class."""
+class UnsavableModelError(GPT2ValueHubError, ValueError):
+    """A model that no package can hold: another class, a wrapper, weights that are sharded over absent processes,
+    quantised, not finite or foreign, a config that could not be loaded again, or numbers that a copy does not give."""
 
 
 class MissingHeadError(GPT2ValueHubError, ValueError):
-    """A model or a package without its value head."""
-
-
-class UnsavableWeightsError(GPT2ValueHubError, ValueError):
-    """Weights that a package cannot hold: without data, sharded, quantised, untied, or foreign."""
-
-
-class ProcessesMissingError(GPT2ValueHubError, TimeoutError):
-    """A model that is sharded over several processes was to be saved, and not all of them came."""
-
-
-class NonFiniteWeightsError(GPT2ValueHubError, ValueError):
-    """A weight is NaN or infinite."""
-
-
-class UnsavableConfigError(GPT2ValueHubError, ValueError):
-    """A config or a generation_config with values that could not be loaded again."""
+    """A model, a package or a checkpoint without its value head."""
 
 
 class TokenizerMismatchError(GPT2ValueHubError, ValueError):
     """A tokenizer that does not fit the model, or that a package cannot hold."""
-
-
-class CardMetadataError(GPT2ValueHubError, ValueError):
-    """Metadata that the Hub would reject, or that would be untrue (a local path as base model)."""
 
 
 class FolderRefusedError(GPT2ValueHubError):
@@ -81,47 +62,20 @@ class SaveFailedError(GPT2ValueHubError, OSError):
 # Reading
 
 
-class NotAPackageError(GPT2ValueHubError, ValueError):
+class PackageError(GPT2ValueHubError, ValueError):
+    """A file of a package or checkpoint is missing, damaged, too large, unsafe (a pickle, a link that leads out), or
+    not what the other files call for."""
+
+
+class NotAPackageError(PackageError):
     """There is no value-head package at this place."""
 
 
-class MissingFileError(GPT2ValueHubError, ValueError):
-    """A file that a package needs is not there."""
-
-
-class CorruptFileError(GPT2ValueHubError, ValueError):
-    """A file is truncated, too large, not what its name says, or holds a value that cannot be right."""
-
-
-class UnsafeFileError(GPT2ValueHubError, ValueError):
-    """A file that leads out of the package (a symbolic link, a path in an index) or is not a regular file."""
-
-
-class PickleError(GPT2ValueHubError, ValueError):
-    """A pickle, which can run code when it is opened. Pickles are named and never opened."""
-
-
-class NoRoomError(GPT2ValueHubError, OSError):
-    """The folder for temporary files has no room for a private copy of what is read."""
-
-
 class ResourceLimitError(GPT2ValueHubError, RuntimeError):
-    """Opening a file took more memory or time than any GPT-2 needs; it was tried in a process of its own."""
-
-
-class WeightsMismatchError(GPT2ValueHubError, ValueError):
-    """The tensors in the files are not those that config.json calls for."""
-
-
-class CodeReferenceError(GPT2ValueHubError, ValueError):
-    """`auto_map` is missing, or names code that is not the package's own (another repository's, say)."""
+    """Opening a file took more memory, disk space or time than any GPT-2 needs; it was tried in another process."""
 
 
 # Verifying
-
-
-class ForeignFileError(GPT2ValueHubError, ValueError):
-    """A file that does not belong to a package."""
 
 
 class UntrustedCodeError(GPT2ValueHubError, ValueError):
@@ -144,19 +98,15 @@ class VerificationError(GPT2ValueHubError, ValueError):
     """The package loads but computes other numbers than were recorded when it was saved."""
 
 
-class VerificationTimeoutError(GPT2ValueHubError, TimeoutError):
-    """The fresh interpreter did not finish in time and was stopped."""
-
-
 # Pushing
 
 
+class OptionsError(GPT2ValueHubError, ValueError):
+    """Arguments that contradict each other or what they are applied to, or that would have no effect."""
+
+
 class AuthenticationError(GPT2ValueHubError, PermissionError):
-    """No token, or one that the Hub does not accept (401)."""
-
-
-class NoAccessError(GPT2ValueHubError, PermissionError):
-    """The token is valid and may not do this (403)."""
+    """No token, one that the Hub does not accept (401), or one that may not do this (403)."""
 
 
 class RemoteNotFoundError(GPT2ValueHubError, LookupError):
@@ -183,14 +133,6 @@ class SecretFoundError(GPT2ValueHubError, ValueError):
     """A file or message that would have published a token. The message does not repeat it."""
 
 
-class PushOptionsError(GPT2ValueHubError, ValueError):
-    """Arguments of a push that contradict each other, or the repository as it is."""
-
-
-class TagExistsError(GPT2ValueHubError, ValueError):
-    """Another commit carries this tag already."""
-
-
 class CheckpointPushError(GPT2ValueHubError, RuntimeError):
     """A checkpoint did not reach the Hub. `step` says which one, and `__cause__` why."""
 
@@ -210,24 +152,9 @@ class PusherClosedError(GPT2ValueHubError, RuntimeError):
 # Converting
 
 
-class UnsafePickleError(PickleError):
-    """A pickle that asks for more than tensors. It was refused before anything of it ran."""
-
-
-class UnsupportedModelError(GPT2ValueHubError, ValueError):
-    """A checkpoint whose body is not a GPT-2 language model, or is in a form that has no conversion."""
-
-
-class UnconvertibleHeadError(GPT2ValueHubError, ValueError):
-    """A head that one linear layer to one value per token cannot express."""
-
-
-class AmbiguousSourceError(GPT2ValueHubError, ValueError):
-    """A checkpoint that can be read in two ways that give different models."""
-
-
-class UnusedOptionError(GPT2ValueHubError, ValueError):
-    """An option that this source has no use for, or a word that the option does not know."""
+class ConversionError(GPT2ValueHubError, ValueError):
+    """A checkpoint that is no GPT-2 language model, whose head is not one linear layer to one value per token, or that
+    can be read in two ways."""
 
 
 # Generating
@@ -241,7 +168,7 @@ class DishonestSettingError(GPT2ValueHubError, ValueError):
 
 
 class MissingLibraryError(GPT2ValueHubError, ImportError):
-    """A library of an extra (`pip install 'gpt2-value[app]'`) is not installed."""
+    """A library that this needs is not installed; the message says which, and how to install it."""
 
 
 class SourceError(GPT2ValueHubError, ValueError):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import CorruptFileError, MissingFileError, PackageChangedError, UnsafeFileError
+from .errors import PackageChangedError, PackageError
 from .limits import HEADER_BYTES as HEADER_LIMIT
 from .limits import JSON_LEVELS
 from .limits import MIB as MIB
@@ -60,15 +60,15 @@ def file_in(folder: Path, name: str) -> Path:
     Links are followed only to where the Hub's own cache puts them: `snapshots/<commit>/x -> blobs/<hash>`.
 
     Raises:
-        MissingFileError: there is no such file (or a link to nothing).
-        UnsafeFileError: a link out of the package, a device, a pipe, a folder.
+        PackageError: there is no such file (or a link to nothing).
+        PackageError: a link out of the package, a device, a pipe, a folder.
     """
     path = folder / name
     try:
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, before Python 3.13; a NUL or a surrogate
-        raise MissingFileError(
+        raise PackageError(
             f"{name!r} is a link to nothing" if os.path.islink(path) else f"{name[:300]!r} is not in {folder}",
             expected=f"a file {name[:300]}",
             next_step=AGAIN,
@@ -77,14 +77,14 @@ def file_in(folder: Path, name: str) -> Path:
     if homes[0].parent.name == "snapshots":
         homes.append(homes[0].parent.parent / "blobs")
     if real.parent not in homes:
-        raise UnsafeFileError(
+        raise PackageError(
             f"{name!r} leads out of the package, to {str(real)!r}",
             expected="a file in the package itself",
             next_step="replace the link by the file, if you trust it: "
             + shlex.join(["cp", "--remove-destination", str(real), str(path)]),
         )
     if not stat.S_ISREG(mode):
-        raise UnsafeFileError(f"{name!r} is not a regular file", expected="a file", next_step=AGAIN)
+        raise PackageError(f"{name!r} is not a regular file", expected="a file", next_step=AGAIN)
     return path
 
 
@@ -94,7 +94,7 @@ def open_in(folder: Path, name: str) -> Iterator[BinaryIO]:
     puts a link or a pipe in its place meanwhile.
 
     Raises:
-        MissingFileError, UnsafeFileError: see `file_in`; or it cannot be read.
+        PackageError: see `file_in`; or it cannot be read.
         PackageChangedError: it was replaced just now.
     """
     path = file_in(folder, name)
@@ -103,7 +103,7 @@ def open_in(folder: Path, name: str) -> Iterator[BinaryIO]:
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        raise UnsafeFileError(
+        raise PackageError(
             f"{name!r} cannot be read: {error.strerror}",
             expected="a readable file",
             next_step="check its permissions: " + shlex.join(["ls", "-l", str(path)]),
@@ -112,7 +112,7 @@ def open_in(folder: Path, name: str) -> Iterator[BinaryIO]:
         status = os.fstat(descriptor)
         try:
             same = stat.S_ISREG(status.st_mode) and os.path.samestat(status, os.stat(file_in(folder, name)))
-        except (OSError, MissingFileError, UnsafeFileError):  # by now it leads elsewhere, or nowhere
+        except (OSError, PackageError):  # by now it leads elsewhere, or nowhere
             same = False
         if not same:
             raise PackageChangedError(
@@ -142,8 +142,8 @@ def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
     """Read a JSON object from a file of at most `limit` bytes.
 
     Raises:
-        MissingFileError, UnsafeFileError: see `file_in`.
-        CorruptFileError: too large, not UTF-8, not JSON, nested too deep, a key twice, a NaN, or not an
+        PackageError: see `file_in`.
+        PackageError: too large, not UTF-8, not JSON, nested too deep, a key twice, a NaN, or not an
             object.
     """
     return parse_json(_read(folder, name, limit), name)
@@ -153,8 +153,8 @@ def read_bytes(folder: Path, name: str, *, limit: int) -> bytes:
     """Read a file of at most `limit` bytes.
 
     Raises:
-        MissingFileError, UnsafeFileError: see `file_in`.
-        CorruptFileError: too large.
+        PackageError: see `file_in`.
+        PackageError: too large.
     """
     return _read(folder, name, limit)
 
@@ -195,9 +195,9 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
         _refuse_nesting(value)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         what = "JSON nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
-        raise CorruptFileError(f"{name} holds {what}", expected="valid JSON", next_step=AGAIN) from error
+        raise PackageError(f"{name} holds {what}", expected="valid JSON", next_step=AGAIN) from error
     if not isinstance(value, dict):
-        raise CorruptFileError(f"{name} holds a {type(value).__name__}", expected="a JSON object", next_step=AGAIN)
+        raise PackageError(f"{name} holds a {type(value).__name__}", expected="a JSON object", next_step=AGAIN)
     return value
 
 
@@ -217,13 +217,13 @@ def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
     have exactly the size that the header says.
 
     Raises:
-        MissingFileError, UnsafeFileError: see `file_in`.
-        CorruptFileError: the header is truncated, oversized or not valid, or does not describe the file's
+        PackageError: see `file_in`.
+        PackageError: the header is truncated, oversized or not valid, or does not describe the file's
             bytes.
     """
 
-    def corrupt(found: str, expected: str, next_step: str = AGAIN) -> CorruptFileError:
-        return CorruptFileError(f"{name}: {found}", expected=expected, next_step=next_step)
+    def corrupt(found: str, expected: str, next_step: str = AGAIN) -> PackageError:
+        return PackageError(f"{name}: {found}", expected=expected, next_step=next_step)
 
     with open_in(folder, name) as opened:
         size = os.fstat(opened.fileno()).st_size
@@ -297,5 +297,5 @@ def _read(folder: Path, name: str, limit: int) -> bytes:
     with open_in(folder, name) as opened:
         size = os.fstat(opened.fileno()).st_size
         if size > limit:
-            raise CorruptFileError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
+            raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
         return opened.read(limit)

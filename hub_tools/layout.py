@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from .errors import MissingFileError
+from .errors import PackageError
 
 __version__ = "0.2.0"
 
@@ -118,12 +118,12 @@ def installed_code() -> dict[str, Path]:
     wheel.
 
     Raises:
-        MissingFileError: the installation is incomplete.
+        PackageError: the installation is incomplete.
     """
     home = Path(__file__).resolve().parent.parent
     for name in REMOTE_CODE:
         if not (home / name).is_file():
-            raise MissingFileError(
+            raise PackageError(
                 f"{name} is not installed beside hub_tools, in {home}",
                 expected="the *_gpt2_value.py files that come with hub_tools",
                 next_step="install the project again: pip install --force-reinstall --no-deps gpt2-value",
@@ -136,7 +136,7 @@ def written_code() -> dict[str, Path]:
     handler.
 
     Raises:
-        MissingFileError: the installation is incomplete.
+        PackageError: the installation is incomplete.
     """
     return {**installed_code(), HANDLER: Path(__file__).resolve().parent / "package" / "writing" / HANDLER}
 

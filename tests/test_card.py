@@ -56,7 +56,7 @@ def test_the_lines_that_load_it_stand_in_the_card(has_tokenizer):
 )
 def test_a_local_path_is_no_base_model(base_model):
     assert not is_hub_id(base_model)
-    with pytest.raises(errors.CardMetadataError, match="base_model"):
+    with pytest.raises(errors.OptionsError, match="base_model"):
         render_card(FACTS, base_model=base_model)
 
 
@@ -64,7 +64,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_no_base_model(tmp_path, monkeypatc
     assert is_hub_id("runs/step100")
     (tmp_path / "runs" / "step100").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(errors.CardMetadataError, match="local path"):
+    with pytest.raises(errors.OptionsError, match="local path"):
         render_card(FACTS, base_model="runs/step100")
 
 
@@ -79,5 +79,5 @@ def test_a_folder_that_looks_like_a_hub_id_is_no_base_model(tmp_path, monkeypatc
     ],
 )
 def test_metadata_that_the_hub_would_reject_are_refused(options, names):
-    with pytest.raises(errors.CardMetadataError, match=names):
+    with pytest.raises(errors.OptionsError, match=names):
         render_card(FACTS, **options)

@@ -14,13 +14,12 @@ from support.hub_server import Fault
 from hub_tools import CheckpointPusher
 from hub_tools.errors import (
     AuthenticationError,
-    CardMetadataError,
     CheckpointPushError,
     HubUnavailableError,
     MissingHeadError,
+    OptionsError,
     PusherClosedError,
-    PushOptionsError,
-    UnsavableConfigError,
+    UnsavableModelError,
     WorkerDiedError,
 )
 from hub_tools.package.writing.replace_folder import discard, locked_folder
@@ -123,7 +122,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_failure_and_no_silence(pusher,
 def test_a_config_that_could_not_be_saved_is_refused_at_once_and_stops_nothing(pusher):
     model = make_tiny_model()
     model.generation_config.made_of = object()  # JSON has no word for it
-    with pytest.raises(UnsavableConfigError):
+    with pytest.raises(UnsavableModelError):
         pusher.push(model, step=2)
     pusher.flush()
     assert pusher.pushed == pusher.skipped == ()
@@ -132,14 +131,14 @@ def test_a_config_that_could_not_be_saved_is_refused_at_once_and_stops_nothing(p
 def test_what_cannot_be_right_is_refused_before_training_starts(server):
     with pytest.raises(AuthenticationError):
         CheckpointPusher(REPO, token="hf_wrong")
-    with pytest.raises(PushOptionsError, match="without metric_for_best_model"):
+    with pytest.raises(OptionsError, match="without metric_for_best_model"):
         CheckpointPusher(REPO, greater_is_better=True)
 
 
 def test_what_cannot_be_a_checkpoint_is_refused_at_once(pusher, tiny_model):
     with pytest.raises(MissingHeadError):
         pusher.push(plain_twin(tiny_model), step=0)
-    with pytest.raises(CardMetadataError, match="'kl' is 'low'"):
+    with pytest.raises(OptionsError, match="'kl' is 'low'"):
         pusher.push(tiny_model, step=0, metrics={"kl": "low"})
 
 

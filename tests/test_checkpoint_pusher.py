@@ -20,9 +20,9 @@ from support.hub_server import Fault, HubServer
 
 from hub_tools import CheckpointPusher, CheckpointPusherCallback
 from hub_tools.errors import (
+    AuthenticationError,
     CheckpointPushError,
     HubUnavailableError,
-    NoAccessError,
     PusherClosedError,
 )
 from hub_tools.publish.checkpoints import pusher as checkpoint_pusher
@@ -292,7 +292,7 @@ def test_what_waiting_does_not_mend_is_raised_by_the_next_call_which_loses_nothi
     wait_for(lambda: server.faults[0].hits and pusher._failures)
     with pytest.raises(CheckpointPushError, match="step 40") as failed:
         pusher.push(make_tiny_model(seed=41), step=41)
-    assert isinstance(failed.value.__cause__, NoAccessError)
+    assert isinstance(failed.value.__cause__, AuthenticationError)
     assert "lfs_upload" in server.routes()
     pusher.flush()
     assert pusher.pushed[-1].step == 41

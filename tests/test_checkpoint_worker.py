@@ -9,7 +9,7 @@ import torch
 from conftest import make_tiny_model
 from support.hub_server import Fault
 
-from hub_tools.errors import NoAccessError, NonFiniteWeightsError
+from hub_tools.errors import AuthenticationError, UnsavableModelError
 from hub_tools.hub.repository import Hub
 from hub_tools.publish.checkpoints import snapshot, worker
 from hub_tools.publish.checkpoints.job import BestRule, Destination, Job, PackageOptions, Success, as_numbers
@@ -101,7 +101,7 @@ def test_without_the_metric_nothing_is_the_best(server, do):
 def test_weights_that_are_not_finite_are_not_pushed(server, do, tiny_model):
     with torch.no_grad():
         tiny_model.v_head.summary.bias.fill_(float("nan"))
-    with pytest.raises(NonFiniteWeightsError, match=HEAD):
+    with pytest.raises(UnsavableModelError, match=HEAD):
         do(tiny_model)
     assert REPO not in server.repos
 
@@ -122,7 +122,7 @@ def test_somebody_elses_push_in_between_is_kept_and_ours_is_on_top(server, do):
 
 def test_a_checkpoint_that_could_not_be_tagged_is_not_called_missing(server, do):
     server.faults.append(Fault(route="create_tag", status=403))
-    with pytest.raises(NoAccessError, match=r"is on the Hub, but the tag of the best") as refused:
+    with pytest.raises(AuthenticationError, match=r"is on the Hub, but the tag of the best") as refused:
         do(make_tiny_model(seed=52), metrics={"loss": 1.0})
     assert server.history(REPO)[0].oid in str(refused.value)
 

@@ -240,7 +240,7 @@ def test_a_weight_file_alone_takes_its_config_from_where_it_is_told(tmp_path):
     original = Original()
     original.write_config(tmp_path / "trained-from")
     torch.save({**original.state(), **original.head_state()}, tmp_path / "step_100.pt")
-    with pytest.raises(errors.MissingFileError, match="config="):
+    with pytest.raises(errors.PackageError, match="config="):
         convert_checkpoint(tmp_path / "step_100.pt", tmp_path / "ours")
     convert_checkpoint(tmp_path / "step_100.pt", tmp_path / "ours", config=tmp_path / "trained-from")
     assert_same_numbers(tmp_path / "ours", original.numbers())
@@ -293,7 +293,7 @@ def test_where_only_a_person_knows_the_library_a_person_is_asked(tmp_path):
     original = Original()
     write_trl(original, tmp_path / "theirs")
     edit_config(tmp_path / "theirs", architectures=None, summary_activation="tanh")
-    with pytest.raises(errors.AmbiguousSourceError, match="source_format"):
+    with pytest.raises(errors.ConversionError, match="source_format"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     logits, values = original.numbers()
     for source_format, expected in (("trl", values), ("seed", values.tanh())):
@@ -306,7 +306,7 @@ def test_where_only_a_person_knows_the_library_a_person_is_asked(tmp_path):
 def test_trlxs_head_is_refused_and_the_policy_can_be_kept_alone(hydra, tmp_path):
     original = Original()
     write_trlx(original, tmp_path / "theirs", hydra=hydra)
-    with pytest.raises(errors.UnconvertibleHeadError, match="init_value_head=True"):
+    with pytest.raises(errors.ConversionError, match="init_value_head=True"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
     record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", init_value_head=True)
@@ -324,7 +324,7 @@ def test_trlxs_value_branch_of_whole_layers_is_refused_as_well(tmp_path):
     state = torch.load(tmp_path / "theirs" / "pytorch_model.bin", weights_only=True)
     branch = {key.replace("frozen_head.", "v_head."): value for key, value in state.items() if "v_head.0" not in key}
     torch.save(branch, tmp_path / "theirs" / "pytorch_model.bin")
-    with pytest.raises(errors.UnconvertibleHeadError):
+    with pytest.raises(errors.ConversionError):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -361,7 +361,7 @@ def test_a_reward_model_for_tokens_becomes_the_value_head(field, rate, tmp_path)
 @pytest.mark.parametrize("model_class", [GPT2ForSequenceClassification, GPT2ForTokenClassification])
 def test_a_classifier_of_several_labels_is_refused(model_class, tmp_path):
     model_class(GPT2Config(**TINY, num_labels=3)).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(errors.UnconvertibleHeadError, match="3 outputs"):
+    with pytest.raises(errors.ConversionError, match="3 outputs"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", init_value_head=True)
     assert any(key in record.dropped for key in ("score.weight", "classifier.weight"))
@@ -390,7 +390,7 @@ def test_unknown_tensors_are_listed_and_nothing_is_written(tmp_path):
         "optimizer": torch.ones(1),
     }
     torch.save({**original.state(), **original.head_state(), **odd}, tmp_path / "theirs" / "pytorch_model.bin")
-    with pytest.raises(errors.WeightsMismatchError) as refusal:
+    with pytest.raises(errors.PackageError) as refusal:
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     assert all(name in str(refusal.value) for name in odd)
     assert not (tmp_path / "ours").exists()
@@ -403,7 +403,7 @@ def test_a_missing_tensor_is_named(name, tmp_path):
     state = {**original.state(), **original.head_state()}
     del state[name]
     torch.save(state, tmp_path / "theirs" / "pytorch_model.bin")
-    with pytest.raises(errors.WeightsMismatchError, match=name):
+    with pytest.raises(errors.PackageError, match=name):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -413,7 +413,7 @@ def test_a_body_half_below_the_prefix_is_refused(tmp_path):
     state = {**original.state("pretrained_model."), **original.head_state()}
     state["transformer.ln_f.bias"] = state.pop("pretrained_model.transformer.ln_f.bias")
     torch.save(state, tmp_path / "theirs" / "pytorch_model.bin")
-    with pytest.raises(errors.WeightsMismatchError, match=r"unknown tensors: transformer\.ln_f\.bias"):
+    with pytest.raises(errors.PackageError, match=r"unknown tensors: transformer\.ln_f\.bias"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -421,7 +421,7 @@ def test_a_body_half_below_the_prefix_is_refused(tmp_path):
 def test_a_config_for_other_weights_is_refused(fields, tmp_path):
     write_trl(Original(), tmp_path / "theirs")
     edit_config(tmp_path / "theirs", **fields)
-    with pytest.raises(errors.WeightsMismatchError, match="config"):
+    with pytest.raises(errors.PackageError, match="config"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -429,7 +429,7 @@ def test_a_config_for_other_weights_is_refused(fields, tmp_path):
 def test_a_config_that_cannot_be_is_refused(fields, tmp_path):
     write_trl(Original(), tmp_path / "theirs")
     edit_config(tmp_path / "theirs", **fields)
-    with pytest.raises(errors.CorruptFileError, match=r"config\.json"):
+    with pytest.raises(errors.PackageError, match=r"config\.json"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -446,20 +446,20 @@ def test_another_body_is_refused_by_name(config, model_class, tmp_path):
     model = model_class(config)
     model.save_pretrained(tmp_path / "theirs")
     write_safetensors(Original().head_state(), tmp_path / "theirs" / "value_head.safetensors")
-    with pytest.raises(errors.UnsupportedModelError, match=config.model_type):
+    with pytest.raises(errors.ConversionError, match=config.model_type):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
 def test_a_package_is_not_a_foreign_checkpoint(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "package")
-    with pytest.raises(errors.UnsupportedModelError, match="already"):
+    with pytest.raises(errors.ConversionError, match="already"):
         convert_checkpoint(tmp_path / "package", tmp_path / "ours")
 
 
 def test_quantised_weights_are_refused(tmp_path):
     write_trl(Original(), tmp_path / "theirs")
     edit_config(tmp_path / "theirs", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    with pytest.raises(errors.UnsupportedModelError, match="quantised"):
+    with pytest.raises(errors.ConversionError, match="quantised"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -469,7 +469,7 @@ def test_a_tied_lm_head_with_other_numbers_is_refused(tmp_path):
     state = {**original.state(), **original.head_state()}
     state["lm_head.weight"][0, 0] += 1
     torch.save(state, tmp_path / "theirs" / "pytorch_model.bin")
-    with pytest.raises(errors.AmbiguousSourceError, match="tie_word_embeddings"):
+    with pytest.raises(errors.ConversionError, match="tie_word_embeddings"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -479,7 +479,7 @@ def test_a_mask_that_is_not_causal_is_refused(tmp_path):
     masks = original.masks()
     masks["transformer.h.0.attn.bias"][0, 0, 0, 3] = 1  # the first token would see the fourth
     torch.save({**original.state(), **masks, **original.head_state()}, tmp_path / "theirs" / "pytorch_model.bin")
-    with pytest.raises(errors.UnsupportedModelError, match="causal"):
+    with pytest.raises(errors.ConversionError, match="causal"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -491,7 +491,7 @@ def test_weights_that_are_not_finite_are_refused(name, number, tmp_path):
     state = {**original.state(), **original.head_state()}
     state[name].view(-1)[3] = number
     torch.save(state, tmp_path / "theirs" / "pytorch_model.bin")
-    with pytest.raises(errors.NonFiniteWeightsError, match=name):
+    with pytest.raises(errors.UnsavableModelError, match=name):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -499,7 +499,7 @@ def test_two_files_that_may_differ_are_ambiguous_and_either_can_be_named(tmp_pat
     original, older = Original(), Original(seed=1)
     write_trl(original, tmp_path / "theirs")
     write_trl_pickle(older, tmp_path / "theirs")
-    with pytest.raises(errors.AmbiguousSourceError, match=r"model\.safetensors and pytorch_model\.bin"):
+    with pytest.raises(errors.ConversionError, match=r"model\.safetensors and pytorch_model\.bin"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     for name, expected in (("model.safetensors", original), ("pytorch_model.bin", older)):
         convert_checkpoint(tmp_path / "theirs" / name, tmp_path / "ours")
@@ -512,13 +512,13 @@ def test_two_files_that_may_differ_are_ambiguous_and_either_can_be_named(tmp_pat
 )
 def test_an_option_without_a_use_is_refused(options, tmp_path):
     write_trl(Original(), tmp_path / "theirs")
-    with pytest.raises((errors.UnusedOptionError, errors.AmbiguousSourceError), match=next(iter(options))):
+    with pytest.raises((errors.OptionsError, errors.ConversionError), match=next(iter(options))):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", **options)
 
 
 def test_an_empty_folder_and_a_missing_one_are_named(tmp_path):
     for source in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(errors.MissingFileError, match=str(source)):
+        with pytest.raises(errors.PackageError, match=str(source)):
             convert_checkpoint(source, tmp_path / "ours")
 
 
@@ -559,7 +559,7 @@ def test_a_pickle_that_would_run_code_runs_nothing(name, legacy, tmp_path, monke
         poison(folder / name, proof, legacy=legacy)
         if name == "raw":
             (folder / name).write_bytes(pickle.dumps({"transformer.wte.weight": Payload(proof)}))
-    with pytest.raises(errors.UnsafePickleError, match="Nothing of it was run"):
+    with pytest.raises(errors.PackageError, match="Nothing of it was run"):
         convert_checkpoint(source, tmp_path / "ours")
     assert not proof.exists()
     assert not (tmp_path / "ours").exists()
@@ -612,7 +612,7 @@ def made_sparse(file):
 def test_a_damaged_pickle_is_refused(damage, tmp_path):
     write_trl_pickle(Original(), tmp_path / "theirs")
     damage(tmp_path / "theirs" / "pytorch_model.bin")
-    with pytest.raises((errors.CorruptFileError, errors.UnsafePickleError), match=r"pytorch_model\.bin"):
+    with pytest.raises((errors.PackageError, errors.PackageError), match=r"pytorch_model\.bin"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -620,7 +620,7 @@ def test_a_damaged_pickle_is_refused(damage, tmp_path):
 def test_a_damaged_safetensors_file_is_refused(damage, tmp_path):
     write_trl(Original(), tmp_path / "theirs")
     damage(tmp_path / "theirs" / "model.safetensors")
-    with pytest.raises(errors.CorruptFileError, match=r"model\.safetensors"):
+    with pytest.raises(errors.PackageError, match=r"model\.safetensors"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -632,7 +632,7 @@ def test_an_index_that_points_elsewhere_is_refused(target, tmp_path):
     content = json.loads(index.read_text())
     content["weight_map"]["transformer.wte.weight"] = target
     index.write_text(json.dumps(content))
-    with pytest.raises((errors.UnsafeFileError, errors.MissingFileError, errors.CorruptFileError)):
+    with pytest.raises((errors.PackageError, errors.PackageError, errors.PackageError)):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -642,7 +642,7 @@ def test_an_index_that_lies_about_a_shard_is_refused(tmp_path):
     content = json.loads(index.read_text())
     del content["weight_map"]["transformer.wte.weight"]
     index.write_text(json.dumps(content))
-    with pytest.raises(errors.CorruptFileError, match=r"transformer\.wte\.weight"):
+    with pytest.raises(errors.PackageError, match=r"transformer\.wte\.weight"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 

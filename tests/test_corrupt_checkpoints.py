@@ -20,7 +20,7 @@ def test_every_spoiled_checkpoint_is_refused_or_gives_the_right_numbers(outcomes
 def test_each_reader_is_tried_and_both_ends_occur(outcomes):
     assert len(outcomes) == len(cases()[::EVERY]) >= 60
     assert {outcome.record for outcome in outcomes} == {"convert", "sharded", "adapter", "pickle", *READERS}
-    assert {LOADED, "CorruptFileError", "UnsafeFileError"} <= {outcome.outcome for outcome in outcomes}
+    assert {LOADED, "PackageError"} <= {outcome.outcome for outcome in outcomes}
 
 
 def test_no_spoiled_checkpoint_eats_the_memory(outcomes):

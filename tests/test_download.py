@@ -3,7 +3,7 @@
 import pytest
 from slow.fault_sweep import serving
 
-from hub_tools.errors import CorruptFileError, NotAPackageError, PickleError
+from hub_tools.errors import NotAPackageError, PackageError
 from hub_tools.hub.download import fetch, fetch_outline
 
 REPO = "alice/value"
@@ -11,8 +11,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 CASES = [
     ({}, NotAPackageError, "holds no package"),
     ({"README.md": b"words"}, NotAPackageError, r"README\.md"),
-    ({"config.json": b"{}", "pytorch_model.bin": b"pickle"}, PickleError, r"pytorch_model\.bin"),
-    ({"config.json": b"{}", "model.safetensors": POINTER}, CorruptFileError, "pointer of git-lfs"),
+    ({"config.json": b"{}", "pytorch_model.bin": b"pickle"}, PackageError, r"pytorch_model\.bin"),
+    ({"config.json": b"{}", "model.safetensors": POINTER}, PackageError, "pointer of git-lfs"),
 ]
 
 

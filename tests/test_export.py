@@ -113,7 +113,7 @@ def test_a_package_with_damaged_weights_is_refused(tiny_model, tmp_path):
     save_package(tiny_model, tmp_path / "package")
     weights = tmp_path / "package" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
-    with pytest.raises(errors.CorruptFileError):
+    with pytest.raises(errors.PackageError):
         export_policy(tmp_path / "package", tmp_path / "policy")
     assert not (tmp_path / "policy").exists()
 
@@ -206,7 +206,7 @@ def test_a_write_that_the_system_refuses_is_a_save_that_failed(tiny_model, tmp_p
 
 def test_what_is_not_a_value_head_model_is_refused(tiny_model, tmp_path):
     for other in (plain_twin(tiny_model), torch.nn.DataParallel(tiny_model)):
-        with pytest.raises(errors.WrongModelError, match=type(other).__name__):
+        with pytest.raises(errors.UnsavableModelError, match=type(other).__name__):
             export_policy(other, tmp_path / "policy")
     with pytest.raises(errors.NotAPackageError):
         export_policy(tmp_path / "nowhere", tmp_path / "policy")

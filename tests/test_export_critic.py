@@ -101,16 +101,16 @@ def test_a_bfloat16_critic_keeps_its_type(tmp_path):
 
 def test_what_a_classifier_cannot_express_is_refused(tmp_path):
     for fields in ({"summary_activation": "tanh"}, {"summary_use_proj": False}, {"summary_proj_to_labels": False}):
-        with pytest.raises(errors.UnconvertibleHeadError, match="one linear layer"):
+        with pytest.raises(errors.ConversionError, match="one linear layer"):
             export_critic(make_tiny_model(**fields), tmp_path / "critic")
     model = model_with_bias(value_head_initializer_range=0.0)
-    with pytest.raises(errors.UnconvertibleHeadError, match="score has no bias"):
+    with pytest.raises(errors.ConversionError, match="score has no bias"):
         export_critic(model, tmp_path / "critic", head="sequence-classification")
     export_critic(model, tmp_path / "constant")
     assert (read_as_verl_does(tmp_path / "constant") == -1.7).all()
-    with pytest.raises(errors.UnusedOptionError, match="token-classification or sequence-classification"):
+    with pytest.raises(errors.OptionsError, match="token-classification or sequence-classification"):
         export_critic(model, tmp_path / "critic", head="regression")
-    with pytest.raises(errors.WrongModelError, match="GPT2ForTokenClassification"):
+    with pytest.raises(errors.UnsavableModelError, match="GPT2ForTokenClassification"):
         export_critic(GPT2ForTokenClassification.from_pretrained(tmp_path / "constant"), tmp_path / "critic")
     assert not (tmp_path / "critic").exists()
 

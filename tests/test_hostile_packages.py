@@ -101,7 +101,7 @@ def test_a_tokenizer_is_not_read_from_another_place(name, with_tokenizer, tmp_pa
     edit_json(with_tokenizer / layout.TOKENIZER_CONFIG, **{"tokenizer_class": "GPT2Tokenizer", name: place})
     record_again(with_tokenizer)
     for reader in (inspect_package, load_package):
-        with pytest.raises(errors.UnsafeFileError, match=name):
+        with pytest.raises(errors.PackageError, match=name):
             reader(with_tokenizer)
 
 
@@ -118,7 +118,7 @@ def test_a_chat_template_that_is_a_link_is_not_followed(with_tokenizer, tmp_path
     (tmp_path / "secret").write_text("a secret")
     (with_tokenizer / "chat_template.jinja").symlink_to(tmp_path / "secret")
     for reader in (inspect_package, load_package, verify_package):
-        with pytest.raises(errors.UnsafeFileError, match="leads out"):
+        with pytest.raises(errors.PackageError, match="leads out"):
             reader(with_tokenizer)
 
 
@@ -163,7 +163,7 @@ def test_a_package_with_such_a_tokenizer_is_not_loaded(with_tokenizer):
 def test_a_tokenizer_of_hundreds_of_megabytes_is_not_parsed(with_tokenizer):
     os.truncate(with_tokenizer / "tokenizer.json", 252 * 10**6)
     for reader in (inspect_package, load_package):
-        with pytest.raises(errors.CorruptFileError, match=r"tokenizer\.json has 252,000,000 bytes"):
+        with pytest.raises(errors.PackageError, match=r"tokenizer\.json has 252,000,000 bytes"):
             reader(with_tokenizer)
 
 
@@ -226,7 +226,7 @@ def test_a_field_that_is_out_of_range_or_means_something_else_is_not_accepted(fi
     edit_json(package / file, **fields)
     record_again(package)
     for reader in (inspect_package, load_package):
-        with pytest.raises(errors.CorruptFileError, match=list(fields)[-1]):
+        with pytest.raises(errors.PackageError, match=list(fields)[-1]):
             reader(package)
 
 
@@ -274,7 +274,7 @@ def test_advice_is_not_a_shell_injection(package, tmp_path):
     outside.parent.mkdir()
     shutil.move(package / layout.CONFIG, outside)
     (package / layout.CONFIG).symlink_to(outside)
-    with pytest.raises(errors.UnsafeFileError) as refused:
+    with pytest.raises(errors.PackageError) as refused:
         inspect_package(package)
     command = refused.value.next_step.partition(": ")[2]
     assert shlex.split(command) == ["cp", "--remove-destination", str(outside), str(package / layout.CONFIG)]
@@ -294,7 +294,7 @@ def test_a_place_that_cannot_be_a_folder_is_not_a_traceback(folder, tiny_model, 
 @pytest.mark.parametrize("value", [{1, 2}, object(), print], ids=["a set", "an object", "a function"])
 def test_a_config_that_json_cannot_hold_is_not_half_written(value, tiny_model, tmp_path):
     tiny_model.config.extra = value
-    with pytest.raises(errors.UnsavableConfigError):
+    with pytest.raises(errors.UnsavableModelError):
         save_package(tiny_model, tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
 
@@ -328,20 +328,20 @@ def test_a_tokenizer_with_other_ids_than_the_model_is_not_loaded(with_tokenizer)
 def test_weights_that_are_finite_and_too_large_are_not_a_traceback(tiny_model, tmp_path):
     with torch.no_grad():
         tiny_model.transformer.wte.weight.fill_(3e38)
-    with pytest.raises(errors.NonFiniteWeightsError, match="too large"):
+    with pytest.raises(errors.UnsavableModelError, match="too large"):
         save_package(tiny_model, tmp_path / "p")
     assert not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize("facts", [{"license": 5}, {"base_model": 5}, {"tags": 5}, {"tags": "ppo"}, {"repo_id": 5}])
 def test_facts_of_the_wrong_type_do_not_reach_the_card(facts, tiny_model, tmp_path):
-    with pytest.raises(errors.CardMetadataError, match=next(iter(facts))):
+    with pytest.raises(errors.OptionsError, match=next(iter(facts))):
         save_package(tiny_model, tmp_path / "p", **facts)
 
 
 @pytest.mark.parametrize("timeout", [float("inf"), float("nan"), 0, -1, 1e300])
 def test_a_timeout_without_end_is_not_taken(timeout, package):
-    with pytest.raises(errors.UnusedOptionError, match="timeout"):
+    with pytest.raises(errors.OptionsError, match="timeout"):
         verify_package(package, timeout=timeout)
 
 
@@ -390,14 +390,14 @@ def test_a_repository_without_a_package_is_not_a_missing_cache_file(package, tmp
         for reader in (load_package, inspect_package):
             with pytest.raises(errors.NotAPackageError, match=r"me/empty holds no package"):
                 reader("me/empty", cache_dir=tmp_path / "cache")
-            with pytest.raises(errors.PickleError, match=r"pytorch_model\.bin"):
+            with pytest.raises(errors.PackageError, match=r"pytorch_model\.bin"):
                 reader("me/pickled", cache_dir=tmp_path / "cache")
 
 
 def test_a_git_lfs_pointer_is_not_taken_for_weights(package):
     (package / layout.WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     for reader in (load_package, inspect_package):
-        with pytest.raises(errors.CorruptFileError, match="git-lfs pointer") as refused:
+        with pytest.raises(errors.PackageError, match="git-lfs pointer") as refused:
             reader(package)
         assert "git lfs pull" in refused.value.next_step
 

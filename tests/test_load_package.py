@@ -122,10 +122,10 @@ def test_a_review_of_some_files_does_not_cover_the_others(package, tmp_path):
     [
         ({MODELING: "0" * 64}, errors.UntrustedCodeError),
         ({"not_there.py": "0" * 64}, errors.UntrustedCodeError),
-        ({MODELING: "yes"}, errors.UnusedOptionError),
-        ({MODELING: True}, errors.UnusedOptionError),
-        (True, errors.UnusedOptionError),
-        ("*", errors.UnusedOptionError),
+        ({MODELING: "yes"}, errors.OptionsError),
+        ({MODELING: True}, errors.OptionsError),
+        (True, errors.OptionsError),
+        ("*", errors.OptionsError),
     ],
 )
 def test_a_review_that_is_not_of_this_code_is_refused_though_the_code_is_known(reviewed, error, package):
@@ -187,7 +187,7 @@ def test_code_that_is_missing_is_named(package):
     record = json.loads((package / layout.RECORD).read_text())
     del record["sha256"]["decoding_gpt2_value.py"]
     (package / layout.RECORD).write_text(json.dumps(record))
-    with pytest.raises(errors.MissingFileError, match=r"decoding_gpt2_value\.py"):
+    with pytest.raises(errors.PackageError, match=r"decoding_gpt2_value\.py"):
         load_package(package)
 
 
@@ -212,7 +212,7 @@ def test_code_that_is_exchanged_after_it_was_copied_is_not_run(moment, package, 
 def test_a_setting_that_hides_a_method_is_refused(file, package):
     edit_json(package / file, to_dict="x")
     record_again(package)
-    with pytest.raises(errors.CorruptFileError, match="to_dict"):
+    with pytest.raises(errors.PackageError, match="to_dict"):
         load_package(package)
 
 
@@ -220,7 +220,7 @@ def test_a_tokenizer_that_is_read_from_elsewhere_is_refused(tiny_model, tiny_tok
     save_package(tiny_model, tmp_path / "p", tiny_tokenizer)
     edit_json(tmp_path / "p" / layout.TOKENIZER_CONFIG, tokenizer_file="/elsewhere/tokenizer.json")
     record_again(tmp_path / "p")
-    with pytest.raises(errors.UnsafeFileError, match="tokenizer_file"):
+    with pytest.raises(errors.PackageError, match="tokenizer_file"):
         load_package(tmp_path / "p")
 
 
@@ -311,11 +311,11 @@ def infinite(weights):
     ("edit", "error"),
     [
         (no_head, errors.MissingHeadError),
-        (half_a_head, errors.WeightsMismatchError),
-        (an_extra_key, errors.WeightsMismatchError),
-        (a_missing_key, errors.WeightsMismatchError),
-        (nan, errors.NonFiniteWeightsError),
-        (infinite, errors.NonFiniteWeightsError),
+        (half_a_head, errors.PackageError),
+        (an_extra_key, errors.PackageError),
+        (a_missing_key, errors.PackageError),
+        (nan, errors.UnsavableModelError),
+        (infinite, errors.UnsavableModelError),
     ],
 )
 def test_weights_that_are_not_whole_and_finite_are_refused(edit, error, package):
@@ -350,7 +350,7 @@ def test_weights_that_are_not_the_saved_ones_are_refused_where_there_is_a_record
 def test_a_config_that_would_fetch_run_or_fill_more_is_refused(fields, package):
     edit_json(package / layout.CONFIG, **fields)
     record_again(package)
-    with pytest.raises(errors.CorruptFileError, match=next(iter(fields))):
+    with pytest.raises(errors.PackageError, match=next(iter(fields))):
         load_package(package)
 
 
@@ -376,7 +376,7 @@ def test_shards_and_the_tokenizer_are_loaded(tiny_model, tiny_tokenizer, tmp_pat
 def test_options_for_the_hub_are_refused_for_a_folder(package):
     for options in ({"revision": "main"}, {"token": "hf_x"}, {"local_files_only": True}, {"cache_dir": "x"}):
         for function in (load_package, inspect_package):
-            with pytest.raises(errors.UnusedOptionError, match=next(iter(options))) as refused:
+            with pytest.raises(errors.OptionsError, match=next(iter(options))) as refused:
                 function(package, **options)
             assert "hf_x" not in str(refused.value)
     with pytest.raises(errors.NotAPackageError):
@@ -515,14 +515,14 @@ def test_inspecting_a_repository_reads_headers_by_range(server, cache, tmp_path,
 def test_a_repository_whose_weights_lie_is_refused_by_their_header(server, package, cache):
     for data in (b"", b"short", b"\xff" * 100, (package / layout.WEIGHTS).read_bytes()[:-1]):
         server.create(REPO, {**contents(package), layout.WEIGHTS: data})
-        with pytest.raises(errors.CorruptFileError, match=layout.WEIGHTS):
+        with pytest.raises(errors.PackageError, match=layout.WEIGHTS):
             inspect_package(REPO, cache_dir=cache)
 
 
 @pytest.mark.parametrize("name", ["../out.py", "/abs.py", "sub/../../out.json", "a//b"])
 def test_a_repository_with_names_that_lead_out_is_refused(name, server, package, cache, tmp_path):
     server.create(REPO, {**contents(package), name: b"x"})
-    with pytest.raises(errors.UnsafeFileError, match="called"):
+    with pytest.raises(errors.PackageError, match="called"):
         inspect_package(REPO, cache_dir=cache)
 
 

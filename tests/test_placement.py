@@ -6,7 +6,7 @@ from conftest import make_tiny_model
 
 from generation_gpt2_value import rescore, rollout
 from hub_tools import save_package
-from hub_tools.errors import UnsavableWeightsError
+from hub_tools.errors import UnsavableModelError
 from modeling_gpt2_value import GPT2ValueConfig, GPT2ValueModel
 
 PROMPTS = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64])]
@@ -51,7 +51,7 @@ def test_weights_on_the_disk_give_the_same_numbers_and_are_not_saved(saved, tmp_
     placed = GPT2ValueModel.from_pretrained(saved, device_map=ON_DISK, offload_folder=tmp_path / "offloaded")
     assert placed.transformer.h[1].mlp.c_fc.weight.is_meta
     assert_same_numbers(placed, make_tiny_model())
-    with pytest.raises(UnsavableWeightsError, match="without data"):
+    with pytest.raises(UnsavableModelError, match="without data"):
         save_package(placed, tmp_path / "package")
     assert not (tmp_path / "package").exists()
 

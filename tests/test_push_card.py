@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from support.pushing import REPO, push_verified
 
-from hub_tools.errors import CardMetadataError
+from hub_tools.errors import OptionsError
 from hub_tools.package.writing.save import save_package
 
 
@@ -54,6 +54,6 @@ def test_a_card_without_metadata_or_without_text_is_completed(server, package, t
 
 def test_a_card_that_cannot_be_read_is_not_overwritten(server, package):
     server.create(REPO, {"README.md": b"---\ntags: [unclosed\n---\nwords"})
-    with pytest.raises(CardMetadataError, match=r"README.md in the repository"):
+    with pytest.raises(OptionsError, match=r"README.md in the repository"):
         push_verified(package)
     assert server.files(REPO)["README.md"].endswith(b"words")

@@ -48,7 +48,7 @@ def test_any_single_failure_leaves_the_old_commit_or_one_whole_new_one(server, p
 
 
 def test_what_waiting_does_not_mend_is_not_tried_again(server, package):
-    for status, error in ((401, "AuthenticationError"), (403, "NoAccessError"), (404, "RemoteNotFoundError")):
+    for status, error in ((401, "AuthenticationError"), (403, "AuthenticationError"), (404, "RemoteNotFoundError")):
         for number, route in enumerate(requests_of(server, package, NEW_REPO), start=1):
             outcome = try_fault(server, package, NEW_REPO, fault := Fault(nth=number, status=status))
             if route == "model_info" and status == 404 and number == 2:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from generation_gpt2_value import rescore, rollout
 from hub_tools import save_package
-from hub_tools.errors import WrongModelError
+from hub_tools.errors import UnsavableModelError
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 
@@ -101,7 +101,7 @@ def refuse_fsdp1(rank, folder):
     for call in (lambda: rollout(model, RAGGED), lambda: rescore(model, drawn)):
         with pytest.raises(TypeError, match="got a FullyShardedDataParallel: use DistributedDataParallel or FSDP2"):
             call()
-    with pytest.raises(WrongModelError, match="FullyShardedDataParallel"):
+    with pytest.raises(UnsavableModelError, match="FullyShardedDataParallel"):
         save_package(model, folder / "package")
 
 

@@ -13,11 +13,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hub_tools import CheckpointPusher, CheckpointPusherCallback, push_to_hub, save_package, verify_package
 from hub_tools.errors import (
-    CardMetadataError,
     FolderRefusedError,
-    NonFiniteWeightsError,
-    ProcessesMissingError,
+    OptionsError,
     SaveFailedError,
+    UnsavableModelError,
 )
 from hub_tools.package.writing import sharded as module
 from hub_tools.publish.checkpoints import worker_process
@@ -59,7 +58,7 @@ def save_alone(rank, folder, alone):
     model = sharded(make_tiny_model())
     if rank == alone:
         began = time.monotonic()
-        with pytest.raises(ProcessesMissingError, match=f"over 2 processes, and process {1 - alone} did not come"):
+        with pytest.raises(UnsavableModelError, match=f"over 2 processes, and process {1 - alone} did not come"):
             save_package(model, folder / "package")
         assert time.monotonic() - began < 10
         assert not (folder / "package").exists()
@@ -79,14 +78,14 @@ def fail(rank, folder):
     (folder / "taken" / "notes.txt").touch()
     with pytest.raises(FolderRefusedError, match=r"notes\.txt"):
         save_package(model, folder / "taken")
-    with pytest.raises(CardMetadataError, match="base_model"):
+    with pytest.raises(OptionsError, match="base_model"):
         save_package(model, folder / "package", base_model="/a/path")
     error = ValueError if rank == 0 else SaveFailedError  # what is not ours, only the first process raises
     with pytest.raises(error):
         save_package(model, folder / "package", max_shard_size="large")
     with torch.no_grad():
         model.v_head.summary.bias.fill_(torch.nan)
-    with pytest.raises(NonFiniteWeightsError, match=r"v_head\.summary\.bias"):
+    with pytest.raises(UnsavableModelError, match=r"v_head\.summary\.bias"):
         save_package(model, folder / "package")
     assert not (folder / "package").exists()
 
@@ -110,7 +109,7 @@ def push_all(rank, folder):
         pusher.push(model, step=2, metrics={"reward": 2})
         pusher.flush()
         dist.barrier()
-        with pytest.raises(CardMetadataError, match="reward"):
+        with pytest.raises(OptionsError, match="reward"):
             pusher.push(model, step=3, metrics={"reward": "much"})
         assert [each.step for each in pusher.pushed] == ([2] if rank == 0 else [])
         callback = CheckpointPusherCallback(pusher)
@@ -120,7 +119,7 @@ def push_all(rank, folder):
         assert [each.step for each in pusher.pushed] == ([2, 4] if rank == 0 else [])
         module.WAIT = 2.0
         if rank == 0:
-            with pytest.raises(ProcessesMissingError):
+            with pytest.raises(UnsavableModelError):
                 pusher.push(model, step=5)
         dist.barrier()
 

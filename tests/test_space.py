@@ -12,7 +12,7 @@ from support.hub_store import File
 
 from hub_tools import layout
 from hub_tools.app.space import push_space, space_files, write_space
-from hub_tools.errors import FolderRefusedError, NoAccessError, SourceError
+from hub_tools.errors import AuthenticationError, FolderRefusedError, SourceError
 from hub_tools.package.writing.save import save_package
 
 MODEL, SPACE = "alice/value", "alice/look"
@@ -80,7 +80,7 @@ def test_a_dry_run_changes_nothing(server):
 
 def test_a_space_of_somebody_else_is_refused(server):
     server.create("spaces/bob/look")
-    with pytest.raises(NoAccessError):
+    with pytest.raises(AuthenticationError):
         push_space(FILES, "bob/look")
     assert len(server.history("spaces/bob/look")) == 1
 

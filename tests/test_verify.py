@@ -110,12 +110,12 @@ def test_weights_that_are_not_finite_are_refused(package):
     weights["transformer.h.0.ln_1.bias"][3] = float("inf")
     save_file(weights, package / layout.WEIGHTS, metadata={"format": "pt"})
     record_again(package)
-    with pytest.raises(errors.NonFiniteWeightsError, match=r"transformer\.h\.0\.ln_1\.bias"):
+    with pytest.raises(errors.UnsavableModelError, match=r"transformer\.h\.0\.ln_1\.bias"):
         verify_package(package)
 
 
 def test_an_interpreter_that_takes_too_long_is_stopped(saved):
-    with pytest.raises(errors.VerificationTimeoutError, match=r"0\.2 s"):
+    with pytest.raises(errors.ResourceLimitError, match=r"0\.2 s"):
         verify_package(saved, timeout=0.2)
 
 
@@ -155,10 +155,10 @@ def a_flipped_bit(package):
     ("spoil", "error", "names"),
     [
         (no_head, errors.MissingHeadError, "no value head"),
-        (no_code, errors.MissingFileError, "generation_gpt2_value.py"),
-        (no_record, errors.MissingFileError, layout.RECORD),
-        (pickle_beside, errors.PickleError, "optimizer.pt"),
-        (secret_beside, errors.ForeignFileError, r"\.env"),
+        (no_code, errors.PackageError, "generation_gpt2_value.py"),
+        (no_record, errors.PackageError, layout.RECORD),
+        (pickle_beside, errors.PackageError, "optimizer.pt"),
+        (secret_beside, errors.PackageError, r"\.env"),
         (edited_config, errors.ChangedFileError, "config.json"),
         (a_flipped_bit, errors.ChangedFileError, layout.WEIGHTS),
     ],

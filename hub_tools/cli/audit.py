@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..errors import UnusedOptionError
+from ..errors import OptionsError
 from ..library_errors import as_ours
 from . import console
 from .loading import MAX_SEED, Json, Reviewed, encode, load_sampler
@@ -97,7 +97,7 @@ def audit(
             found = audit_rows(model, rows, claim, alpha=alpha, score_padding=score_padding)
         if plot is not None:
             found.plot(plot)
-    except UnusedOptionError as error:
+    except OptionsError as error:
         raise typer.BadParameter(error.found) from error
     except (TypeError, ValueError, ImportError, OSError) as error:  # every argument above is the user's
         raise typer.BadParameter(str(error)) from error
@@ -118,8 +118,8 @@ def audit(
         raise typer.Exit(EXIT_DISHONEST)
 
 
-def _not_generated(options: str, gist: str) -> UnusedOptionError:
-    return UnusedOptionError(
+def _not_generated(options: str, gist: str) -> OptionsError:
+    return OptionsError(
         f"generate({options}) fails: {gist}",
         expected="arguments of transformers' generate()",
         next_step="correct --generate KEY=VALUE",

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerBase
 
 from .. import limits
-from ..errors import CorruptFileError, LoadError, TokenizerMismatchError
+from ..errors import LoadError, PackageError, TokenizerMismatchError
 from ..files import read_json
 from ..layout import GENERATION_CONFIG, TOKENIZER, kind_of
 from ..library_errors import as_ours
@@ -35,7 +35,7 @@ def carried_tokenizer(
     Raises:
         TokenizerMismatchError: its files cannot be loaded without running code of theirs.
         ResourceLimitError: it takes more memory or time than a tokenizer needs.
-        UnsafeFileError, CorruptFileError: links out of the folder, files that are too large, or no JSON.
+        PackageError: links out of the folder, files that are too large, or no JSON.
     """
     if isinstance(given, PreTrainedTokenizerBase):
         return given
@@ -65,7 +65,7 @@ def carried_generation_config(homes: Sequence[Path]) -> GenerationConfig | None:
     """The generation config in the first of `homes` that has one; None if there is none.
 
     Raises:
-        CorruptFileError: no JSON, or a setting that cannot be right.
+        PackageError: no JSON, or a setting that cannot be right.
     """
     home = next((home for home in homes if os.path.lexists(home / GENERATION_CONFIG)), None)
     if home is None:
@@ -77,8 +77,8 @@ def carried_generation_config(homes: Sequence[Path]) -> GenerationConfig | None:
     return config
 
 
-def _not_valid(home: Path, gist: str) -> CorruptFileError:
-    return CorruptFileError(
+def _not_valid(home: Path, gist: str) -> PackageError:
+    return PackageError(
         f"{home / GENERATION_CONFIG} is not valid: {gist}",
         next_step="correct the field, or remove the file: the model works without it",
     )

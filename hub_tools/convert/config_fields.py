@@ -15,7 +15,7 @@ from transformers import GPT2Config
 from configuration_gpt2_value import GPT2ValueConfig
 
 from .. import limits
-from ..errors import CorruptFileError, UnsupportedModelError
+from ..errors import ConversionError, PackageError
 from ..layout import MODEL_TYPE
 from ..library_errors import as_ours
 from ..package.reading.allowed_fields import CONFIG, PROBABILITY, Allowed
@@ -65,22 +65,22 @@ def known_fields(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         fields: its `config.json`.
 
     Raises:
-        UnsupportedModelError: another body than GPT-2's, or one that is quantised or pruned.
-        CorruptFileError: a value of the wrong type, or out of range.
+        ConversionError: another body than GPT-2's, or one that is quantised or pruned.
+        PackageError: a value of the wrong type, or out of range.
     """
     _refuse_other_bodies(where, fields)
     kept = {}
     for name, value in fields.items():
         if name in FIELDS:
             if not FIELDS[name].holds(value):
-                raise CorruptFileError(
+                raise PackageError(
                     f"{where}: its config.json has {name!r}: {str(value)[:80]!r}",
                     expected=FIELDS[name].expected,
                     next_step="correct that field, or pass the config.json that belongs to the weights: config=",
                 )
             kept[name] = value
         elif name in _ALIASES and value != fields.get(_ALIASES[name], value):
-            raise CorruptFileError(
+            raise PackageError(
                 f"{where}: its config.json has {name!r}: {str(value)[:80]!r}, and another {_ALIASES[name]!r}",
                 expected="one number of each kind, under GPT-2's own name",
                 next_step=f"remove {name}, or pass the config.json that belongs to the weights: config=",
@@ -127,7 +127,7 @@ def value_config(
         summary_first_dropout: see `convert_checkpoint`.
 
     Raises:
-        CorruptFileError: GPT-2 cannot have this configuration.
+        PackageError: GPT-2 cannot have this configuration.
     """
     notes: list[str] = []
     head: dict[str, Any] = {}
@@ -158,8 +158,8 @@ def value_config(
         return GPT2ValueConfig.from_gpt2(GPT2Config.from_dict({**kept, **head})), notes
 
 
-def _not_gpt2(where: str, gist: str) -> CorruptFileError:
-    return CorruptFileError(
+def _not_gpt2(where: str, gist: str) -> PackageError:
+    return PackageError(
         f"{where}: its config.json cannot be a GPT-2's: {gist}",
         next_step="correct that field, or pass the config.json that belongs to the weights: config=",
     )
@@ -168,26 +168,26 @@ def _not_gpt2(where: str, gist: str) -> CorruptFileError:
 def _refuse_other_bodies(where: str, fields: Mapping[str, Any]) -> None:
     model_type = fields.get("model_type", "gpt2")  # the first GPT-2 checkpoints do not say
     if model_type == MODEL_TYPE:
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"{where} is a package of this model already (model_type {MODEL_TYPE!r})",
             next_step="load it as it is; for plain GPT-2 out of it, use export_policy",
         )
     if model_type != "gpt2":
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"{where} is a model of type {str(model_type)[:80]!r}",
             expected="'gpt2': this package is a GPT-2 with a value head, and has no other body",
             next_step="use the library that wrote it; there is no conversion",
         )
     for name in ("quantization_config", "compression_config"):
         if fields.get(name) is not None:
-            raise UnsupportedModelError(
+            raise ConversionError(
                 f"{where} is quantised (config.json has a {name})",
                 expected="float32, float16 or bfloat16 weights",
                 next_step="load it in its own library, call model.dequantize(), save it, and convert that",
             )
     for name in ("pruned_heads", "is_encoder_decoder"):
         if fields.get(name):
-            raise UnsupportedModelError(
+            raise ConversionError(
                 f"{where}: its config.json has {name!r}: {str(fields[name])[:80]!r}",
                 expected="a decoder with all of its heads",
                 next_step="use the library that wrote it; there is no conversion",

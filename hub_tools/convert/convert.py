@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from modeling_gpt2_value import GPT2ValueModel
 
 from ..errors import (
-    AmbiguousSourceError,
+    ConversionError,
     FolderRefusedError,
-    MissingFileError,
-    UnusedOptionError,
+    OptionsError,
+    PackageError,
 )
 from ..files import read_json
 from ..layout import CONFIG, HEAD_PREFIX
@@ -129,20 +129,20 @@ def convert_checkpoint(
         The record of what was found, mapped and dropped.
 
     Raises:
-        MissingFileError: no weights or no `config.json`, or no base model for an adapter.
-        UnsafePickleError: the pickle asks for more than tensors. Nothing of it ran.
-        CorruptFileError: a damaged file, or a setting that cannot be right.
-        UnsafeFileError: a link out of the source's folder, or an index or a tokenizer that names files elsewhere.
-        AmbiguousSourceError: the source can be read in two ways that give different models; the error says how to
+        PackageError: no weights or no `config.json`, or no base model for an adapter.
+        PackageError: the pickle asks for more than tensors. Nothing of it ran.
+        PackageError: a damaged file, or a setting that cannot be right.
+        PackageError: a link out of the source's folder, or an index or a tokenizer that names files elsewhere.
+        ConversionError: the source can be read in two ways that give different models; the error says how to
             choose.
-        UnsupportedModelError: the body is not a GPT-2, or is quantised, or the adapter is not a LoRA.
-        UnconvertibleHeadError: a head of several layers or outputs, without `init_value_head`.
+        ConversionError: the body is not a GPT-2, or is quantised, or the adapter is not a LoRA.
+        ConversionError: a head of several layers or outputs, without `init_value_head`.
         MissingHeadError: no head, without `init_value_head`.
-        WeightsMismatchError: unknown or missing tensors, or other shapes than the configuration calls for.
-        NonFiniteWeightsError: NaN or infinity among the weights.
+        PackageError: unknown or missing tensors, or other shapes than the configuration calls for.
+        UnsavableModelError: NaN or infinity among the weights.
         TokenizerMismatchError: the source's tokenizer cannot be loaded.
         ResourceLimitError: opening it takes more memory or time than a tokenizer needs.
-        UnusedOptionError: an argument that this source has no use for.
+        OptionsError: an argument that this source has no use for.
         And what `save_package` raises.
     """
     source = Path(source)
@@ -211,7 +211,7 @@ def _weights_of(source: Path) -> Path:
     if os.path.isfile(source):  # and not is_file(), which fails on names that are too long
         return source
     if not os.path.isdir(source):
-        raise MissingFileError(
+        raise PackageError(
             f"there is no file or folder {source}",
             expected="a checkpoint on this machine",
             next_step="fetch it first: huggingface_hub.snapshot_download(REPO), which returns its folder",
@@ -221,7 +221,7 @@ def _weights_of(source: Path) -> Path:
     weights = only_one(source, MODEL_WEIGHTS)
     if weights is None:
         names = sorted(path.name for path in source.iterdir())
-        raise MissingFileError(
+        raise PackageError(
             f"{source} holds no weights under a name of transformers': {listed(names) or 'it is empty'}",
             expected=" or ".join(MODEL_WEIGHTS),
             next_step="where they are under another name, pass that file itself",
@@ -234,7 +234,7 @@ def _fields(home: Path, config: _Path | None) -> dict[str, Any]:
     file = home / CONFIG if config is None else Path(config)
     file = file / CONFIG if os.path.isdir(file) else file
     if not os.path.isfile(file):
-        raise MissingFileError(
+        raise PackageError(
             f"there is no {file}: weights alone do not say how many attention heads they are for",
             expected="the config.json of the GPT-2 that was trained",
             next_step="pass it: config=FILE, or the folder of the model that the training began with",
@@ -245,7 +245,7 @@ def _fields(home: Path, config: _Path | None) -> dict[str, Any]:
 def _read_model(weights: Path, *, config: _Path | None, base: _Path | None, named: bool) -> _Read:
     """A whole model, from its weight file. `named`: the user named this file, rather than a folder with it."""
     if base is not None:
-        raise UnusedOptionError(
+        raise OptionsError(
             f"base= is for an adapter; {weights} is a whole model",
             next_step="leave base out, or pass an adapter's folder",
         )
@@ -258,7 +258,7 @@ def _read_model(weights: Path, *, config: _Path | None, base: _Path | None, name
 def _read_adapter(home: Path, *, config: _Path | None, base: _Path | None) -> _Read:
     """An adapter's folder, merged into its base."""
     if config is not None:
-        raise UnusedOptionError(
+        raise OptionsError(
             f"config= is for a whole model; {home} is an adapter, and its base has a config.json",
             next_step="leave config out; to name another base: base=",
         )
@@ -286,7 +286,7 @@ def _add_head_file(read: _Read, home: Path) -> None:
     head = read_state_dict(file, limit=read.limit)
     twice = sorted(set(head) & set(read.state))
     if twice:
-        raise AmbiguousSourceError(
+        raise ConversionError(
             f"{file} and {read.files[0]} both hold {listed(twice)}",
             expected="the value head alone in the separate file",
             next_step="remove one of the two files, or pass the file of the whole model itself",

@@ -21,7 +21,7 @@ from transformers import (
 
 from modeling_gpt2_value import GPT2ValueModel
 
-from ..errors import UnconvertibleHeadError, UnusedOptionError
+from ..errors import ConversionError, OptionsError
 from ..layout import HEAD_PREFIX
 from .export import ExportedPolicy, gpt2_fields, write_plain
 
@@ -57,13 +57,13 @@ def export_critic(
         overwrite: also replace a folder that holds a plain GPT-2 and nothing else.
 
     Raises:
-        UnusedOptionError: `head` is neither of the two.
-        UnconvertibleHeadError: the head is more than one linear layer to one value, or is a bias alone.
+        OptionsError: `head` is neither of the two.
+        ConversionError: the head is more than one linear layer to one value, or is a bias alone.
         MissingHeadError: the package has no value head.
         And what `export_policy` raises.
     """
     if head not in ("token-classification", "sequence-classification"):
-        raise UnusedOptionError(
+        raise OptionsError(
             f"head={head!r}",
             expected="token-classification or sequence-classification",
             next_step="for verl the first, for TRL and OpenRLHF the second",
@@ -87,7 +87,7 @@ def _sequence_classifier(model: GPT2ValueModel) -> GPT2ForSequenceClassification
     if bias:
         direction, last_bias = weight[0].double(), state[LAST_BIAS]
         if not direction.any():
-            raise UnconvertibleHeadError(
+            raise ConversionError(
                 f"a value head whose weights are all 0, with the bias {bias.item():.3g}",
                 expected="weights, into whose direction the bias can go: score has no bias",
                 next_step='export it with head="token-classification"',
@@ -104,7 +104,7 @@ def _linear_head(model: GPT2ValueModel) -> tuple[torch.Tensor, torch.Tensor]:
     """The head's weight `[1, n_embd]` and bias `[1]`, in the dtype of the body."""
     config = model.config
     if not (config.summary_use_proj and config.summary_proj_to_labels) or config.summary_activation is not None:
-        raise UnconvertibleHeadError(
+        raise ConversionError(
             f"a value head with summary_use_proj={config.summary_use_proj}, summary_proj_to_labels="
             f"{config.summary_proj_to_labels}, summary_activation={config.summary_activation!r}",
             expected="one linear layer to one value: that is all that a classifier's head can express",

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2PreTrainedModel, PreTr
 
 from modeling_gpt2_value import GPT2ValueModel
 
-from ..errors import LoadError, MissingHeadError, NonFiniteWeightsError, UnsavableConfigError, WrongModelError
+from ..errors import LoadError, MissingHeadError, UnsavableModelError
 from ..files import AGAIN
 from ..layout import HEAD_PREFIX, kind_of
 from ..library_errors import as_ours
@@ -79,11 +79,11 @@ def export_policy(
         overwrite: also replace a folder that holds a plain GPT-2 and nothing else.
 
     Raises:
-        WrongModelError: `model` is not a value-head model.
-        UnsavableConfigError: the model's config or generation_config could not be loaded again.
+        UnsavableModelError: `model` is not a value-head model.
+        UnsavableModelError: the model's config or generation_config could not be loaded again.
         LoadError: the package, or its tokenizer, cannot be loaded.
         ResourceLimitError: opening its tokenizer takes more memory or time than a tokenizer needs.
-        NonFiniteWeightsError: NaN or infinity among the package's weights.
+        UnsavableModelError: NaN or infinity among the package's weights.
         FolderRefusedError: `folder` holds something that must not be lost.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
         And what `inspect_package` raises for a package that is not whole.
@@ -105,7 +105,7 @@ def write_plain(
         model, its_tokenizer = _read_package(model, with_tokenizer=tokenizer is None, needs_head=needs_head)
         tokenizer = tokenizer or its_tokenizer
     if not isinstance(model, GPT2ValueModel):
-        raise WrongModelError(
+        raise UnsavableModelError(
             f"a {type(model).__name__}",
             expected="a GPT2ValueModel, unwrapped, or the folder of a package",
             next_step="save it with save_package, and export that folder",
@@ -161,7 +161,7 @@ def _read_package(
             tokenizer = load_tokenizer(loadable, name, config=model.config)
     damaged = list(not_finite(model.state_dict()))
     if damaged:
-        raise NonFiniteWeightsError(
+        raise UnsavableModelError(
             f"NaN or infinite values in {', '.join(damaged[:5])} of {name}", expected="finite weights", next_step=AGAIN
         )
     return model, tokenizer
@@ -198,8 +198,8 @@ def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
     return plain
 
 
-def _not_savable(gist: str) -> UnsavableConfigError:
-    return UnsavableConfigError(
+def _not_savable(gist: str) -> UnsavableModelError:
+    return UnsavableModelError(
         f"the model's config or generation_config is not valid: {gist}",
         next_step="correct the field in model.config or model.generation_config, and export again",
     )

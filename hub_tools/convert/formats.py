@@ -17,13 +17,11 @@ import torch
 from configuration_gpt2_value import GPT2ValueConfig
 
 from ..errors import (
-    AmbiguousSourceError,
+    ConversionError,
     MissingHeadError,
-    NonFiniteWeightsError,
-    UnconvertibleHeadError,
-    UnsupportedModelError,
-    UnusedOptionError,
-    WeightsMismatchError,
+    OptionsError,
+    PackageError,
+    UnsavableModelError,
 )
 from ..layout import HEAD_PREFIX
 from ..package.reading.config_json import check_memory, expected_shapes
@@ -90,8 +88,8 @@ def translate(
         source_format, summary_first_dropout, init_value_head: see `convert_checkpoint`.
 
     Raises:
-        UnsupportedModelError, AmbiguousSourceError, CorruptFileError, UnconvertibleHeadError,
-        MissingHeadError, WeightsMismatchError, NonFiniteWeightsError, UnusedOptionError: see `convert_checkpoint`.
+        ConversionError, PackageError,
+        MissingHeadError, PackageError, UnsavableModelError, OptionsError: see `convert_checkpoint`.
     """
     not_kept = left_out(fields)
     fields = known_fields(where, fields)
@@ -99,7 +97,7 @@ def translate(
     config, notes = _value_config(where, fields, format_, summary_first_dropout)
     notes += not_kept
     if config.n_layer > len(state):  # a bound for the list of expected tensors
-        raise WeightsMismatchError(
+        raise PackageError(
             f"{where}: its configuration says {config.n_layer} layers; the weights are {len(state)} tensors",
             next_step="pass the config.json that belongs to these weights: config=",
         )
@@ -153,7 +151,7 @@ def _recognise(
 ) -> tuple[SourceFormat, str]:
     """The library that wrote the checkpoint, and the prefix of the body's names."""
     if told is not None and told not in get_args(SourceFormat):
-        raise UnusedOptionError(
+        raise OptionsError(
             f"source_format={told!r}",
             expected=f"one of {', '.join(get_args(SourceFormat))}",
             next_step="leave it out: mostly the files tell",
@@ -166,7 +164,7 @@ def _recognise(
         if told in ("seed", "trl") and not wrapped:
             format_ = told
         elif format_ == "seed" and "GPT2HeadWithValueModel" not in classes and _readings_differ(where, fields):
-            raise AmbiguousSourceError(
+            raise ConversionError(
                 f"{where} may be the seed's or TRL's: its config.json names no class, and sets summary_* "
                 "fields, which the seed's head obeys and TRL's ignores",
                 next_step='say which: source_format="seed" or source_format="trl"',
@@ -180,7 +178,7 @@ def _recognise(
     elif "GPT2HeadWithValueModel" in classes:  # whose head may have no weights
         format_ = "seed"
     if told not in (None, format_):
-        raise AmbiguousSourceError(
+        raise ConversionError(
             f"{where} holds the tensors of {format_!r}; source_format says {told!r}",
             next_step=f'leave source_format out, or pass "{format_}"',
         )
@@ -227,7 +225,7 @@ def _decide_head(
             else f"a head with {' and '.join(map(str, sorted(outputs)))} outputs ({listed(head)})"
         )
         if not init_value_head:
-            raise UnconvertibleHeadError(
+            raise ConversionError(
                 f"{where} has {what}",
                 expected="one linear layer to one value: that is all that v_head.summary can express",
                 next_step="keep the policy alone and train a new head: init_value_head=True",
@@ -243,7 +241,7 @@ def _decide_head(
             "value_head.safetensors; to start with a new one: init_value_head=True",
         )
     elif init_value_head and (head or HEAD_WEIGHT not in shapes):
-        raise UnusedOptionError(
+        raise OptionsError(
             f"init_value_head=True, and {where} has a value head that can be kept: "
             f"{listed(head) or 'one without weights'}",
             next_step="leave init_value_head out",
@@ -275,14 +273,14 @@ def _refuse_mismatch(
                 "the adapter is not merged: load it in its own library, call merge_and_unload() on the PEFT model and "
                 "save that, or convert the folder that the PEFT model's save_pretrained wrote"
             )
-        raise WeightsMismatchError(
+        raise PackageError(
             f"{where} has {'; '.join(what)}",
             expected="the tensors of a GPT-2 and of a value head that this package knows, and no others",
             next_step=way_out,
         )
     for key, name in mapped.items():
         if tuple(state[key].shape) != shapes[name]:
-            raise WeightsMismatchError(
+            raise PackageError(
                 f"{where}: {key} has shape {list(state[key].shape)}",
                 expected=f"{list(shapes[name])}, from its config.json",
                 next_step="pass the config.json that belongs to these weights: config=",
@@ -294,7 +292,7 @@ def _refuse_other_tie(where: str, state: Mapping[str, torch.Tensor], names: Mapp
     head, embeddings = f"{prefix}lm_head.weight", f"{prefix}transformer.wte.weight"
     tied = head in state and names[head] != "lm_head.weight"
     if tied and not torch.equal(state[head], state[embeddings]):
-        raise AmbiguousSourceError(
+        raise ConversionError(
             f"{where}: {head} and {embeddings} differ, and config.json ties them",
             expected="the same numbers in both",
             next_step='to keep both, set "tie_word_embeddings": false in config.json; to keep the '
@@ -310,7 +308,7 @@ def _refuse_other_masks(where: str, state: Mapping[str, torch.Tensor], dropped: 
         mask = state[key]
         side = mask.shape[-1] if mask.dim() == 4 else 0
         if mask.shape != (1, 1, side, side) or not _is_causal(mask[0, 0]):
-            raise UnsupportedModelError(
+            raise ConversionError(
                 f"{where}: {key} is not a causal mask (shape {list(mask.shape)})",
                 expected="ones on and below the diagonal: each token sees itself and those before it",
                 next_step="use the library that wrote it; this attention has no conversion",
@@ -329,13 +327,13 @@ def _body_dtype(where: str, state: Mapping[str, torch.Tensor]) -> tuple[torch.dt
     """The dtype that holds every weight of the body exactly; refuses what is not a finite float."""
     for name, tensor in state.items():
         if tensor.dtype not in BODY_DTYPES:
-            raise UnsupportedModelError(
+            raise ConversionError(
                 f"{where}: {name} is {tensor.dtype}",
                 expected="float32, float16 or bfloat16",
                 next_step="save the model in one of these dtypes in its own library, and convert that",
             )
         if not tensor.isfinite().all():
-            raise NonFiniteWeightsError(
+            raise UnsavableModelError(
                 f"{where}: {name} holds NaN or infinity",
                 expected="finite weights",
                 next_step="convert the last checkpoint before the training run diverged",

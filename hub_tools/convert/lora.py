@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from ..errors import MissingFileError, UnsupportedModelError, WeightsMismatchError
+from ..errors import ConversionError, PackageError
 from ..files import read_json
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX
 from ..library_errors import as_ours
@@ -66,16 +66,16 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
         base: the folder of the base model; None for the one that `adapter_config.json` names.
 
     Raises:
-        MissingFileError: no adapter weights, or no base model at the place that is named.
-        UnsupportedModelError: not a LoRA of a causal language model, or with an option that is not known here.
-        CorruptFileError: a setting of the wrong type, or out of range.
-        WeightsMismatchError: the adapter does not fit the base.
+        PackageError: no adapter weights, or no base model at the place that is named.
+        ConversionError: not a LoRA of a causal language model, or with an option that is not known here.
+        PackageError: a setting of the wrong type, or out of range.
+        PackageError: the adapter does not fit the base.
     """
     fields = read_json(folder, ADAPTER_CONFIG)
     settings = read_settings(str(folder), fields)
     file = only_one(folder, ADAPTER_WEIGHTS)
     if file is None:
-        raise MissingFileError(
+        raise PackageError(
             f"{folder} has an {ADAPTER_CONFIG} and no adapter weights",
             expected=" or ".join(ADAPTER_WEIGHTS),
             next_step="save the adapter again with its library's save_pretrained",
@@ -83,7 +83,7 @@ def merge_adapter(folder: Path, base: Path | None) -> Merged:
     base = base or _base_of(folder, fields)
     base_file = only_one(base, MODEL_WEIGHTS)
     if base_file is None:
-        raise MissingFileError(
+        raise PackageError(
             f"{base}, the adapter's base model, has no weights",
             expected=" or ".join(MODEL_WEIGHTS),
             next_step="name the folder of the base model: base=",
@@ -127,8 +127,8 @@ def merge(
         file: where `adapter` comes from, for messages.
 
     Raises:
-        WeightsMismatchError: the adapter has other tensors, or other shapes, than its settings and the base say.
-        UnsupportedModelError: integers in it, or a DoRA of embeddings.
+        PackageError: the adapter has other tensors, or other shapes, than its settings and the base say.
+        ConversionError: integers in it, or a DoRA of embeddings.
     """
     before = {"lm_head.weight": weights["transformer.wte.weight"], **weights}
     layers, whole, odd = _sorted_out(before, adapter, settings)
@@ -138,13 +138,13 @@ def merge(
         if said is not None and said != (module in layers):
             odd.append(f"{PEFT_PREFIX}{module}")
     if odd:
-        raise WeightsMismatchError(
+        raise PackageError(
             f"{file} does not fit its base model; only one of the two has {listed(sorted(odd))}",
             expected="the adapter's weights for each layer that adapter_config.json names",
             next_step=OTHER_BASE,
         )
     if settings.bias == "lora_only" and (lost := {f"{module}.bias" for module in layers} & set(before) - set(whole)):
-        raise WeightsMismatchError(
+        raise PackageError(
             f"{file} lacks biases that were trained: {listed(sorted(lost))}",
             expected='the biases of all adapted layers, as "bias": "lora_only" in adapter_config.json says',
             next_step="save the adapter again with PEFT 0.21 or newer, since older ones leave them out; or, to go on "
@@ -175,7 +175,7 @@ def _sorted_out(
     odd = []
     for key, tensor in adapter.items():
         if tensor.dtype not in BODY_DTYPES:
-            raise UnsupportedModelError(
+            raise ConversionError(
                 f"the adapter's {key} is {tensor.dtype}",
                 expected="float32, float16 or bfloat16",
                 next_step="save the adapter in one of these dtypes in its own library, and convert that",
@@ -223,12 +223,12 @@ def _merged_layer(
     _check_shape(file, f"{module}.lora_A", a, (rank, inputs))
     _check_shape(file, f"{module}.lora_B", b, (outputs, rank))
     if rank == 0:
-        raise WeightsMismatchError(f"{file}: {module}.lora_A has rank 0", next_step=OTHER_BASE)
+        raise PackageError(f"{file}: {module}.lora_A has rank 0", next_step=OTHER_BASE)
     scaling = settings.scaling(module, rank)
     full = (weight.T if transposed else weight).float() + scaling * (b @ a)  # [out, in]
     if settings.dora:
         if embedding:
-            raise UnsupportedModelError(
+            raise ConversionError(
                 f"{file} holds a DoRA of {module}",
                 expected="DoRA for attention and feed-forward layers",
                 next_step=MERGE_THERE,
@@ -240,7 +240,7 @@ def _merged_layer(
     if settings.lora_bias:
         bias = before.get(f"{module}.bias")
         if bias is None:
-            raise WeightsMismatchError(f"{file}: {module} has no bias to add to", next_step=OTHER_BASE)
+            raise PackageError(f"{file}: {module} has no bias to add to", next_step=OTHER_BASE)
         _check_shape(file, f"{module}.lora_B.bias", parts["bias"], tuple(bias.shape))
         found[f"{module}.bias"] = (bias.float() + scaling * parts["bias"].float()).to(bias.dtype)
     return found
@@ -248,7 +248,7 @@ def _merged_layer(
 
 def _check_shape(file: Path, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != expected:
-        raise WeightsMismatchError(
+        raise PackageError(
             f"{file} does not fit its base model: {name} has shape {list(tensor.shape)}",
             expected=f"{list(expected)}",
             next_step=OTHER_BASE,
@@ -259,14 +259,14 @@ def _base_of(folder: Path, settings: Mapping[str, Any]) -> Path:
     """The folder of the model that the adapter names: a path, or a repository on the Hub or in its cache."""
     name = settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise MissingFileError(
+        raise PackageError(
             f"{folder / ADAPTER_CONFIG} names no base model", next_step="name the base model's folder: base="
         )
     if os.path.isdir(name):
         return Path(name)
     revision = settings.get("revision")
     if not isinstance(revision, (str, type(None))):
-        raise MissingFileError(
+        raise PackageError(
             f"{folder / ADAPTER_CONFIG} names the revision {str(revision)[:80]!r} of its base model",
             expected="a branch, tag or commit",
             next_step="name the base model's folder: base=",
@@ -281,8 +281,8 @@ def _base_of(folder: Path, settings: Mapping[str, Any]) -> Path:
     return home
 
 
-def _no_base(folder: Path, name: str, gist: str) -> MissingFileError:
-    return MissingFileError(
+def _no_base(folder: Path, name: str, gist: str) -> PackageError:
+    return PackageError(
         f"{folder / ADAPTER_CONFIG} names the base model {name[:300]!r}, which is no folder here, and was "
         f"not found on the Hub: {gist}",
         next_step="name the base model's folder: base=",

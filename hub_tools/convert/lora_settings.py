@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CorruptFileError, UnsupportedModelError, WeightsMismatchError
+from ..errors import ConversionError, PackageError
 
 MOST_RANK = 1 << 16
 SAVE_AGAIN = "correct the field, or save the adapter again with its library's save_pretrained"
@@ -75,11 +75,11 @@ class LoraSettings:
         """What the product of a module's two matrices is multiplied by.
 
         Raises:
-            WeightsMismatchError: `rank`, which is that of the tensors, differs from the rank in the settings.
+            PackageError: `rank`, which is that of the tensors, differs from the rank in the settings.
         """
         said = rank if self.rank_pattern is None else _matching(self.rank_pattern, module, self.r)
         if said != rank:
-            raise WeightsMismatchError(
+            raise PackageError(
                 f"the adapter's weights for {module} have rank {rank}",
                 expected=f"{said:g}, from its adapter_config.json",
                 next_step="use the adapter_config.json that belongs to these weights",
@@ -96,14 +96,14 @@ def read_settings(where: str, fields: Mapping[str, Any]) -> LoraSettings:
         fields: what the file holds.
 
     Raises:
-        UnsupportedModelError: not a LoRA of a causal language model, or with an option that is not known here.
-        CorruptFileError: a field of the wrong type, or out of range.
+        ConversionError: not a LoRA of a causal language model, or with an option that is not known here.
+        PackageError: a field of the wrong type, or out of range.
     """
     _refuse_other_adapters(where, fields)
 
     def field(name: str, default: Any, holds: bool, expected: str) -> Any:
         if not holds:
-            raise CorruptFileError(
+            raise PackageError(
                 f"{where}/adapter_config.json: {name!r} is {str(fields[name])[:80]!r}",
                 expected=expected,
                 next_step=SAVE_AGAIN,
@@ -130,7 +130,7 @@ def read_settings(where: str, fields: Mapping[str, Any]) -> LoraSettings:
     alphas, ranks = pattern("alpha_pattern", 1e9), pattern("rank_pattern", MOST_RANK)
     expressions = [key for key in alphas if not LITERAL.fullmatch(key)]
     if expressions:
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"{where} has an alpha_pattern with the expression {expressions[0][:80]!r}",
             expected="names of layers: a stranger's expressions are not evaluated",
             next_step=MERGE_THERE,
@@ -169,13 +169,13 @@ _USED = frozenset(
 def _refuse_other_adapters(where: str, fields: Mapping[str, Any]) -> None:
     kind, task = fields.get("peft_type"), fields.get("task_type")
     if kind != "LORA" or task not in (None, "CAUSAL_LM"):
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"{where} holds an adapter of type {str(kind)[:40]!r} for {str(task)[:40]!r}",
             expected="'LORA' for 'CAUSAL_LM'",
             next_step=MERGE_THERE,
         )
     if fields.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        raise UnsupportedModelError(
+        raise ConversionError(
             f"{where} holds a LoRA that began with {str(fields['init_lora_weights'])[:40]!r}, which alters its base",
             expected="one that leaves its base model as it is",
             next_step="convert it with peft's path_initial_model_for_weight_conversion, and convert the result",
@@ -185,8 +185,8 @@ def _refuse_other_adapters(where: str, fields: Mapping[str, Any]) -> None:
             raise _unknown(where, name, fields[name])
 
 
-def _unknown(where: str, name: str, value: object) -> UnsupportedModelError:
-    return UnsupportedModelError(
+def _unknown(where: str, name: str, value: object) -> ConversionError:
+    return ConversionError(
         f"{where}/adapter_config.json has {name[:80]!r}: {str(value)[:80]!r}, which is not known here",
         expected="the options of a plain LoRA, rsLoRA or DoRA",
         next_step=MERGE_THERE,

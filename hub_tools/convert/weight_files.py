@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from .. import limits
-from ..errors import AmbiguousSourceError, CorruptFileError, GPT2ValueHubError, UnsafePickleError
+from ..errors import ConversionError, GPT2ValueHubError, PackageError
 from ..files import file_in, parse_json, read_json
 from ..layout import WEIGHTS, WEIGHTS_INDEX
 from ..limited_process import run_limited
@@ -58,12 +58,12 @@ def only_one(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The one file of `names` that is in `folder`; None if there is none.
 
     Raises:
-        AmbiguousSourceError: there are several, and nothing shows which of them was saved last.
-        UnsafeFileError: it is a link out of the folder, or no regular file.
+        ConversionError: there are several, and nothing shows which of them was saved last.
+        PackageError: it is a link out of the folder, or no regular file.
     """
     found = [folder / name for name in names if os.path.lexists(folder / name)]
     if len(found) > 1:
-        raise AmbiguousSourceError(
+        raise ConversionError(
             f"{folder} holds {' and '.join(path.name for path in found)}, and they may differ",
             expected="one of them",
             next_step="move the others away, or pass the file of a whole model itself as the source",
@@ -83,11 +83,11 @@ def read_state_dict(
         follow: follow a link wherever it leads. For a file that the user named.
 
     Raises:
-        UnsafePickleError: the pickle asks for more than tensors and plain containers. Nothing of it ran.
-        CorruptFileError: the file is damaged, too large, or holds something else than a state dict.
-        MissingFileError, UnsafeFileError: an index names a shard that is not there, or that is not beside it.
+        PackageError: the pickle asks for more than tensors and plain containers. Nothing of it ran.
+        PackageError: the file is damaged, too large, or holds something else than a state dict.
+        PackageError: an index names a shard that is not there, or that is not beside it.
         PackageChangedError: it was written to while it was being read.
-        NoRoomError, ResourceLimitError: the copy has no room, or takes too long; see `stage`.
+        ResourceLimitError: the copy has no room, or takes too long; see `stage`.
     """
     if file.suffix == ".json":
         return _read_shards(file, limit=limit)
@@ -100,11 +100,11 @@ def read_state_dict(
 def _read_shards(index: Path, *, limit: int) -> dict[str, torch.Tensor]:
     weight_map = read_json(index.parent, index.name, limit=limits.INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(f"{index} has no weight_map", next_step=FETCH_AGAIN)
+        raise PackageError(f"{index} has no weight_map", next_step=FETCH_AGAIN)
     tensors_of: dict[str, set[str]] = {}
     for key, name in weight_map.items():
         if not isinstance(name, str):
-            raise CorruptFileError(f"{index} names {str(name)[:80]} as a weight file", next_step=FETCH_AGAIN)
+            raise PackageError(f"{index} names {str(name)[:80]} as a weight file", next_step=FETCH_AGAIN)
         tensors_of.setdefault(name, set()).add(key)
     state: dict[str, torch.Tensor] = {}
     before: dict[str, Identity] = {}
@@ -112,12 +112,12 @@ def _read_shards(index: Path, *, limit: int) -> dict[str, torch.Tensor]:
         # An index is not trusted: it may only name files in its own folder.
         shard = file_in(index.parent, name)
         if shard.suffix == ".json":
-            raise CorruptFileError(f"{index} names {name} as a weight file", next_step=FETCH_AGAIN)
+            raise PackageError(f"{index} names {name} as a weight file", next_step=FETCH_AGAIN)
         tensors, before[name] = _tensors_in(shard, shard, limit=limit)
         limit -= before[name][2]
         odd = sorted(keys ^ set(tensors))
         if odd:
-            raise CorruptFileError(
+            raise PackageError(
                 f"{index} and {name} disagree about which weights {name} holds: {listed(odd)}",
                 next_step="fetch both again, from the same commit",
             )
@@ -138,7 +138,7 @@ def _tensors_in(file: Path, place: Path, *, limit: int) -> tuple[dict[str, torch
         except (OSError, ValueError) as err:  # ValueError: an empty file
             if isinstance(err, GPT2ValueHubError):
                 raise
-            raise CorruptFileError(f"{file} cannot be read: {_gist(err)}", next_step=FETCH_AGAIN) from err
+            raise PackageError(f"{file} cannot be read: {_gist(err)}", next_step=FETCH_AGAIN) from err
     return _views(file, content, outline), identity
 
 
@@ -149,14 +149,14 @@ def _views(file: Path, content: mmap.mmap, outline: Outline) -> dict[str, torch.
         count, length = math.prod(shape), math.prod(shape) * dtype.itemsize
         made += length
         if math.prod(max(side, 1) for side in shape) >= pickle_outline.LARGEST:  # torch fails also where there are none
-            raise CorruptFileError(
+            raise PackageError(
                 f"{file} has a tensor {name[:120]!r} of shape {shape}",
                 expected="numbers that can be counted",
                 next_step=FETCH_AGAIN,
             )
         # A tied lm_head is in the file once and in the model twice. A larger factor means an attack on the memory.
         if start + length > size or made > limits.TENSORS_PER_FILE * size:
-            raise CorruptFileError(
+            raise PackageError(
                 f"{file} has {size:,} bytes, and says that its tensors have {made:,}",
                 expected="tensors that lie in the file, each for itself",
                 next_step=FETCH_AGAIN,
@@ -173,8 +173,8 @@ def _views(file: Path, content: mmap.mmap, outline: Outline) -> dict[str, torch.
 def _header_of(file: Path, content: mmap.mmap) -> Outline:
     """The tensors that the header of a safetensors file names (https://github.com/huggingface/safetensors#format)."""
 
-    def corrupt(found: str) -> CorruptFileError:
-        return CorruptFileError(
+    def corrupt(found: str) -> PackageError:
+        return PackageError(
             f"{file} cannot be read as safetensors: {found}", expected="a valid header", next_step=FETCH_AGAIN
         )
 
@@ -222,26 +222,26 @@ def _outline_of(file: Path, opened: BinaryIO) -> Outline:
         return {name: (getattr(torch, dtype), *where) for name, (dtype, *where) in answer["tensors"].items()}
     refused, found = answer["refused"], answer["found"]
     if refused == "unsafe":
-        raise UnsafePickleError(
+        raise PackageError(
             f"{file} is a pickle that asks for more than plain tensors: {found}. Nothing of it was run",
             expected="a state dict of plain, dense tensors",
             next_step="if you know its maker, load it in the library that wrote it, save model.state_dict() "
             "as safetensors, and convert that",
         )
     if refused == "nested":
-        raise CorruptFileError(
+        raise PackageError(
             f"{file} holds {found}",
             expected="a state dict: names with plain tensors",
             next_step="where the state dict lies inside (under 'state_dict', 'model', ...), save that part "
             "alone and convert it",
         )
     if refused == "ended":
-        raise CorruptFileError(
+        raise PackageError(
             f"{file} could not be opened in {patience:g} s and {limits.PICKLE_MEMORY >> 20} MiB ({found})",
             expected="a state dict, whose names and shapes fit into a small part of that",
             next_step=FETCH_AGAIN,
         )
-    raise CorruptFileError(
+    raise PackageError(
         f"{file} cannot be read as a checkpoint: {found}",
         expected="the state dict of contiguous tensors that torch.save writes",
         next_step=FETCH_AGAIN,

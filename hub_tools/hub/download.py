@@ -28,13 +28,10 @@ from huggingface_hub.errors import (
 from .. import layout
 from ..errors import (
     AuthenticationError,
-    CorruptFileError,
     HubUnavailableError,
-    NoAccessError,
     NotAPackageError,
-    PickleError,
+    PackageError,
     RemoteNotFoundError,
-    UnsafeFileError,
 )
 from ..files import HEADER_LIMIT, LFS_POINTER, MIB
 from .retry import Retrier, is_http, other_token, status_of, token_source
@@ -78,10 +75,10 @@ def fetch(
     Where the Hub cannot be reached, or in offline mode, the cache answers alone, as it does for transformers.
 
     Raises:
-        NotAPackageError, PickleError: a repository without a package, or with pickles in the place of its weights.
-        CorruptFileError: a pointer of git-lfs in the place of a file.
+        NotAPackageError, PackageError: a repository without a package, or with pickles in the place of its weights.
+        PackageError: a pointer of git-lfs in the place of a file.
         RemoteNotFoundError: no such repository or revision, or not for this token.
-        AuthenticationError, NoAccessError: the Hub does not accept the token, or wants one.
+        AuthenticationError: the Hub does not accept the token, or wants one.
         HubUnavailableError: the Hub cannot be reached, or must not be asked, and the cache does not have it.
     """
     cached_only = local_files_only or offline()
@@ -139,7 +136,7 @@ def _refuse_no_model(names: set[str], repo_id: str) -> None:
 
     Raises:
         NotAPackageError: it holds no model.
-        PickleError: all of its weights are pickles.
+        PackageError: all of its weights are pickles.
     """
     if layout.CONFIG not in names:
         files = sorted(name for name in names if layout.kind_of(name) != "litter")
@@ -150,7 +147,7 @@ def _refuse_no_model(names: set[str], repo_id: str) -> None:
         )
     pickles = sorted(name for name in names if layout.kind_of(name) == "pickle")
     if pickles and not _has_model(names):
-        raise PickleError(
+        raise PackageError(
             f"{repo_id} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when opened; "
             "none was downloaded",
             expected="weights in safetensors",
@@ -160,8 +157,8 @@ def _refuse_no_model(names: set[str], repo_id: str) -> None:
         )
 
 
-def _pointer(repo_id: str, name: str) -> CorruptFileError:
-    return CorruptFileError(
+def _pointer(repo_id: str, name: str) -> PackageError:
+    return PackageError(
         f"{name} of {repo_id} is not the file but a pointer of git-lfs to it",
         expected="the file itself",
         next_step="ask its author to upload it again, by gpt2-value push; git alone, without git-lfs, uploads pointers",
@@ -186,8 +183,8 @@ def fetch_outline(
         where JSON and code are in the Hub's cache, to be read by people, and their commit.
 
     Raises:
-        UnsafeFileError: a file's name leads out of the folder.
-        CorruptFileError: a file is far larger than any package's.
+        PackageError: a file's name leads out of the folder.
+        PackageError: a file is far larger than any package's.
         And what `fetch` raises.
     """
     api = HfApi(token=token, library_name="gpt2-value", library_version=layout.__version__)
@@ -203,13 +200,13 @@ def fetch_outline(
     for name, size in sizes.items():
         # a Hub serves what git can hold, which is neither; a server that claims to be one may say anything
         if PurePosixPath(name).is_absolute() or not {"..", ""}.isdisjoint(name.split("/")) or "\0" in name:
-            raise UnsafeFileError(
+            raise PackageError(
                 f"{repo_id} has a file called {name[:200]!r}",
                 expected="names that stay in the repository",
                 next_step="do not use this repository",
             )
         if _read_whole(name) and size > OUTLINE_LIMIT:
-            raise CorruptFileError(
+            raise PackageError(
                 f"{name} has {size:,} bytes",
                 expected=f"at most {OUTLINE_LIMIT:,}",
                 next_step="ask the package's author",
@@ -250,7 +247,7 @@ def fetch_outline(
             else:
                 (into / name).touch()
     except OSError as error:
-        raise UnsafeFileError(
+        raise PackageError(
             f"the files of {repo_id} cannot be laid out in {into}: {error.strerror or error}",
             expected="names that this system can hold, and space for the files",
             next_step="look at its list of files on the Hub",
@@ -304,7 +301,7 @@ def _ask(
 def _refusal(error: Exception, where: str, text: str, source: str) -> Exception:
     """Return the typed error for what the Hub, or its cache, does not give."""
     if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
-        return NoAccessError(
+        return AuthenticationError(
             f"{where} is gated: {text}",
             expected="a token of somebody who was given access",
             next_step="ask for access on its page; then " + other_token(source, "a token of your account"),

@@ -25,11 +25,10 @@ from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_i
 
 from .. import layout
 from ..errors import (
+    AuthenticationError,
     ConcurrentPushError,
-    NoAccessError,
-    PushOptionsError,
+    OptionsError,
     RemoteNotFoundError,
-    TagExistsError,
 )
 from .retry import CREATE, Retrier, checked_token, is_http, other_token, token_source
 from .transfers import bars_only_on_a_terminal, without_xet
@@ -80,7 +79,7 @@ class Hub:
 
     Raises:
         AuthenticationError: no token, or one that no HTTP header can hold.
-        PushOptionsError: `repo_id` cannot be a repository's id.
+        OptionsError: `repo_id` cannot be a repository's id.
     """
 
     def __init__(
@@ -94,9 +93,7 @@ class Hub:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
-            raise PushOptionsError(
-                str(error), next_step="pass owner/name, of letters, digits, '-', '_' and '.'"
-            ) from None
+            raise OptionsError(str(error), next_step="pass owner/name, of letters, digits, '-', '_' and '.'") from None
         self._token = checked_token(token)
         self.repo_id, self.kind = repo_id, kind
         self.api = HfApi(token=self._token, library_name="gpt2-value", library_version=layout.__version__)
@@ -121,14 +118,14 @@ class Hub:
         """Ask the Hub who we are; complete `repo_id` with the owner if it has none.
 
         Raises:
-            AuthenticationError, NoAccessError: the token is not valid, or may only read.
+            AuthenticationError: the token is not valid, or may only read.
         """
         me = self._call("check the token", self.api.whoami)
         if "/" not in self.repo_id:
             self.repo_id = f"{me['name']}/{self.repo_id}"
         access = me.get("auth", {}).get("accessToken", {})
         if access.get("role") == "read":
-            raise NoAccessError(
+            raise AuthenticationError(
                 "the token may only read",
                 expected="a token with write permission",
                 next_step=f"make one at {self.api.endpoint}/settings/tokens; then "
@@ -157,14 +154,14 @@ class Hub:
         """Return the branch's head, without its files.
 
         Raises:
-            PushOptionsError: there is a tag of this name, or it is a commit.
+            OptionsError: there is a tag of this name, or it is a commit.
         """
         refs = self._refs()
         heads = {ref.name: ref.target_commit for ref in refs.branches}
         heads |= {ref.ref: ref.target_commit for ref in refs.pull_requests or []}
         tags = {ref.name: ref.target_commit for ref in refs.tags}
         if name not in heads and (name in tags or re.fullmatch("[0-9a-f]{40}", name)):
-            raise PushOptionsError(
+            raise OptionsError(
                 f"revision {name!r} is a {'tag' if name in tags else 'commit'}",
                 expected="a branch, or a new name for one",
                 next_step="pass a branch; to name the new commit pass tag=... (--tag)",
@@ -196,7 +193,7 @@ class Hub:
         may.
 
         Raises:
-            NoAccessError: the token may not.
+            AuthenticationError: the token may not.
         """
         self._ask(
             f"push to {self.repo_id}",
@@ -318,13 +315,13 @@ class Hub:
         """Give `commit` a tag.
 
         Raises:
-            TagExistsError: another commit has it.
+            OptionsError: another commit has it.
         """
 
         def look() -> str | None:
             found = self.tagged(tag)
             if found not in (None, commit):
-                raise TagExistsError(
+                raise OptionsError(
                     f"the tag {tag!r} is on {found} already",
                     expected="a free tag",
                     next_step="choose another, or delete that one first: hf repos tag delete",

@@ -29,7 +29,6 @@ from ..errors import (
     GPT2ValueHubError,
     HubRefusedError,
     HubUnavailableError,
-    NoAccessError,
     RemoteNotFoundError,
 )
 
@@ -137,7 +136,7 @@ class Retrier:
             transfer: seconds more that it may take, for the bytes that it moves.
 
         Raises:
-            AuthenticationError, NoAccessError, RemoteNotFoundError, HubRefusedError: at once.
+            AuthenticationError, RemoteNotFoundError, HubRefusedError: at once.
             HubUnavailableError: after `seconds`; at once in offline mode.
             Anything that is neither the Hub's nor the connection's doing, as it came.
         """
@@ -222,7 +221,7 @@ class Retrier:
                 text, expected=f"a token that {self._endpoint} accepts", next_step=other_token(self._token_source)
             )
         if status == 403:
-            return NoAccessError(text, expected="a token that may do this", next_step=self._way_in(what))
+            return AuthenticationError(text, expected="a token that may do this", next_step=self._way_in(what))
         if status == 404:
             return RemoteNotFoundError(
                 text,

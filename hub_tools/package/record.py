@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import layout, limits
-from ..errors import CorruptFileError
+from ..errors import PackageError
 from ..files import AGAIN, read_json
 
 FORMAT = 1
@@ -62,7 +62,7 @@ def read_record(folder: Path) -> Record:
     """Read the record of a package, and check its shape.
 
     Raises:
-        MissingFileError, UnsafeFileError, CorruptFileError: see `files`.
+        PackageError: see `files`.
     """
     fields = read_json(folder, layout.RECORD, limit=limits.RECORD_BYTES)
 
@@ -95,7 +95,7 @@ def read_record(folder: Path) -> Record:
     }
     for name, holds in checks.items():
         if name not in fields or not holds(fields[name]):
-            raise CorruptFileError(
+            raise PackageError(
                 f"{layout.RECORD}: {name!r} is {str(fields.get(name, 'missing'))[:80]}",
                 expected=f"a record of format {FORMAT}, as save_package writes it",
                 next_step=AGAIN,

@@ -34,7 +34,7 @@ def releases() -> tuple[Release, ...]:
     """Return every version whose code is known: the installed one (as on the disk), then releases, newest first.
 
     Raises:
-        MissingFileError: the installation is incomplete.
+        PackageError: the installation is incomplete.
     """
     recorded = _recorded(RELEASES)
     return (

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitOperationDelete
 
 from .. import layout
-from ..errors import GPT2ValueHubError, PushOptionsError, TagExistsError
+from ..errors import GPT2ValueHubError, OptionsError
 from ..hub.repository import Branch, Hub, PushedCommit
 from ..package.loading.verify import verify_package
 from ..package.writing.card import load_lines, with_repo_id
@@ -80,16 +80,16 @@ def push_package(
 
     Raises:
         Everything that `verify_package` raises, and
-        ForeignFileError, PickleError, UnsafeFileError: a file that does not belong to a package.
+        PackageError: a file that does not belong to a package.
         SecretFoundError: a text file or the commit message holds a token.
-        PushOptionsError: arguments that do not fit each other or the repository.
-        CardMetadataError: the card in the repository has metadata that cannot be read.
-        AuthenticationError, NoAccessError, RemoteNotFoundError: 401, 403, 404; never retried.
+        OptionsError: arguments that do not fit each other or the repository.
+        OptionsError: the card in the repository has metadata that cannot be read.
+        AuthenticationError, RemoteNotFoundError: 401, 403, 404; never retried.
         HubUnavailableError: the Hub kept failing for longer than `patience`.
         HubRefusedError: any other refusal.
         ConcurrentPushError: somebody pushed at the same time. Theirs stands.
         PackageChangedError: the package was written to during the push. Nothing was committed.
-        TagExistsError: the tag is on another commit.
+        OptionsError: the tag is on another commit.
     """
     options = PushOptions(revision or MAIN, private, create_pr, tag, commit_message, dry_run=dry_run)
     hub = open_repository(repo_id, token=token, patience=patience)
@@ -151,7 +151,7 @@ def open_repository(repo_id: str, *, token: str | None = None, patience: float =
     """Return the repository, with a token that the Hub accepts.
 
     Raises:
-        AuthenticationError, NoAccessError, PushOptionsError, HubUnavailableError: see `push_package`.
+        AuthenticationError, OptionsError, HubUnavailableError: see `push_package`.
     """
     hub = Hub(repo_id, token=token, patience=patience)
     hub.check_token()
@@ -162,7 +162,7 @@ def refuse_early(hub: Hub, options: PushOptions) -> None:
     """Find out with a few small requests whether the Hub would refuse the push, before anything is saved or uploaded.
 
     Raises:
-        PushOptionsError, TagExistsError, NoAccessError: the errors that `push` would raise later.
+        OptionsError, AuthenticationError: the errors that `push` would raise later.
     """
     if _is_new(hub, options):
         return
@@ -191,15 +191,15 @@ def _is_new(hub: Hub, options: PushOptions) -> bool:
     """Whether the repository has yet to be created."""
     is_private = hub.is_private()
     if is_private is not None and options.private not in (None, is_private):
-        raise PushOptionsError(
+        raise OptionsError(
             f"private={options.private}, and {hub.repo_id} is {'private' if is_private else 'public'} already",
             next_step=f"change it in {hub.url}/settings, or leave out private",
         )
     return is_private is None
 
 
-def _tag_exists(tag: str, commit: str) -> TagExistsError:
-    return TagExistsError(
+def _tag_exists(tag: str, commit: str) -> OptionsError:
+    return OptionsError(
         f"the tag {tag!r} is on {commit} already; nothing was committed",
         expected="a free tag",
         next_step="choose another, or delete that one first: hf repos tag delete",
@@ -302,7 +302,7 @@ def _plan(package: Package, branch: Branch, options: PushOptions, *, repo_id: st
     """Find out what to add, change and delete so that the branch holds the package.
 
     Raises:
-        TagExistsError: the tag is on another commit than the one that will hold the package.
+        OptionsError: the tag is on another commit than the one that will hold the package.
     """
     files = package.files
     unchanged = {name for name, file in files.items() if file.same_as(branch.files.get(name))}

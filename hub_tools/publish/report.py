@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import PushOptionsError
+from ..errors import OptionsError
 
 MAIN = "main"
 MESSAGE = "Push a value-head package"
@@ -18,7 +18,7 @@ class PushOptions:
     """Where in a repository a push goes, and how; see `push_package`.
 
     Raises:
-        PushOptionsError: `create_pr` with a branch other than main, or with a tag.
+        OptionsError: `create_pr` with a branch other than main, or with a tag.
     """
 
     branch: str = MAIN
@@ -31,11 +31,11 @@ class PushOptions:
 
     def __post_init__(self) -> None:
         if self.create_pr and self.branch != MAIN:
-            raise PushOptionsError(
+            raise OptionsError(
                 f"create_pr=True with revision {self.branch!r}", expected="main", next_step="leave out one of the two"
             )
         if self.create_pr and self.tag is not None:
-            raise PushOptionsError(
+            raise OptionsError(
                 f"create_pr=True with tag {self.tag!r}",
                 expected="one of them",
                 next_step="tag the commit once it is merged",

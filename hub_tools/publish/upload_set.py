@@ -20,11 +20,10 @@ from huggingface_hub import metadata_load, metadata_save
 
 from .. import layout
 from ..errors import (
-    CardMetadataError,
-    ForeignFileError,
     NotAPackageError,
+    OptionsError,
     PackageChangedError,
-    PickleError,
+    PackageError,
     SecretFoundError,
 )
 from ..files import MIB, file_in
@@ -70,7 +69,7 @@ class Package:
 
         Raises:
             NotAPackageError: no such folder.
-            ForeignFileError, PickleError, UnsafeFileError: see `push_package`.
+            PackageError: see `push_package`.
         """
         if not folder.is_dir():
             raise NotAPackageError(
@@ -81,14 +80,14 @@ class Package:
         names = sorted(name for name in os.listdir(folder) if layout.kind_of(name) != "litter")
         foreign = [n for n in names if layout.kind_of(n) == "foreign" or (n.startswith(".") and n != ".gitignore")]
         if foreign:
-            raise ForeignFileError(
+            raise PackageError(
                 f"{', '.join(map(repr, foreign))} do not belong to a package; nothing was uploaded",
                 expected="the files that save_package writes, and documents such as a license",
                 next_step="move them out of the folder; push other files on their own: hf upload",
             )
         pickles = [name for name in names if layout.kind_of(name) == "pickle"]
         if pickles:
-            raise PickleError(
+            raise PackageError(
                 f"{', '.join(map(repr, pickles))}: pickles, which can run code when they are opened",
                 expected="weights in safetensors, and nothing else",
                 next_step="move them out of the folder",
@@ -131,7 +130,7 @@ def merge_cards(ours: bytes, theirs: bytes, scratch: Path) -> bytes:
     has no text (the Hub's web page makes such a card from a license), it also gets our text.
 
     Raises:
-        CardMetadataError: their metadata cannot be read.
+        OptionsError: their metadata cannot be read.
     """
     our_path, their_path = scratch / "ours.md", scratch / "theirs.md"
     our_path.write_bytes(ours)
@@ -140,7 +139,7 @@ def merge_cards(ours: bytes, theirs: bytes, scratch: Path) -> bytes:
         kept: dict[str, Any] = metadata_load(their_path) or {}
         added: dict[str, Any] = metadata_load(our_path) or {}
     except (ValueError, yaml.YAMLError) as error:
-        raise CardMetadataError(
+        raise OptionsError(
             f"the metadata of the README.md in the repository cannot be read: {' '.join(str(error).split())[:300]}",
             expected="a block of YAML between two lines of ---",
             next_step="correct it on the Hub, or delete that file there to get a new card",

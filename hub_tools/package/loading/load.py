@@ -20,12 +20,12 @@ from ...errors import (
     ChangedFileError,
     GPT2ValueHubError,
     LoadError,
-    MissingFileError,
     MissingHeadError,
-    NonFiniteWeightsError,
+    OptionsError,
+    PackageError,
     TokenizerMismatchError,
+    UnsavableModelError,
     UntrustedCodeError,
-    UnusedOptionError,
 )
 from ...files import AGAIN
 from ...library_errors import as_ours
@@ -93,15 +93,15 @@ def load_package(
 
     Raises:
         UntrustedCodeError: code that belongs to no released version, and was not reviewed.
-        NotAPackageError, PickleError: a repository without a package, or with a pickle for its weights.
-        MissingHeadError, MissingFileError: not complete.
+        NotAPackageError, PackageError: a repository without a package, or with a pickle for its weights.
+        MissingHeadError, PackageError: not complete.
         ChangedFileError: a file is not the one that was saved.
-        NonFiniteWeightsError: NaN or infinite weights.
+        UnsavableModelError: NaN or infinite weights.
         LoadError: transformers does not load it, or not strictly.
         TokenizerMismatchError: its tokenizer has ids that the model does not have.
         PackageChangedError: the folder was written to while it was being copied.
-        NoRoomError: the folder for temporary files has no room for the copy.
-        UnusedOptionError: an option that a folder has no use for, or `reviewed_sha256` with something that is no hash.
+        ResourceLimitError: the folder for temporary files has no room for the copy.
+        OptionsError: an option that a folder has no use for, or `reviewed_sha256` with something that is no hash.
         And everything that `inspect_package` raises.
     """
     options = HubOptions(revision, token, None if cache_dir is None else Path(cache_dir), local_files_only)
@@ -148,14 +148,14 @@ def _checked(reviewed: Mapping[str, str] | None) -> dict[str, str]:
     if reviewed is None:
         return {}
     if not isinstance(reviewed, Mapping):
-        raise UnusedOptionError(
+        raise OptionsError(
             f"reviewed_sha256 is a {type(reviewed).__name__}",
             expected="a mapping: file name -> SHA-256",
             next_step="gpt2-value inspect prints names and hashes",
         )
     for name, digest in reviewed.items():
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-fA-F]{64}", digest):
-            raise UnusedOptionError(
+            raise OptionsError(
                 f"reviewed_sha256 has {str(digest)[:80]!r} for {name!r}",
                 expected="a SHA-256: 64 hexadecimal digits",
                 next_step="gpt2-value inspect prints names and hashes",
@@ -187,7 +187,7 @@ def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> Release | N
         if unknown or changed:
             raise _untrusted(package, code, unknown, changed)
         if not reviewed:
-            raise MissingFileError(
+            raise PackageError(
                 f"{package.folder} has no {', '.join(name for name in layout.REMOTE_CODE if name not in code)}",
                 expected="all of the code that auto_map leads to",
                 next_step="GPT2ValueModel.from_pretrained(FOLDER) loads it without; then save_package writes it all",
@@ -248,7 +248,7 @@ def _load_model(stage: Path, package: PackageReport, dtype: torch.dtype | None, 
         )
     damaged = list(not_finite(model.state_dict()))
     if damaged:
-        raise NonFiniteWeightsError(
+        raise UnsavableModelError(
             f"NaN or infinite values in {', '.join(damaged[:5])} of {package.source}",
             expected="finite weights",
             next_step=AGAIN if dtype is None else f"load it without dtype: {dtype} may not hold its numbers",

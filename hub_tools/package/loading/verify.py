@@ -21,17 +21,15 @@ from typing import Any
 from ... import layout, limits
 from ...errors import (
     ChangedFileError,
-    ForeignFileError,
     GPT2ValueHubError,
     LoadError,
-    MissingFileError,
     MissingHeadError,
-    NonFiniteWeightsError,
-    PickleError,
+    OptionsError,
+    PackageError,
+    ResourceLimitError,
+    UnsavableModelError,
     UntrustedCodeError,
-    UnusedOptionError,
     VerificationError,
-    VerificationTimeoutError,
 )
 from ...files import AGAIN
 from ...limited_process import run_limited, search_path_of
@@ -92,12 +90,12 @@ def verify_package(
 
     Raises:
         UntrustedCodeError: other code than this version's, and `trust_remote_code` is off.
-        MissingFileError, MissingHeadError, ForeignFileError, PickleError: not complete, or not only a package.
+        PackageError, MissingHeadError: not complete, or not only a package.
         ChangedFileError: a file is not the one that was saved.
         LoadError: it does not load, or not strictly.
-        NonFiniteWeightsError: it loads with NaN or infinite weights.
+        UnsavableModelError: it loads with NaN or infinite weights.
         VerificationError: it computes other numbers, or its tokenizer gives other ids.
-        VerificationTimeoutError: it took longer than `timeout`.
+        ResourceLimitError: it took longer than `timeout`.
         And everything that `inspect_package` raises.
     """
     started = time.perf_counter()
@@ -166,7 +164,7 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
         )
     if package.missing:
         found.append(
-            MissingFileError(
+            PackageError(
                 f"{package.folder} has no {', '.join(package.missing)}",
                 expected="a complete package, as save_package writes it",
                 next_step="GPT2ValueModel.from_pretrained(FOLDER), then hub_tools.save_package writes it all",
@@ -174,7 +172,7 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
         )
     if package.pickles:
         found.append(
-            PickleError(
+            PackageError(
                 f"{_names(package.pickles)}: pickles, which can run code when they are opened",
                 expected="weights in safetensors, and nothing else",
                 next_step="move them out of the package",
@@ -182,7 +180,7 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
         )
     if package.foreign:
         found.append(
-            ForeignFileError(
+            PackageError(
                 f"{_names(package.foreign)} do not belong to a package",
                 expected="the files that save_package writes, and documents beside them",
                 next_step="move them out of the package",
@@ -215,7 +213,7 @@ def _names(names: Iterable[str]) -> str:
 
 def _check_timeout(timeout: float) -> None:
     if not 0 < timeout <= TIMEOUT_AT_MOST:  # NaN is not
-        raise UnusedOptionError(
+        raise OptionsError(
             f"timeout is {timeout}",
             expected=f"seconds: more than 0, and at most {TIMEOUT_AT_MOST:,}",
             next_step="leave it out (600 s), or name a number of seconds",
@@ -264,7 +262,7 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
                 cwd=home,
             )
         except subprocess.TimeoutExpired as error:
-            raise VerificationTimeoutError(
+            raise ResourceLimitError(
                 f"the fresh interpreter was stopped after {timeout:g} s",
                 expected="a package that loads in that time",
                 next_step="give it longer: timeout=... (--timeout)",
@@ -296,7 +294,7 @@ def _check_loading(found: dict[str, Any]) -> None:
             next_step=AGAIN,
         )
     if found["not_finite"]:
-        raise NonFiniteWeightsError(
+        raise UnsavableModelError(
             f"NaN or infinite values in {', '.join(found['not_finite'][:5])}",
             expected="finite weights",
             next_step=AGAIN,

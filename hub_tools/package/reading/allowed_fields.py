@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import layout
-from ...errors import CorruptFileError, UnsafeFileError
+from ...errors import PackageError
 from ...files import AGAIN
 
 
@@ -307,8 +307,8 @@ def reduce(file: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         fields: what it holds.
 
     Raises:
-        CorruptFileError: a known field has a value of the wrong type, or out of range.
-        UnsafeFileError: a tokenizer's field that names another file.
+        PackageError: a known field has a value of the wrong type, or out of range.
+        PackageError: a tokenizer's field that names another file.
     """
     if file == layout.WEIGHTS_INDEX:  # transformers needs both, and reads nothing else
         return {"metadata": {}, "weight_map": _shards(fields.get("weight_map"))}
@@ -318,20 +318,20 @@ def reduce(file: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         if name in table:
             if not table[name].holds(value):
-                raise CorruptFileError(
+                raise PackageError(
                     f"{file}: {name!r} is {str(value)[:80]!r}", expected=table[name].expected, next_step=AGAIN
                 )
             kept[name] = value
         elif name in _OF_NO_EFFECT[file]:
             continue
         elif name.startswith("_") or name in METHODS:
-            raise CorruptFileError(
+            raise PackageError(
                 f"{file} has a field {name[:80]!r}, which would hide a method or another part of transformers",
                 expected="a setting",
                 next_step=f"remove {name[:80]!r} from {file}",
             )
         elif file in (layout.TOKENIZER_CONFIG, layout.SPECIAL_TOKENS_MAP) and _PLACES.fullmatch(name) and value:
-            raise UnsafeFileError(
+            raise PackageError(
                 f"{file} has {name} {str(value)[:200]!r}",
                 expected="a tokenizer that is read from the package's own files",
                 next_step=f"remove {name} from {file}, or save the tokenizer again",
@@ -342,12 +342,12 @@ def reduce(file: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 def _shards(weight_map: Any) -> dict[str, str]:
     """Check the names in the index of shards, because transformers opens these files wherever they are."""
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(
+        raise PackageError(
             f"{layout.WEIGHTS_INDEX} has no weight_map", expected="tensor names and their files", next_step=AGAIN
         )
     for shard in weight_map.values():
         if not isinstance(shard, str) or not layout.SHARD.fullmatch(shard):
-            raise CorruptFileError(
+            raise PackageError(
                 f"{layout.WEIGHTS_INDEX} names the file {str(shard)[:200]!r}",
                 expected="files of the package, like model-00001-of-00002.safetensors",
                 next_step=AGAIN,
@@ -358,7 +358,7 @@ def _shards(weight_map: Any) -> dict[str, str]:
 def _added_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
     for token, id in fields.items():
         if not _is_token(token) or not _is_token_id(id):
-            raise CorruptFileError(
+            raise PackageError(
                 f"{layout.ADDED_TOKENS} has {token[:80]!r}: {str(id)[:80]!r}",
                 expected="tokens and their ids",
                 next_step=AGAIN,

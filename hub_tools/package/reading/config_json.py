@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ... import layout, limits
-from ...errors import CodeReferenceError, CorruptFileError, NotAPackageError
+from ...errors import NotAPackageError, PackageError
 from ...files import AGAIN
 
 # In transformers 4, each layer has a causal mask of n_positions ** 2 bytes. This is the limit for all layers together
@@ -41,7 +41,7 @@ def check_config(config: dict[str, Any]) -> None:
     other files or run other code.
 
     Raises:
-        NotAPackageError, CodeReferenceError, CorruptFileError.
+        NotAPackageError, PackageError.
     """
     if config.get("model_type") != layout.MODEL_TYPE:
         raise NotAPackageError(
@@ -51,7 +51,7 @@ def check_config(config: dict[str, Any]) -> None:
         )
     auto_map = config.get("auto_map")
     if auto_map != layout.AUTO_MAP:
-        raise CodeReferenceError(
+        raise PackageError(
             f"config.json has auto_map {str(auto_map)[:300]}",
             expected=f"{layout.AUTO_MAP}: the classes in the package itself",
             next_step="GPT2ValueModel.from_pretrained(FOLDER) loads it and runs none of its code; save that",
@@ -64,12 +64,12 @@ def check_sizes(config: dict[str, Any]) -> None:
     """Refuse sizes that cannot be right, and fields by which a loader would read or run something else.
 
     Raises:
-        CorruptFileError.
+        PackageError.
     """
 
     def expect(name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise CorruptFileError(
+            raise PackageError(
                 f"config.json: {name!r} is {str(config.get(name))[:80]}", expected=expected, next_step=AGAIN
             )
 
@@ -99,11 +99,11 @@ def check_memory(config: Mapping[str, Any]) -> None:
     """Refuse a config from which a loader would allocate far more memory than the weights need.
 
     Raises:
-        CorruptFileError.
+        PackageError.
     """
     layers, most = config["n_layer"], math.isqrt(MASKS_LIMIT // config["n_layer"])
     if config["n_positions"] > most:
-        raise CorruptFileError(
+        raise PackageError(
             f"config.json: 'n_positions' is {config['n_positions']:,}",
             expected=f"at most {most:,} with {layers:,} layers: transformers 4 keeps a mask of its square in each",
             next_step=AGAIN,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import layout, limits
-from ...errors import CodeReferenceError, CorruptFileError
+from ...errors import PackageError
 from ...files import AGAIN, file_in, read_json, sha256_in
 from ..record import Record, read_record
 from ..releases import releases, versions_of
@@ -102,15 +102,15 @@ def inspect_package(
         local_files_only: use only the Hub's cache, without the network. Offline mode does the same.
 
     Raises:
-        UnusedOptionError: an option for the Hub, but the source is a folder.
-        RemoteNotFoundError, AuthenticationError, NoAccessError, HubUnavailableError: the download failed.
+        OptionsError: an option for the Hub, but the source is a folder.
+        RemoteNotFoundError, AuthenticationError, HubUnavailableError: the download failed.
         NotAPackageError: no such folder, or `config.json` describes another kind of model.
-        MissingFileError: a file without which there is no model.
-        CorruptFileError: truncated, oversized, invalid JSON, or values that cannot be right.
-        UnsafeFileError: links out of the package, devices, pipes.
-        PickleError: the only weights are a pickle.
-        WeightsMismatchError: tensors that are missing, unknown, or of the wrong shape or dtype.
-        CodeReferenceError: `auto_map` does not name the package's own classes.
+        PackageError: a file without which there is no model.
+        PackageError: truncated, oversized, invalid JSON, or values that cannot be right.
+        PackageError: links out of the package, devices, pipes.
+        PackageError: the only weights are a pickle.
+        PackageError: tensors that are missing, unknown, or of the wrong shape or dtype.
+        PackageError: `auto_map` does not name the package's own classes.
     """
     options = HubOptions(revision, token, None if cache_dir is None else Path(cache_dir), local_files_only)
     repo_id = repository_id(source, options)
@@ -236,12 +236,12 @@ def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tupl
             size = file_in(folder, name).stat().st_size
             limit = limits.TOKENIZER_SETTINGS_BYTES if name in layout.TOKENIZER_SETTINGS else vocabulary
             if size > limit:
-                raise CorruptFileError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
+                raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
     if layout.TOKENIZER_CONFIG not in files:
         return None, {}
     settings = read_json(folder, layout.TOKENIZER_CONFIG, limit=limits.TOKENIZER_SETTINGS_BYTES)
     if "auto_map" in settings:
-        raise CodeReferenceError(
+        raise PackageError(
             f"{layout.TOKENIZER_CONFIG} has auto_map {str(settings['auto_map'])[:300]}",
             expected="a tokenizer of transformers' own, which brings no code",
             next_step="save the package again with such a tokenizer",
@@ -259,7 +259,7 @@ def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:
         if name.endswith(layout.CODE_SUFFIXES):
             size = file_in(folder, name).stat().st_size
             if size > limits.CODE_BYTES:
-                raise CorruptFileError(
+                raise PackageError(
                     f"{name!r} has {size:,} bytes", expected=f"at most {limits.CODE_BYTES:,}", next_step=AGAIN
                 )
             digest = sha256_in(folder, name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ... import layout
-from ...errors import NotAPackageError, UnusedOptionError
+from ...errors import NotAPackageError, OptionsError
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def repository_id(source: str | os.PathLike[str], options: HubOptions) -> str | 
     huggingface_hub checks the id further when it asks the Hub.
 
     Raises:
-        UnusedOptionError: one of the `options` is set, but `source` is a folder.
+        OptionsError: one of the `options` is set, but `source` is a folder.
     """
     if isinstance(source, str) and not os.path.exists(source):
         parts = source.split("/")
@@ -39,7 +39,7 @@ def repository_id(source: str | os.PathLike[str], options: HubOptions) -> str | 
     for option in fields(options):
         value = getattr(options, option.name)
         if value:
-            raise UnusedOptionError(
+            raise OptionsError(
                 f"{option.name}={'...' if option.name == 'token' else value} for {os.fspath(source)!r}",
                 expected="owner/name of a repository on the Hub: a folder has no use for it",
                 next_step=f"leave {option.name} out",

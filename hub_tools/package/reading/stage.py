@@ -23,11 +23,10 @@ from typing import BinaryIO
 
 from ... import layout, limits
 from ...errors import (
-    CorruptFileError,
     GPT2ValueHubError,
-    NoRoomError,
     NotAPackageError,
     PackageChangedError,
+    PackageError,
     ResourceLimitError,
 )
 from ...files import AGAIN, open_in, read_json
@@ -66,10 +65,10 @@ def stage(
 
     Raises:
         NotAPackageError: there is no such folder.
-        UnsafeFileError: a wanted file is a link out of the folder, a device, a pipe or a folder, or cannot be read.
-        CorruptFileError: a file, or all together, or the list of files, is larger than its limit.
+        PackageError: a wanted file is a link out of the folder, a device, a pipe or a folder, or cannot be read.
+        PackageError: a file, or all together, or the list of files, is larger than its limit.
         PackageChangedError: the folder was written to while it was being copied.
-        NoRoomError: the temporary folder has no room for the copy.
+        ResourceLimitError: the temporary folder has no room for the copy.
         ResourceLimitError: a file is delivered more slowly than a slow disk does.
     """
     folder = Path(source)
@@ -162,7 +161,7 @@ def _names(folder: Path) -> tuple[str, ...]:
             for entry in entries:
                 found.append(entry.name)
                 if len(found) > limits.NAMES_IN_A_FOLDER:
-                    raise CorruptFileError(
+                    raise PackageError(
                         f"{folder} has more than {limits.NAMES_IN_A_FOLDER:,} files",
                         expected="a folder with one model",
                         next_step="move the model's files to a folder of their own",
@@ -204,9 +203,7 @@ def copy_out(folder: Path, name: str, copied: BinaryIO, *, limit: int) -> tuple[
     with open_in(folder, name) as opened:
         status = os.fstat(opened.fileno())
         if status.st_size > limit:
-            raise CorruptFileError(
-                f"{name} has {status.st_size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN
-            )
+            raise PackageError(f"{name} has {status.st_size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
         free = shutil.disk_usage(here).free
         if status.st_size > free:
             raise _no_room(f"{name} has {status.st_size:,} bytes, and {here} has room for {free:,}")
@@ -222,7 +219,7 @@ def copy_out(folder: Path, name: str, copied: BinaryIO, *, limit: int) -> tuple[
 
 @contextmanager
 def _copying(name: str) -> Iterator[None]:
-    """Raise NoRoomError for what the system refuses in the block."""
+    """Raise ResourceLimitError for what the system refuses in the block."""
     try:
         yield
     except GPT2ValueHubError:
@@ -239,8 +236,8 @@ def _too_slow(name: str, *, done: int, size: int) -> ResourceLimitError:
     )
 
 
-def _no_room(found: str) -> NoRoomError:
-    return NoRoomError(
+def _no_room(found: str) -> ResourceLimitError:
+    return ResourceLimitError(
         found,
         expected="room for a private copy of the files that are read",
         next_step="name a folder on a larger disk for temporary files: export TMPDIR=FOLDER",

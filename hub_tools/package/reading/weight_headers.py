@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import layout, limits
-from ...errors import CorruptFileError, MissingFileError, PickleError, WeightsMismatchError
+from ...errors import PackageError
 from ...files import AGAIN, Tensor, read_json, read_safetensors_header
 from . import allowed_fields
 from .config_json import check_memory, expected_shapes
@@ -37,7 +37,7 @@ class Head:
 def read_weights(folder: Path, names: Sequence[str], pickles: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
     """Return the weight files that a loader reads, and the tensors that each holds."""
     if layout.WEIGHTS in names and layout.WEIGHTS_INDEX in names:
-        raise CorruptFileError(
+        raise PackageError(
             f"both {layout.WEIGHTS} and {layout.WEIGHTS_INDEX} are there, which may be two different models",
             expected="one of them",
             next_step="remove the stale one, or write the package again with hub_tools.save_package",
@@ -46,12 +46,12 @@ def read_weights(folder: Path, names: Sequence[str], pickles: tuple[str, ...]) -
         return {layout.WEIGHTS: read_safetensors_header(folder, layout.WEIGHTS)}
     if layout.WEIGHTS_INDEX not in names:
         if pickles:
-            raise PickleError(
+            raise PackageError(
                 f"the only weights are pickles, which were not opened: {', '.join(map(repr, pickles))}",
                 expected=f"{layout.WEIGHTS}",
                 next_step="gpt2-value create --base FOLDER OUT reads them with weights_only=True",
             )
-        raise MissingFileError(
+        raise PackageError(
             f"{layout.WEIGHTS} is not in {folder}",
             expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
             next_step=AGAIN,
@@ -62,7 +62,7 @@ def read_weights(folder: Path, names: Sequence[str], pickles: tuple[str, ...]) -
     held = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
     if held != weight_map or sum(map(len, shards.values())) != len(held):
         wrong = sorted(set(held.items()) ^ set(weight_map.items())) or [("a tensor", "two shards")]
-        raise WeightsMismatchError(
+        raise PackageError(
             f"{layout.WEIGHTS_INDEX} and the shards disagree about {wrong[0][0]!r} ({wrong[0][1]})",
             expected="every tensor in the shard that the index names, and nowhere else",
             next_step=AGAIN,
@@ -74,7 +74,7 @@ def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> H
     """Compare the tensors with what `config.json` calls for; return the head, or None if there is none."""
     # Bounds the loop over layers in `expected_shapes`: each layer has more than one tensor.
     if config["n_layer"] > len(tensors):
-        raise WeightsMismatchError(
+        raise PackageError(
             f"config.json says {config['n_layer']:,} layers; the weights are {len(tensors):,} tensors",
             expected="12 tensors or more for each layer",
             next_step=AGAIN,
@@ -88,14 +88,14 @@ def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> H
         missing = [name for name in missing if name not in head_names]  # no head at all is reported, not refused
     if unknown or missing:
         what = f"unknown tensors: {unknown[:5]}" if unknown else f"missing tensors: {missing[:5]}"
-        raise WeightsMismatchError(
+        raise PackageError(
             f"{what} ({len(unknown)} unknown, {len(missing)} missing)",
             expected="exactly the tensors that config.json calls for",
             next_step=AGAIN,
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name] or tensor.dtype not in FLOATS:
-            raise WeightsMismatchError(
+            raise PackageError(
                 f"tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}",
                 expected=f"shape {list(expected[name])}, in one of {sorted(FLOATS)}",
                 next_step=AGAIN,

@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from ... import layout
-from ...errors import CardMetadataError
+from ...errors import OptionsError
 from ...hub.repository_id import is_repository_id
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -79,33 +79,31 @@ def render_card(
             folder that they are run in.
 
     Raises:
-        CardMetadataError: a value that the Hub would reject, or a local path as `base_model`.
+        OptionsError: a value that the Hub would reject, or a local path as `base_model`.
     """
     if base_model is not None and not is_hub_id(base_model):
-        raise CardMetadataError(
+        raise OptionsError(
             f"base_model {base_model!r} is {'a local path' if os.path.exists(str(base_model)) else 'no Hub id'}",
             expected="the id of a repository on the Hub, as openai-community/gpt2",
             next_step="pass that id, or leave base_model out",
         )
     if repo_id is not None and not is_repository_id(repo_id):
-        raise CardMetadataError(
+        raise OptionsError(
             f"repo_id {repo_id!r} is not a Hub id",
             expected="user/name",
             next_step="pass such an id, or leave it out",
         )
     if license is not None and not (isinstance(license, str) and re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license)):
-        raise CardMetadataError(
+        raise OptionsError(
             f"license {license!r} is not an identifier",
             expected="one of https://huggingface.co/docs/hub/repositories-licenses, as apache-2.0 or mit",
             next_step="pass its identifier, or leave license out",
         )
     if isinstance(tags, str) or not isinstance(tags, Sequence):
-        raise CardMetadataError(
-            f"tags is {tags!r}", expected="a list of words", next_step="correct it, or leave it out"
-        )
+        raise OptionsError(f"tags is {tags!r}", expected="a list of words", next_step="correct it, or leave it out")
     for tag in tags:
         if not isinstance(tag, str) or not tag.strip() or "\n" in tag:
-            raise CardMetadataError(f"the tag {tag!r}", expected="a word", next_step="correct it, or leave it out")
+            raise OptionsError(f"the tag {tag!r}", expected="a word", next_step="correct it, or leave it out")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

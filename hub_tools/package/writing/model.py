@@ -18,10 +18,7 @@ from modeling_gpt2_value import GPT2ValueModel
 from ... import layout
 from ...errors import (
     MissingHeadError,
-    NonFiniteWeightsError,
-    UnsavableConfigError,
-    UnsavableWeightsError,
-    WrongModelError,
+    UnsavableModelError,
 )
 from ...library_errors import as_ours
 from ..finite import not_finite
@@ -40,7 +37,7 @@ def installed_shell(model: nn.Module, gathered: State | None = None) -> tuple[GP
     they are finite is not checked.)
 
     Raises:
-        WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
+        UnsavableModelError, MissingHeadError: see `save_package`.
     """
     _check_class(model)
     with as_ours(_unsavable):
@@ -66,8 +63,8 @@ def installed_shell(model: nn.Module, gathered: State | None = None) -> tuple[GP
     return installed, state
 
 
-def _unsavable(gist: str) -> UnsavableConfigError:
-    return UnsavableConfigError(
+def _unsavable(gist: str) -> UnsavableModelError:
+    return UnsavableModelError(
         f"the model's config or generation_config is not valid: {gist}",
         next_step="correct the field in model.config or model.generation_config, and save again",
     )
@@ -81,7 +78,7 @@ def installed_copy(model: nn.Module, gathered: State | None) -> GPT2ValueModel:
     tied = installed.config.tie_word_embeddings
     body["lm_head.weight"] = body["transformer.wte.weight"] if tied else state["lm_head.weight"].cpu()
     for name, count in not_finite(body).items():
-        raise NonFiniteWeightsError(
+        raise UnsavableModelError(
             f"{name} has {count:,} NaN or infinite values of {body[name].numel():,}",
             expected="finite weights",
             next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
@@ -100,8 +97,8 @@ def installed_copy(model: nn.Module, gathered: State | None) -> GPT2ValueModel:
 def _check_class(model: nn.Module) -> None:
     """Refuse wrappers, and other models, each with the way out."""
 
-    def refuse(found: str, next_step: str) -> WrongModelError:
-        return WrongModelError(found, expected="a GPT2ValueModel", next_step=next_step)
+    def refuse(found: str, next_step: str) -> UnsavableModelError:
+        return UnsavableModelError(found, expected="a GPT2ValueModel", next_step=next_step)
 
     name = type(model).__name__
     if not isinstance(model, nn.Module):
@@ -148,8 +145,8 @@ def _check_state(state: State, installed: GPT2ValueModel) -> None:
             next_step="build it as GPT2ValueModel, which brings one, or load it with init_value_head=True",
         )
 
-    def refuse(found: str, expected: str, next_step: str) -> UnsavableWeightsError:
-        return UnsavableWeightsError(found, expected=expected, next_step=next_step)
+    def refuse(found: str, expected: str, next_step: str) -> UnsavableModelError:
+        return UnsavableModelError(found, expected=expected, next_step=next_step)
 
     if missing or unknown:
         raise refuse(

@@ -23,8 +23,8 @@ from modeling_gpt2_value import GPT2ValueModel
 
 from ... import layout
 from ...errors import (
-    NonFiniteWeightsError,
     TokenizerMismatchError,
+    UnsavableModelError,
 )
 from ...library_errors import as_ours
 from ..probe import measure
@@ -110,13 +110,13 @@ def save_package(
             and nowhere else. It needs the tokenizer.
 
     Raises:
-        WrongModelError, MissingHeadError: not a value-head model, or wrapped in something.
-        ProcessesMissingError: a sharded model, and another process did not call this within 30 s.
-        UnsavableWeightsError, NonFiniteWeightsError, UnsavableConfigError: a model that could not be loaded
+        UnsavableModelError, MissingHeadError: not a value-head model, or wrapped in something.
+        UnsavableModelError: a sharded model, and another process did not call this within 30 s.
+        UnsavableModelError: a model that could not be loaded
             again.
         TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code; or none, and
             a handler.
-        CardMetadataError: see `render_card`.
+        OptionsError: see `render_card`.
         FolderRefusedError: `folder` holds something else, or cannot be replaced in one step.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
     """
@@ -246,7 +246,7 @@ def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_s
     numbers = measure(in_float32, token_ids, logit_ids)
     for name, values in numbers.items():
         if not torch.tensor(values).isfinite().all():
-            raise NonFiniteWeightsError(
+            raise UnsavableModelError(
                 f"the model's {name} are NaN or infinite, though none of its weights is: some of them are too large",
                 expected="a model that computes finite numbers in float32",
                 next_step="go back to a checkpoint from before the run diverged; the folder is untouched",

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...errors import GPT2ValueHubError, ProcessesMissingError, SaveFailedError
+from ...errors import GPT2ValueHubError, SaveFailedError, UnsavableModelError
 
 State = dict[str, torch.Tensor]
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ def in_first_process(model: Any, save: Callable[[State | None], Result]) -> Resu
     is done.
 
     Raises:
-        ProcessesMissingError: another process did not call this within `WAIT` seconds.
+        UnsavableModelError: another process did not call this within `WAIT` seconds.
         SaveFailedError: the first process failed with an error that is not ours, which it raises itself.
     """
     if not is_sharded(model):
@@ -77,7 +77,7 @@ def _meet() -> None:
     except RuntimeError as error:  # FileStore's own; TCPStore's is DistStoreError, which is one
         missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
         store.delete_key(own)  # the next attempt is another one
-        raise ProcessesMissingError(
+        raise UnsavableModelError(
             f"the weights are sharded over {len(keys)} processes, and process {', '.join(missing)} did not come to "
             f"save them within {WAIT:g} s of process {dist.get_rank()}",
             expected="the same call in all processes; only the first one writes",

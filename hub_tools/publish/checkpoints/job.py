@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from ... import errors
-from ...errors import CardMetadataError, CheckpointPushError, GPT2ValueHubError
+from ...errors import CheckpointPushError, GPT2ValueHubError, OptionsError
 
 NOTE = "gpt2-value-checkpoint: "  # a line in a commit's description: the step and its metrics, as JSON
 
@@ -163,14 +163,14 @@ def as_numbers(metrics: Mapping[str, float]) -> dict[str, float]:
     """Convert the metrics to floats.
 
     Raises:
-        CardMetadataError: one of them is no number.
+        OptionsError: one of them is no number.
     """
     numbers = {}
     for name, value in metrics.items():
         try:
             numbers[str(name)] = float(value)
         except (TypeError, ValueError) as error:
-            raise CardMetadataError(
+            raise OptionsError(
                 f"the metric {name!r} is {value!r}", expected="a number", next_step="pass float(...) or leave it out"
             ) from error
     return numbers

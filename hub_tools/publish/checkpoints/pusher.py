@@ -24,8 +24,8 @@ from torch import nn
 from ...errors import (
     CheckpointPushError,
     HubUnavailableError,
+    OptionsError,
     PusherClosedError,
-    PushOptionsError,
     WorkerDiedError,
 )
 from ...hub.repository import Hub
@@ -93,8 +93,8 @@ class CheckpointPusher:
         patience: seconds for which one request may keep failing before it is logged (and before `close` gives up).
 
     Raises:
-        AuthenticationError, NoAccessError: the token is refused. (If the Hub does not answer, training starts anyway.)
-        PushOptionsError: `repo_id` cannot be a repository's id, or `greater_is_better` or `best_tag` without a metric.
+        AuthenticationError: the token is refused. (If the Hub does not answer, training starts anyway.)
+        OptionsError: `repo_id` cannot be a repository's id, or `greater_is_better` or `best_tag` without a metric.
         HubUnavailableError: offline mode is on.
     """
 
@@ -121,7 +121,7 @@ class CheckpointPusher:
                 greater_is_better = not metric_for_best_model.endswith("loss")
             rule = BestRule(metric_for_best_model, greater_is_better, best_tag)
         elif greater_is_better is not None or best_tag != BEST:
-            raise PushOptionsError(
+            raise OptionsError(
                 f"greater_is_better={greater_is_better}, best_tag={best_tag!r} without metric_for_best_model",
                 next_step="name the metric, or leave out these two",
             )
@@ -174,8 +174,8 @@ class CheckpointPusher:
             tokenizer: a transformers tokenizer, to travel with the model.
 
         Raises:
-            CardMetadataError: a metric that is no number.
-            WrongModelError, TokenizerMismatchError and others: what `save_package` refuses, too.
+            OptionsError: a metric that is no number.
+            UnsavableModelError, TokenizerMismatchError and others: what `save_package` refuses, too.
             CheckpointPushError: an earlier checkpoint did not reach the Hub.
             PusherClosedError: after `close`, or in a forked process.
         """

@@ -51,7 +51,7 @@ class Snapshot:
         """Copy a model, also from a GPU; or take the weights that were `gathered` of one that is sharded.
 
         Raises:
-            WrongModelError, MissingHeadError, UnsavableWeightsError, UnsavableConfigError: see `save_package`.
+            UnsavableModelError, MissingHeadError: see `save_package`.
             TokenizerMismatchError: a tokenizer that cannot be copied.
         """
         shell, state = installed_shell(model, gathered)  # its configs are copies
