@@ -3,17 +3,21 @@
 import ast
 import configparser
 import re
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+import gpt2_value
 from hub_tools import layout
 
 ROOT = Path(__file__).parent.parent
 REMOTE = sorted(ROOT.glob("*_gpt2_value.py"))
-PACKAGES = [path for name in ("hub_tools", "sampler_audit") for path in sorted((ROOT / name).rglob("*.py"))]
+PACKAGES = [
+    path for name in ("gpt2_value", "hub_tools", "sampler_audit") for path in sorted((ROOT / name).rglob("*.py"))
+]
 # Imported where they are found, and not declared as needed: matplotlib only draws, gradio is for the app alone.
 NOT_DECLARED = {"matplotlib", "gradio"}
 MODULES = {"PyYAML": "yaml"}  # of distributions with another name
@@ -29,7 +33,7 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             found.append((node.level, node.module or "", tuple(alias.name for alias in node.names), in_try))
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
-            assert path == ROOT / "hub_tools" / "__init__.py", (
+            assert path in (ROOT / "gpt2_value" / "__init__.py", ROOT / "hub_tools" / "__init__.py"), (
                 f"{path.name} imports by a computed name, which this test cannot read"
             )
         for child in ast.iter_child_nodes(node):
@@ -117,8 +121,26 @@ def test_the_oldest_versions_that_are_allowed_are_those_that_the_suite_runs_on()
 @pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_library_that_is_imported_is_declared(path):
     declared = {MODULES.get(name, name) for name in asked_for("options", "install_requires")}
-    own = {"hub_tools", "sampler_audit", *(module.stem for module in REMOTE)}
+    own = {"gpt2_value", "hub_tools", "sampler_audit", *(module.stem for module in REMOTE)}
     assert outside(path) <= declared | own | NOT_DECLARED
+
+
+def test_every_public_name_is_imported_when_it_is_first_used():
+    code = (
+        "import sys, time; started = time.perf_counter(); import gpt2_value; took = time.perf_counter() - started;"
+        "assert not {'torch', 'transformers', 'hub_tools.cli'} & set(sys.modules); assert took < 0.3, took;"
+        "assert set(dir(gpt2_value)) == set(gpt2_value.__all__);"
+        "assert all(getattr(gpt2_value, name) is not None for name in gpt2_value.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    with pytest.raises(AttributeError, match="no attribute 'rolout'"):
+        gpt2_value.rolout  # noqa: B018
+
+
+def test_the_public_names_are_those_that_a_type_checker_sees():
+    (block,) = [node for node in ast.parse(Path(gpt2_value.__file__).read_text()).body if isinstance(node, ast.If)]
+    assert sorted(alias.name for node in block.body for alias in node.names) == sorted(gpt2_value.__all__)
+    assert Path(gpt2_value.__file__).with_name("py.typed").exists()
 
 
 def test_the_reader_of_imports_sees_them_all(tmp_path):

@@ -1,0 +1,98 @@
+"""GPT-2 with a value head: every public name of the project, from sampling and scoring to PPO and the Hub.
+
+Each name is imported when it is first used, so `import gpt2_value` needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from configuration_gpt2_value import GPT2ValueConfig
+    from generation_gpt2_value import Rescored, Rollout, Sampling, rescore, respond_to_batch, rollout
+    from hub_tools import (
+        CheckpointPusher,
+        CheckpointPusherCallback,
+        Conversion,
+        ExportedPolicy,
+        GPT2ValueHubError,
+        LoadedPackage,
+        PackageReport,
+        PushedCheckpoint,
+        PushReport,
+        SavedPackage,
+        VerificationReport,
+        __version__,
+        convert_checkpoint,
+        export_critic,
+        export_policy,
+        inspect_package,
+        load_package,
+        push_package,
+        push_to_hub,
+        save_package,
+        verify_package,
+    )
+    from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel, GPT2ValueOutput
+    from sampler_audit import Mismatch, SamplerAudit, audit_logits, audit_sampler, find_kept_sets, mismatch
+
+__all__ = [
+    "CheckpointPusher",
+    "CheckpointPusherCallback",
+    "Conversion",
+    "ExportedPolicy",
+    "GPT2HeadWithValueModel",
+    "GPT2ValueConfig",
+    "GPT2ValueHubError",
+    "GPT2ValueModel",
+    "GPT2ValueOutput",
+    "LoadedPackage",
+    "Mismatch",
+    "PackageReport",
+    "PushReport",
+    "PushedCheckpoint",
+    "Rescored",
+    "Rollout",
+    "SamplerAudit",
+    "Sampling",
+    "SavedPackage",
+    "VerificationReport",
+    "__version__",
+    "audit_logits",
+    "audit_sampler",
+    "convert_checkpoint",
+    "export_critic",
+    "export_policy",
+    "find_kept_sets",
+    "inspect_package",
+    "load_package",
+    "mismatch",
+    "push_package",
+    "push_to_hub",
+    "rescore",
+    "respond_to_batch",
+    "rollout",
+    "save_package",
+    "verify_package",
+]
+
+# module -> the names that it defines; all others are of hub_tools
+_NAMES = {
+    "configuration_gpt2_value": ["GPT2ValueConfig"],
+    "generation_gpt2_value": ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"],
+    "modeling_gpt2_value": ["GPT2HeadWithValueModel", "GPT2ValueModel", "GPT2ValueOutput"],
+    "sampler_audit": ["Mismatch", "SamplerAudit", "audit_logits", "audit_sampler", "find_kept_sets", "mismatch"],
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES.get(name, "hub_tools")), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
