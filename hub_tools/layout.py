@@ -13,7 +13,7 @@ from typing import Literal
 
 from .errors import PackageError
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 MODEL_TYPE = "gpt2_value"
 HEAD_PREFIX = "v_head."

