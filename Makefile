@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
 .PHONY: help demo test test-oldest check docs bench bench-ppo ppo-evidence matrix app-test audit-power compare-trl faults \
-	fuzz release-hashes tree ecosystem wheel clean ppo
+	fuzz release-hashes wheel clean ppo
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -100,14 +100,6 @@ fuzz: .venv/.done  ## spoil packages, checkpoints and adapters in 12,000 ways; p
 
 release-hashes: .venv/.done  ## add this version's code to the list of releases, before it is released
 	$(BIN)/python -m hub_tools.package.releases
-
-tree: .venv/.done  ## draw the tree in CONTRIBUTING.md
-	$(BIN)/python docs/tree.py
-
-ecosystem: .venv/.done  ## run the tests that docs/ecosystem.md names, and write its table: tool, feature, test
-	$(BIN)/python -m pytest -q -n auto $(BY_FILE) -m shows
-	$(BIN)/python -m pytest -q tests/test_quantised.py
-	$(BIN)/python docs/ecosystem.py
 
 wheel: .venv/.done  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --quiet

@@ -35,7 +35,7 @@ class Rollout:
         responses: `[B, T]` int64; padding after a row's first end-of-text token.
         response_mask: `[B, T]` bool, this token was drawn from the model (a row's first end-of-text token was).
         logprobs: `[B, T]` float32 (float64 from a float64 model), natural logarithm, of the drawn tokens under the
-            sampling distribution; 0 where masked. None where another engine gave none (`from_tokens`).
+            sampling distribution; 0 where masked. None where another engine gave none.
         values: as `logprobs`, the value of the state before each token; None without a value head.
         truncated: `[B]` bool, no end-of-text token was drawn in the row.
         kept: which tokens each draw chose among, as `compact` stores them: `[B, T, K]` int32 ids, -1 in unused
@@ -52,53 +52,6 @@ class Rollout:
     truncated: torch.Tensor
     kept: Optional[torch.Tensor]
     sampling: Sampling
-
-    @classmethod
-    def from_tokens(
-        cls, prompts, responses, *, attention_mask=None, sampling=None, logprobs=None, kept=None, pad_token_id=None
-    ):
-        """The tokens that another engine drew, as a `Rollout` without values, for `rescore`, the audit and training.
-
-        Args:
-            prompts, attention_mask, pad_token_id: as in `rollout`, one prompt for each response.
-            responses: the tokens drawn in each row, lists or tensors; with the end-of-text token, and nothing after it.
-            sampling: the `Sampling` that the engine was asked for; default: `Sampling()`.
-            logprobs: of these tokens, as the engine gave them, row by row.
-            kept: `kept[row][step]`: the ids that the draw chose among, or a dict with these keys. `rescore` needs them
-                where `sampling` cuts tokens off; `sampler_audit.find_kept_sets` finds them in hindsight.
-
-        Raises TypeError or ValueError where these do not fit each other, or where nobody can have drawn a token.
-        """
-        sampling = sampling or Sampling()
-        pad = whole_number("pad_token_id", (*sampling.eos_token_id, 0)[0] if pad_token_id is None else pad_token_id, 0)
-        prompts, prompt_mask = _aligned("prompts", prompts, attention_mask, pad=pad)
-        responses, mask = (x.to(prompts.device) for x in _aligned("responses", responses, pad=pad, right=True))
-        drawn, (B, T) = mask.bool(), mask.shape
-        if len(prompts) != B or not drawn.any():
-            raise ValueError(f"got {len(prompts)} prompts, {B} responses; expected as many, with a token at least.")
-        for name, given in (("logprobs", logprobs), ("kept", kept)):
-            if given is not None and [len(row) for row in given] != mask.sum(1).tolist():
-                raise ValueError(f"the rows of {name} are not as long as the responses; expected one for each token.")
-        ends = drawn & torch.isin(responses, torch.tensor(sampling.eos_token_id, dtype=torch.long, device=mask.device))
-        refused = {
-            "has no prompt before it; begin with the end-of-text token": ~prompt_mask.any(1, keepdim=True),
-            "comes after the row's end; cut the row there": ends.cumsum(1) > ends.long(),
-            "ends the row before min_new_tokens": ends & (drawn.cumsum(1) <= sampling.min_new_tokens),
-        }
-        if logprobs is not None:
-            found = [torch.as_tensor(row, dtype=torch.float32).view(-1) for row in logprobs]
-            logprobs = pad_sequence(found, batch_first=True).detach().to(mask.device)
-            refused["has a log-probability above 0, or not finite"] = ~(logprobs < 1e-3) | logprobs.isinf()
-        if kept is not None:
-            found = [torch.as_tensor([*ids], dtype=torch.int32) for row in kept for ids in row]
-            sets = pad_sequence(found, batch_first=True, padding_value=-1).to(mask.device)  # [tokens, K]
-            kept = sets.new_full((B, T, sets.shape[1]), -1).masked_scatter(drawn[..., None], sets)
-            refused["is not in its kept set of ids"] = ~(kept == responses[..., None]).any(-1) | (kept < -1).any(-1)
-        for what, where in refused.items():
-            for row, step in (where & drawn).nonzero().tolist():
-                raise ValueError(f"responses[{row}][{step}], the token {int(responses[row, step])}, {what}.")
-        tokens, seen = torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1)
-        return cls(tokens, seen, responses, drawn, logprobs, None, ~ends.any(1), kept, sampling)
 
     def __len__(self):
         return self.sequences.shape[0]

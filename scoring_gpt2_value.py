@@ -129,7 +129,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None):
     rollout.sampling.check_vocabulary(vocabulary, rollout.kept)
     if rollout.kept is None and rollout.sampling.cuts_off(vocabulary):
         what = f"{rollout.sampling} cuts tokens off, and the rollout does not say which (`kept` is None)"
-        raise ValueError(f"{what}. Pass from_tokens(kept=...), or sampler_audit.find_kept_sets(model, rollout).")
+        raise ValueError(f"{what}. Pass kept=..., or the rollout of sampler_audit.find_kept_sets(model, rollout).")
     its = vocabulary if reference is None else check_tokens(reference, rollout.sequences, rollout.attention_mask)
     if its != vocabulary:
         raise ValueError(f"the model's vocabulary has {vocabulary} tokens, the reference's {its}; expected the same.")

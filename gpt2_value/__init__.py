@@ -35,7 +35,15 @@ if TYPE_CHECKING:
         verify_package,
     )
     from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel, GPT2ValueOutput
-    from sampler_audit import Mismatch, SamplerAudit, audit_logits, audit_sampler, find_kept_sets, mismatch
+    from sampler_audit import (
+        Mismatch,
+        SamplerAudit,
+        audit_logits,
+        audit_sampler,
+        find_kept_sets,
+        mismatch,
+        rollout_from_tokens,
+    )
 
 __all__ = [
     "CheckpointPusher",
@@ -73,6 +81,7 @@ __all__ = [
     "rescore",
     "respond_to_batch",
     "rollout",
+    "rollout_from_tokens",
     "save_package",
     "verify_package",
 ]
@@ -82,7 +91,15 @@ _NAMES = {
     "configuration_gpt2_value": ["GPT2ValueConfig"],
     "generation_gpt2_value": ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"],
     "modeling_gpt2_value": ["GPT2HeadWithValueModel", "GPT2ValueModel", "GPT2ValueOutput"],
-    "sampler_audit": ["Mismatch", "SamplerAudit", "audit_logits", "audit_sampler", "find_kept_sets", "mismatch"],
+    "sampler_audit": [
+        "Mismatch",
+        "SamplerAudit",
+        "audit_logits",
+        "audit_sampler",
+        "find_kept_sets",
+        "mismatch",
+        "rollout_from_tokens",
+    ],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -1,5 +1,4 @@
-"""From a model in memory to a repository on the Hub: save, inspect, verify, load, push, convert, export;
-and honest draws through `generate()`.
+"""From a model in memory to a repository on the Hub: save, inspect, verify, load, push, convert, export.
 
 Names are imported when they are first used, so that looking into a package needs neither torch nor
 transformers.
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from .convert.critic import export_critic
     from .convert.export import ExportedPolicy, export_policy
     from .errors import GPT2ValueHubError
-    from .generate import HonestOutput, honest_generate
     from .package.loading.load import LoadedPackage, load_package
     from .package.loading.verify import VerificationReport, verify_package
     from .package.reading.inspection import PackageReport, inspect_package
@@ -37,8 +35,6 @@ _HOMES = {
     "ExportedPolicy": "convert.export",
     "export_policy": "convert.export",
     "GPT2ValueHubError": "errors",
-    "HonestOutput": "generate",
-    "honest_generate": "generate",
     "LoadedPackage": "package.loading.load",
     "PackageReport": "package.reading.inspection",
     "inspect_package": "package.reading.inspection",
@@ -58,7 +54,6 @@ __all__ = [
     "Conversion",
     "ExportedPolicy",
     "GPT2ValueHubError",
-    "HonestOutput",
     "LoadedPackage",
     "PackageReport",
     "PushReport",
@@ -69,7 +64,6 @@ __all__ = [
     "convert_checkpoint",
     "export_critic",
     "export_policy",
-    "honest_generate",
     "inspect_package",
     "load_package",
     "push_package",

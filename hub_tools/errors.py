@@ -157,13 +157,6 @@ class ConversionError(GPT2ValueHubError, ValueError):
     can be read in two ways."""
 
 
-# Generating
-
-
-class DishonestSettingError(GPT2ValueHubError, ValueError):
-    """A setting of `generate()` that tokens could be drawn by, and not be scored by."""
-
-
 # The command line and the app
 
 

@@ -133,7 +133,7 @@ def mismatch(rollout: Rollout, rescored: Rescored, *, model: Any = None) -> Mism
     """Compare an engine's log-probabilities, `rollout.logprobs`, with those of a scoring pass of the same tokens.
 
     Args:
-        rollout: of `Rollout.from_tokens(..., logprobs=...)`.
+        rollout: of `rollout_from_tokens(..., logprobs=...)`.
         rescored: of `rescore(model, rollout)`, with the weights that the engine served.
         model: this model. With it, the tokens are also scored over the full vocabulary, at temperature 1 and at the
             sampling temperature, which many engines report whatever they draw by; `Mismatch.reports` says which it was.
@@ -146,7 +146,7 @@ def mismatch(rollout: Rollout, rescored: Rescored, *, model: Any = None) -> Mism
             other.
     """
     if type(rollout).__name__ != "Rollout":  # by name: a package's own class is another one than the checkout's
-        raise TypeError(f"mismatch() got a {type(rollout).__name__}; expected a Rollout: see Rollout.from_tokens().")
+        raise TypeError(f"got a {type(rollout).__name__}; expected a Rollout, as from rollout_from_tokens().")
     if rollout.logprobs is None:
         raise ValueError("the engine gave no log-probabilities, so there is nothing to compare; train on rescored's.")
     theirs, ours = rollout.logprobs, rescored.logprobs

@@ -1,4 +1,4 @@
-"""Tokens that another engine drew: what `Rollout.from_tokens` makes of them, and what it refuses."""
+"""Tokens that another engine drew: what `rollout_from_tokens` makes of them, and what it refuses."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import make_tiny_model
 
-from generation_gpt2_value import Rollout, rescore
-from sampler_audit import audit_sampler, find_kept_sets
+from generation_gpt2_value import rescore
+from sampler_audit import audit_sampler, find_kept_sets, rollout_from_tokens
 from sampling_gpt2_value import Sampling
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
@@ -52,7 +52,7 @@ def test_tokens_that_a_rollout_drew_come_back_as_that_rollout(settings):
     model = make_tiny_model()
     drawn, prompts, responses, logprobs = draw(model, settings)
     kept = None if drawn.kept is None else sets_of(drawn)
-    back = Rollout.from_tokens(prompts, responses, sampling=drawn.sampling, logprobs=logprobs, kept=kept)
+    back = rollout_from_tokens(prompts, responses, sampling=drawn.sampling, logprobs=logprobs, kept=kept)
     for name in ("sequences", "attention_mask", "responses", "response_mask", "logprobs", "truncated"):
         assert torch.equal(getattr(back, name), getattr(drawn, name)), name
         assert getattr(back, name).dtype == getattr(drawn, name).dtype
@@ -70,16 +70,16 @@ def test_tensors_lists_and_padded_prompts_give_the_same_rollout():
     sequences = [[5, 17, 3], [80, 4, 9]]
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
     padded = torch.tensor([[5, 17, 3, 99], [-1, 80, 4, 9]])
-    lists = Rollout.from_tokens(sequences, [[7, 8], [6, 5]])
-    tensors = Rollout.from_tokens(torch.tensor(sequences), torch.tensor([[7, 8], [6, 5]], dtype=torch.int32))
-    masked = Rollout.from_tokens(padded, [torch.tensor([7, 8]), [6, 5]], attention_mask=mask)
+    lists = rollout_from_tokens(sequences, [[7, 8], [6, 5]])
+    tensors = rollout_from_tokens(torch.tensor(sequences), torch.tensor([[7, 8], [6, 5]], dtype=torch.int32))
+    masked = rollout_from_tokens(padded, [torch.tensor([7, 8]), [6, 5]], attention_mask=mask)
     assert torch.equal(lists.sequences, tensors.sequences)
     assert torch.equal(lists.sequences, masked.sequences[:, 1:])
     assert masked.attention_mask.tolist() == [[0, 1, 1, 1, 1, 1]] * 2
 
 
 def test_rows_of_any_lengths_are_padded_and_masked():
-    back = Rollout.from_tokens(
+    back = rollout_from_tokens(
         [[5], [6, 7]],
         [[9, 8, 2], []],
         sampling=Sampling(eos_token_id=2),
@@ -96,7 +96,7 @@ def test_rows_of_any_lengths_are_padded_and_masked():
 
 def test_kept_sets_may_be_lists_tensors_or_keys_of_dicts():
     rollouts = [
-        Rollout.from_tokens([[5]], [[7, 8]], sampling=Sampling(top_k=2), kept=[kept])
+        rollout_from_tokens([[5]], [[7, 8]], sampling=Sampling(top_k=2), kept=[kept])
         for kept in (
             [[7, 1], [8]],
             [torch.tensor([7, 1]), torch.tensor([8, -1])],
@@ -111,7 +111,7 @@ def test_kept_sets_may_be_lists_tensors_or_keys_of_dicts():
 def test_without_log_probabilities_nothing_can_be_computed_from_them_by_mistake(tmp_path):
     model = make_tiny_model()
     drawn, prompts, responses, _ = draw(model, {})
-    back = Rollout.from_tokens(prompts, responses)
+    back = rollout_from_tokens(prompts, responses)
     assert back.logprobs is None
     assert back[[1, 0]].to("cpu").logprobs is None
     torch.testing.assert_close(rescore(model, back).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
@@ -129,7 +129,7 @@ def test_without_log_probabilities_nothing_can_be_computed_from_them_by_mistake(
 @pytest.mark.parametrize("settings", SETTINGS[1:], ids=str)
 def test_scoring_refuses_tokens_whose_sets_nobody_recorded(settings):
     drawn, prompts, responses, logprobs = draw(make_tiny_model(), settings)
-    back = Rollout.from_tokens(prompts, responses, sampling=drawn.sampling, logprobs=logprobs)
+    back = rollout_from_tokens(prompts, responses, sampling=drawn.sampling, logprobs=logprobs)
     with pytest.raises(ValueError, match=r"kept` is None.*kept=.*find_kept_sets"):
         rescore(make_tiny_model(), back)
 
@@ -141,7 +141,7 @@ def test_the_sets_are_found_again_by_the_model_that_drew(settings, hooked):
     drawn, prompts, responses, logprobs = draw(model, settings)
     if hooked:
         model.register_forward_hook(lambda module, args, output: None)
-    back = Rollout.from_tokens(prompts, responses, sampling=drawn.sampling, logprobs=logprobs)
+    back = rollout_from_tokens(prompts, responses, sampling=drawn.sampling, logprobs=logprobs)
     found = find_kept_sets(model, back, batch_size=3)
     assert sets_of(found) == sets_of(drawn)
     assert back.kept is None
@@ -154,7 +154,7 @@ def test_a_drawn_token_is_in_its_set_though_the_model_would_not_have_kept_it():
     drawn, prompts, responses, _ = draw(model, {"top_k": 3})
     outside = next(id for id in range(96) if id not in sets_of(drawn)[0][0])
     responses[0] = [outside]
-    found = find_kept_sets(model, Rollout.from_tokens(prompts, responses, sampling=drawn.sampling))
+    found = find_kept_sets(model, rollout_from_tokens(prompts, responses, sampling=drawn.sampling))
     assert outside in sets_of(found)[0][0]
     assert len(sets_of(found)[0][0]) == 4
     assert rescore(model, found).logprobs.isfinite().all()
@@ -162,7 +162,7 @@ def test_a_drawn_token_is_in_its_set_though_the_model_would_not_have_kept_it():
 
 def test_where_nothing_was_cut_off_there_is_nothing_to_find():
     drawn, prompts, responses, _ = draw(make_tiny_model(), {"temperature": 0.5})
-    back = Rollout.from_tokens(prompts, responses, sampling=drawn.sampling)
+    back = rollout_from_tokens(prompts, responses, sampling=drawn.sampling)
     assert find_kept_sets(make_tiny_model(), back) is back
 
 
@@ -179,10 +179,10 @@ def test_the_audit_takes_the_tokens_with_and_without_their_sets():
     model, sampling = make_tiny_model(), Sampling(top_k=12, temperature=0.7)
     drawn, prompts, responses, _ = draw(model, {"top_k": 12, "temperature": 0.7})
     for kept in (None, sets_of(drawn)):
-        back = Rollout.from_tokens(prompts, responses, sampling=sampling, kept=kept)
+        back = rollout_from_tokens(prompts, responses, sampling=sampling, kept=kept)
         assert audit_sampler(model, back, generator=torch.Generator().manual_seed(0)).honest
     _, prompts, responses, _ = draw(model, {"temperature": 0.7})
-    claim = Rollout.from_tokens(prompts, responses, sampling=sampling)
+    claim = rollout_from_tokens(prompts, responses, sampling=sampling)
     assert audit_sampler(model, claim).impossible > 0
 
 
@@ -229,11 +229,11 @@ ENDS = Sampling(eos_token_id=2)
 def test_what_nobody_can_have_drawn_is_refused(arguments, error, message):
     good = {"prompts": [[5], [5]], "responses": [[7, 8], [6]]}
     with pytest.raises(error, match=message):
-        Rollout.from_tokens(**{**good, **arguments})
-    Rollout.from_tokens(**good)
+        rollout_from_tokens(**{**good, **arguments})
+    rollout_from_tokens(**good)
 
 
 def test_kept_ids_outside_the_vocabulary_are_refused_by_who_scores_them():
-    back = Rollout.from_tokens([[5]], [[7]], sampling=Sampling(top_k=2), kept=[[[7, 96]]])
+    back = rollout_from_tokens([[5]], [[7]], sampling=Sampling(top_k=2), kept=[[[7, 96]]])
     with pytest.raises(ValueError, match="not of this model's vocabulary of 96"):
         rescore(make_tiny_model(), back)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import make_tiny_model
 
-from generation_gpt2_value import Rescored, Rollout, rescore
-from sampler_audit import mismatch
+from generation_gpt2_value import Rescored, rescore
+from sampler_audit import mismatch, rollout_from_tokens
 from sampling_gpt2_value import Sampling
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
@@ -25,7 +25,7 @@ def draw(model, copies=16, **settings):
 def by_hand(engine, ours):
     """A rollout and scores of two rows of three tokens, the last of which was not drawn."""
     responses = [[7, 8, 9], [6, 5]]
-    drawn = Rollout.from_tokens([[5], [4]], responses, logprobs=engine)
+    drawn = rollout_from_tokens([[5], [4]], responses, logprobs=engine)
     column = torch.zeros(2, 3)
     column[drawn.response_mask] = torch.tensor([number for row in ours for number in row])
     return drawn, Rescored(logprobs=column)
@@ -133,7 +133,7 @@ def test_weights_have_no_gradient_and_leave_out_what_was_not_drawn():
 
 
 def test_a_sequence_of_any_length_is_truncated_and_not_infinite():
-    drawn = Rollout.from_tokens([[5]], [[7] * 40], logprobs=[[-60.0] * 40])
+    drawn = rollout_from_tokens([[5]], [[7] * 40], logprobs=[[-60.0] * 40])
     found = mismatch(drawn, Rescored(logprobs=torch.zeros(1, 40)))
     assert (found.weights("sequence") == 2.0).all()
 

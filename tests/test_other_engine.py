@@ -9,9 +9,9 @@ from conftest import make_tiny_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from generation_gpt2_value import Rollout, rescore
+from generation_gpt2_value import rescore
 from hub_tools import export_policy, save_package
-from sampler_audit import audit_sampler, find_kept_sets, mismatch
+from sampler_audit import audit_sampler, find_kept_sets, mismatch, rollout_from_tokens
 from sampling_gpt2_value import Sampling
 
 ctranslate2 = pytest.importorskip("ctranslate2", reason="the engine is not installed")
@@ -62,13 +62,13 @@ def draw(engine, prompts, **settings):
 
 
 @pytest.mark.shows(
-    "CTranslate2", "its tokens come back by `Rollout.from_tokens`; `mismatch` says what its numbers mean"
+    "CTranslate2", "its tokens come back by `rollout_from_tokens`; `mismatch` says what its numbers mean"
 )
 def test_tokens_of_ctranslate2_are_scored_and_its_numbers_found_to_be_of_temperature_1(model, engine):
     prompts = PROMPTS * COPIES
     tokens, logprobs = draw(engine, prompts, sampling_topk=12, sampling_temperature=0.7)
     sampling = Sampling(temperature=0.7, top_k=12, eos_token_id=END)
-    drawn = Rollout.from_tokens(prompts, tokens, sampling=sampling, logprobs=logprobs)
+    drawn = rollout_from_tokens(prompts, tokens, sampling=sampling, logprobs=logprobs)
     assert 0 < drawn.truncated.sum() < len(drawn)
     assert audit_sampler(model, drawn, generator=torch.Generator().manual_seed(0)).honest
 
@@ -90,7 +90,7 @@ def test_tokens_of_ctranslate2_are_scored_and_its_numbers_found_to_be_of_tempera
 def test_at_temperature_1_over_the_full_vocabulary_its_numbers_are_ours(model, engine):
     prompts = PROMPTS * COPIES
     tokens, logprobs = draw(engine, prompts, sampling_topk=0, sampling_temperature=1.0)
-    drawn = Rollout.from_tokens(prompts, tokens, sampling=Sampling(eos_token_id=END), logprobs=logprobs)
+    drawn = rollout_from_tokens(prompts, tokens, sampling=Sampling(eos_token_id=END), logprobs=logprobs)
     found = mismatch(drawn, rescore(model, drawn), model=model)
     assert found.reports == "the sampling settings"
     assert abs(found.mean_ratio - 1) < 1e-4
@@ -104,5 +104,5 @@ def test_prompts_of_several_lengths_come_back_as_if_they_had_been_drawn_and_are_
     prompts = [[5], [41, 9, 30, 2, 64]] * COPIES
     tokens, logprobs = draw(engine, prompts, sampling_topk=0, sampling_temperature=1.0)
     assert all(row[:4] == [9, 30, 2, 64] for row in tokens[1::2])
-    drawn = Rollout.from_tokens(prompts, tokens, sampling=Sampling(eos_token_id=END), logprobs=logprobs)
+    drawn = rollout_from_tokens(prompts, tokens, sampling=Sampling(eos_token_id=END), logprobs=logprobs)
     assert not audit_sampler(model, drawn, generator=torch.Generator().manual_seed(0)).honest

@@ -19,9 +19,9 @@ from ppo_task import SettingsError
 from train_small_gpt2 import Recipe, small_gpt2
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from generation_gpt2_value import Rollout, rescore, rollout
+from generation_gpt2_value import rescore, rollout
 from hub_tools import inspect_package
-from sampler_audit import find_kept_sets
+from sampler_audit import find_kept_sets, rollout_from_tokens
 
 ROOT = Path(__file__).parent.parent
 QUICK = Recipe(vocab_size=400, n_positions=256, n_embd=32, n_layer=1, n_head=2, steps=12, batch_size=8)
@@ -339,7 +339,7 @@ def test_tokens_that_an_engine_hands_over_train_as_those_of_a_rollout(quick):
     def engine(model, queries, **settings):
         drawn = rollout(model, queries, **settings)
         tokens = [row[mask].tolist() for row, mask in zip(drawn.responses, drawn.response_mask, strict=True)]
-        back = find_kept_sets(model, Rollout.from_tokens(queries, tokens, sampling=drawn.sampling))
+        back = find_kept_sets(model, rollout_from_tokens(queries, tokens, sampling=drawn.sampling))
         with torch.no_grad():
             scored = rescore(model, back)
         return dataclasses.replace(back, logprobs=scored.logprobs, values=scored.values)
