@@ -11,6 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from configuration_gpt2_value import GPT2ValueConfig
     from generation_gpt2_value import Rescored, Rollout, Sampling, rescore, respond_to_batch, rollout
+    from gpt2_value.ppo import (
+        AdaptiveKLController,
+        advantages_and_returns,
+        create_reference,
+        explained_variance,
+        fit_values,
+        kl_estimate,
+        masked_mean,
+        policy_loss,
+        token_rewards,
+        value_loss,
+        whiten,
+    )
     from hub_tools import (
         CheckpointPusher,
         CheckpointPusherCallback,
@@ -46,6 +59,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AdaptiveKLController",
     "CheckpointPusher",
     "CheckpointPusherCallback",
     "Conversion",
@@ -67,15 +81,22 @@ __all__ = [
     "SavedPackage",
     "VerificationReport",
     "__version__",
+    "advantages_and_returns",
     "audit_logits",
     "audit_sampler",
     "convert_checkpoint",
+    "create_reference",
+    "explained_variance",
     "export_critic",
     "export_policy",
     "find_kept_sets",
+    "fit_values",
     "inspect_package",
+    "kl_estimate",
     "load_package",
+    "masked_mean",
     "mismatch",
+    "policy_loss",
     "push_package",
     "push_to_hub",
     "rescore",
@@ -83,7 +104,10 @@ __all__ = [
     "rollout",
     "rollout_from_tokens",
     "save_package",
+    "token_rewards",
+    "value_loss",
     "verify_package",
+    "whiten",
 ]
 
 # module -> the names that it defines; all others are of hub_tools
@@ -91,6 +115,19 @@ _NAMES = {
     "configuration_gpt2_value": ["GPT2ValueConfig"],
     "generation_gpt2_value": ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"],
     "modeling_gpt2_value": ["GPT2HeadWithValueModel", "GPT2ValueModel", "GPT2ValueOutput"],
+    "gpt2_value.ppo": [
+        "AdaptiveKLController",
+        "advantages_and_returns",
+        "create_reference",
+        "explained_variance",
+        "fit_values",
+        "kl_estimate",
+        "masked_mean",
+        "policy_loss",
+        "token_rewards",
+        "value_loss",
+        "whiten",
+    ],
     "sampler_audit": [
         "Mismatch",
         "SamplerAudit",

@@ -1,96 +1,116 @@
-"""The arithmetic of examples/ppo.py against slow plain loops in float64, and the details that others got wrong."""
+"""The arithmetic of gpt2_value.ppo against slow plain loops in float64, and the details that others got wrong."""
 
 import math
 
-import ppo
 import pytest
 import torch
+from torch.autograd import gradcheck
+
+from gpt2_value import (
+    AdaptiveKLController,
+    GPT2ValueConfig,
+    GPT2ValueModel,
+    advantages_and_returns,
+    create_reference,
+    explained_variance,
+    fit_values,
+    kl_estimate,
+    masked_mean,
+    policy_loss,
+    rescore,
+    rollout,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from gpt2_value.ppo import length_adaptive_lambda
 
 B, T = 7, 9
 CLOSE = {"atol": 1e-9, "rtol": 0}
+NAMES = ["logprobs", "old_logprobs", "ref_logprobs", "values", "old_values", "rewards", "advantages", "returns"]
 
 
-def batch(seed):
-    """Random `[B, T]` float64 tensors and a mask of prefixes: a row of one token, and one of all, among them."""
-    generator = torch.Generator().manual_seed(seed)
+@pytest.fixture(params=range(6))
+def data(request):
+    """Random `[B, T]` float64 tensors, and a mask: of prefixes, or (odd seeds) with holes between drawn tokens."""
+    generator = torch.Generator().manual_seed(request.param)
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
     lengths[0], lengths[1] = 1, T
     mask = torch.arange(T) < lengths[:, None]
-    names = ("logprobs", "old_logprobs", "ref_logprobs", "values", "old_values", "rewards", "advantages", "returns")
-    found = {name: torch.randn(B, T, generator=generator, dtype=torch.float64) for name in names}
+    if request.param % 2:
+        mask &= torch.rand(B, T, generator=generator) < 0.6
+        mask[0, 4] = True
+    found = {name: torch.randn(B, T, generator=generator, dtype=torch.float64) for name in NAMES}
     return {**found, "scores": torch.randn(B, generator=generator, dtype=torch.float64), "mask": mask}
-
-
-@pytest.fixture(params=range(5))
-def data(request):
-    return batch(request.param)
 
 
 def drawn(mask):
     """All (row, column) of drawn tokens."""
-    return [(b, t) for b in range(B) for t in range(T) if mask[b, t]]
+    return mask.nonzero().tolist()
 
 
 def with_garbage(tensor, mask):
-    """The same numbers, and large ones where nothing was drawn."""
-    return torch.where(mask, tensor, 1e6 * torch.randn_like(tensor))
+    """The same numbers, and others where nothing was drawn."""
+    garbage = torch.tensor([1e6, math.nan, math.inf, -math.inf], dtype=tensor.dtype).repeat(tensor.numel())
+    return torch.where(mask, tensor, garbage[: tensor.numel()].view_as(tensor))
 
 
-def test_token_rewards_are_those_of_a_plain_loop(data):
+@pytest.mark.parametrize("is_per_token", [False, True])
+def test_token_rewards_are_those_of_a_plain_loop(data, is_per_token):
+    mask, scores = data["mask"], data["rewards"] if is_per_token else data["scores"]
     expected = torch.zeros(B, T, dtype=torch.float64)
-    for b in range(B):
-        tokens = [t for t in range(T) if data["mask"][b, t]]
-        for t in tokens:
-            expected[b, t] = -0.3 * (data["logprobs"][b, t] - data["ref_logprobs"][b, t])
-        expected[b, tokens[-1]] += data["scores"][b]
-    found = ppo.token_rewards(data["scores"], data["logprobs"], data["ref_logprobs"], data["mask"], 0.3)
+    for b, t in drawn(mask):
+        expected[b, t] = -0.3 * (data["logprobs"][b, t] - data["ref_logprobs"][b, t])
+        if is_per_token:
+            expected[b, t] += scores[b, t]
+        elif not mask[b, t + 1 :].any():
+            expected[b, t] += scores[b]
+    found = token_rewards(scores, with_garbage(data["logprobs"], mask), data["ref_logprobs"], mask, 0.3)
     torch.testing.assert_close(found, expected, **CLOSE)
-
-
-def test_the_score_stands_on_the_last_drawn_token_and_on_no_padding(data):
-    zero = torch.zeros(B, T, dtype=torch.float64)
-    found = ppo.token_rewards(data["scores"], zero, zero, data["mask"], 0.3)
-    for b in range(B):
-        last = int(data["mask"][b].sum()) - 1
-        assert found[b, last] == data["scores"][b]
-        assert found[b].count_nonzero() == 1
+    kl = data["logprobs"] - data["ref_logprobs"]
+    torch.testing.assert_close(token_rewards(scores, data["values"], None, mask, 0.3, kl), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("bootstrapped", [False, True])
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
-def test_advantages_and_returns_are_those_of_a_plain_loop(data, gamma, lam, bootstrapped):
-    bootstrap = data["scores"] * (data["mask"].sum(1) == T) if bootstrapped else None
-    expected = torch.zeros(B, T, dtype=torch.float64)
-    for b in range(B):
-        length = int(data["mask"][b].sum())
-        values = data["values"][b, :length].tolist()
-        values.append(float(bootstrap[b]) if bootstrapped else 0.0)
-        for t in range(length):  # equation 16: a discounted sum of errors, no recursion
-            for k in range(t, length):
-                error = data["rewards"][b, k] + gamma * values[k + 1] - values[k]
-                expected[b, t] += (gamma * lam) ** (k - t) * error
-    advantages, returns = ppo.advantages_and_returns(
-        data["rewards"], data["values"], data["mask"], gamma, lam, bootstrap
-    )
-    torch.testing.assert_close(advantages, expected, **CLOSE)
-    torch.testing.assert_close(returns, torch.where(data["mask"], expected + data["values"], 0), **CLOSE)
-
-
-def test_nothing_after_the_end_leaks_into_advantages(data):
+@pytest.mark.parametrize(
+    ("gamma", "lam", "lam_critic"), [(1.0, 0.95, None), (0.9, 0.5, 1.0), (1.0, 1.0, 0.3), (0.99, 0.0, 0.7)]
+)
+@pytest.mark.parametrize("by_row", [False, True])
+def test_advantages_and_returns_are_those_of_a_plain_loop(data, gamma, lam, lam_critic, bootstrapped, by_row):
     mask = data["mask"]
-    clean = ppo.advantages_and_returns(data["rewards"], data["values"], mask, 1.0, 0.95)
-    garbage = (with_garbage(data[name], mask) for name in ("rewards", "values"))
-    for found, expected in zip(ppo.advantages_and_returns(*garbage, mask, 1.0, 0.95), clean, strict=True):
-        torch.testing.assert_close(found, expected, **CLOSE)
-        assert not found[~mask].any()
+    bootstrap = data["scores"] if bootstrapped else None
+    lambdas = length_adaptive_lambda(mask, 0.5).double() if by_row else torch.full((B,), lam, dtype=torch.float64)
+
+    def estimates(of_row):
+        """Equation 16: a discounted sum of errors over the drawn tokens of a row, without recursion."""
+        found = torch.zeros(B, T, dtype=torch.float64)
+        for b in range(B):
+            columns = [t for t in range(T) if mask[b, t]]
+            values = [data["values"][b, t] for t in columns] + [data["scores"][b] if bootstrapped else 0.0]
+            for i in range(len(columns)):
+                for k in range(i, len(columns)):
+                    error = data["rewards"][b, columns[k]] + gamma * values[k + 1] - values[k]
+                    found[b, columns[i]] += (gamma * of_row[b]) ** (k - i) * error
+        return found
+
+    advantages, returns = advantages_and_returns(
+        with_garbage(data["rewards"], mask),
+        with_garbage(data["values"], mask),
+        mask,
+        gamma,
+        lambdas if by_row else lam,
+        bootstrap,
+        lam_critic,
+    )
+    torch.testing.assert_close(advantages, estimates(lambdas), **CLOSE)
+    of_critic = lambdas if lam_critic is None else torch.full((B,), lam_critic, dtype=torch.float64)
+    expected = torch.where(mask, estimates(of_critic) + data["values"], 0)
+    torch.testing.assert_close(returns, expected, **CLOSE)
 
 
-def test_without_an_argument_a_truncated_row_ends_like_the_others():
-    one = torch.ones(1, 1, dtype=torch.float64)
-    advantages, _ = ppo.advantages_and_returns(one, 0 * one, one.bool(), 1.0, 1.0)
-    bootstrapped, _ = ppo.advantages_and_returns(one, 0 * one, one.bool(), 1.0, 1.0, torch.tensor([5.0]))
-    assert advantages.item() == 1
-    assert bootstrapped.item() == 6
+def test_a_longer_response_has_a_larger_lambda():
+    mask = torch.arange(200) < torch.tensor([[1], [10], [40], [200]])
+    torch.testing.assert_close(length_adaptive_lambda(mask, 0.05), torch.tensor([0.0, 0.0, 0.5, 0.9]))
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
@@ -102,16 +122,19 @@ def test_whitening_is_that_of_a_plain_loop(data, shift_mean):
     expected = torch.zeros(B, T, dtype=torch.float64)
     for b, t in drawn(mask):
         expected[b, t] = (x[b, t] - mean) / deviation + (0 if shift_mean else mean)
-    torch.testing.assert_close(ppo.whiten(with_garbage(x, mask), mask, shift_mean), expected, **CLOSE)
+    torch.testing.assert_close(whiten(with_garbage(x, mask), mask, shift_mean), expected, **CLOSE)
 
 
-def test_the_policy_loss_is_that_of_a_plain_loop(data):
+@pytest.mark.parametrize("clip_high", [None, 0.4])
+def test_the_policy_loss_is_that_of_a_plain_loop(data, clip_high):
     total = 0.0
     for b, t in drawn(data["mask"]):
         ratio = math.exp(data["logprobs"][b, t] - data["old_logprobs"][b, t])
         advantage = float(data["advantages"][b, t])
-        total += max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.2))
-    found = ppo.policy_loss(data["logprobs"], data["old_logprobs"], data["advantages"], data["mask"], 0.2)
+        total += max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.2 if clip_high is None else 1.4))
+    found = policy_loss(
+        data["logprobs"], data["old_logprobs"], data["advantages"], data["mask"], clip=0.2, clip_high=clip_high
+    )
     assert found.item() == pytest.approx(total / int(data["mask"].sum()), abs=1e-9)
 
 
@@ -121,31 +144,32 @@ def test_the_value_loss_is_that_of_a_plain_loop(data):
         value, old, target = (float(data[name][b, t]) for name in ("values", "old_values", "returns"))
         clipped = min(max(value, old - 0.2), old + 0.2)
         total += max((value - target) ** 2, (clipped - target) ** 2) / 2
-    found = ppo.value_loss(data["values"], data["old_values"], data["returns"], data["mask"], 0.2)
+    found = value_loss(data["values"], data["old_values"], data["returns"], data["mask"], 0.2)
     assert found.item() == pytest.approx(total / int(data["mask"].sum()), abs=1e-9)
 
 
-def test_padding_has_no_part_in_the_losses_and_no_gradient(data):
+@pytest.mark.parametrize(
+    ("loss", "names"),
+    [(policy_loss, ("logprobs", "old_logprobs", "advantages")), (value_loss, ("values", "old_values", "returns"))],
+    ids=["policy", "value"],
+)
+def test_gradients_are_those_of_finite_differences_and_padding_has_none(data, loss, names):
     mask = data["mask"]
-    for loss, names in (
-        (ppo.policy_loss, ("logprobs", "old_logprobs", "advantages")),
-        (ppo.value_loss, ("values", "old_values", "returns")),
-    ):
-        clean = loss(*(data[name] for name in names), mask, 0.2)
-        first, *others = (with_garbage(data[name], mask) for name in names)
-        first.requires_grad_()
-        found = loss(first, *others, mask, 0.2)
-        found.backward()
-        assert found.item() == pytest.approx(clean.item(), abs=1e-9)
-        assert not first.grad[~mask].any()
-        assert first.grad[mask].any()
+    first, *others = (data[name] for name in names)
+    assert gradcheck(lambda x: loss(x, *others, mask, 0.2), first.clone().requires_grad_())
+    spoilt, *others = (with_garbage(data[name], mask) for name in names)
+    found = loss(spoilt.requires_grad_(), *others, mask, 0.2)
+    found.backward()
+    assert found.item() == pytest.approx(loss(*(data[name] for name in names), mask, 0.2).item(), abs=1e-9)
+    assert not spoilt.grad[~mask].any()
+    assert spoilt.grad[mask].any()
 
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_kl_estimates_agree_with_the_exact_kl_on_average(kind):
     """Over all tokens of a vocabulary, weighted by their probability, an estimate's mean is the KL itself."""
     policy, reference = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
-    estimate = ppo.kl_estimate(policy, reference, kind)
+    estimate = kl_estimate(policy, reference, kind)
     exact = (policy.exp() * (policy - reference)).sum()
     assert (policy.exp() * estimate).sum().item() == pytest.approx(exact.item(), abs=1e-9)
     assert kind == "k1" or (estimate >= 0).all()
@@ -153,32 +177,83 @@ def test_kl_estimates_agree_with_the_exact_kl_on_average(kind):
 
 def test_explained_variance_is_one_for_perfect_values_and_zero_for_constant_ones(data):
     returns, mask = data["returns"], data["mask"]
-    assert ppo.explained_variance(with_garbage(returns, mask), returns, mask) == pytest.approx(1)
-    assert ppo.explained_variance(torch.full_like(returns, 3), returns, mask) == pytest.approx(0)
-    assert ppo.explained_variance(returns, torch.ones_like(returns), mask) == 0
+    assert explained_variance(with_garbage(returns, mask), returns, mask) == pytest.approx(1)
+    assert explained_variance(torch.full_like(returns, 3), returns, mask) == pytest.approx(0)
+    assert explained_variance(returns, torch.ones_like(returns), mask) == 0
     residual = torch.tensor([float(returns[b, t] - data["values"][b, t]) for b, t in drawn(mask)])
     expected = 1 - residual.var(correction=0) / returns[mask].var(correction=0)
-    assert ppo.explained_variance(data["values"], returns, mask) == pytest.approx(expected.item(), abs=1e-6)
+    assert explained_variance(data["values"], returns, mask) == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_a_response_without_an_end_is_scored_as_the_options_say():
-    scores, truncated = torch.tensor([1.0, 2.0]), torch.tensor([False, True])
-    assert ppo.final_scores(scores, truncated, None, 0.0).tolist() == [1.0, 2.0]
-    assert ppo.final_scores(scores, truncated, -1.0, 0.0).tolist() == [1.0, -1.0]
-    assert ppo.final_scores(scores, truncated, None, 0.5).tolist() == [1.0, 1.5]
-    assert ppo.final_scores(scores, truncated, -1.0, 0.5).tolist() == [1.0, -1.5]
+def test_what_torch_would_broadcast_in_silence_is_refused(data):
+    mask, rewards, values = (data[name] for name in ("mask", "rewards", "values"))
+    for call in (
+        lambda: token_rewards(data["scores"][:, None], values, values, mask, 0.1),
+        lambda: token_rewards(torch.tensor(1.0), values, values, mask, 0.1),
+        lambda: advantages_and_returns(rewards[:, :1], values, mask),
+        lambda: advantages_and_returns(rewards, values, mask, lam=torch.ones(B, 1)),
+        lambda: policy_loss(values, values, data["scores"][:, None], mask),
+    ):
+        with pytest.raises(ValueError, match=r"has shape .*expected \[7"):
+            call()
+    with pytest.raises(ValueError, match=r"mask is torch.int64.*try mask.bool\(\)"):
+        masked_mean(values, mask.long())
 
 
 def test_the_controller_moves_the_coefficient_towards_the_target():
-    controller = ppo.AdaptiveKLController(0.2, 6.0, 10_000)
-    controller.update(6.6, 64)  # a tenth too much
-    assert controller.value == pytest.approx(0.2 * (1 + 0.1 * 64 / 10_000), abs=1e-12)
-    controller = ppo.AdaptiveKLController(0.2, 6.0, 10_000)
-    controller.update(600, 64)  # the error is clipped to 0.2, on both sides
-    assert controller.value == pytest.approx(0.2 * (1 + 0.2 * 64 / 10_000), abs=1e-12)
-    controller = ppo.AdaptiveKLController(0.2, 6.0, 10_000)
-    controller.update(-600, 64)
-    assert controller.value == pytest.approx(0.2 * (1 - 0.2 * 64 / 10_000), abs=1e-12)
-    fixed = ppo.AdaptiveKLController(0.2, None, 10_000)
-    fixed.update(600, 64)
-    assert fixed.value == 0.2
+    for kl, target, factor in (
+        (6.6, 6.0, 1 + 0.1 * 64 / 10_000),  # a tenth too much
+        (600, 6.0, 1 + 0.2 * 64 / 10_000),  # the error is clipped to 0.2, on both sides
+        (-600, 6.0, 1 - 0.2 * 64 / 10_000),
+        (600, None, 1),
+    ):
+        controller = AdaptiveKLController(0.2, target, 10_000)
+        controller.update(kl, 64)
+        assert controller.value == pytest.approx(0.2 * factor, abs=1e-12)
+
+
+# The critic and the reference
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 20, "n_positions": 32}
+    return GPT2ValueModel(GPT2ValueConfig(**sizes, initializer_range=0.2, bos_token_id=0, eos_token_id=0))
+
+
+@pytest.mark.parametrize("body", [False, True])
+def test_fitted_values_explain_returns_of_rows_that_they_did_not_learn_from(model, body):
+    queries = [torch.tensor([1, 2])] * 48
+    parts = [rollout(model, queries, max_new_tokens=T, eos_token_id=0) for T in (6, 9)]
+    weight = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    returns = [weight[part.sequences[:, 1:-1]] * part.response_mask for part in parts]  # of the token before
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = fit_values(model, parts, returns, body=body, epochs=15, learning_rate=3e-3 if body else 3e-2)
+    assert found.explained_variance_before == 0  # a new head says 0 everywhere
+    assert found.explained_variance_after > 0.3
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed >= {"v_head.summary.weight"}
+    assert all(name.startswith("v_head") for name in changed) != body
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+
+def test_a_reference_shares_the_layers_that_it_is_told_to_share(model):
+    tokens = rollout(model, torch.tensor([[1, 2]] * 3), max_new_tokens=5, eos_token_id=None)
+    for shared in (0, 1, 2):
+        reference = create_reference(model, shared)
+        assert not any(weight.requires_grad for weight in reference.parameters())
+        theirs = {weight.data_ptr() for weight in reference.parameters()}
+        same = {name for name, weight in model.named_parameters() if weight.data_ptr() in theirs}
+        blocks = tuple(f"transformer.h.{number}." for number in range(shared))
+        embeddings = ("transformer.wte.", "transformer.wpe.") if shared else ()
+        expected = {name for name, _ in model.named_parameters() if name.startswith((*blocks, *embeddings))}
+        assert same == expected == {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    before = rescore(reference, tokens).logprobs
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
+    rescore(model, tokens).logprobs.sum().backward()
+    optimizer.step()
+    assert not torch.equal(rescore(model, tokens).logprobs, before)
+    assert torch.equal(rescore(reference, tokens).logprobs, before)
+    with pytest.raises(ValueError, match="shared_layers=3; expected 0 to 2"):
+        create_reference(model, 3)
