@@ -1,5 +1,6 @@
 """Small real models and checkpoints that the tests share. Nothing here needs a network."""
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import forks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -33,6 +35,17 @@ TINY = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+
+def pytest_configure(config):
+    forks.use_forks(in_this_process=hasattr(config, "workerinput") or not getattr(config.option, "tx", None))
+
+
+@pytest.fixture(autouse=True)
+def own_interpreters(request):
+    """For tests that are marked `own_interpreter`; see support/forks.py."""
+    with forks.own_interpreters() if request.node.get_closest_marker("own_interpreter") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

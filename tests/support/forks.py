@@ -1,0 +1,312 @@
+"""Python processes that tests start are forks of one that has imported torch and transformers.
+
+Starting `python -c "import torch, transformers"` takes 3 to 5 seconds of processor time, a fork 0.1. So conftest.py
+calls `use_forks()`: from then on `subprocess.run([sys.executable, ...])` and `Popen` fork, in tests as well as in the
+code that they test (the process that verifies a package, the checkpoint worker). What the new process sees is as in an
+interpreter of its own: arguments, environment, working folder, `sys.path`, standard streams, a fresh `__main__`,
+limits, signals, exit status. Only what `IMPORTED` lists is imported in it: not this project. Processes that it starts
+are forks, too. One server forks for the whole run; it imports when the first process is started.
+
+Everything else is started as ever: other programs, flags of the interpreter that are not in `FLAGS`, `shell=True`,
+`preexec_fn`, `python -m pytest`; and all of a test that is marked `@pytest.mark.own_interpreter`, for where it matters
+what an interpreter imports or how long it takes to start.
+
+A function instead of a script: `in_fork(function, *arguments)` runs it in a process forked from one that has imported
+this project and conftest.py as well; it returns what the function returns, and raises what it raises.
+"""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from pathlib import Path
+
+IMPORTED = (
+    "torch.utils.checkpoint",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.generation.utils",
+    "transformers.dynamic_module_utils",
+    "transformers.tokenization_utils_fast",
+    "safetensors.torch",
+    "huggingface_hub.hf_api",
+    "accelerate.hooks",
+)
+FLAGS = {
+    "-I",
+    "-B",
+    "-u",
+    "-E",
+    "-s",
+    "-P",
+}  # of the interpreter: of these, -I and -P change what is imported from where
+ADDRESS = "GPT2_VALUE_TESTS_FORKS"  # the variable that says where the server listens
+_real = subprocess.Popen
+_switched_off = False
+
+
+def use_forks(*, in_this_process=True):
+    """Let `subprocess` fork; called by the process that starts the tests, and by its xdist workers."""
+    if ADDRESS not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="forks")
+        path = Path(folder.name) / "socket"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen(64)
+        command = [sys.executable, "-I", __file__, str(listener.fileno())]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        # It ends when its standard input does: with this process, however that ends.
+        server = _real(
+            command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env={**clean, "OMP_NUM_THREADS": "1"}
+        )
+        atexit.register(lambda: (server.kill(), server.wait(), folder.cleanup()))
+        os.environ[ADDRESS] = str(path)
+    if in_this_process:
+        subprocess.Popen = Forked
+
+
+@contextlib.contextmanager
+def own_interpreters():
+    """Meanwhile, processes are started as ever."""
+    global _switched_off
+    before, _switched_off = _switched_off, True
+    try:
+        yield
+    finally:
+        _switched_off = before
+
+
+def in_fork(function, *arguments):
+    """What `function(*arguments)` returns in another process, forked from one that has imported this project."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    from support.two_processes import PRELOADED
+
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+class Forked(subprocess.Popen):
+    """`subprocess.Popen` whose Python processes are forks of the server."""
+
+    _connection = None
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
+        # startupinfo, creationflags, shell, then the ends of three pipes; the child's are the first, fourth and sixth
+        shell, (stdin, _, _, stdout, _, stderr) = rest[2], rest[3:9]
+        plain = isinstance(args, (list, tuple)) and not (executable or preexec_fn or pass_fds or shell)
+        order = _order([os.fspath(argument) for argument in args]) if plain else None
+        if order is None or _switched_off or ADDRESS not in os.environ:
+            return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+        order["env"] = {name: os.fspath(value) for name, value in (os.environ if env is None else env).items()}
+        order["cwd"] = os.path.abspath(os.fspath(cwd or "."))
+        order["session"] = bool(rest[14])  # start_new_session
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(os.environ[ADDRESS])
+        message = json.dumps(order).encode()
+        streams = [given if given != -1 else own for own, given in enumerate((stdin, stdout, stderr))]
+        socket.send_fds(self._connection, [len(message).to_bytes(4, "big")], streams)
+        self._connection.sendall(message)
+        self._close_pipe_fds(*rest[3:9])
+        self.pid = int.from_bytes(_receive(self._connection, 4), "big")
+        self._child_created = True
+
+    def _try_wait(self, wait_flags):
+        if self._connection is None:
+            return super()._try_wait(wait_flags)
+        self._connection.setblocking(not wait_flags & os.WNOHANG)
+        try:
+            status = int.from_bytes(_receive(self._connection, 4), "big")
+        except BlockingIOError:
+            return 0, 0
+        return self.pid, status
+
+    def _internal_poll(self, *args, **kwargs):
+        if self._connection is None:
+            return super()._internal_poll(*args, **kwargs)
+        if self.returncode is None and self._waitpid_lock.acquire(False):
+            try:
+                pid, status = self._try_wait(os.WNOHANG)
+                if pid == self.pid:
+                    self._handle_exitstatus(status)
+            finally:
+                self._waitpid_lock.release()
+        return self.returncode
+
+
+def _order(args):
+    """What a command of this interpreter runs; None where that is for an interpreter of its own."""
+    if not args or args[0] != sys.executable:
+        return None
+    flags, rest = [], list(args[1:])
+    while rest and rest[0] in FLAGS:
+        flags.append(rest.pop(0))
+    if not rest or (rest[0].startswith("-") and rest[0] not in ("-c", "-m")) or rest[:2] == ["-m", "pytest"]:
+        return None
+    return {"isolated": "-I" in flags, "safe_path": "-P" in flags, "command": rest}
+
+
+def _receive(connection, size):
+    found = b""
+    while len(found) < size:
+        part = connection.recv(size - len(found))
+        if not part:
+            raise RuntimeError("the process from which the tests fork has ended; read what it printed")
+        found += part
+    return found
+
+
+# The server
+
+
+def serve(listener):
+    """Fork for each connection, and tell it the process id and at the end the status; until standard input ends."""
+    children, standing = {}, selectors.DefaultSelector()
+    standing.register(listener, selectors.EVENT_READ)
+    standing.register(0, selectors.EVENT_READ)
+    wake, woken = socket.socketpair()
+    woken.setblocking(False)
+    signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    standing.register(wake, selectors.EVENT_READ)
+    imported = False
+    while True:
+        ready = [key.fileobj for key, _ in standing.select()]
+        if 0 in ready:
+            os._exit(0)
+        if wake in ready:
+            wake.recv(4096)
+            with contextlib.suppress(ChildProcessError):
+                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                    connection = children.pop(ended[0])
+                    with contextlib.suppress(OSError):  # whoever started it is gone
+                        connection.sendall(ended[1].to_bytes(4, "big"))
+                    connection.close()
+        if listener not in ready:
+            continue
+        if not imported:
+            imported = _import()
+        connection, _ = listener.accept()
+        head, streams, *_ = socket.recv_fds(connection, 4, 3)
+        order = json.loads(_receive(connection, int.from_bytes(head, "big")))
+        child = os.fork()
+        if child == 0:
+            signal.set_wakeup_fd(-1)
+            for own in (listener, wake, woken, connection, *children.values()):
+                own.close()
+            standing.close()
+            _become(order, streams)
+        for stream in streams:
+            os.close(stream)
+        children[child] = connection
+        with contextlib.suppress(OSError):
+            connection.sendall(child.to_bytes(4, "big"))
+
+
+def _import():
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):  # of other versions, or not installed
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # so that children do not copy what they never change
+    return True
+
+
+def _become(order, streams):
+    """Run a command as an interpreter of its own would, and exit as that would."""
+    for own, given in enumerate(streams):
+        os.dup2(given, own)
+    for given in streams:
+        os.close(given)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(own, "w" if own else "r", closefd=False) for own in range(3))
+    sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    atexit._clear()
+    if order["session"]:
+        os.setsid()
+    os.chdir(order["cwd"])
+    _take_environment(order["env"])
+    subprocess.Popen = Forked
+    kind, *arguments = order["command"]
+    searched = [] if order["isolated"] else [path for path in order["env"].get("PYTHONPATH", "").split(":") if path]
+    first = os.path.dirname(os.path.abspath(kind)) if kind not in ("-c", "-m") else "" if kind == "-c" else os.getcwd()
+    sys.path[:0] = searched if order["isolated"] or order["safe_path"] else [first, *searched]
+    code = 0
+    try:
+        if kind == "-c":
+            sys.argv = ["-c", *arguments[1:]]
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            main.__builtins__ = __builtins__
+            exec(compile(arguments[0], "<string>", "exec"), main.__dict__)
+        elif kind == "-m":
+            sys.argv = arguments
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [kind, *arguments]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            runpy.run_path(kind, run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if not isinstance(ended.code, (int, type(None))):
+            print(ended.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code & 0xFF)
+
+
+def _take_environment(env):
+    """Set it, and read again what libraries read of it when they were imported."""
+    os.environ.clear()
+    os.environ.update(env)
+    hub, transformers = sys.modules.get("huggingface_hub.constants"), sys.modules.get("transformers.utils.hub")
+    if hub is None or not any(name.startswith(("HF_", "HOME", "XDG_")) for name in env):
+        return
+    before = dict(vars(hub))
+    importlib.reload(hub)
+    changed = {name: value for name, value in vars(hub).items() if name.isupper() and before.get(name) != value}
+    if transformers is not None:
+        before["HF_MODULES_CACHE"] = transformers.HF_MODULES_CACHE
+        changed["HF_MODULES_CACHE"] = env.get("HF_MODULES_CACHE", os.path.join(hub.HF_HOME, "modules"))
+    for module in [m for name, m in sys.modules.items() if name.startswith(("huggingface_hub.", "transformers."))]:
+        for name, value in changed.items():
+            if name in vars(module) and vars(module)[name] == before[name]:
+                setattr(module, name, value)
+    api = sys.modules.get("huggingface_hub.hf_api")
+    if api is not None:
+        api.api.endpoint = hub.ENDPOINT
+    if transformers is not None:
+        level = transformers.logging.log_levels.get(env.get("TRANSFORMERS_VERBOSITY", "warning"))
+        transformers.logging.set_verbosity(level)
+        transformers.logging._tqdm_active = not hub.HF_HUB_DISABLE_PROGRESS_BARS
+    own = importlib.import_module("huggingface_hub.utils.logging")
+    own.set_verbosity(own.log_levels.get(env.get("HF_HUB_VERBOSITY", "warning")))
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
