@@ -1,4 +1,4 @@
-"""From a GPT-2 checkpoint to a value-head package that a stranger loads: what `make demo` runs.
+"""From a GPT-2 checkpoint to a value-head package that a stranger loads, and a page: what `make demo` runs.
 
 Imports hub_tools, the model, typer, rich and the other examples. Each step says what it does and how long it took.
 Without `--base` nothing is downloaded: a small GPT-2 is trained first.
@@ -31,20 +31,18 @@ from train_small_gpt2 import small_gpt2
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from gpt2_value.view import show, visible
 from hub_tools import GPT2ValueHubError, save_package, verify_package
-from hub_tools.app.page.palettes import ink_on
-from hub_tools.app.page.picture import BY_LOGPROB, Token, by_value, draw_responses, logprob_colour, value_colour
 from hub_tools.errors import LoadError, SaveFailedError, SourceError
 from modeling_gpt2_value import GPT2ValueModel
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["My most favourite movie is", "My least favourite movie is"]  # those of the seed notebook
 STRANGER = ROOT / "examples" / "answer_prompts.py"
-INSTALLED = [*(path.stem for path in ROOT.glob("*_gpt2_value.py")), "hub_tools", "sampler_audit"]
+INSTALLED = [*(path.stem for path in ROOT.glob("*_gpt2_value.py")), "gpt2_value", "hub_tools", "sampler_audit"]
 LENGTH = {"small": 80, "base": 40}  # tokens of a response at most; the small model's reviews end before that
 SEED = 54  # in both of its answers the reviewer has a second thought, and the values show it
 FIT_BUDGET = 20_000_000_000  # parameters times reviews: less than a minute on two cores, whatever the model's size
-BY_VALUE = by_value("value, in the judge's scores of finished texts: -1 complaint, 1 praise")
 ANOTHER_BASE = "give a GPT-2 with its tokenizer: make demo BASE=FOLDER or BASE=openai-community/gpt2, or no BASE at all"
 
 out = Console(highlight=False)
@@ -67,7 +65,8 @@ def run(base: str | None, folder: Path, seed: int) -> None:
     Raises:
         GPT2ValueHubError: a step was refused; the message says what was found and what to do.
     """
-    package, picture = folder / "package", folder / "responses.png"
+    package, page = folder / "package", folder / "responses.html"
+    length = LENGTH["base" if base else "small"]
 
     with step("1  A checkpoint") as say:
         if base is None:
@@ -98,17 +97,20 @@ def run(base: str | None, folder: Path, seed: int) -> None:
         say(f"A fresh interpreter loaded the package; logits and values are the recorded ones (to {difference:.1g}).")
 
     with step("5  A process that never heard of this repository") as say:
-        answers = ask_a_stranger(package, max_new_tokens=LENGTH["base" if base else "small"], seed=seed)
+        answers = ask_a_stranger(package, max_new_tokens=length, seed=seed)
         say("It loaded the package with AutoModel and answered both prompts: with each token its chance and its value.")
 
-    with step("6  A picture") as say:
-        name = Path(checkpoint).name if base else "a small GPT-2"
-        title = f"Two responses of {name} with a value head"
-        draw_responses(answers, picture, title=title, columns=(BY_VALUE, BY_LOGPROB))
-        say("The same tokens, coloured by value and by log-probability.")
+    with step("6  A page") as say:
+        queries = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+        generator = torch.Generator().manual_seed(seed)  # the stranger's, so these are its tokens
+        rollout = model.rollout(
+            queries, max_new_tokens=length, eos_token_id=tokenizer.eos_token_id, generator=generator
+        )
+        show(rollout, tokenizer, model).save(page)
+        say("The same tokens, coloured by value, by log-probability or by entropy.")
 
     out.print(Columns([table(tokens) for tokens in answers], padding=(0, 3)))
-    show_end(saved.load_lines, package, picture)
+    show_end(saved.load_lines, package, page)
 
 
 def trained_here(say: Callable[[str], None]) -> str:
@@ -181,7 +183,7 @@ def fit(model: GPT2ValueModel, tokenizer: Any, *, on_policy: bool, say: Callable
     )
 
 
-def ask_a_stranger(package: Path, *, max_new_tokens: int, seed: int) -> list[list[Token]]:
+def ask_a_stranger(package: Path, *, max_new_tokens: int, seed: int) -> list[list[dict[str, Any]]]:
     """The answers of `answer_prompts.py`, run isolated (`python -I`) in an empty folder, offline.
 
     Raises:
@@ -209,32 +211,25 @@ def ask_a_stranger(package: Path, *, max_new_tokens: int, seed: int) -> list[lis
             expected="the package's own GPT2ValueModel",
             next_step=f"gpt2-value inspect {package}",
         )
-    return [[Token(**token) for token in tokens] for tokens in told["answers"]]
+    answers: list[list[dict[str, Any]]] = told["answers"]
+    return answers
 
 
-def table(tokens: Sequence[Token]) -> Table:
-    """A row for each token of a response, in the picture's colours."""
-    prompt = "".join(token.text for token in tokens if token.logprob is None)
+def table(tokens: Sequence[dict[str, Any]]) -> Table:
+    """A row for each token of a response."""
+    prompt = "".join(token["text"] for token in tokens if "logprob" not in token)
     rows = Table(title=f"{prompt} …", title_justify="left", title_style="bold", box=None, header_style="dim")
     rows.add_column("token", no_wrap=True)
     for heading in ("log-prob", "value before", "value after"):
         rows.add_column(heading, justify="right")
     for token in tokens:
-        if token.logprob is not None and token.value_before is not None:
-            rows.add_row(
-                Text("".join(char if char.isprintable() else "·" for char in token.text)),
-                Text(f"{token.logprob:.2f}", in_colour(logprob_colour(token.logprob))),
-                Text(f"{token.value_before:+.2f}", in_colour(value_colour(token.value_before))),
-                Text(f"{token.value:+.2f}", in_colour(value_colour(token.value))),
-            )
+        if "logprob" in token:
+            numbers = f"{token['logprob']:.2f}", f"{token['value_before']:+.2f}", f"{token['value']:+.2f}"
+            rows.add_row(Text(visible(token["text"])), *numbers)
     return rows
 
 
-def in_colour(background: str) -> str:
-    return f"{ink_on(background)} on {background}"
-
-
-def show_end(load_lines: str, package: Path, picture: Path) -> None:
+def show_end(load_lines: str, package: Path, page: Path) -> None:
     """Where everything is, how it is loaded, and what to type next."""
     command = Path(sys.executable).with_name("gpt2-value")
     here = Path.cwd()
@@ -245,7 +240,7 @@ def show_end(load_lines: str, package: Path, picture: Path) -> None:
     respond = f'{short(command)} respond {short(package)} "The worst thriller I have ever seen is"'
     for heading, text in (
         ("The package", str(package)),
-        ("The picture", str(picture)),
+        ("The page", str(page)),
         ("What loads it, anywhere", load_lines),
         (
             "What to type next",
@@ -260,10 +255,10 @@ def main(
     base: Annotated[
         str | None, typer.Option(help="A GPT-2 checkpoint: a folder, or an id on the Hub. Default: one trained here.")
     ] = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the package and the picture.")] = ROOT / "demo",
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the package and the page.")] = ROOT / "demo",
     seed: Annotated[int, typer.Option(help="Of the two responses.")] = SEED,
 ) -> None:
-    """Make a value-head package, let a fresh Python process load it and answer two prompts, and draw the answers."""
+    """Make a value-head package, let a fresh Python process load it and answer two prompts, and show the answers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     started = time.perf_counter()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         value_loss,
         whiten,
     )
+    from gpt2_value.view import Page, show
     from hub_tools import (
         CheckpointPusher,
         CheckpointPusherCallback,
@@ -72,6 +73,7 @@ __all__ = [
     "LoadedPackage",
     "Mismatch",
     "PackageReport",
+    "Page",
     "PushReport",
     "PushedCheckpoint",
     "Rescored",
@@ -104,6 +106,7 @@ __all__ = [
     "rollout",
     "rollout_from_tokens",
     "save_package",
+    "show",
     "token_rewards",
     "value_loss",
     "verify_package",
@@ -114,6 +117,7 @@ __all__ = [
 _NAMES = {
     "configuration_gpt2_value": ["GPT2ValueConfig"],
     "generation_gpt2_value": ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"],
+    "gpt2_value.view": ["Page", "show"],
     "modeling_gpt2_value": ["GPT2HeadWithValueModel", "GPT2ValueModel", "GPT2ValueOutput"],
     "gpt2_value.ppo": [
         "AdaptiveKLController",

@@ -1,7 +1,6 @@
-"""What `make demo` runs, on real models: the training, the fit of the value head, the picture, and all at once."""
+"""What `make demo` runs, on real models: the training, the fit of the value head, and all at once."""
 
 import dataclasses
-import itertools
 import json
 import os
 import subprocess
@@ -15,15 +14,11 @@ import torch
 import typer
 from conftest import make_tiny_model
 from fit_value_head import Scored, fit_value_head, own_reviews, written_reviews
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
 from review_grammar import judge
 from train_small_gpt2 import Recipe, small_gpt2
 from transformers import AutoTokenizer, BertConfig, GPT2LMHeadModel
 
 from hub_tools import inspect_package
-from hub_tools.app.page import palettes, picture
 from hub_tools.errors import SourceError
 from modeling_gpt2_value import GPT2ValueModel
 
@@ -169,47 +164,6 @@ def test_own_reviews_are_scored_by_the_judge_from_the_end_of_the_prompt_on(model
         assert mask[last + 1 :].sum() == 0
 
 
-# The picture
-
-
-AWKWARD = [" costs", " $", "5", "$", "\n", " ", "", "<|endoftext|>", "�", " " + "long" * 60, "!"]
-
-
-def test_tokens_keep_their_order_and_their_column():
-    tokens = [picture.Token(text, value=0.0, logprob=-1.0) for text in AWKWARD * 5]
-    boxes = list(picture._set_in_lines(tokens, FigureCanvasAgg(Figure(dpi=110))))
-    assert [box.token for box in boxes] == tokens
-    for box, following in itertools.pairwise(boxes):
-        assert (box.line, box.left + box.width) <= (following.line, following.left + 1e-9)
-    assert all(box.left + box.width <= picture.COLUMN or box.left == 0 for box in boxes)
-
-
-def test_a_picture_is_drawn_of_any_tokens(tmp_path):
-    prompt = [picture.Token("My", value=0.1)]
-    answer = [picture.Token(text, value=3 - i, value_before=0.0, logprob=-float(i)) for i, text in enumerate(AWKWARD)]
-    file = tmp_path / "new" / "picture.png"
-    picture.draw_responses(
-        [prompt + answer, prompt], file, title="50 $ and 60 $", columns=(demo.BY_VALUE, picture.BY_LOGPROB)
-    )
-    with Image.open(file) as image:
-        assert image.size[0] == picture.WIDTH * 110
-
-
-@pytest.mark.parametrize("colour", [picture.value_colour, picture.logprob_colour])
-def test_text_can_be_read_on_every_colour(colour):
-    def luminance(text):
-        parts = (int(text[start : start + 2], 16) / 255 for start in (1, 3, 5))
-        return sum(
-            weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
-            for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True)
-        )
-
-    for number in torch.linspace(-7, 2, 200).tolist():
-        ground = colour(number)
-        dark, light = sorted((luminance(palettes.ink_on(ground)), luminance(ground)))
-        assert (light + 0.05) / (dark + 0.05) > 4, (number, ground)  # WCAG 2 asks 4.5 of small text, 3 of large
-
-
 # All of it
 
 
@@ -255,7 +209,7 @@ def test_a_cache_that_cannot_be_written_is_refused_with_what_to_type(capsys, mon
     assert "XDG_CACHE_HOME=" in capsys.readouterr().err
 
 
-def test_the_demo_runs_from_a_checkpoint_to_the_picture(small, tmp_path):
+def test_the_demo_runs_from_a_checkpoint_to_the_page(small, tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "demo.py", "--base", small.folder, "--out", tmp_path / "out"],
         capture_output=True,
@@ -270,8 +224,8 @@ def test_the_demo_runs_from_a_checkpoint_to_the_picture(small, tmp_path):
     for prompt in demo.PROMPTS:
         assert f"{prompt} …" in done.stdout
     assert f"gpt2-value app {package.folder.relative_to(tmp_path)}" in done.stdout  # the demo ends by naming it
-    with Image.open(tmp_path / "out" / "responses.png") as image:
-        assert image.format == "PNG"
+    page = (tmp_path / "out" / "responses.html").read_text()
+    assert page.count('class="gv-response"') == len(demo.PROMPTS)
 
 
 def test_the_stranger_reports_the_rollout_of_the_package(model, tokenizer, tmp_path):

@@ -22,7 +22,7 @@ import typer
 
 from .. import layout
 from ..errors import GPT2ValueHubError
-from . import audit, console, pages, respond
+from . import audit, console, respond
 from .loading import DryRun, Json, TrustRemoteCode, load_base, quiet_transformers, refuse_revision_of_a_folder
 
 if TYPE_CHECKING:
@@ -285,8 +285,6 @@ def push(
 
 
 app.command()(audit.audit)
-app.command()(pages.app)
-app.command()(pages.space)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

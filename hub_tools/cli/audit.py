@@ -1,12 +1,10 @@
-"""`gpt2-value audit`: is a sampler honest? Draws from a package, and tests the draws with `sampler_audit`.
-
-Imports typer, of hub_tools the command's loading and showing, and, inside the functions, torch and the app's audits.
-"""
+"""`gpt2-value audit`: is a sampler honest? Draws from a package, and tests the draws with `sampler_audit`."""
 
 from __future__ import annotations
 
+import json as json_library
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -18,10 +16,25 @@ from . import console
 from .loading import MAX_SEED, Json, Reviewed, encode, load_sampler
 
 if TYPE_CHECKING:
-    from ..app.page.audits import Draw
+    import torch
+
+    from sampling_gpt2_value import Sampling
 
 EXIT_DISHONEST = 1
-NEW_TOKENS = 32  # of a response, as in the app's audits, which import torch and are imported later
+NEW_TOKENS = 32  # of a response, where nothing else is said
+ROWS = 64  # drawn at a time
+# Numbers and switches of generate() that change what is drawn. Nothing here loads a file or runs code.
+OPTIONS = (
+    *("do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "epsilon_cutoff", "eta_cutoff"),
+    *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty"),
+    *("max_new_tokens", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams"),
+    *("num_return_sequences", "pad_token_id", "remove_invalid_values", "renormalize_logits", "repetition_penalty"),
+    *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
+)
+# What a generation_config may ask for, and nobody sees here: it only costs memory.
+NO_EXTRAS = dict.fromkeys(
+    ("output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate"), False
+)
 
 
 def audit(
@@ -66,21 +79,16 @@ def audit(
     """
     import torch
 
-    from generation_gpt2_value import Sampling
+    from sampler_audit import audit_sampler
+    from sampling_gpt2_value import Sampling
 
-    from ..app.page.audits import audit_rows, by_generate, by_rollout, drawn_rows, options_of
-
-    try:
-        options = options_of(generate) if generate else None
-    except ValueError as error:
-        raise typer.BadParameter(f"--generate {error}") from error
+    options = None if generate is None else _options_of(generate)
     if plot is not None and not plot.absolute().parent.is_dir():  # said now, and not after minutes of drawing
         raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.absolute().parent}")
     with console.working(f"loading {package}"):
-        loaded = load_sampler(package, revision=revision, reviewed=reviewed)
-    model = loaded.model
+        model, tokenizer = load_sampler(package, revision=revision, reviewed=reviewed)
     if prompts:
-        queries = encode(loaded.tokenizer, prompts, package)
+        queries = encode(tokenizer, prompts, package)
     else:
         start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
         queries = [torch.tensor([0 if start is None else start])]
@@ -89,49 +97,130 @@ def audit(
     try:
         claim = Sampling(temperature, top_k, top_p, min_new_tokens, end)
         with console.working("drawing"):
-            draw = by_rollout(model, claim)
-            if options is not None:
-                draw = _reported(by_generate(model, claim, options), options)
-            *_, rows = drawn_rows(queries, claim, draw, tokens)
+            rows, lengths = _drawn(
+                _by_rollout(model, claim) if options is None else _by_generate(model, claim, options),
+                queries,
+                claim,
+                tokens,
+                copies=_copies(model, options),
+            )
+        asked: dict[str, Any] = {"prompt_length": lengths}
+        if score_padding and claim.eos_token_id:  # with prompt_length, a response would end there
+            is_response = [torch.arange(len(row)) >= n for row, n in zip(rows, lengths, strict=True)]
+            asked = {"response_mask": torch.nn.utils.rnn.pad_sequence(is_response, batch_first=True)}
         with console.working("auditing"):
-            found = audit_rows(model, rows, claim, alpha=alpha, score_padding=score_padding)
+            found = audit_sampler(model, rows, alpha=alpha, **asked, **asdict(claim))
         if plot is not None:
             found.plot(plot)
     except OptionsError as error:
         raise typer.BadParameter(error.found) from error
     except (TypeError, ValueError, ImportError, OSError) as error:  # every argument above is the user's
         raise typer.BadParameter(str(error)) from error
-    sampler = "rollout" if options is None else f"generate({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+    sampler = "rollout" if options is None else f"generate({_shown(options)})"
     if json:
-        console.show_json(
-            {
-                "package": package,
-                "sampler": sampler,
-                "claim": {**asdict(claim), "score_padding": score_padding},
-                **found.to_json(),
-            }
-        )
+        facts = {"package": package, "sampler": sampler, "claim": {**asdict(claim), "score_padding": score_padding}}
+        console.show_json({**facts, **found.to_json()})
     else:
-        settings = ", ".join(f"{name}={value}" for name, value in asdict(claim).items())
-        console.show_audit(found, sampler=sampler, claim=settings + (", padding was drawn" if score_padding else ""))
+        settings = _shown(asdict(claim)) + (", padding was drawn" if score_padding else "")
+        console.show_audit(found, sampler=sampler, claim=settings)
     if not found.honest:
         raise typer.Exit(EXIT_DISHONEST)
 
 
-def _not_generated(options: str, gist: str) -> OptionsError:
-    return OptionsError(
-        f"generate({options}) fails: {gist}",
-        expected="arguments of transformers' generate()",
-        next_step="correct --generate KEY=VALUE",
-    )
+def _options_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["top_k=50"]` as `{"top_k": 50}`: values are read as JSON."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in OPTIONS:
+            raise typer.BadParameter(f"--generate {pair}: expected KEY=VALUE, with one of {', '.join(OPTIONS)}")
+        try:
+            options[name] = json_library.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise typer.BadParameter(
+                f"--generate {pair}: write it as JSON does: a number, a list, true, false, null"
+            ) from error
+    return options
 
 
-def _reported(draw: Draw, options: dict[str, Any]) -> Draw:
-    """The same, with what `generate()` says of its arguments as an error of ours: every one of them is the user's."""
-    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+def _copies(model: Any, options: dict[str, Any] | None) -> int:
+    """How many rows `generate()` computes for each prompt.
 
-    def drawn(prompts: Any, mask: Any) -> Any:
-        with as_ours(partial(_not_generated, given)):
-            return draw(prompts, mask)
+    Raises:
+        OptionsError: more than are drawn at a time.
+    """
+    if options is None:
+        return 1
+    asked = {
+        name: options.get(name, getattr(model.generation_config, name, None)) or 1
+        for name in ("num_beams", "num_return_sequences")
+    }
+    for name, number in asked.items():
+        if not isinstance(number, int) or not 1 <= number <= ROWS:
+            whose = "--generate" if name in options else "the package's generation_config"
+            raise OptionsError(
+                f"{whose} asks for {name}={number}; expected 1 to {ROWS}: --generate {name}=1",
+                next_step=f"--generate {name}=1",
+            )
+    return max(asked.values())
 
-    return drawn
+
+def _by_rollout(model: Any, claim: Sampling) -> Callable[[Any, Any], torch.Tensor]:
+    from generation_gpt2_value import rollout
+
+    settings = {**asdict(claim), "max_new_tokens": NEW_TOKENS}
+    return lambda prompts, mask: rollout(model, prompts, attention_mask=mask, **settings).sequences
+
+
+def _by_generate(model: Any, claim: Sampling, options: dict[str, Any]) -> Callable[[Any, Any], torch.Tensor]:
+    """Sample with transformers' `generate()`. What it says of its arguments is an error of ours."""
+    settings = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "pad_token_id": (*claim.eos_token_id, 0)[0]}
+    settings |= {**options, **NO_EXTRAS, "trust_remote_code": False}
+
+    def fails(gist: str) -> OptionsError:
+        return OptionsError(f"generate({_shown(options)}) fails: {gist}", next_step="correct --generate KEY=VALUE")
+
+    def draw(prompts: Any, mask: Any) -> Any:
+        with as_ours(fails):
+            return model.generate(prompts, attention_mask=mask, **settings)
+
+    return draw
+
+
+def _drawn(
+    draw: Callable[[Any, Any], torch.Tensor],
+    queries: Sequence[torch.Tensor],
+    claim: Sampling,
+    tokens: int,
+    *,
+    copies: int,
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Draw until there are so many tokens, padding after an end not counted.
+
+    Returns prompts with their responses, without the prompts' padding, and the prompts' lengths.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ends, pad = torch.tensor(claim.eos_token_id, dtype=torch.long), (*claim.eos_token_id, 0)[0]
+    size = max(1, ROWS // copies)
+    rows: list[torch.Tensor] = []
+    lengths: list[int] = []
+    count = turn = 0
+    while count < tokens or turn < len(queries):
+        batch = [queries[(turn + place) % len(queries)] for place in range(size)]
+        turn += size
+        prompts = pad_sequence(batch, batch_first=True, padding_value=pad, padding_side="left")  # [size, longest]
+        mask = pad_sequence([torch.ones_like(query) for query in batch], batch_first=True, padding_side="left")
+        sequences, P = draw(prompts, mask), prompts.shape[1]
+        for row, sequence in enumerate(sequences):
+            length = len(batch[row * size // len(sequences)])
+            rows.append(sequence[P - length :])
+            lengths.append(length)
+        is_end = torch.isin(sequences[:, P:], ends).long()
+        count += int((is_end.cumsum(-1) - is_end == 0).sum())
+    return rows, lengths
+
+
+def _shown(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())

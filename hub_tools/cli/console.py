@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -154,12 +153,6 @@ def show_audit(audit: SamplerAudit, *, sampler: str, claim: str) -> None:
 def show_push(report: PushReport) -> None:
     for line in str(report).splitlines():
         out.print(Text(visible(line)))
-
-
-def show_space(folder: Path, files: Mapping[str, int]) -> None:
-    summary = f"{len(files)} files, {size(sum(files.values()))}"
-    out.print(Text.assemble((visible(str(folder)), "bold"), f" written: {summary}\n"))
-    out.print(Text.assemble("next: ", (command("cd", folder), "bold"), (" && python app.py", "bold")))
 
 
 def show_responses(responses: Sequence[dict[str, Any]]) -> None:

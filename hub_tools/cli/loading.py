@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NamedTuple, Optional
 
 import typer
 
@@ -40,8 +39,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 NOT_OURS = ("auto_map", "num_labels", "id2label", "label2id", "architectures")
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A model in evaluation mode, and its tokenizer, where it has one and it was wanted."""
 
     model: Any

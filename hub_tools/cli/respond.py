@@ -1,18 +1,19 @@
-"""`gpt2-value respond`: let a package answer, and show each token's log-probability and value.
-
-Imports typer, of hub_tools the command's loading and showing and the app's page, and, inside the functions, torch.
-"""
+"""`gpt2-value respond`: let a package answer, and show each token's log-probability and value."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..errors import SaveFailedError
+from ..errors import SaveFailedError, SourceError
+from ..library_errors import as_ours
 from . import console
-from .loading import MAX_SEED, Json, Loaded, Reviewed, encode, load_reviewed
+from .loading import MAX_SEED, Json, Reviewed, encode, load_reviewed
+
+if TYPE_CHECKING:
+    from gpt2_value.view import TokenTexts
 
 
 def respond(
@@ -36,40 +37,50 @@ def respond(
     """
     import torch
 
+    from decoding_gpt2_value import check_tokens
+    from gpt2_value.view import TokenTexts, show
+    from sampling_gpt2_value import Sampling
+
     if html is not None and not html.absolute().parent.is_dir():
         raise typer.BadParameter(f"--html {html}: there is no folder {html.absolute().parent}")
     with console.working(f"loading {package}"):
-        loaded = load_reviewed(package, revision=revision, reviewed=reviewed)
-    model, tokenizer = loaded.model, loaded.tokenizer
+        model, tokenizer = load_reviewed(package, revision=revision, reviewed=reviewed)
     queries = encode(tokenizer, prompts, package)
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    try:
+        Sampling(**settings)
+        for query in queries:
+            check_tokens(model, query[None], torch.ones_like(query)[None], max_new_tokens)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    settings = {"max_new_tokens": max_new_tokens, **settings}
     generator = torch.Generator()
     if seed is not None:
         generator.manual_seed(seed)
     else:
         generator.seed()
-    try:
-        rollout = model.rollout(
-            queries,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=tokenizer.eos_token_id,
-            generator=generator,
-        )
-    except (TypeError, ValueError) as error:  # every argument of the rollout is the user's
-        raise typer.BadParameter(str(error)) from error
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    with as_ours(lambda gist: _does_not_respond(package, gist)):
+        rollout = model.rollout(queries, **settings, eos_token_id=tokenizer.eos_token_id, generator=generator)
     if html is not None:
-        _write_page(html, loaded, rollout, package, {**settings, "seed": seed})
-    responses = [_response(tokenizer, prompt, rollout[[row]]) for row, prompt in enumerate(prompts)]
+        with as_ours(lambda gist: _does_not_respond(package, gist)):
+            page = show(rollout, tokenizer, model)
+        try:
+            page.save(html)
+        except OSError as error:
+            raise SaveFailedError(
+                f"{html} cannot be written: {error}",
+                expected="a file in a folder that can be written",
+                next_step="name another: --html FILE",
+            ) from error
+    texts = TokenTexts(tokenizer)
+    responses = [_response(texts, prompt, rollout[[row]]) for row, prompt in enumerate(prompts)]
     if json:
         console.show_json({"package": package, **settings, "seed": seed, "responses": responses})
     else:
         console.show_responses(responses)
 
 
-def _response(tokenizer: Any, prompt: str, rollout: Any) -> dict[str, Any]:
+def _response(texts: TokenTexts, prompt: str, rollout: Any) -> dict[str, Any]:
     """One row of a rollout, as plain values."""
     drawn = rollout.response_mask[0]
     ids = rollout.responses[0][drawn].tolist()
@@ -77,32 +88,18 @@ def _response(tokenizer: Any, prompt: str, rollout: Any) -> dict[str, Any]:
     values = [None] * len(ids) if rollout.values is None else rollout.values[0][drawn].tolist()
     return {
         "prompt": prompt,
-        "text": tokenizer.decode(ids),
+        "text": texts.join(ids),
         "truncated": bool(rollout.truncated[0]),
         "tokens": [
-            {"id": id, "text": tokenizer.decode([id]), "logprob": logprob, "value": value}
+            {"id": id, "text": texts[id], "logprob": logprob, "value": value}
             for id, logprob, value in zip(ids, logprobs, values, strict=True)
         ],
     }
 
 
-def _write_page(file: Path, loaded: Loaded, rollout: Any, package: str, settings: dict[str, Any]) -> None:
-    """Write the responses as one page of HTML, which needs no server and no network.
-
-    Raises:
-        SaveFailedError: the file cannot be written.
-    """
-    from ..app.page.document import document
-    from ..app.page.records import records
-
-    drawn_by = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
-    found = records(loaded.model, loaded.tokenizer, rollout)
-    page = document(found, title=f"Responses of {package}", facts=f"Drawn with {drawn_by}.", names=(package, None))
-    try:
-        file.write_text(page, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise SaveFailedError(
-            f"{file} cannot be written: {error}",
-            expected="a file in a folder that can be written",
-            next_step="name another: --html FILE",
-        ) from error
+def _does_not_respond(package: str, gist: str) -> SourceError:
+    return SourceError(
+        f"nothing can be drawn from {package}: {gist}",
+        expected="a model with finite logits",
+        next_step=f"gpt2-value verify {package}",
+    )
