@@ -10,8 +10,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # The tests of a file share what takes long to make: one process runs them all, files in their order.
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
-.PHONY: help demo test test-oldest check docs bench bench-ppo ppo-evidence matrix audit-power compare-trl faults \
-	fuzz release-hashes wheel clean ppo
+.PHONY: help demo test test-oldest test-newest families common-tests check docs bench bench-ppo ppo-evidence matrix \
+	audit-power compare-trl faults fuzz release-hashes wheel clean ppo
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,6 +44,18 @@ test: .venv/.done  ## the test suite
 test-oldest: .oldest/.done  ## the test suite on the oldest versions that setup.cfg allows (slow)
 	.oldest/bin/python -m pytest -q -n auto $(BY_FILE)
 
+.newest/.done: setup.cfg pyproject.toml
+	$(PYTHON) -m venv --clear .newest
+	.newest/bin/$(PIP) torch==2.13.0
+	.newest/bin/$(PIP) torch==2.13.0 -e '.[test,app]'
+	.newest/bin/$(PIP) --no-deps --upgrade --target .newest/torchao torchao
+	@touch $@
+
+test-newest:  ## the test suite on what pip resolves today, in an environment made anew (slow)
+	rm -f .newest/.done
+	@$(MAKE) .newest/.done
+	.newest/bin/python -m pytest -q -n auto $(BY_FILE)
+
 check: .venv/.done  ## lint, format, types, who imports whom, and whether the API reference builds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,8 +79,14 @@ ppo-evidence: .venv/.done .trl/.done  ## the tables and figures of docs/ppo.md: 
 	.trl/bin/python benchmarks/trl_task.py train
 	$(BIN)/python benchmarks/trl_task.py draw
 
-matrix: .venv/.done  ## packages saved and loaded across transformers 4.57.6, 5.0.0 and the newest (slow)
+matrix: .venv/.done  ## packages saved and loaded across transformers 4.57.6, 5.0.0, 5.23.0 and the newest (slow)
 	$(BIN)/python tests/matrix/run.py
+
+families: .venv/.done  ## every causal language model of transformers that builds small: right, or refused by name (slow)
+	$(BIN)/python tests/slow/families.py
+
+common-tests: .venv/.done  ## transformers' own common tests, on GPT2ValueModel and on GPT2LMHeadModel
+	$(BIN)/python tests/slow/common_tests.py
 
 .trl/.done:
 	$(PYTHON) -m venv .trl
@@ -102,4 +120,4 @@ wheel: .venv/.done  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --quiet
 
 clean:  ## remove what the targets above made
-	rm -rf .venv .oldest .matrix .trl build dist demo runs *.egg-info
+	rm -rf .venv .oldest .newest .matrix .trl build dist demo runs *.egg-info

@@ -1,10 +1,11 @@
 """In one environment, with this checkout on the path: make a package, verify it, and print its numbers."""
 
+import json
 import sys
 from pathlib import Path
 
 import torch
-from measure import numbers, report
+from measure import numbers
 from transformers import __version__
 
 from configuration_gpt2_value import GPT2ValueConfig
@@ -13,22 +14,12 @@ from modeling_gpt2_value import GPT2ValueModel
 
 folder = Path(sys.argv[1])
 torch.manual_seed(sum(map(ord, __version__)))
-config = GPT2ValueConfig(
-    n_layer=2,
-    n_embd=64,
-    n_head=4,
-    vocab_size=300,
-    n_positions=64,
-    bos_token_id=0,
-    eos_token_id=0,
-    value_head_initializer_range=0.2,
-    summary_activation="tanh",
-    detach_value_head=True,
-)
-model = GPT2ValueModel(config).eval()
+shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 300, "n_positions": 64, "bos_token_id": 0}
+head = {"value_head_initializer_range": 0.2, "summary_activation": "tanh", "detach_value_head": True}
+model = GPT2ValueModel(GPT2ValueConfig(**shape, **head, eos_token_id=0)).eval()
 with torch.no_grad():
     for weight in model.transformer.parameters():
         weight.mul_(3)  # logits that differ from token to token
 save_package(model, folder)
 verify_package(folder)
-report(numbers(model))
+print(json.dumps({folder.name: numbers(model)}))

@@ -18,10 +18,6 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
-SHOWS = [
-    ("PEFT", "LoRA: the same numbers on the oldest and the newest versions (`make matrix`)"),
-    ("Trainer", "losses and weights of `GPT2LMHeadModel`, on the oldest and the newest versions (`make matrix`)"),
-]
 PROMPTS = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 
 
@@ -112,4 +108,5 @@ def trained(package):
 if __name__ == "__main__":
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
+    warnings.simplefilter("error", FutureWarning)
     print(json.dumps({"PEFT": adapted(sys.argv[2]), "Trainer": trained(sys.argv[2]), "version": peft.__version__}))

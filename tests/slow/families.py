@@ -1,0 +1,58 @@
+"""`make families`: rollouts of every family of causal language models, against what each row gives alone.
+
+    python tests/slow/families.py [FAMILY...]    # a table in Markdown; exit status 1 where a number is wrong
+
+A family is right (with the largest difference in nats), or refused by name before or after the draw. It is never wrong
+in silence.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import transformers
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+from support.families import ALL, ENDS, build, difference  # noqa: E402
+
+BOUND = 1e-4
+
+
+def outcome(family):
+    """`right`, `refused`, `WRONG` or `not built`, and the number or the message."""
+    try:
+        model = build(family)
+        model(torch.tensor([[5, 17]]))
+    except Exception as error:  # whatever a class of transformers raises for a config that it cannot take
+        return "not built", f"{type(error).__name__}: {error}".splitlines()[0]
+    try:
+        largest = max(difference(model, eos_token_id=ends) for ends in (None, ENDS))
+    except (TypeError, ValueError) as error:
+        named = type(model).__name__ in str(error)
+        return "refused" if named else "WRONG", f"{type(error).__name__}: {error}"
+    except Exception as error:
+        return "WRONG", f"{type(error).__name__}: {error}"
+    return ("right" if largest <= BOUND else "WRONG"), f"{largest:.0e}"
+
+
+def main():
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    found = defaultdict(dict)
+    for family in sys.argv[1:] or ALL:
+        kind, what = outcome(family)
+        found[kind][family] = what
+        print(f"{family}: {kind}, {what}", file=sys.stderr, flush=True)
+    print(f"transformers {transformers.__version__}\n\n| | families |\n|---|---|")
+    right = found.pop("right", {})
+    print(f"| right, at most {max(map(float, right.values()), default=0):.0e} nats off | {', '.join(right)} |")
+    for kind, families in found.items():
+        for family, what in families.items():
+            print(f"| {kind}: {what[:200]} | {family} |")
+    sys.exit("WRONG" in found)
+
+
+if __name__ == "__main__":
+    main()
