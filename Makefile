@@ -114,7 +114,7 @@ fuzz: .venv/.done  ## spoil packages, checkpoints and adapters in 12,000 ways; p
 	$(BIN)/python tests/slow/fuzz_checkpoints.py
 
 release-hashes: .venv/.done  ## add this version's code to the list of releases, before it is released
-	$(BIN)/python -m hub_tools.package.releases
+	$(BIN)/python -m hub_tools.package.record
 
 wheel: .venv/.done  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --quiet

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .convert.critic import export_critic
     from .convert.export import ExportedPolicy, export_policy
     from .errors import GPT2ValueHubError
-    from .package.loading.load import LoadedPackage, load_package
-    from .package.loading.verify import VerificationReport, verify_package
-    from .package.reading.inspection import PackageReport, inspect_package
-    from .package.writing.save import SavedPackage, save_package
+    from .package.inspect import PackageReport, inspect_package
+    from .package.load import LoadedPackage, load_package
+    from .package.save import SavedPackage, save_package
+    from .package.verify import VerificationReport, verify_package
     from .publish.checkpoints.job import PushedCheckpoint
     from .publish.checkpoints.pusher import CheckpointPusher
     from .publish.checkpoints.trainer_callback import CheckpointPusherCallback
@@ -35,17 +35,17 @@ _HOMES = {
     "ExportedPolicy": "convert.export",
     "export_policy": "convert.export",
     "GPT2ValueHubError": "errors",
-    "LoadedPackage": "package.loading.load",
-    "PackageReport": "package.reading.inspection",
-    "inspect_package": "package.reading.inspection",
-    "load_package": "package.loading.load",
+    "LoadedPackage": "package.load",
+    "PackageReport": "package.inspect",
+    "inspect_package": "package.inspect",
+    "load_package": "package.load",
     "PushReport": "publish.push",
     "push_package": "publish.push",
     "push_to_hub": "publish.push",
-    "SavedPackage": "package.writing.save",
-    "save_package": "package.writing.save",
-    "VerificationReport": "package.loading.verify",
-    "verify_package": "package.loading.verify",
+    "SavedPackage": "package.save",
+    "save_package": "package.save",
+    "VerificationReport": "package.verify",
+    "verify_package": "package.verify",
 }
 
 __all__ = [

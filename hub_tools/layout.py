@@ -138,7 +138,7 @@ def written_code() -> dict[str, Path]:
     Raises:
         PackageError: the installation is incomplete.
     """
-    return {**installed_code(), HANDLER: Path(__file__).resolve().parent / "package" / "writing" / HANDLER}
+    return {**installed_code(), HANDLER: Path(__file__).resolve().parent / "package" / HANDLER}
 
 
 def written_hashes() -> dict[str, str]:

@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hub_tools import errors
-from hub_tools.package.writing.card import CardFacts, is_hub_id, load_lines, render_card
-from hub_tools.package.writing.save import save_package
+from hub_tools.package.card import CardFacts, is_hub_id, load_lines, render_card
+from hub_tools.package.save import save_package
 
 FACTS = CardFacts(
     parameters=124_440_577,

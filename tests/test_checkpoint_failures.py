@@ -22,7 +22,7 @@ from hub_tools.errors import (
     UnsavableModelError,
     WorkerDiedError,
 )
-from hub_tools.package.writing.replace_folder import discard, locked_folder
+from hub_tools.package.replace import discard, locked_folder
 from hub_tools.publish.checkpoints import pusher as checkpoint_pusher
 from hub_tools.publish.checkpoints import worker_process
 from hub_tools.publish.checkpoints.job import failure_to_json

@@ -16,7 +16,7 @@ from slow.fault_sweep import serving
 from test_verify import record_again
 
 from hub_tools import layout
-from hub_tools.package.writing.save import save_package
+from hub_tools.package.save import save_package
 from modeling_gpt2_value import GPT2ValueModel
 
 

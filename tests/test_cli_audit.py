@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_tiny_model
 
-from hub_tools.package.writing.save import save_package
+from hub_tools.package.save import save_package
 
 
 @pytest.fixture

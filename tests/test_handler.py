@@ -13,7 +13,7 @@ from conftest import make_tiny_model
 
 from hub_tools import inspect_package, layout, load_package, push_to_hub, save_package, verify_package
 from hub_tools.errors import ChangedFileError, FolderRefusedError, TokenizerMismatchError, UntrustedCodeError
-from hub_tools.package import releases
+from hub_tools.package import record as releases
 
 OWN = "class EndpointHandler:\n    pass\n"
 

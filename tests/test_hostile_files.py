@@ -33,8 +33,8 @@ from hub_tools import (
 from hub_tools.convert import convert as convert_module
 from hub_tools.convert.weight_files import read_state_dict
 from hub_tools.files import open_in, parse_json, read_json
-from hub_tools.package.loading.tokenizer import try_in_a_process
-from hub_tools.package.reading import stage as stage_module
+from hub_tools.package import stage as stage_module
+from hub_tools.package.tokenizer import try_in_a_process
 
 ROOT = Path(__file__).parent.parent
 
@@ -329,7 +329,7 @@ def test_a_tokenizer_is_tried_also_where_the_user_has_less_memory_than_it_may_ta
     program = """
 import resource, sys
 from pathlib import Path
-from hub_tools.package.loading.tokenizer import try_in_a_process
+from hub_tools.package.tokenizer import try_in_a_process
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 try_in_a_process(Path(sys.argv[1]), "it")
 """

@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hub_tools import errors, inspect_package, layout, limits, load_package, save_package, verify_package
 from hub_tools.convert import pickle_outline
-from hub_tools.package.loading import verify
-from hub_tools.package.loading.tokenizer import try_in_a_process
-from hub_tools.package.reading import allowed_fields
+from hub_tools.package import config as allowed_fields
+from hub_tools.package import verify
+from hub_tools.package.tokenizer import try_in_a_process
 
 MODELING = "modeling_gpt2_value.py"
 ROOT = Path(__file__).parent.parent

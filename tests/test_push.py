@@ -16,7 +16,7 @@ from hub_tools.errors import (
     OptionsError,
 )
 from hub_tools.hub import retry
-from hub_tools.package.writing.save import save_package
+from hub_tools.package.save import save_package
 from hub_tools.publish.push import push_package, push_to_hub
 
 STALE = {

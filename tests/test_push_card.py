@@ -5,7 +5,7 @@ import pytest
 from support.pushing import REPO, push_verified
 
 from hub_tools.errors import OptionsError
-from hub_tools.package.writing.save import save_package
+from hub_tools.package.save import save_package
 
 
 @pytest.fixture

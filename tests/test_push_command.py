@@ -12,7 +12,7 @@ from slow.fault_sweep import serving
 from support.pushing import REPO, push_verified, verified_before
 
 from hub_tools.hub import retry
-from hub_tools.package.writing.save import save_package
+from hub_tools.package.save import save_package
 
 
 @pytest.fixture

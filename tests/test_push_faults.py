@@ -19,7 +19,7 @@ from hub_tools.errors import (
 )
 from hub_tools.hub import retry
 from hub_tools.hub.repository import Hub
-from hub_tools.package.writing.save import save_package
+from hub_tools.package.save import save_package
 from hub_tools.publish.push import Package, PushOptions, push
 
 NEW_REPO, NEW_BRANCH, PULL_REQUEST = SCENARIOS

@@ -15,7 +15,7 @@ from hub_tools.errors import (
     PackageError,
     SecretFoundError,
 )
-from hub_tools.package.writing.save import save_package
+from hub_tools.package.save import save_package
 from hub_tools.publish.push import push_package
 
 

@@ -19,8 +19,8 @@ import hub_tools
 from configuration_gpt2_value import AUTO_MAP
 from hub_tools import errors, layout
 from hub_tools.files import read_json
-from hub_tools.package.writing import target
-from hub_tools.package.writing.save import save_package
+from hub_tools.package import replace as target
+from hub_tools.package.save import save_package
 from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel
 
 PROMPT = torch.tensor([[5, 7, 11, 13, 17]])

@@ -18,7 +18,7 @@ from hub_tools.errors import (
     SaveFailedError,
     UnsavableModelError,
 )
-from hub_tools.package.writing import sharded as module
+from hub_tools.package import sharded as module
 from hub_tools.publish.checkpoints import worker_process
 
 pytestmark = pytest.mark.timeout(240)

@@ -8,9 +8,9 @@ import pytest
 from conftest import make_tiny_model
 
 from hub_tools import errors, layout
-from hub_tools.package.reading import stage as stage_module
-from hub_tools.package.reading.stage import stage, stage_package
-from hub_tools.package.writing.save import save_package
+from hub_tools.package import stage as stage_module
+from hub_tools.package.save import save_package
+from hub_tools.package.stage import stage, stage_package
 
 WANTED = {"a": 100, "b": 100}
 

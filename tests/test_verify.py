@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_inspection import edit_json
 
 from hub_tools import errors, layout
-from hub_tools.package.loading.verify import TOLERANCE, verify_package
-from hub_tools.package.writing.save import save_package
+from hub_tools.package.save import save_package
+from hub_tools.package.verify import TOLERANCE, verify_package
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from . import audit, console, respond
 from .loading import DryRun, Json, TrustRemoteCode, load_base, quiet_transformers, refuse_revision_of_a_folder
 
 if TYPE_CHECKING:
-    from ..package.reading.inspection import PackageReport
+    from ..package.inspect import PackageReport
 
 EXIT_REFUSED = 1
 EXIT_FINDINGS = 3
@@ -96,8 +96,8 @@ def create(
 
     The head is new unless the base has one, and starts at zero: every value is exactly 0 until you train it.
     """
-    from ..package.writing.card import is_hub_id
-    from ..package.writing.save import save_package
+    from ..package.card import is_hub_id
+    from ..package.save import save_package
 
     with console.working(f"loading {base}"):
         loaded = load_base(base, revision=revision, dtype=dtype.value, tokenizer=tokenizer)
@@ -133,7 +133,7 @@ def inspect(
     Reads JSON, hashes code, and of the weights reads the headers, also on the Hub. Pickles are named and never
     opened. Exits with 3 if the package can be read, but verify would refuse it.
     """
-    from ..package.reading.inspection import inspect_package
+    from ..package.inspect import inspect_package
 
     if revision is not None:
         refuse_revision_of_a_folder(package, revision)
@@ -162,7 +162,7 @@ def verify(
     Loads it strictly in a fresh interpreter that has torch and transformers and cannot see this installation,
     and compares logits and values on a probe with those recorded at save time.
     """
-    from ..package.loading.verify import verify_package
+    from ..package.verify import verify_package
 
     with console.working(f"verifying {package}"):
         report = verify_package(package, trust_remote_code=trust_remote_code, timeout=timeout)
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _findings(report: PackageReport) -> list[str]:
     """Return why `verify` would refuse a package that can be read."""
-    from ..package.loading.verify import refusals
+    from ..package.verify import refusals
 
     return [refusal.found for refusal in refusals(report)]
 

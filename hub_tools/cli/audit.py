@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..errors import OptionsError
-from ..library_errors import as_ours
+from ..errors import OptionsError, as_ours
 from . import console
 from .loading import MAX_SEED, Json, Reviewed, encode, load_sampler
 

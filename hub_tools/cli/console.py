@@ -17,16 +17,16 @@ from rich.text import Text
 
 from ..errors import GPT2ValueHubError
 from ..errors import visible as visible_lines
-from ..package.releases import diff_command
+from ..package.record import diff_command
 
 if TYPE_CHECKING:
     from sampler_audit import SamplerAudit
 
     from ..convert.convert import Conversion
     from ..convert.export import ExportedPolicy
-    from ..package.loading.verify import VerificationReport
-    from ..package.reading.inspection import PackageReport
-    from ..package.writing.save import SavedPackage
+    from ..package.inspect import PackageReport
+    from ..package.save import SavedPackage
+    from ..package.verify import VerificationReport
     from ..publish.push import PushReport
 
 # markup and emoji off: names that come from a package are shown, not obeyed

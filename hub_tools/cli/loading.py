@@ -15,8 +15,7 @@ from typing import Annotated, Any, NamedTuple, Optional
 import typer
 
 from .. import layout, limits
-from ..errors import NotAPackageError, SourceError
-from ..library_errors import as_ours
+from ..errors import NotAPackageError, SourceError, as_ours
 
 MAX_SEED = (1 << 63) - 1  # torch's
 # Options that several subcommands have.
@@ -35,8 +34,6 @@ Reviewed = Annotated[
 
 PICKLED = "pytorch_model.bin"
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
-# What a plain GPT-2 checkpoint says about classes and labels, which are not this model's.
-NOT_OURS = ("auto_map", "num_labels", "id2label", "label2id", "architectures")
 
 
 class Loaded(NamedTuple):
@@ -55,7 +52,7 @@ def load_reviewed(source: str, *, revision: str | None, reviewed: list[str] | No
     Raises:
         What `load_package` raises.
     """
-    from ..package.loading.load import load_package
+    from ..package.load import load_package
 
     quiet_transformers()
     hashes = {}
@@ -91,18 +88,17 @@ def load_base(source: str, *, revision: str | None, dtype: str = "auto", tokeniz
     from modeling_gpt2_value import GPT2ValueModel
 
     from ..files import read_json
-    from ..package.loading.tokenizer import load_tokenizer
-    from ..package.reading import allowed_fields
-    from ..package.reading.config_json import check_memory, check_sizes, count_numbers
-    from ..package.reading.stage import make_loadable, package_file_limit, stage
+    from ..package import config as allowed_fields
+    from ..package.config import checked_config, count_numbers
+    from ..package.stage import make_loadable, package_file_limit, stage
+    from ..package.tokenizer import load_tokenizer
 
     quiet_transformers()
     refuse_revision_of_a_folder(source, revision)
     folder = _folder_of(source, revision)
     with as_ours(lambda gist: _does_not_load(source, revision, gist)):
-        config = _gpt2_fields(read_json(folder, layout.CONFIG))
-        check_sizes(config)
-        check_memory(config)
+        given = read_json(folder, layout.CONFIG)
+        config = checked_config(given)
         numbers = count_numbers(config)
         vocabulary, weights = limits.vocabulary_bytes(config["vocab_size"]), limits.weight_bytes(numbers)
 
@@ -140,7 +136,7 @@ def load_base(source: str, *, revision: str | None, dtype: str = "auto", tokeniz
                 found = load_tokenizer(loadable, source)
                 if len(found) <= len(found.all_special_tokens):  # what transformers 5 makes of files that lack some
                     raise _no_tokenizer(source)
-    unknown = allowed_fields.unknown_fields(layout.CONFIG, config)
+    unknown = allowed_fields.unknown_fields(layout.CONFIG, given)
     if unknown:
         typer.echo(f"not taken over from config.json: {', '.join(unknown)}", err=True)
     return Loaded(model, found)
@@ -192,13 +188,6 @@ def _folder_of(source: str, revision: str | None) -> Path:
     if not is_repository_id(source):
         raise _does_not_load(source, revision, "there is no such folder, and it is no name of a repository")
     return fetch(source, revision=revision).folder
-
-
-def _gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that describe the body, of a plain GPT-2's config or of a package's."""
-    if config.get("model_type", "gpt2") == layout.MODEL_TYPE:
-        return config
-    return {"model_type": "gpt2", **{name: value for name, value in config.items() if name not in NOT_OURS}}
 
 
 def _unpickle(folder: Path) -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..errors import SaveFailedError, SourceError
-from ..library_errors import as_ours
+from ..errors import SaveFailedError, SourceError, as_ours
 from . import console
 from .loading import MAX_SEED, Json, Reviewed, encode, load_reviewed
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerBase
 
 from .. import limits
-from ..errors import LoadError, PackageError, TokenizerMismatchError
+from ..errors import LoadError, PackageError, TokenizerMismatchError, as_ours
 from ..files import read_json
 from ..layout import GENERATION_CONFIG, TOKENIZER, kind_of
-from ..library_errors import as_ours
-from ..package.loading.tokenizer import load_tokenizer
-from ..package.reading.allowed_fields import reduce
-from ..package.reading.stage import make_loadable, package_file_limit, stage
+from ..package.config import reduce
+from ..package.stage import make_loadable, package_file_limit, stage
+from ..package.tokenizer import load_tokenizer
 
 
 def carried_tokenizer(

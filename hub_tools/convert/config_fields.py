@@ -15,11 +15,9 @@ from transformers import GPT2Config
 from configuration_gpt2_value import GPT2ValueConfig
 
 from .. import limits
-from ..errors import ConversionError, PackageError
+from ..errors import ConversionError, PackageError, as_ours
 from ..layout import MODEL_TYPE
-from ..library_errors import as_ours
-from ..package.reading.allowed_fields import CONFIG, PROBABILITY, Allowed
-from ..package.reading.config_json import count_numbers
+from ..package.config import CONFIG, PROBABILITY, Allowed, count_numbers
 
 SourceFormat = Literal["seed", "trl", "trlx", "sequence-classification", "token-classification", "gpt2"]
 

@@ -24,8 +24,8 @@ from ..errors import (
 )
 from ..files import read_json
 from ..layout import CONFIG, HEAD_PREFIX
-from ..package.reading.stage import identities, refuse_changes
-from ..package.writing.save import save_package, save_target
+from ..package.save import save_package, save_target
+from ..package.stage import identities, refuse_changes
 from .companions import carried_generation_config, carried_tokenizer
 from .config_fields import SourceFormat, most_bytes
 from .formats import translate

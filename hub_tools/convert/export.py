@@ -16,17 +16,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2PreTrainedModel, PreTr
 
 from modeling_gpt2_value import GPT2ValueModel
 
-from ..errors import LoadError, MissingHeadError, UnsavableModelError
+from ..errors import LoadError, MissingHeadError, UnsavableModelError, as_ours
 from ..files import AGAIN
 from ..layout import HEAD_PREFIX, kind_of
-from ..library_errors import as_ours
-from ..package.finite import not_finite
-from ..package.loading.tokenizer import load_tokenizer
-from ..package.reading.inspection import inspect_stage
-from ..package.reading.source import local_folder
-from ..package.reading.stage import make_loadable, stage_package
-from ..package.writing.replace_folder import staging_folder
-from ..package.writing.target import check_target, writing_to
+from ..package.inspect import inspect_stage
+from ..package.replace import check_target, staging_folder, writing_to
+from ..package.stage import local_folder, make_loadable, stage_package
+from ..package.tokenizer import load_tokenizer
+from ..package.weights import not_finite
 
 # Fields of a package's config.json that GPT-2's own does not have, or that say which class it is for.
 NOT_GPT2 = (

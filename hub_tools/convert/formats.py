@@ -24,7 +24,7 @@ from ..errors import (
     UnsavableModelError,
 )
 from ..layout import HEAD_PREFIX
-from ..package.reading.config_json import check_memory, expected_shapes
+from ..package.config import checked_config, expected_shapes
 from .config_fields import SourceFormat, known_fields, left_out, value_config
 from .weight_files import listed
 
@@ -129,7 +129,7 @@ def translate(
     _refuse_mismatch(where, state, shapes, mapped, unknown, init_value_head=init_value_head)
     _refuse_other_tie(where, state, {**dropped, **mapped}, prefix)
     _refuse_other_masks(where, state, dropped)
-    check_memory(config.to_dict())
+    checked_config(config.to_dict(), where=where)
 
     translated = {name: state[key] for key, name in mapped.items()}
     dtype, dtype_notes = _body_dtype(where, translated)

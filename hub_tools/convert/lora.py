@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from ..errors import ConversionError, PackageError
+from ..errors import ConversionError, PackageError, as_ours
 from ..files import read_json
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX
-from ..library_errors import as_ours
-from ..package.reading.stage import identities, refuse_changes
+from ..package.stage import identities, refuse_changes
 from .config_fields import most_bytes
 from .formats import BODY_DTYPES, translate
 from .lora_settings import MERGE_THERE, LoraSettings, read_settings

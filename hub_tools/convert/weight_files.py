@@ -22,7 +22,7 @@ from ..errors import ConversionError, GPT2ValueHubError, PackageError
 from ..files import file_in, parse_json, read_json
 from ..layout import WEIGHTS, WEIGHTS_INDEX
 from ..limited_process import run_limited
-from ..package.reading.stage import Identity, private_file, refuse_changes
+from ..package.stage import Identity, private_file, refuse_changes
 from . import pickle_outline
 
 PICKLED_WEIGHTS = "pytorch_model.bin"

@@ -21,8 +21,8 @@ from huggingface_hub import CommitOperationDelete
 from .. import layout
 from ..errors import GPT2ValueHubError, OptionsError
 from ..hub.repository import Branch, Hub, PushedCommit
-from ..package.loading.verify import verify_package
-from ..package.writing.card import load_lines, with_repo_id
+from ..package.card import load_lines, with_repo_id
+from ..package.verify import verify_package
 from .report import MAIN, MESSAGE, PushOptions, PushPlan, PushReport
 from .upload_set import Package, merge_cards
 
@@ -130,8 +130,8 @@ def push_to_hub(
     Raises:
         Everything that `save_package` and `push_package` raise.
     """
-    from ..package.writing.save import SaveOptions, write_package
-    from ..package.writing.sharded import State, in_first_process
+    from ..package.save import SaveOptions, write_package
+    from ..package.sharded import State, in_first_process
 
     options = PushOptions(revision or MAIN, private, create_pr, tag, commit_message, dry_run=dry_run)
 

@@ -84,7 +84,7 @@ def prepare(home: Path) -> Attempt:
     import hub_tools.cli.loading
     import hub_tools.convert.convert
     import hub_tools.convert.export
-    import hub_tools.package.writing.save  # noqa: F401  # importing is no part of a case's time
+    import hub_tools.package.save  # noqa: F401  # importing is no part of a case's time
 
     watch = Watch()
 

@@ -39,7 +39,7 @@ def cases() -> list[Case]:
 
 
 def prepare(home: Path) -> Attempt:
-    import hub_tools.package.loading.load  # noqa: F401  # importing is no part of a case's time
+    import hub_tools.package.load  # noqa: F401  # importing is no part of a case's time
 
     bases, watch = {path.name: weights_in(path) for path in home.glob("base-*")}, Watch()
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import hub_tools
-import hub_tools.package.writing.save  # before the forks, so that each of them does not import it again
+import hub_tools.package.save  # before the forks, so that each of them does not import it again
 from configuration_gpt2_value import GPT2ValueConfig
-from hub_tools.package.writing import replace_folder
+from hub_tools.package import replace as replace_folder
 from modeling_gpt2_value import GPT2ValueModel
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 LAYOUTS = ["blocks", "accelerate", "whole after forward"]
 # Imported once, by the process from which the others are forked: this takes much longer than what most tests do.
-PRELOADED = ["accelerate", "conftest", "hub_tools.package.loading.verify", "hub_tools.package.writing.save", __name__]
+PRELOADED = ["accelerate", "conftest", "hub_tools.package.verify", "hub_tools.package.save", __name__]
 
 
 def start_two(worker, *arguments):

@@ -29,8 +29,8 @@ from ...errors import (
     WorkerDiedError,
 )
 from ...hub.repository import Hub
-from ...package.writing.replace_folder import discard, left_behind, locked_folder
-from ...package.writing.sharded import State, in_first_process
+from ...package.replace import discard, left_behind, locked_folder
+from ...package.sharded import State, in_first_process
 from ..push import MAIN, PATIENCE
 from .job import BestRule, Destination, Job, PackageOptions, PushedCheckpoint, as_numbers, push_error, read_answer
 from .snapshot import Snapshot

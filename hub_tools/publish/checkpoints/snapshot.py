@@ -20,8 +20,8 @@ from configuration_gpt2_value import GPT2ValueConfig
 from modeling_gpt2_value import GPT2ValueModel
 
 from ...errors import SaveFailedError, TokenizerMismatchError
-from ...package.writing.model import installed_shell
-from ...package.writing.sharded import State
+from ...package.save import installed_shell
+from ...package.sharded import State
 
 WEIGHTS = "weights.pt"
 TOKENIZER = "tokenizer"

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...package.writing.sharded import is_sharded
+from ...package.sharded import is_sharded
 from .pusher import CheckpointPusher
 
 # What a Trainer logs besides metrics: counters, and how long things took.

@@ -21,10 +21,10 @@ from ... import layout
 from ...errors import ConcurrentPushError, GPT2ValueHubError
 from ...files import read_safetensors_header
 from ...hub.repository import Hub
-from ...package.loading.verify import refusals, verify_package
-from ...package.reading.inspection import inspect_package
+from ...package.inspect import inspect_package
 from ...package.record import read_record
-from ...package.writing.save import save_package
+from ...package.save import save_package
+from ...package.verify import refusals, verify_package
 from ..push import PushOptions, after_commit, push
 from ..upload_set import Package
 from .job import BestRule, Job, PushedCheckpoint, Success, failure_to_json, metrics_in

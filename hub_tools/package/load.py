@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ... import layout
-from ...errors import (
+from .. import layout
+from ..errors import (
     ChangedFileError,
     GPT2ValueHubError,
     LoadError,
@@ -26,16 +26,15 @@ from ...errors import (
     TokenizerMismatchError,
     UnsavableModelError,
     UntrustedCodeError,
+    as_ours,
 )
-from ...files import AGAIN
-from ...library_errors import as_ours
-from ..finite import not_finite
-from ..reading.inspection import PackageReport, inspect_stage
-from ..reading.source import HubOptions, local_folder, repository_id
-from ..reading.stage import make_loadable, stage_package
-from ..releases import Release, diff_command, releases
+from ..files import AGAIN
+from .inspect import PackageReport, inspect_stage
+from .record import Release, diff_command, releases
+from .stage import HubOptions, local_folder, make_loadable, repository_id, stage_package
 from .tokenizer import load_tokenizer
 from .verify import refusals
+from .weights import not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +109,7 @@ def load_package(
     if repo_id is None:
         folder = local_folder(source)
     else:
-        from ...hub import download
+        from ..hub import download
 
         snapshot = download.fetch(repo_id, **vars(options))
         folder, commit = snapshot.folder, snapshot.commit

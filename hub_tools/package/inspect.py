@@ -14,16 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ... import layout, limits
-from ...errors import PackageError
-from ...files import AGAIN, file_in, read_json, sha256_in
-from ..record import Record, read_record
-from ..releases import releases, versions_of
-from . import allowed_fields
-from .config_json import check_config, tied
-from .source import HubOptions, local_folder, repository_id
-from .stage import Stage
-from .weight_headers import FLOATS, Head, check_tensors, read_weights
+from .. import layout, limits
+from ..errors import PackageError
+from ..files import AGAIN, file_in, read_json, sha256_in
+from . import config as config_fields
+from .config import tied
+from .record import Record, read_record, releases, versions_of
+from .stage import HubOptions, Stage, checked_package_config, local_folder, repository_id
+from .weights import FLOATS, Head, check_tensors, package_weights
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def inspect_package(
 def _inspect_repository(repo_id: str, options: HubOptions, *, hash_weights: bool) -> PackageReport:
     """Report on a repository. Downloads only an outline of it, unless the weights are to be hashed. Offline, the cache
     is used."""
-    from ...hub import download
+    from ..hub import download
 
     if hash_weights or options.local_files_only or download.offline():
         snapshot = download.fetch(repo_id, **vars(options))
@@ -159,14 +157,13 @@ def _inspect(
     pickles = tuple(name for name in names if layout.kind_of(name) == "pickle")
 
     config = read_json(folder, layout.CONFIG)
-    check_config(config)
-    allowed_fields.reduce(layout.CONFIG, config)
+    checked_package_config(config)
     has_generation_config = layout.GENERATION_CONFIG in names
     generation_config = read_json(folder, layout.GENERATION_CONFIG) if has_generation_config else {}
-    allowed_fields.reduce(layout.GENERATION_CONFIG, generation_config)
+    config_fields.reduce(layout.GENERATION_CONFIG, generation_config)
     tokenizer, tokenizer_config = _read_tokenizer(folder, names, limits.vocabulary_bytes(config["vocab_size"]))
 
-    shards = read_weights(folder, names, pickles)
+    _, shards = package_weights(folder, names)
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     head = check_tensors(tensors, config)
     dtypes: dict[str, int] = {}
@@ -215,7 +212,7 @@ def _inspect(
                 (layout.GENERATION_CONFIG, generation_config),
                 (layout.TOKENIZER_CONFIG, tokenizer_config),
             )
-            if (unknown := allowed_fields.unknown_fields(file, fields))
+            if (unknown := config_fields.unknown_fields(file, fields))
         },
     )
 
@@ -229,7 +226,7 @@ def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tupl
     files = [name for name in names if layout.kind_of(name) == "tokenizer"]
     for name in files:
         if name in (layout.SPECIAL_TOKENS_MAP, layout.ADDED_TOKENS):
-            allowed_fields.reduce(name, read_json(folder, name, limit=limits.TOKENIZER_SETTINGS_BYTES))
+            config_fields.reduce(name, read_json(folder, name, limit=limits.TOKENIZER_SETTINGS_BYTES))
         elif name == layout.TOKENIZER_CONFIG:
             continue
         else:
@@ -247,7 +244,7 @@ def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tupl
             next_step="save the package again with such a tokenizer",
         )
     # the class is only shown here, so any name is allowed; loading is strict about it
-    allowed_fields.reduce(layout.TOKENIZER_CONFIG, {k: v for k, v in settings.items() if k != "tokenizer_class"})
+    config_fields.reduce(layout.TOKENIZER_CONFIG, {k: v for k, v in settings.items() if k != "tokenizer_class"})
     return str(settings.get("tokenizer_class"))[:80], settings
 
 

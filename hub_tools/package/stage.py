@@ -12,26 +12,96 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from ... import layout, limits
-from ...errors import (
+from .. import layout, limits
+from ..errors import (
     GPT2ValueHubError,
     NotAPackageError,
+    OptionsError,
     PackageChangedError,
     PackageError,
     ResourceLimitError,
 )
-from ...files import AGAIN, open_in, read_json
-from . import allowed_fields
-from .config_json import check_config, count_numbers
+from ..files import AGAIN, open_in, read_json
+from . import config as config_fields
+from .config import checked_config, count_numbers
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Options for downloading a repository, named as in `download.fetch`. None of them applies to a folder."""
+
+    revision: str | None = None  # branch, tag or commit
+    token: str | None = None  # instead of the one that huggingface_hub knows
+    cache_dir: Path | None = None  # instead of huggingface_hub's
+    local_files_only: bool = False  # use only the cache, without the network
+
+
+def repository_id(source: str | os.PathLike[str], options: HubOptions) -> str | None:
+    """Return `source` if it has the form `owner/name` and is no local path; None for a folder.
+
+    huggingface_hub checks the id further when it asks the Hub.
+
+    Raises:
+        OptionsError: one of the `options` is set, but `source` is a folder.
+    """
+    if isinstance(source, str) and not os.path.exists(source):
+        parts = source.split("/")
+        if len(parts) == 2 and not {"", ".", "..", "~"}.intersection(parts):
+            return source
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value:
+            raise OptionsError(
+                f"{option.name}={'...' if option.name == 'token' else value} for {os.fspath(source)!r}",
+                expected="owner/name of a repository on the Hub: a folder has no use for it",
+                next_step=f"leave {option.name} out",
+            )
+    return None
+
+
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """Return the folder that `source` names.
+
+    Raises:
+        NotAPackageError: there is none.
+    """
+    folder = Path(source)
+    if os.path.isdir(folder):  # and not is_dir(), which fails on names that are too long
+        return folder
+    neighbour = _interrupted_save(folder)
+    if neighbour is not None:
+        raise NotAPackageError(
+            f"{folder} is missing: a save was interrupted; the package that was there is in {neighbour}",
+            next_step="save again, which puts it back first, or: "
+            + shlex.join(["mv", str(neighbour / "previous"), str(folder)]),
+        )
+    raise NotAPackageError(
+        f"{os.fspath(source)!r} is not a folder",
+        expected="the folder of a value-head package",
+        next_step="write one: gpt2-value create --base openai-community/gpt2 FOLDER",
+    )
+
+
+def _interrupted_save(folder: Path) -> Path | None:
+    """Return the staging folder in which an interrupted save left the package that was at `folder`, if there is one."""
+    try:
+        real = Path(os.path.realpath(folder))
+        pattern = layout.staging_name(real)
+        found = sorted(beside for beside in real.parent.iterdir() if pattern.fullmatch(beside.name))
+    except (OSError, ValueError):  # nothing can lie at such a place
+        return None
+    return next((beside for beside in found if (beside / "previous").is_dir()), None)
+
 
 _PIECE = limits.MIB
 # Device, inode, size, mtime and ctime of a file: they change if the file is written to or replaced.
@@ -98,14 +168,35 @@ def stage_package(source: str | os.PathLike[str]) -> AbstractContextManager[Stag
     Raises:
         What `stage` raises, and what `check_config` raises for `config.json`.
     """
-    config = read_json(Path(source), layout.CONFIG)
-    check_config(config)
+    config = checked_package_config(read_json(Path(source), layout.CONFIG))
     vocabulary, weights = limits.vocabulary_bytes(config["vocab_size"]), limits.weight_bytes(count_numbers(config))
 
     def limit_of(name: str) -> int | None:
         return package_file_limit(name, vocabulary=vocabulary, weights=weights)
 
     return stage(source, limit_of=limit_of, total=weights + limits.BESIDE_BYTES)
+
+
+def checked_package_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what libraries may see of a package's `config.json`, after checking it.
+
+    Raises:
+        NotAPackageError: it is another kind of model's.
+        PackageError: what `config.checked_config` raises; or `auto_map` does not name the package's own classes.
+    """
+    if fields.get("model_type") != layout.MODEL_TYPE:
+        raise NotAPackageError(
+            f"config.json says model_type {str(fields.get('model_type'))[:80]!r}",
+            expected=repr(layout.MODEL_TYPE),
+            next_step="make a package of a GPT-2 checkpoint: gpt2-value create --base FOLDER OUT",
+        )
+    if fields.get("auto_map") != layout.AUTO_MAP:
+        raise PackageError(
+            f"config.json has auto_map {str(fields.get('auto_map'))[:300]}",
+            expected=f"{layout.AUTO_MAP}: the classes in the package itself",
+            next_step="GPT2ValueModel.from_pretrained(FOLDER) loads it and runs none of its code; save that",
+        )
+    return checked_config(fields)
 
 
 def package_file_limit(name: str, *, vocabulary: int, weights: int) -> int | None:
@@ -138,16 +229,16 @@ def make_loadable(copy: Stage, code: Iterable[str]) -> Path:
     removed. The folder is renamed, so `copy.folder` is gone afterwards.
 
     Raises:
-        What `allowed_fields.reduce` raises.
+        What `config_fields.reduce` raises.
     """
     wanted = set(code)
     for path in sorted(copy.folder.iterdir()):
         if path.name.endswith(layout.CODE_SUFFIXES):
             if path.name not in wanted:
                 path.unlink()
-        elif path.name in allowed_fields.REDUCED:
+        elif path.name in config_fields.REDUCED:
             fields = read_json(copy.folder, path.name, limit=limits.INDEX_BYTES)
-            path.write_text(json.dumps(allowed_fields.reduce(path.name, fields)), encoding="utf-8")
+            path.write_text(json.dumps(config_fields.reduce(path.name, fields)), encoding="utf-8")
     # transformers caches the code that it runs under the folder's name, so equal code gets an equal name
     digest = hashlib.sha256(repr([(name, copy.sha256[name]) for name in sorted(wanted)]).encode()).hexdigest()
     return copy.folder.rename(copy.folder.with_name(f"gpt2_value_{digest[:16]}"))

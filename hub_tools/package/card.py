@@ -15,9 +15,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ... import layout
-from ...errors import OptionsError
-from ...hub.repository_id import is_repository_id
+from .. import layout
+from ..errors import OptionsError
+from ..hub.repository_id import is_repository_id
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ("gpt2", "gpt2-value", "value-head", "reinforcement-learning", "ppo")

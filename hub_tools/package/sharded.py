@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...errors import GPT2ValueHubError, SaveFailedError, UnsavableModelError
+from ..errors import GPT2ValueHubError, SaveFailedError, UnsavableModelError
 
 State = dict[str, torch.Tensor]
 Result = TypeVar("Result")

@@ -10,11 +10,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ... import limits
-from ...errors import GPT2ValueHubError, LoadError, ResourceLimitError
-from ...files import AGAIN
-from ...library_errors import as_ours
-from ...limited_process import run_limited, search_path_of
+from .. import limits
+from ..errors import GPT2ValueHubError, LoadError, ResourceLimitError, as_ours
+from ..files import AGAIN
+from ..limited_process import run_limited, search_path_of
 
 SCRIPT = Path(__file__).with_name("try_tokenizer.py")
 

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ... import layout, limits
-from ...errors import (
+from .. import layout, limits
+from ..errors import (
     ChangedFileError,
     GPT2ValueHubError,
     LoadError,
@@ -31,18 +31,16 @@ from ...errors import (
     UntrustedCodeError,
     VerificationError,
 )
-from ...files import AGAIN
-from ...limited_process import run_limited, search_path_of
-from ..reading.inspection import PackageReport, inspect_stage
-from ..reading.source import local_folder
-from ..reading.stage import make_loadable, stage_package
-from ..record import PROBE_TEXT, Record, read_record
-from ..releases import diff_command
+from ..files import AGAIN
+from ..limited_process import run_limited, search_path_of
+from .inspect import PackageReport, inspect_stage
+from .record import PROBE_TEXT, Record, diff_command, read_record
+from .stage import local_folder, make_loadable, stage_package
 
 TOLERANCE = 1e-5  # of the largest recorded number, or of 1 if that is larger
 PASSED_ON_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY")
 TIMEOUT_AT_MOST = 7 * 24 * 3600
-PROBE_SCRIPT = Path(__file__).parents[1] / "probe.py"
+PROBE_SCRIPT = Path(__file__).with_name("probe.py")
 
 
 @dataclass(frozen=True)

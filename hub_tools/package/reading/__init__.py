@@ -1,1 +1,0 @@
-"""Look at a package without running any of it: where it is, its JSON, the headers of its weights."""

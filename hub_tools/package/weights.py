@@ -1,0 +1,270 @@
+"""The one reader of strangers' weights, and the one way to make a model from a config and tensors.
+
+safetensors' own reader checks a header against the file; here are the bounds on what it is given, and what the config
+calls for. Nothing is unpickled: a pickle is first turned into safetensors, by a process with limits.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import layout, limits
+from ..errors import PackageError, as_ours
+from ..files import AGAIN, LFS_POINTER, open_in, read_json
+from .config import checked_shards, expected_shapes
+
+if TYPE_CHECKING:
+    import torch
+
+    from configuration_gpt2_value import GPT2ValueConfig
+    from modeling_gpt2_value import GPT2ValueModel
+
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name -> torch's
+ANY_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of a safetensors header."""
+
+    dtype: str  # as safetensors writes it: F32
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The value head's projection: `[1, n_embd]` gives one value per token.
+
+    The shape is `()` if the config says no projection. The value is then the hidden state, and the head has no weights.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def describe(self) -> str:
+        return f"{list(self.shape)} {self.dtype}" if self.shape else "no projection: the value is the hidden state"
+
+
+def read_header(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read which tensors a safetensors file holds, and its metadata; the numbers are not read. Needs no torch.
+
+    Raises:
+        PackageError: see `files.file_in`; or the header is truncated, oversized or not valid, or does not describe the
+            file's bytes.
+    """
+    from safetensors import safe_open
+
+    def corrupt(found: str) -> PackageError:
+        return PackageError(f"{name}: {found}", expected="a safetensors file of tensors", next_step=AGAIN)
+
+    with open_in(folder, name) as opened:
+        start = opened.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise PackageError(
+            f"{name}: a git-lfs pointer, which stands for the weights and is not the weights",
+            expected="the weights themselves",
+            next_step="fetch them, in the checkout that this is: git lfs pull; or download the repository: hf download",
+        )
+    (length,) = struct.unpack("<Q", start[:8].ljust(8, b"\0"))
+    if length > limits.HEADER_BYTES:
+        raise corrupt(f"its header claims {length:,} bytes, and may have {limits.HEADER_BYTES:,}")
+    with as_ours(corrupt), safe_open(folder / name, framework="numpy") as file:  # numpy: torch is not imported
+        slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118  # it is no dict
+        found = {tensor: Tensor(each.get_dtype(), tuple(each.get_shape())) for tensor, each in slices.items()}
+        metadata = file.metadata() or {}
+    for tensor, each in found.items():
+        # torch fails also where a tensor of such sides holds nothing
+        if math.prod(max(side, 1) for side in each.shape) >= 1 << 48 or len(each.shape) > 8:
+            raise corrupt(f"tensor {tensor[:120]!r} of shape {str(each.shape)[:80]}")
+    return found, metadata
+
+
+def read_headers(folder: Path, name: str, *, pattern: re.Pattern[str] = ANY_SHARD) -> dict[str, dict[str, Tensor]]:
+    """Read which tensors each file holds: file -> tensor -> type and shape.
+
+    Args:
+        folder: where the files are.
+        name: a safetensors file, or an index of such files (`*.index.json`).
+        pattern: which names an index may give.
+
+    Raises:
+        PackageError: see `read_header`; or the index and its files disagree.
+    """
+    if not name.endswith(".json"):
+        return {name: read_header(folder, name)[0]}
+    weight_map = checked_shards(read_json(folder, name, limit=limits.INDEX_BYTES), pattern=pattern)
+    shards = {shard: read_header(folder, shard)[0] for shard in sorted(set(weight_map.values()))}
+    held = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
+    if held != weight_map or sum(map(len, shards.values())) != len(held):
+        wrong = sorted(set(held.items()) ^ set(weight_map.items())) or [("a tensor", "two shards")]
+        raise PackageError(
+            f"{name} and the shards disagree about {wrong[0][0][:120]!r} ({wrong[0][1]})",
+            expected="every tensor in the shard that the index names, and nowhere else",
+            next_step=AGAIN,
+        )
+    return shards
+
+
+def read_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Read tensors, on the CPU: of a safetensors file, or of all files that an index names (`*.index.json`).
+
+    Args:
+        folder: a private copy (see `stage`), whose files were bounded when they were copied. The tensors are views of
+            these files, which may be removed and must not be written to.
+        name: the file.
+
+    Raises:
+        PackageError: see `read_headers`.
+    """
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for file in read_headers(folder, name):
+        with as_ours(
+            lambda gist, file=file: PackageError(  # type: ignore[misc]
+                f"{file} cannot be read: {gist}", expected="a safetensors file", next_step=AGAIN
+            )
+        ):
+            found |= load_file(folder / file)
+    return found
+
+
+def package_weights(folder: Path, names: Sequence[str]) -> tuple[str, dict[str, dict[str, Tensor]]]:
+    """Return the weight file of a package, or its index of shards; and which tensors each file holds.
+
+    Raises:
+        PackageError: no weights, weights of two models, only a pickle, or files that transformers would not read.
+    """
+    if layout.WEIGHTS in names and layout.WEIGHTS_INDEX in names:
+        raise PackageError(
+            f"both {layout.WEIGHTS} and {layout.WEIGHTS_INDEX} are there, which may be two different models",
+            expected="one of them",
+            next_step="remove the stale one, or write the package again with hub_tools.save_package",
+        )
+    pickles = [name for name in names if layout.kind_of(name) == "pickle"]
+    if layout.WEIGHTS not in names and layout.WEIGHTS_INDEX not in names:
+        raise PackageError(
+            f"the only weights are pickles, which were not opened: {', '.join(map(repr, pickles[:5]))}"
+            if pickles
+            else f"{layout.WEIGHTS} is not in {folder}",
+            expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
+            next_step="gpt2-value convert FOLDER OUT reads pickles without running them" if pickles else AGAIN,
+        )
+    main = layout.WEIGHTS if layout.WEIGHTS in names else layout.WEIGHTS_INDEX
+    shards = read_headers(folder, main, pattern=layout.SHARD)
+    for file in shards:
+        if read_header(folder, file)[1].get("format") != "pt":  # transformers reads no others
+            raise PackageError(
+                f"{file}: its metadata does not say which framework wrote it",
+                expected="{'format': 'pt'}",
+                next_step=AGAIN,
+            )
+    return main, shards
+
+
+def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Head | None:
+    """Compare a package's tensors with what its config calls for; return the head, or None if there is none.
+
+    Raises:
+        PackageError: tensors that are missing or unknown, or of another shape or type.
+    """
+    # Bounds the loop over layers in `expected_shapes`: each layer has more than one tensor.
+    if config["n_layer"] > len(tensors):
+        raise PackageError(
+            f"config.json says {config['n_layer']:,} layers; the weights are {len(tensors):,} tensors",
+            expected="12 tensors or more for each layer",
+            next_step=AGAIN,
+        )
+    expected = expected_shapes(config)
+    head_names = {name for name in expected if name.startswith(layout.HEAD_PREFIX)}
+    unknown = sorted(set(tensors) - set(expected))
+    missing = sorted(set(expected) - set(tensors))
+    if head_names and not any(name.startswith(layout.HEAD_PREFIX) for name in tensors):
+        missing = [name for name in missing if name not in head_names]  # no head at all is reported, not refused
+    if unknown or missing:
+        what = f"unknown tensors: {unknown[:5]}" if unknown else f"missing tensors: {missing[:5]}"
+        raise PackageError(
+            f"{what} ({len(unknown)} unknown, {len(missing)} missing)",
+            expected="exactly the tensors that config.json calls for",
+            next_step=AGAIN,
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name] or tensor.dtype not in FLOATS:
+            raise PackageError(
+                f"tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}",
+                expected=f"shape {list(expected[name])}, in one of {sorted(FLOATS)}",
+                next_step=AGAIN,
+            )
+    if not head_names:
+        return Head((), "")
+    head = tensors.get(layout.HEAD_PREFIX + "summary.weight")
+    return Head(head.shape, FLOATS[head.dtype]) if head is not None else None
+
+
+def build_model(
+    config: GPT2ValueConfig | Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, init_value_head: bool = False
+) -> GPT2ValueModel:
+    """Return a model of this installed version's class that holds exactly these tensors, in eval mode.
+
+    The tensors become its parameters: they are not copied, and keep their dtypes and device. No random number is drawn.
+
+    Args:
+        config: of the model, or the fields that `config.checked_config` returned.
+        tensors: every tensor of the model's state dict; `lm_head.weight` may be left out where it is tied.
+        init_value_head: the head's may be left out too; then it starts with the value 0.
+
+    Raises:
+        PackageError: a configuration that the model cannot have, or tensors that are missing, unknown, or of another
+            shape.
+    """
+    import torch
+
+    from configuration_gpt2_value import GPT2ValueConfig
+    from modeling_gpt2_value import GPT2ValueModel
+
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef]
+
+    def misfit(gist: str) -> PackageError:
+        return PackageError(
+            f"these weights and this config are not one model: {gist}",
+            expected="the tensors that config.json calls for",
+            next_step=AGAIN,
+        )
+
+    with as_ours(misfit), no_init_weights():
+        if isinstance(config, Mapping):
+            plain = config.get("model_type") != layout.MODEL_TYPE
+            fields = {name: value for name, value in config.items() if not (plain and name == "model_type")}
+            config = GPT2ValueConfig.from_dict(fields)
+        model = GPT2ValueModel(config)
+        state = dict(tensors)
+        if config.tie_word_embeddings:
+            state["lm_head.weight"] = state["transformer.wte.weight"]
+        for name, weight in model.v_head.named_parameters(prefix="v_head"):
+            if init_value_head and name not in state:
+                state[name] = torch.zeros_like(weight)
+        model.load_state_dict(state, assign=True)
+        if config.tie_word_embeddings:
+            model.tie_weights()
+    return model.eval()
+
+
+def not_finite(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the tensors that hold NaN or infinity, and how many such values each holds; `{}` if all are finite."""
+    import torch
+
+    found = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in weights.items()}
+    return {name: count for name, count in found.items() if count}
