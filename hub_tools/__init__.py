@@ -20,15 +20,13 @@ if TYPE_CHECKING:
     from .package.load import LoadedPackage, load_package
     from .package.save import SavedPackage, save_package
     from .package.verify import VerificationReport, verify_package
-    from .publish.checkpoints.job import PushedCheckpoint
-    from .publish.checkpoints.pusher import CheckpointPusher
-    from .publish.checkpoints.trainer_callback import CheckpointPusherCallback
+    from .publish.checkpoints import CheckpointPusher, CheckpointPusherCallback, PushedCheckpoint
     from .publish.push import PushReport, push_package, push_to_hub
 
 _HOMES = {
-    "CheckpointPusher": "publish.checkpoints.pusher",
-    "CheckpointPusherCallback": "publish.checkpoints.trainer_callback",
-    "PushedCheckpoint": "publish.checkpoints.job",
+    "CheckpointPusher": "publish.checkpoints",
+    "CheckpointPusherCallback": "publish.checkpoints",
+    "PushedCheckpoint": "publish.checkpoints",
     "Conversion": "convert.convert",
     "convert_checkpoint": "convert.convert",
     "export_critic": "convert.critic",

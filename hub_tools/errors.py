@@ -139,19 +139,12 @@ class SecretFoundError(GPT2ValueHubError, ValueError):
 
 
 class CheckpointPushError(GPT2ValueHubError, RuntimeError):
-    """A checkpoint did not reach the Hub. `step` says which one, and `__cause__` why."""
+    """A checkpoint did not reach the Hub: `step` says which one, and `__cause__` why. Or the pusher cannot be used: it
+    is closed, or another process's."""
 
-    def __init__(self, found: str, *, expected: str = "", next_step: str, step: int) -> None:
+    def __init__(self, found: str, *, expected: str = "", next_step: str, step: int | None) -> None:
         super().__init__(found, expected=expected, next_step=next_step)
         self.step = step
-
-
-class WorkerDiedError(GPT2ValueHubError, RuntimeError):
-    """The process that pushes checkpoints ended unexpectedly: killed, out of memory, or by an error of ours."""
-
-
-class PusherClosedError(GPT2ValueHubError, RuntimeError):
-    """A CheckpointPusher that is closed, or that belongs to the process this one was forked from."""
 
 
 # Converting

@@ -71,7 +71,7 @@ def test_a_repository_that_may_be_private_asks_for_a_token_where_it_is_set(serve
     """HF_TOKEN is set here, so that a login would change nothing."""
     status, _, err = gpt2_value("inspect", "alice/nothing")
     assert status == 1
-    assert "alice/nothing is not on the Hub, or not for this token" in err
+    assert "could not find alice/nothing" in err
     assert "if it is private, set HF_TOKEN" in err
     assert "Please make sure" not in err, "a paragraph of huggingface_hub's for every 404"
 
@@ -100,23 +100,24 @@ def test_a_repository_that_may_not_be_created_may_be_private(server, gpt2_value,
 def test_a_hub_that_stays_silent_is_not_waited_for_for_ever(
     command, server, gpt2_value, package, caplog, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("hub_tools.hub.download.PATIENCE", 0.5)
-    monkeypatch.setattr("hub_tools.hub.retry.SHORTEST_LIMIT", 0.5)
-    monkeypatch.setattr("hub_tools.hub.retry.FIRST_NOTE", 0.1)
+    monkeypatch.setattr("hub_tools.hub.ask.PATIENCE", 0.5)
+    monkeypatch.setattr("hub_tools.hub.ask.ANSWER_WITHIN", 0.5)
+    monkeypatch.setattr("hub_tools.hub.ask.FIRST_NOTE", 0.1)
     server.create(REPO, files_of(package))
     server.faults = [Fault(route="model_info", delay=8.0)]
     status, out, err = gpt2_value(*READING[command](REPO, tmp_path / "out"))
     assert (status, out) == (1, "")
     assert "no answer for" in err
-    assert "waiting for the Hub to download alice/value" in caplog.text
+    assert "waiting for the Hub to find alice/value" in caplog.text
 
 
 def test_a_hub_that_stays_silent_is_not_pushed_to(server, gpt2_value, package, caplog, monkeypatch):
-    monkeypatch.setattr("hub_tools.hub.retry.SHORTEST_LIMIT", 0.5)
-    monkeypatch.setattr("hub_tools.hub.retry.FIRST_NOTE", 0.1)
+    monkeypatch.setattr("hub_tools.hub.ask.PATIENCE", 0.5)
+    monkeypatch.setattr("hub_tools.hub.ask.ANSWER_WITHIN", 0.5)
+    monkeypatch.setattr("hub_tools.hub.ask.FIRST_NOTE", 0.1)
     server.create(REPO, files_of(package))
     server.faults = [Fault(route="whoami", delay=5.0)]
-    status, out, err = gpt2_value("push", package, REPO, "--patience", "0.5")
+    status, out, err = gpt2_value("push", package, REPO)
     assert (status, out) == (1, "")
     assert "no answer for" in err
     assert "waiting for the Hub to check the token" in caplog.text

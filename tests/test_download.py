@@ -1,9 +1,22 @@
-"""What a download finds in the place of a package is named."""
+"""Downloads: what lies in the place of a package is named, and every file is the one that was announced."""
+
+import json
+from pathlib import Path
 
 import pytest
-from slow.fault_sweep import serving
+from conftest import make_tiny_model
+from huggingface_hub import try_to_load_from_cache
+from support.hub_server import Fault
 
-from hub_tools.errors import NotAPackageError, PackageError
+from hub_tools import inspect_package, load_package, save_package
+from hub_tools.errors import (
+    GPT2ValueHubError,
+    HubRefusedError,
+    HubUnavailableError,
+    NotAPackageError,
+    PackageError,
+    RemoteNotFoundError,
+)
 from hub_tools.hub.download import fetch, fetch_outline
 
 REPO = "alice/value"
@@ -12,17 +25,131 @@ CASES = [
     ({}, NotAPackageError, "holds no package"),
     ({"README.md": b"words"}, NotAPackageError, r"README\.md"),
     ({"config.json": b"{}", "pytorch_model.bin": b"pickle"}, PackageError, r"pytorch_model\.bin"),
-    ({"config.json": b"{}", "model.safetensors": POINTER}, PackageError, "pointer of git-lfs"),
 ]
 
 
-@pytest.mark.parametrize(("files", "error", "found"), CASES, ids=["empty", "a card", "pickles", "a pointer"])
-def test_what_lies_in_the_place_of_a_package_is_named(tmp_path, files, error, found):
-    with serving(xet=False) as server:
-        server.create(REPO, files)
-        with pytest.raises(error, match=found) as fetched:
-            fetch(REPO, cache_dir=tmp_path / "cache")
-        assert REPO in str(fetched.value)
-        (tmp_path / "outline").mkdir()
-        with pytest.raises(error, match=found):
-            fetch_outline(REPO, tmp_path / "outline", cache_dir=tmp_path / "cache")
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files") / "package"
+    save_package(make_tiny_model(), folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def outline(tmp_path):
+    (tmp_path / "outline").mkdir()
+    return tmp_path / "outline"
+
+
+def sizes_in(cache):
+    return {path.name: path.stat().st_size for path in cache.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("content", "error", "found"), CASES, ids=["empty", "a card", "pickles"])
+def test_what_lies_in_the_place_of_a_package_is_named(server, tmp_path, outline, content, error, found):
+    server.create(REPO, content)
+    with pytest.raises(error, match=found) as fetched:
+        fetch(REPO, cache_dir=tmp_path / "cache")
+    assert REPO in str(fetched.value)
+    with pytest.raises(error, match=found):
+        fetch_outline(REPO, outline, cache_dir=tmp_path / "cache")
+
+
+def test_a_pointer_of_git_lfs_is_named(server, tmp_path, files):
+    server.create(REPO, {**files, "model.safetensors": POINTER})
+    for look in (inspect_package, load_package):
+        with pytest.raises(PackageError, match="git-lfs"):
+            look(REPO, cache_dir=tmp_path)
+
+
+def test_a_download_is_kept_where_transformers_finds_it_and_not_made_twice(server, tmp_path, files, monkeypatch):
+    commit = server.create(REPO, files).refs["refs/heads/main"]
+    snapshot = fetch(REPO, cache_dir=tmp_path)
+    assert snapshot.commit == commit
+    assert {path.name: path.read_bytes() for path in snapshot.folder.iterdir()} == files
+    server.requests.clear()
+    assert fetch(REPO, cache_dir=tmp_path) == snapshot
+    assert "resolve" not in server.routes()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fetch(REPO, cache_dir=tmp_path) == snapshot
+    with pytest.raises(HubUnavailableError, match="not in the cache"):
+        fetch(REPO, revision="v9", cache_dir=tmp_path)
+    assert Path(try_to_load_from_cache(REPO, "config.json", cache_dir=tmp_path)).read_bytes() == files["config.json"]
+
+
+def test_a_hub_that_is_away_leaves_the_cache_to_answer(server, tmp_path, files):
+    server.create(REPO, files)
+    snapshot = fetch(REPO, cache_dir=tmp_path)
+    server.faults.append(Fault(cut="before"))
+    assert fetch(REPO, cache_dir=tmp_path) == snapshot
+
+
+LARGE = [
+    ("tokenizer.json", 400 << 20),
+    ("config.json", 2 << 20),
+    ("modeling_gpt2_value.py", 5 << 20),
+    ("model.safetensors", 3 << 30),
+    ("model-00002-of-00002.safetensors", 3 << 30),
+]
+
+
+@pytest.mark.parametrize(("name", "size"), LARGE, ids=[name for name, _ in LARGE])
+def test_a_file_larger_than_a_model_needs_is_not_downloaded(server, tmp_path, outline, files, name, size):
+    """Also the base of gigabytes that a small adapter names."""
+    server.create(REPO, {**files, name: b"x"})
+    server.sizes[name] = size
+    with pytest.raises(PackageError, match=r"bytes.*download") as refused:
+        fetch(REPO, cache_dir=tmp_path / "cache")
+    assert name in refused.value.found
+    assert sum(sizes_in(tmp_path / "cache").values()) < 200_000
+    if not name.startswith("model-") and "safetensors" not in name:
+        with pytest.raises(PackageError, match="bytes"):
+            fetch_outline(REPO, outline, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("way", ["an endless body", "more than announced", "less", "other bytes"])
+def test_what_is_not_as_announced_is_not_kept(server, tmp_path, outline, files, way):
+    server.create(REPO, files)
+    size = {"an endless body": 0, "more than announced": 50_000_000, "less": 1}.get(way, len(files["config.json"]))
+    server.faults.append(Fault(route="resolve", body=bytes(size), endless=way == "an endless body"))
+    with pytest.raises(HubRefusedError):
+        fetch(REPO, cache_dir=tmp_path / "cache")
+    assert not sizes_in(tmp_path / "cache")
+
+
+def test_a_server_that_knows_no_ranges_does_not_make_inspection_read_all(server, tmp_path, files):
+    server.create(REPO, files)
+    server.ranges = False
+    with pytest.raises(HubRefusedError, match="range"):
+        inspect_package(REPO, cache_dir=tmp_path)
+
+
+def test_a_repository_or_revision_that_is_not_there_is_named(server, tmp_path, files):
+    server.create(REPO, files)
+    with pytest.raises(RemoteNotFoundError, match="alice/nothing"):
+        fetch("alice/nothing", cache_dir=tmp_path)
+    with pytest.raises(RemoteNotFoundError, match="no such revision"):
+        fetch(REPO, revision="v9", cache_dir=tmp_path)
+
+
+ODD = [
+    ("model_info", b'{"id": "a/b", "sha": "../../../evil"}'),
+    ("model_info", b"[]"),
+    ("tree", b'[{"type": "file", "path": "../../evil", "size": 1, "oid": "' + b"0" * 40 + b'"}]'),
+    ("tree", b'[{"type": "file", "path": "config.json", "size": 1, "oid": "../../evil"}]'),
+    ("tree", b'[{"type": "file", "path": "config.json", "size": "many", "oid": "' + b"0" * 40 + b'"}]'),
+    (
+        "tree",
+        json.dumps([{"type": "file", "path": f"{n}", "size": 1, "oid": "0" * 40} for n in range(10_001)]).encode(),
+    ),
+]
+
+
+@pytest.mark.parametrize(("route", "body"), ODD, ids=range(len(ODD)))
+def test_nothing_that_a_hub_says_leads_out_of_the_cache(server, tmp_path, outline, files, route, body):
+    server.create(REPO, files)
+    server.faults.append(Fault(route=route, body=body))
+    for look in (lambda: fetch(REPO, cache_dir=tmp_path / "cache"), lambda: fetch_outline(REPO, outline)):
+        with pytest.raises(GPT2ValueHubError):
+            look()
+    assert not sizes_in(tmp_path)

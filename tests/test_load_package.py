@@ -461,12 +461,12 @@ def test_what_the_hub_does_not_give_is_a_typed_error(server, package, cache):
         with pytest.raises(errors.GPT2ValueHubError, match="alice/secret") as refused:
             function("alice/secret", cache_dir=cache, token="hf_wrong")
         assert "hf_wrong" not in str(refused.value)
-        with pytest.raises(errors.RemoteNotFoundError):
+        with pytest.raises(errors.OptionsError):
             function("alice/bad--name", cache_dir=cache)
 
 
 def test_a_hub_that_is_unwell_for_a_moment_is_asked_again(server, package, cache, monkeypatch):
-    monkeypatch.setattr("hub_tools.hub.retry.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("hub_tools.hub.ask.FIRST_PAUSE", 0.01)
     server.create(REPO, contents(package))
     server.faults = [Fault(route="model_info", nth=1, status=503), Fault(route="resolve", nth=3, status=503)]
     assert load_package(REPO, cache_dir=cache).commit == server.history(REPO)[0].oid
@@ -519,7 +519,7 @@ def test_a_repository_whose_weights_lie_is_refused_by_their_header(server, packa
 @pytest.mark.parametrize("name", ["../out.py", "/abs.py", "sub/../../out.json", "a//b"])
 def test_a_repository_with_names_that_lead_out_is_refused(name, server, package, cache, tmp_path):
     server.create(REPO, {**contents(package), name: b"x"})
-    with pytest.raises(errors.PackageError, match="called"):
+    with pytest.raises(errors.HubRefusedError, match="lists a file"):
         inspect_package(REPO, cache_dir=cache)
 
 

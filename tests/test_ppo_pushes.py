@@ -4,11 +4,8 @@ import ppo
 from slow.fault_sweep import serving
 from train_small_gpt2 import Recipe, small_gpt2
 
-from hub_tools.publish.checkpoints import worker_process
-
 
 def test_checkpoints_of_a_run_are_pushed_as_packages(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker_process, "give_way", lambda pid: None)  # other tests run at the same time
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # the process that pushes reads it anew
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")

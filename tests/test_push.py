@@ -1,38 +1,47 @@
 """What you push is what they load: one verified commit, of what changed, with nothing in it that should not be."""
 
 import json
+import logging
 import os
+import re
+import shutil
+import struct
 import subprocess
 import sys
+import traceback
 
+import huggingface_hub
 import pytest
 from conftest import make_tiny_model
-from support.hub_server import User
-from support.pushing import REPO, push_verified, verified_before
+from slow.fault_sweep import FAULTS, SCENARIOS, hurried, requests_of, run_push, serving, set_up
+from support.hub_server import Fault, User
+from support.pushing import REPO, push_verified
 
 from hub_tools.errors import (
     AuthenticationError,
     ChangedFileError,
+    GPT2ValueHubError,
+    NotAPackageError,
     OptionsError,
+    PackageError,
+    SecretFoundError,
 )
-from hub_tools.hub import retry
+from hub_tools.hub import ask
 from hub_tools.package.save import save_package
+from hub_tools.publish import push as push_module
 from hub_tools.publish.push import push_package, push_to_hub
 
-STALE = {
-    "model-00001-of-00002.safetensors": b"old",
-    "model-00002-of-00002.safetensors": b"old",
-    "model.safetensors.index.json": b"{}",
-    "pytorch_model.bin": b"old",
-    "tf_model.h5": b"old",
-}
-MINE = {"notes.txt": b"mine", "images/curve.png": b"png", "training_args.bin": b"args", "LICENSE": b"MIT"}
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written") / "package"
+    save_package(make_tiny_model(), folder, repo_id=REPO)
+    return folder
 
 
 @pytest.fixture
-def package(tmp_path, tiny_model):
-    save_package(tiny_model, tmp_path / "package", repo_id=REPO)
-    return tmp_path / "package"
+def package(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "package")
 
 
 def test_what_you_push_is_what_they_load(server, tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
@@ -59,7 +68,7 @@ def test_what_you_push_is_what_they_load(server, tmp_path, tiny_model, tiny_toke
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, atol=1e-6, rtol=0)
 
     server.requests.clear()
-    monkeypatch.setattr("hub_tools.publish.push.verify_package", verified_before)
+    monkeypatch.setattr(push_module, "verify_package", lambda *_, **__: None)
     again = push_to_hub(tiny_model, REPO, tiny_tokenizer, license="mit")
     assert (again.committed, again.commit) == (False, report.commit)
     assert server.uploaded()["lfs_upload"] == server.uploaded()["commit"] == 0
@@ -77,6 +86,7 @@ def test_a_package_that_does_not_verify_is_not_pushed(server, package):
 def test_only_what_changed_is_uploaded(server, package):
     push_verified(package)
     server.requests.clear()
+    shutil.copytree(package, package.with_name("first"))
     save_package(make_tiny_model(seed=1), package, repo_id=REPO)
     report = push_verified(package)
     assert set(report.changed) == {"model.safetensors", "verification.json"}
@@ -84,26 +94,8 @@ def test_only_what_changed_is_uploaded(server, package):
     assert not report.deleted
     assert server.uploaded()["lfs_upload"] == report.changed["model.safetensors"]
     server.requests.clear()
-    save_package(make_tiny_model(seed=0), package, repo_id=REPO)
-    push_verified(package)
+    push_verified(package.with_name("first"))
     assert server.uploaded()["lfs_upload"] == 0, "the Hub still has the first weights"
-
-
-def test_stale_weights_go_in_the_same_commit_and_everything_else_stays(server, package):
-    server.create(REPO, {**STALE, **MINE, "tokenizer.json": b"{}"})
-    report = push_verified(package)
-    assert set(report.deleted) == set(STALE)
-    assert set(report.kept) == {*MINE, "tokenizer.json", ".gitattributes"}
-    assert len(server.history(REPO)) == 3
-    files = server.files(REPO)
-    assert {name: files[name] for name in MINE} == MINE
-    assert set(files) == {*MINE, "tokenizer.json", ".gitattributes", *os.listdir(package)}
-
-
-def test_a_new_tokenizer_replaces_the_old_one_whole(server, tmp_path, tiny_model, tiny_tokenizer):
-    save_package(tiny_model, tmp_path / "package", tiny_tokenizer)
-    server.create(REPO, {"vocab.json": b"{}", "merges.txt": b""})
-    assert set(push_verified(tmp_path / "package").deleted) == {"vocab.json", "merges.txt"}
 
 
 def test_a_gitignore_in_the_repository_does_not_thin_out_the_package(server, package):
@@ -115,29 +107,31 @@ def test_a_gitignore_in_the_repository_does_not_thin_out_the_package(server, pac
 def test_a_dry_run_says_everything_and_does_nothing(server, package):
     fresh = push_verified(package, dry_run=True)
     assert REPO not in server.repos
-    assert fresh.new_repository
+    assert fresh.new
     assert set(fresh.added) == set(os.listdir(package))
-    server.create(REPO, {**STALE, **MINE, "config.json": b"{}"})
+    server.create(REPO, {"config.json": b"{}", "tf_model.h5": b"old", "notes.txt": b"mine"})
     before = server.history(REPO)
-    report = push_verified(package, branch="dev", dry_run=True)
+    report = push_verified(package, revision="dev", dry_run=True)
     assert server.repos[REPO].refs == {"refs/heads/main": before[0].oid}
-    assert not {"preupload", "lfs_batch", "lfs_upload", "commit"} & set(server.routes())
-    assert (report.new_branch, report.commit, report.committed, report.load_lines) == (True, None, False, None)
+    assert not {"lfs_batch", "lfs_upload", "commit", "create_branch"} & set(server.routes())
+    assert (report.new, report.commit, report.committed, report.load_lines) == (True, None, False, None)
     sizes = {path.name: path.stat().st_size for path in package.iterdir()}
+    text = str(report)
     assert report.changed == {"config.json": sizes.pop("config.json")}
     assert report.added == sizes
-    text = str(report)
-    for name, size in {**sizes, **{name: len(data) for name, data in STALE.items()}}.items():
+    assert report.deleted == {"tf_model.h5": 3}
+    assert "would push" in text
+    for name, size in {**sizes, **report.changed, **report.deleted}.items():
         assert f"{name}  {size:,} bytes" in text
 
 
 def test_a_branch_is_created_where_it_is_missing(server, package):
-    server.create(REPO, MINE)
-    report = push_verified(package, branch="experiments/7")
-    assert report.new_branch
+    server.create(REPO, {"notes.txt": b"mine"})
+    report = push_verified(package, revision="experiments/7")
+    assert report.new
     assert server.history(REPO, "experiments/7")[0].oid == report.commit
     assert server.history(REPO, "experiments/7")[0].parent == server.history(REPO)[0].oid
-    assert set(server.files(REPO)) == {*MINE, ".gitattributes"}
+    assert set(server.files(REPO)) == {"notes.txt", ".gitattributes"}
 
 
 def test_a_pull_request_leaves_the_branch_alone(server, package):
@@ -152,37 +146,29 @@ def test_a_pull_request_leaves_the_branch_alone(server, package):
 def test_a_tag_is_set_once(server, package):
     first = push_verified(package, tag="v1")
     assert server.repos[REPO].refs["refs/tags/v1"] == first.commit
+    assert "tag    v1" in str(first)
+    server.requests.clear()
     assert push_verified(package, tag="v1").commit == first.commit
+    assert "create_tag" not in server.routes()
     assert push_verified(package, tag="v2").commit == first.commit, "nothing changed; the tag is new"
-    save_package(make_tiny_model(seed=1), package, repo_id=REPO)
+    (package / "NOTICE").write_text("new")
     with pytest.raises(OptionsError):
         push_verified(package, tag="v1")
     assert server.history(REPO)[0].oid == first.commit, "found out before the commit"
-
-
-def test_a_tag_that_is_in_its_place_is_not_sent_again_and_the_summary_names_it(server, package):
-    assert "tag    v1" in str(push_verified(package, tag="v1"))
-    server.requests.clear()
-    again = push_verified(package, tag="v1")
-    assert "create_tag" not in server.routes()
-    assert "tag    v1 (in its place already)" in str(again)
-    only_the_tag = str(push_verified(package, tag="v2"))
-    assert "unchanged; the tag was set" in only_the_tag
-    assert "tag    v2" in only_the_tag
 
 
 def test_what_the_hub_can_refuse_cheaply_is_asked_before_the_verification(server, package, monkeypatch):
     def verify(*_, **__):
         raise AssertionError("verified first")
 
-    monkeypatch.setattr("hub_tools.publish.push.verify_package", verify)
-    repo = server.create(REPO, MINE)
-    first = server.history(REPO)[-1].oid
-    repo.refs["refs/tags/v1"] = first
+    monkeypatch.setattr(push_module, "verify_package", verify)
+    repo = server.create(REPO, {"notes.txt": b"mine"})
+    repo.refs["refs/tags/v1"] = server.history(REPO)[-1].oid
     server.tokens["hf_bob"] = User("bob")
     for options, error in (
         ({"tag": "v1"}, OptionsError),
         ({"revision": "v1"}, OptionsError),
+        ({"revision": "0" * 40}, OptionsError),
         ({"private": True}, OptionsError),
         ({"token": "hf_bob"}, AuthenticationError),
     ):
@@ -191,29 +177,14 @@ def test_what_the_hub_can_refuse_cheaply_is_asked_before_the_verification(server
     assert "commit" not in server.routes()
 
 
-@pytest.mark.parametrize(
-    ("route", "state"),
-    [
-        ("model_info", "nothing was changed"),
-        ("preupload", "nothing was committed"),
-        ("commit", "may be there"),
-        ("create_tag", "tag may be missing"),
-    ],
-)
-def test_an_interrupt_says_in_which_state_the_repository_is(server, package, caplog, monkeypatch, route, state):
-    server.create(REPO)
-    call = retry._in_thread
+def test_an_interrupt_says_where_to_look(server, package, caplog, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
 
-    def interrupted(what, request, limit):
-        answer = call(what, request, limit)
-        if route in server.routes():
-            raise KeyboardInterrupt
-        return answer
-
-    monkeypatch.setattr(retry, "_in_thread", interrupted)
+    monkeypatch.setattr(push_module.Push, "_commit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        push_verified(package, tag="v1")
-    assert state in caplog.text
+        push_verified(package)
+    assert f"{REPO}/commits/main shows whether the commit was made" in caplog.text
 
 
 def test_visibility_is_as_asked_or_the_push_is_refused(server, package):
@@ -222,16 +193,9 @@ def test_visibility_is_as_asked_or_the_push_is_refused(server, package):
     assert push_verified(package, private=True).committed is False
     with pytest.raises(OptionsError, match="private already"):
         push_verified(package, private=False)
-    server.repos[REPO].private = False
-    with pytest.raises(OptionsError, match="public already"):
-        push_verified(package, private=True)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"create_pr": True, "revision": "dev"}, {"create_pr": True, "tag": "v1"}],
-    ids=lambda options: str(options),
-)
+@pytest.mark.parametrize("options", [{"create_pr": True, "revision": "dev"}, {"create_pr": True, "tag": "v1"}], ids=str)
 def test_options_that_contradict_each_other_are_refused_before_anything_is_asked(server, package, options):
     with pytest.raises(OptionsError):
         push_package(package, REPO, **options)
@@ -240,9 +204,305 @@ def test_options_that_contradict_each_other_are_refused_before_anything_is_asked
     assert not server.requests
 
 
-@pytest.mark.parametrize("revision", ["v1", "0" * 40])
-def test_tags_and_commits_are_no_place_to_push_to(server, package, revision):
-    repo = server.create(REPO)
-    repo.refs["refs/tags/v1"] = repo.refs["refs/heads/main"]
-    with pytest.raises(OptionsError, match=r"is a (tag|commit)"):
-        push_verified(package, branch=revision)
+# The card: its words are its owner's, the metadata ours
+
+
+def test_a_card_on_the_hub_keeps_its_words_and_gets_our_metadata(server, package):
+    metadata = "---\nlicense: apache-2.0\nlanguage: de\ntags:\n- mine\npipeline_tag: fill-mask\n---\n"
+    words = "# Mine\r\n\u00fcber alles\r\n"
+    server.create(REPO, {"README.md": (metadata + words).encode()})
+    push_verified(package)
+    card = server.files(REPO)["README.md"]
+    assert card.endswith(("---\n" + words).encode())
+    data = huggingface_hub.ModelCard(card.decode(), ignore_metadata_errors=True).data.to_dict()
+    assert (data["license"], data["language"], data["pipeline_tag"]) == ("apache-2.0", "de", "text-generation")
+    assert data["tags"][0] == "mine"
+    assert "value-head" in data["tags"]
+    assert not push_verified(package).committed, "merging again changes nothing"
+    assert server.files(REPO)["README.md"] == card
+
+
+def test_a_card_that_was_written_for_a_folder_gets_the_repositorys_address(server, tiny_model, tmp_path):
+    folder = tmp_path / "local"
+    save_package(tiny_model, folder)
+    assert 'from_pretrained(".", ' in (folder / "README.md").read_text()
+    push_verified(folder)
+    card = server.files(REPO)["README.md"].decode()
+    assert f'AutoModel.from_pretrained("{REPO}", trust_remote_code=True)' in card
+    assert 'from_pretrained(".", ' not in card
+    assert "In the folder of this package" not in card
+    assert not push_verified(folder).committed
+
+
+@pytest.mark.parametrize("theirs", [b"---\nlicense: mit\n---\n", b"---\r\nlicense: mit\r\n---", b"", b"# Only words\n"])
+def test_a_card_without_metadata_or_without_text_is_completed(server, package, theirs):
+    server.create(REPO, {"README.md": theirs})
+    push_verified(package)
+    card = server.files(REPO)["README.md"]
+    assert b"library_name: transformers" in card
+    assert (b"license: mit" in card) == (b"license" in theirs)
+    assert b"# Only words" in card or b"AutoModel.from_pretrained" in card
+    assert not push_verified(package).committed
+
+
+def test_a_card_that_cannot_be_read_is_not_overwritten(server, package):
+    server.create(REPO, {"README.md": b"---\ntags: [unclosed\n---\nwords"})
+    with pytest.raises(OptionsError, match=r"README.md in the repository"):
+        push_verified(package)
+    assert server.files(REPO)["README.md"].endswith(b"words")
+
+
+# What is refused
+
+
+def test_a_wrong_token_is_corrected_where_it_was_set(server, package, monkeypatch):
+    with pytest.raises(AuthenticationError) as passed:
+        push_package(package, REPO, token="hf_wrong")
+    assert "token=" in passed.value.next_step
+    assert "hf auth login" not in passed.value.next_step, "an argument overrides the login"
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(AuthenticationError) as in_environment:
+        push_package(package, REPO)
+    assert "unset it" in in_environment.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id"),
+    [
+        ("hf_wrong", REPO),
+        ("hf_reader", REPO),
+        ("hf_bob", REPO),
+        ("hf_bob", "alice/another"),
+        ("hf_bob", "alice/secret"),
+        ("hf_two words", REPO),
+        ("hf_\u00fc", REPO),
+    ],
+)
+def test_token_and_repository_are_checked_before_a_byte_is_uploaded(server, package, token, repo_id):
+    server.create(REPO)
+    server.create("alice/secret", private=True)
+    server.tokens |= {"hf_reader": User("alice", role="read"), "hf_bob": User("bob")}
+    with pytest.raises(AuthenticationError) as refused:
+        push_verified(package, repo_id, token=token)
+    assert refused.value.next_step
+    assert ("it is private" in refused.value.next_step) == (repo_id != REPO)
+    assert "lfs_upload" not in server.routes()
+    assert len(server.history(REPO)) == 1
+
+
+def test_without_a_token_nothing_is_asked(server, package, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(package / "nowhere"))
+    with pytest.raises(AuthenticationError, match="no token"):
+        push_package(package, REPO)
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".env",
+        ".notes.md",
+        "id_rsa",
+        "server.pem",
+        "credentials.json",
+        "wandb",
+        "train.py",
+        "optimizer.pt",
+        "pytorch_model.bin",
+    ],
+)
+def test_files_that_do_not_belong_are_refused_by_name(server, package, name):
+    (package / name).write_text("x")
+    with pytest.raises(PackageError, match=name):
+        push_package(package, REPO)
+    assert "commit" not in server.routes()
+
+
+def test_a_place_without_a_package_and_links_out_of_one_are_refused(server, package, tmp_path):
+    with pytest.raises(NotAPackageError):
+        push_package(tmp_path / "nothing", REPO)
+    (tmp_path / "secret").write_text("secret")
+    (package / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(PackageError, match="LICENSE"):
+        push_package(package, REPO)
+
+
+@pytest.mark.parametrize("route", ["whoami", "preupload", "lfs_upload"])
+def test_what_was_checked_is_what_is_pushed_whatever_happens_to_the_folder(server, package, tmp_path, route):
+    """A file that is exchanged for a link to a private key while the push goes on."""
+    server.create(REPO)
+    (tmp_path / "id_rsa").write_text("private key")
+    (package / "NOTICE.md").write_text("harmless")
+
+    class Exchange(Fault):
+        def strikes(self, request):
+            if request.route == self.route:
+                (package / "NOTICE.md").unlink()
+                (package / "NOTICE.md").symlink_to(tmp_path / "id_rsa")
+            return False
+
+    server.faults.append(Exchange(route=route))
+    if route == "whoami":  # before the package is copied
+        with pytest.raises(PackageError, match="NOTICE"):
+            push_verified(package)
+    else:
+        push_verified(package)
+        assert server.files(REPO)["NOTICE.md"] == b"harmless"
+
+
+SECRET = "hf_" + "Ab1" * 12
+JSON_ESCAPED = SECRET.replace("h", "\\u0068", 1).replace("A", "\\u0041")
+HIDDEN = {
+    "plain": ("notes.md", SECRET.encode()),
+    "after an underscore": ("notes.md", f"my_{SECRET}".encode()),
+    "OAuth": ("notes.md", b"hf_oauth_eyJhbGciOiJFZERTQSJ9.eyJzY29wZSI6WyJvcGVuaWQiXX0.x_-y"),
+    "a job": ("notes.md", b"hf_jwt_eyJhbGciOiJFZERTQSJ9.eyJzY29wZSI6WyJvcGVuaWQiXX0.x_-y"),
+    "an organisation's": ("notes.md", b"api_org_" + b"x" * 34),
+    "UTF-16": ("notes.md", SECRET.encode("utf-16")),
+    "UTF-16, big-endian": ("notes.md", SECRET.encode("utf-16-be")),
+    "UTF-32": ("notes.md", SECRET.encode("utf-32")),
+    "JSON": ("config.json", f'{{"note": "{JSON_ESCAPED}"}}'.encode()),
+    "JSON in JSON": ("config.json", f'{{"note": "{JSON_ESCAPED}"}}'.replace("\\", "\\\\").encode()),
+    "a name": (f"{SECRET}.md", b""),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+@pytest.mark.parametrize("whose", ["any", "in use"])
+def test_a_token_is_not_published_in_any_form(server, package, case, whose, monkeypatch):
+    name, data = HIDDEN[case]
+    if whose == "in use":  # which may look like nothing that is known
+        own = "Own.Token-1"
+        server.tokens = {own: server.tokens[server.token]}
+        monkeypatch.setenv("HF_TOKEN", own)
+        for encoding in ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le"):
+            data = data.replace(SECRET.encode(encoding), own.encode(encoding))
+        name, data = name.replace(SECRET, own), data.replace(JSON_ESCAPED.encode(), b"\\u004fwn.Token-1")
+        if data == HIDDEN[case][1] and SECRET not in HIDDEN[case][0]:
+            pytest.skip("another token's form")
+    (package / name).write_bytes(data)
+    with pytest.raises(SecretFoundError) as refused:
+        push_verified(package)
+    assert SECRET not in str(refused.value)
+    assert "commit" not in server.routes()
+
+
+def test_a_token_is_not_published_in_metadata_messages_tags_and_branches(server, package):
+    for options in ({"commit_message": f"with {SECRET}"}, {"tag": f"v_{SECRET}"}, {"revision": SECRET}):
+        with pytest.raises(SecretFoundError, match=r"commit message|tag|branch"):
+            push_verified(package, **options)
+    header = json.dumps({"__metadata__": {"format": "pt", "note": SECRET}}).encode()
+    (package / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(SecretFoundError, match=r"model\.safetensors"):
+        push_verified(package)
+
+
+def everything_in(error):
+    """All that a log of this exception could show: its text, its traceback, and those of what it came from."""
+    texts = ["".join(traceback.format_exception(error))]
+    while error is not None:
+        texts += [str(error), repr(error), repr(vars(error))]
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
+
+
+def test_the_token_appears_nowhere(server, package, caplog, capfd):
+    """Not in logs, errors, reports, or the repository; also where the Hub itself repeats it in its answers."""
+    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.INFO, "httpcore2")  # below INFO it logs the Hub's answers as they come, byte for byte
+    seen, scenario = [], SCENARIOS[0]
+    with hurried():
+        for number, _ in enumerate(requests_of(server, package, scenario), start=1):
+            for name in ("401", "403", "429"):
+                set_up(server, scenario)
+                message = f"bad token {server.token} \x1b[2K"
+                server.faults.append(Fault(nth=number, message=message, **FAULTS[name]))
+                try:
+                    seen.append(repr(run_push(package, scenario)))
+                except GPT2ValueHubError as error:
+                    seen.append(everything_in(error))
+    assert any("[token]" in text for text in seen), "the Hub's answers reached us"
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("hub_tools")]
+    assert any("bad token" in text for text in ours)
+    assert not [text for text in ours if "\x1b" in text], "nor does an answer reach the terminal raw"
+    for commit in server.repos[REPO].commits.values():
+        seen += [commit.title, commit.description, *(f.content.decode("latin-1") for f in commit.files.values())]
+    seen += [caplog.text, *capfd.readouterr()]
+    assert not [text for text in seen if server.token in text]
+    assert all(request.token in (server.token, None) for request in server.requests)
+
+
+# `gpt2-value push`, and what an upload shows
+
+
+def test_a_hub_without_xet_is_pushed_to_by_lfs(package, monkeypatch):
+    """With hf_xet installed and on, as users have it."""
+    monkeypatch.setattr(ask, "FIRST_PAUSE", 0.01)
+    with serving(xet=True) as server:
+        report = push_verified(package)
+        assert server.history(REPO)[0].oid == report.commit
+        assert server.uploaded()["lfs_upload"] == report.added["model.safetensors"]
+        assert server.routes().count("commit") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal is needed")
+@pytest.mark.parametrize("stderr", ["terminal", "file"])
+def test_the_command_shows_an_uploads_bytes_on_a_terminal_and_no_bar_in_a_file(tmp_path, stderr):
+    import fcntl
+    import pty
+    import termios
+
+    save_package(make_tiny_model(n_embd=256), tmp_path / "package", repo_id=REPO)
+    script = (
+        "import sys\nfrom hub_tools import cli\nfrom hub_tools.publish import push\n"
+        "push.verify_package = lambda folder, trust_remote_code: None\n"  # another test's, and an interpreter's start
+        "cli.main(['push', *sys.argv[1:]])"
+    )
+    with serving(xet=False) as server:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "TERM": "xterm",
+            "COLUMNS": "100",
+        }
+        del environment["HF_HUB_DISABLE_PROGRESS_BARS"]
+        ours, theirs = pty.openpty() if stderr == "terminal" else os.pipe()
+        if stderr == "terminal":
+            fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+        command = [sys.executable, "-c", script, str(tmp_path / "package"), REPO]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+            os.close(theirs)
+            printed = b"".join(iter(lambda: read_some(ours), b"")).decode()
+        os.close(ours)
+    assert process.returncode == 0, printed
+    if stderr == "terminal":
+        assert re.search(r"model\.safetensors: 100%\|.*\d\.\d\dM/\d\.\d\dM", printed), printed
+    else:
+        assert "%" not in printed
+        assert len(printed.splitlines()) == 1
+
+
+def read_some(descriptor):
+    """What is there; nothing at the end, which a terminal tells by an error."""
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:
+        return b""
+
+
+def test_the_command_pushes_and_prints_the_lines_that_load(server, package, gpt2_value, monkeypatch):
+    monkeypatch.setattr(push_module, "verify_package", lambda *_, **__: None)
+    code, printed, _ = gpt2_value("push", package, REPO, "--dry-run")
+    assert code == 0
+    assert "would push" in printed
+    assert REPO not in server.repos
+    code, printed, _ = gpt2_value("push", package, REPO, "--private", "--tag", "v1", "--message", "by hand")
+    commit = server.history(REPO)[0]
+    assert (code, commit.title, server.repos[REPO].refs["refs/tags/v1"]) == (0, "by hand", commit.oid)
+    assert f'AutoModel.from_pretrained("{REPO}", revision="{commit.oid}", trust_remote_code=True)' in printed
+    code, _, errors = gpt2_value("push", package, REPO, "--public")
+    assert code == 1
+    assert "private already" in errors

@@ -19,7 +19,6 @@ from hub_tools.errors import (
     UnsavableModelError,
 )
 from hub_tools.package import sharded as module
-from hub_tools.publish.checkpoints import worker_process
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -95,7 +94,6 @@ def test_what_the_first_process_refuses_all_processes_refuse(tmp_path):
 
 
 def push(rank, folder, url, token):
-    worker_process.give_way = lambda pid: None  # other tests run at the same time
     os.environ.update(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")  # for workers
     with talking_to(url, token, xet=False):
         push_all(rank, folder)

@@ -261,7 +261,6 @@ def push(
     message: Annotated[Optional[str], typer.Option("--message", "-m", help="Title of the commit.")] = None,
     dry_run: DryRun = False,
     trust_remote_code: TrustRemoteCode = False,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds for which one request may keep failing.")] = 300,
     json: Json = False,
 ) -> None:
     """Verify a package, then push it to the Hub in exactly one commit, and print the lines that load it.
@@ -269,15 +268,21 @@ def push(
     What the repository has already is not sent again. Faults that pass are retried; a push that failed left the
     branch as it was, and can be run again. The token is the one of hf auth login, or HF_TOKEN.
     """
-    from ..publish.push import MAIN, MESSAGE, PushOptions, open_repository, read_verified
-    from ..publish.push import push as push_verified
+    from ..publish.push import MESSAGE, push_package
 
-    title = MESSAGE if message is None else message
-    options = PushOptions(revision or MAIN, private, create_pr, tag, title, dry_run=dry_run)
-    with console.working(f"verifying {package}"):
-        hub = open_repository(repo_id, patience=patience)
-        verified = read_verified(package, hub, options, trust_remote_code=trust_remote_code)
-    report = push_verified(verified, hub, options)  # without the spinner, which would hide the bars of an upload
+    # not a spinner, which would hide the bars of an upload
+    console.err.print(f"verifying and pushing {console.visible(str(package))}")
+    report = push_package(
+        package,
+        repo_id,
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        tag=tag,
+        commit_message=MESSAGE if message is None else message,
+        dry_run=dry_run,
+        trust_remote_code=trust_remote_code,
+    )
     if json:
         console.show_json(asdict(report))
     else:

@@ -182,8 +182,8 @@ def _folder_of(source: str, revision: str | None) -> Path:
     """Return the folder that holds the checkpoint: `source` itself, or the snapshot in the Hub's cache."""
     if os.path.isdir(source):
         return Path(source)
+    from ..hub.ask import is_repository_id
     from ..hub.download import fetch
-    from ..hub.repository_id import is_repository_id
 
     if not is_repository_id(source):
         raise _does_not_load(source, revision, "there is no such folder, and it is no name of a repository")

@@ -1,52 +1,63 @@
-"""Fetch a package from a Hub without running any of it: all that a loader reads, or only what inspection reads.
+"""What a repository holds, and its files, fetched without running any of it: bounded, and as the Hub announced them.
 
-Imports the standard library, huggingface_hub (0.36 and newer), and of hub_tools `errors`, `files`, `layout`, `retry`
-and `transfers`. Only files that belong to a package are fetched, and never a pickle. The Hub's cache and its offline
-mode are huggingface_hub's own: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+Imports huggingface_hub (0.36 and newer) through `ask`. Files are kept in huggingface_hub's own cache, where
+transformers finds them: https://huggingface.co/docs/huggingface_hub/guides/manage-cache. They are written there by
+`http_get`, one by one, and not by `snapshot_download`, which writes whatever a server sends, to a path of its choosing.
 """
 
 from __future__ import annotations
 
-import glob
-import math
-import struct
-from collections.abc import Callable
+import hashlib
+import io
+import itertools
+import os
+import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, BinaryIO
 
-from huggingface_hub import HfApi, HfFileSystem, constants, get_token, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, hf_hub_url
+from huggingface_hub.file_download import http_get
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers
 
-from .. import layout
-from ..errors import (
-    AuthenticationError,
-    HubUnavailableError,
-    NotAPackageError,
-    PackageError,
-    RemoteNotFoundError,
-)
-from ..files import HEADER_LIMIT, LFS_POINTER, MIB
-from .retry import Retrier, is_http, other_token, status_of, token_source
-from .transfers import no_warning_of_empty_downloads
+from .. import layout, limits
+from ..errors import HubRefusedError, HubUnavailableError, NotAPackageError, PackageError
+from ..files import HEADER_LIMIT, LFS_POINTER, read_json
+from .ask import Hub, Passing, offline
 
-PATIENCE = 60.0  # seconds for which a request may keep failing in ways that pass
-# What inspection reads whole. Nothing of it is larger in a sound package: a tokenizer of a million tokens.
-OUTLINE_LIMIT = 256 * MIB
+FIRST_BYTES = 256  # of a file of weights: a pointer of git-lfs is shorter
+CHUNK = 10_000_000  # bytes of a download that huggingface_hub collects before it writes them
 
-_TEXTS = [layout.CONFIG, layout.GENERATION_CONFIG, layout.WEIGHTS_INDEX, layout.RECORD, *sorted(layout.TOKENIZER)]
-_CODE = "*.py"
-_WEIGHTS = [layout.WEIGHTS, "model-*-of-*.safetensors"]
-_NOT_IN_FOLDERS = "*/*"  # a pattern's star takes slashes too
 
-T = TypeVar("T")
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on the Hub: git's hash of it and, where it is in large file storage, the SHA-256 of its content."""
+
+    size: int
+    oid: str
+    sha256: str | None
+
+    def is_at(self, path: Path) -> bool:
+        """Whether this is what a local file holds. Git hashes a file as `blob <size>\\0<content>`."""
+        size = path.stat().st_size
+        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % size)
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        return size == self.size and digest.hexdigest() == (self.sha256 or self.oid)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One commit of a repository, as the Hub lists it."""
+
+    repo_id: str
+    commit: str
+    files: dict[str, RemoteFile]
+    private: bool
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,51 @@ class Snapshot:
     commit: str
 
 
-def offline() -> bool:
-    """Whether huggingface_hub was told to ask nobody (HF_HUB_OFFLINE)."""
-    return bool(constants.HF_HUB_OFFLINE)
+def read_repository(hub: Hub, repo_id: str, revision: str | None = None) -> Repository:
+    """Ask for the files of a revision, with their sizes and hashes.
+
+    Raises:
+        HubRefusedError: the Hub answers with something that is no commit, or no list of files.
+        What `Hub.ask` raises.
+    """
+    where = f"find {repo_id}" + (f" at revision {revision}" if revision else "")
+    info = hub.ask(where, hub.api.model_info, repo_id, revision=revision)
+    if not is_hex(info.sha, 40):
+        raise _odd_answer(f"says that {repo_id} is at commit {str(info.sha)[:80]!r}")
+
+    def listed() -> list[Any]:
+        entries = hub.api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
+        return list(itertools.islice(entries, limits.NAMES_IN_A_FOLDER + 1))
+
+    entries, files = hub.ask(f"list the files of {repo_id}", listed), {}
+    if len(entries) > limits.NAMES_IN_A_FOLDER:
+        raise _odd_answer(f"lists more than {limits.NAMES_IN_A_FOLDER:,} files of {repo_id}")
+    for entry in entries:
+        if isinstance(entry, RepoFile):
+            file = RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
+            fits = type(file.size) is int and file.size >= 0 and is_hex(file.oid, 40)
+            if not (fits and _stays_inside(entry.path) and (file.sha256 is None or is_hex(file.sha256, 64))):
+                raise _odd_answer(f"lists a file {str(entry.path)[:200]!r} of {str(file)[:200]}")
+            files[entry.path] = file
+    return Repository(repo_id, str(info.sha), files, bool(info.private))
+
+
+def is_hex(text: object, digits: int) -> bool:
+    """Whether a text is so many hexadecimal digits: nothing else may touch a path."""
+    return isinstance(text, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", text) is not None
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name leads to a place in the repository. Git allows no other, but a server may say anything."""
+    return not PurePosixPath(name).is_absolute() and {"..", ".", ""}.isdisjoint(name.split("/")) and "\0" not in name
+
+
+def _odd_answer(found: str) -> HubRefusedError:
+    return HubRefusedError(
+        f"the Hub {found}",
+        expected="commits of 40 hexadecimal digits, and files in the repository with their sizes and hashes",
+        next_step="make sure that HF_ENDPOINT is a Hub that you trust",
+    )
 
 
 def fetch(
@@ -70,99 +123,50 @@ def fetch(
     cache_dir: Path | None = None,
     local_files_only: bool = False,
 ) -> Snapshot:
-    """Download the files of a package that a loader reads, at one commit, to the Hub's cache.
+    """Download the files that a loader of a package or a plain GPT-2 reads, at one commit, to the Hub's cache.
 
-    Where the Hub cannot be reached, or in offline mode, the cache answers alone, as it does for transformers.
+    Sizes are checked before anything is downloaded. Pickles are not downloaded. Where the Hub cannot be reached, or in
+    offline mode, the cache answers alone, as it does for transformers.
 
     Raises:
-        NotAPackageError, PackageError: a repository without a package, or with pickles in the place of its weights.
-        PackageError: a pointer of git-lfs in the place of a file.
+        NotAPackageError, PackageError: a repository without a model, or with pickles in the place of its weights.
+        PackageError: a file, or all weights together, larger than such a model needs; a pointer of git-lfs.
         RemoteNotFoundError: no such repository or revision, or not for this token.
         AuthenticationError: the Hub does not accept the token, or wants one.
         HubUnavailableError: the Hub cannot be reached, or must not be asked, and the cache does not have it.
+        HubRefusedError: the Hub sends other files than it announced.
     """
-    cached_only = local_files_only or offline()
-    api = HfApi(token=token, library_name="gpt2-value", library_version=layout.__version__)
-    if not cached_only:
-        _ask(lambda: _answers(api, repo_id, revision), repo_id, revision, token)
-    folder = _ask(
-        lambda: snapshot_download(
-            repo_id,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=cached_only,
-            allow_patterns=[*_TEXTS, layout.CARD, _CODE, *_WEIGHTS],
-            ignore_patterns=[_NOT_IN_FOLDERS],
-            library_name="gpt2-value",
-            library_version=layout.__version__,
-        ),
-        repo_id,
-        revision,
-        token,
-        transfer=math.inf,
-    )
-    snapshot = Snapshot(Path(folder), Path(folder).name)
-    names = {path.name for path in snapshot.folder.iterdir()} if snapshot.folder.is_dir() else set()
-    for name in sorted(names):
-        path = snapshot.folder / name
-        if path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
-            raise _pointer(repo_id, name)
-    if not (_has_model(names) or cached_only):
-        # what is there instead was not downloaded: only the list of files tells
-        names |= set(_ask(lambda: api.list_repo_files(repo_id, revision=snapshot.commit), repo_id, revision, token))
-    _refuse_no_model(names, repo_id)
-    return snapshot
+    hub = Hub(token)
+    home = Path(cache_dir or constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
 
+    def attempt() -> Snapshot:
+        try:
+            repository = read_repository(hub, repo_id, revision)
+        except Passing as failure:
+            if not failure.answered and (cached := _cached(home, revision)):
+                return cached
+            raise
+        wanted = _wanted(repository)
+        weights = [name for name in wanted if _limit(name) is None]
+        for name in [name for name in wanted if name not in weights] + weights:
+            if weights and name == weights[0]:
+                _check_weights(home / "snapshots" / repository.commit, {n: repository.files[n].size for n in weights})
+            download_file(hub, repository, name, home)
+        if revision != repository.commit:  # for the cache alone, another time
+            ref = home / "refs" / (revision or "main")
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(repository.commit)
+        return Snapshot(home / "snapshots" / repository.commit, repository.commit)
 
-def _answers(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Ask for the revision, and say whether the Hub can be reached; where it cannot, the cache may do. A download has
-    no time limit, and huggingface_hub sets none for its first answer, so a silent Hub is found out here."""
-    try:
-        api.model_info(repo_id, revision=revision)
-    except (OSError, RuntimeError, ValueError) as error:
-        if status_of(error) is None and is_http(error):
-            return False
-        raise
-    return True
-
-
-def _has_model(names: set[str]) -> bool:
-    return layout.CONFIG in names and any(layout.kind_of(name) == "weights" for name in names)
-
-
-def _refuse_no_model(names: set[str], repo_id: str) -> None:
-    """Refuse a repository whose files, by their names, are no model's. (Inspection finds out whether they are sound.)
-
-    Raises:
-        NotAPackageError: it holds no model.
-        PackageError: all of its weights are pickles.
-    """
-    if layout.CONFIG not in names:
-        files = sorted(name for name in names if layout.kind_of(name) != "litter")
-        raise NotAPackageError(
-            f"{repo_id} holds no package: it has {', '.join(files[:5]) or 'no files'}",
-            expected=f"a repository with {layout.CONFIG} and {layout.WEIGHTS}, as gpt2-value push makes it",
-            next_step="check the name and the revision",
+    if not (local_files_only or offline()):
+        return hub.patiently(f"download {repo_id}", attempt)
+    if (cached := _cached(home, revision)) is None:
+        raise HubUnavailableError(
+            f"{repo_id} is not in the cache, and the Hub must not be asked",
+            expected="a model that was downloaded before",
+            next_step="leave out local_files_only, unset HF_HUB_OFFLINE, and run the same again",
         )
-    pickles = sorted(name for name in names if layout.kind_of(name) == "pickle")
-    if pickles and not _has_model(names):
-        raise PackageError(
-            f"{repo_id} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when opened; "
-            "none was downloaded",
-            expected="weights in safetensors",
-            next_step=f"ask its author for safetensors; or hf download {repo_id} --local-dir FOLDER , and read it "
-            "without running it: gpt2-value create --base FOLDER OUT , or, where another library wrote it: gpt2-value "
-            "convert FOLDER OUT",
-        )
-
-
-def _pointer(repo_id: str, name: str) -> PackageError:
-    return PackageError(
-        f"{name} of {repo_id} is not the file but a pointer of git-lfs to it",
-        expected="the file itself",
-        next_step="ask its author to upload it again, by gpt2-value push; git alone, without git-lfs, uploads pointers",
-    )
+    return cached
 
 
 def fetch_outline(
@@ -183,148 +187,201 @@ def fetch_outline(
         where JSON and code are in the Hub's cache, to be read by people, and their commit.
 
     Raises:
-        PackageError: a file's name leads out of the folder.
-        PackageError: a file is far larger than any package's.
-        And what `fetch` raises.
+        What `fetch` raises.
     """
-    api = HfApi(token=token, library_name="gpt2-value", library_version=layout.__version__)
-    info = _ask(
-        lambda: api.model_info(repo_id, revision=revision, files_metadata=True),
-        repo_id,
-        revision,
-        token,
-    )
-    commit = str(info.sha)
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    _refuse_no_model(set(sizes), repo_id)
-    for name, size in sizes.items():
-        # a Hub serves what git can hold, which is neither; a server that claims to be one may say anything
-        if PurePosixPath(name).is_absolute() or not {"..", ""}.isdisjoint(name.split("/")) or "\0" in name:
-            raise PackageError(
-                f"{repo_id} has a file called {name[:200]!r}",
-                expected="names that stay in the repository",
-                next_step="do not use this repository",
-            )
-        if _read_whole(name) and size > OUTLINE_LIMIT:
-            raise PackageError(
-                f"{name} has {size:,} bytes",
-                expected=f"at most {OUTLINE_LIMIT:,}",
-                next_step="ask the package's author",
-            )
-    folder = Path(
-        _ask(
-            lambda: snapshot_download(
-                repo_id,
-                revision=commit,
-                token=token,
-                cache_dir=cache_dir,
-                allow_patterns=[glob.escape(name) for name in sizes if _read_whole(name)],
-                library_name="gpt2-value",
-                library_version=layout.__version__,
-            ),
-            repo_id,
-            revision,
-            token,
-            transfer=math.inf,
-        )
-    )
-    files = HfFileSystem(token=token, skip_instance_cache=True)
-    try:
-        for name, size in sizes.items():
+    hub = Hub(token)
+    home = Path(cache_dir or constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
+
+    def attempt() -> Snapshot:
+        repository = read_repository(hub, repo_id, revision)
+        wanted = _wanted(repository)
+        for name, file in repository.files.items():
             top, *below = name.split("/")
             if below:
                 (into / top).mkdir(exist_ok=True)
-            elif _read_whole(name):
-                (into / name).write_bytes((folder / name).read_bytes())
-            elif layout.kind_of(name) == "weights":
-                place = f"{repo_id}@{commit}/{name}"
-                header = _ask(lambda place=place: _header(files, place), repo_id, revision, token)  # type: ignore[misc]
-                if header.startswith(LFS_POINTER[:8]):
-                    raise _pointer(repo_id, name)
-                with open(into / name, "wb") as file:
-                    file.write(header)
-                    file.truncate(max(size, len(header)))
+            elif name in wanted and _limit(name) is None:
+                with open(into / name, "wb") as outline:
+                    outline.write(_header(hub, repository, name))
+                    outline.truncate(file.size)
+            elif name in wanted and name != layout.CARD:
+                shutil.copyfile(download_file(hub, repository, name, home), into / name)
             else:
                 (into / name).touch()
-    except OSError as error:
+        return Snapshot(home / "snapshots" / repository.commit, repository.commit)
+
+    return hub.patiently(f"look into {repo_id}", attempt)
+
+
+def _limit(name: str) -> int | None:
+    """Return the most bytes that a file of this name may have; None for weights, which are bounded together."""
+    kind = layout.kind_of(name)
+    if kind == "weights" and name != layout.WEIGHTS_INDEX:
+        return None
+    if kind == "config":
+        return limits.CONFIG_BYTES
+    if kind == "tokenizer" and name not in layout.TOKENIZER_SETTINGS:
+        return limits.VOCABULARY_BYTES_AT_MOST
+    return limits.INDEX_BYTES if kind in ("weights", "record") else limits.CODE_BYTES
+
+
+def _wanted(repository: Repository) -> list[str]:
+    """Return the files that a loader reads, after checking that there is a model, and their sizes.
+
+    Raises:
+        NotAPackageError: it holds no model.
+        PackageError: all of its weights are pickles; a file is far larger than any package's.
+    """
+    names = [name for name in repository.files if "/" not in name]
+    if layout.CONFIG not in names:
+        files = sorted(name for name in names if layout.kind_of(name) != "litter")
+        raise NotAPackageError(
+            f"{repository.repo_id} holds no package: it has {', '.join(files[:5]) or 'no files'}",
+            expected=f"a repository with {layout.CONFIG} and {layout.WEIGHTS}, as gpt2-value push makes it",
+            next_step="check the name and the revision",
+        )
+    kinds = {name: layout.kind_of(name) for name in names}
+    pickles = sorted(name for name in names if kinds[name] == "pickle")
+    if pickles and "weights" not in kinds.values():
         raise PackageError(
-            f"the files of {repo_id} cannot be laid out in {into}: {error.strerror or error}",
-            expected="names that this system can hold, and space for the files",
-            next_step="look at its list of files on the Hub",
-        ) from None
-    return Snapshot(folder, commit)
-
-
-def _read_whole(name: str) -> bool:
-    return "/" not in name and (name in _TEXTS or name.endswith(".py"))
-
-
-def _header(files: HfFileSystem, place: str) -> bytes:
-    """Return the start of a safetensors file, up to the end of its header. Two requests, for a range of bytes each."""
-    with files.open(place, "rb", cache_type="none") as file:  # no read-ahead, which is 5 MiB otherwise
-        length = bytes(file.read(8))
-        if len(length) < 8:
-            return length
-        (claimed,) = struct.unpack("<Q", length)
-        # an impossible length is left to inspection, which names it
-        return length + bytes(file.read(min(claimed, HEADER_LIMIT)))
-
-
-def _ask(
-    request: Callable[[], T], repo_id: str, revision: str | None, token: str | None, *, transfer: float = 0.0
-) -> T:
-    """Make a request, with retries, and return its answer; `transfer` is how many seconds its bytes may take. What the
-    Hub refuses is raised as an error of ours, which holds no token."""
-    secret = token or get_token() or "\0"
-    source = token_source(token)
-    retrier = Retrier(seconds=PATIENCE, token=secret, endpoint=HfApi().endpoint, token_source=source, writes=False)
-    where = f"{repo_id} at revision {revision}" if revision else repo_id
-
-    def attempt() -> T:
-        refusal: Exception
-        try:
-            with no_warning_of_empty_downloads():
-                return request()
-        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
-            refusal = error
-        except LocalEntryNotFoundError as error:
-            if status_of(error) is not None:
-                raise
-            refusal = error
-        except OfflineModeIsEnabled as error:
-            refusal = error
-        raise _refusal(refusal, where, retrier.text(refusal), source)
-
-    return retrier.call(f"download {where}", attempt, transfer=transfer)
-
-
-def _refusal(error: Exception, where: str, text: str, source: str) -> Exception:
-    """Return the typed error for what the Hub, or its cache, does not give."""
-    if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
-        return AuthenticationError(
-            f"{where} is gated: {text}",
-            expected="a token of somebody who was given access",
-            next_step="ask for access on its page; then " + other_token(source, "a token of your account"),
+            f"{repository.repo_id} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when "
+            "opened; none was downloaded",
+            expected="weights in safetensors",
+            next_step=f"ask its author for safetensors; or hf download {repository.repo_id} --local-dir FOLDER , and "
+            "read it without running it: gpt2-value create --base FOLDER OUT , or, where another library wrote it: "
+            "gpt2-value convert FOLDER OUT",
         )
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return HubUnavailableError(
-            f"{where} is not in the cache, and the Hub was not reached: {text}",
-            expected="a package that was downloaded before, or a connection",
-            next_step="leave out local_files_only, unset HF_HUB_OFFLINE, and check the connection; then run the same "
-            "again",
+    kept = ("config", "weights", "tokenizer", "card", "record")
+    wanted = [name for name in names if kinds[name] in kept or name.endswith(".py")]
+    for name in wanted:
+        size, limit = repository.files[name].size, _limit(name)
+        if limit is not None and size > limit:
+            raise PackageError(
+                f"{name} of {repository.repo_id} has {size:,} bytes; nothing was downloaded",
+                expected=f"at most {limit:,}",
+                next_step="ask its author",
+            )
+    return wanted
+
+
+def _check_weights(folder: Path, sizes: dict[str, int]) -> None:
+    """Refuse weights that have more bytes than the model needs that the config describes."""
+    fields = read_json(folder, layout.CONFIG)
+    sides = [fields.get(name) for name in ("n_layer", "n_embd", "vocab_size", "n_positions")]
+    inner = fields.get("n_inner") or 0
+    if not all(type(side) is int and 0 <= side < 1 << 24 for side in (*sides, inner)):
+        raise NotAPackageError(
+            f"{layout.CONFIG} has n_layer, n_embd, vocab_size, n_positions {sides}; its weights were not downloaded",
+            expected="the config of a GPT-2",
+            next_step="check the name and the revision",
         )
-    if isinstance(error, RevisionNotFoundError):
-        return RemoteNotFoundError(
-            f"{where} is not on the Hub: the repository is, and has no such revision: {text}",
-            expected="a branch, a tag or a commit of the repository",
-            next_step="check the revision on the repository's page; without one, main is taken",
+    layers, width, vocabulary, positions = (int(side or 0) for side in sides)
+    numbers = layers * (8 * width + 2 * int(inner) + 16) * width + (2 * vocabulary + positions + 4) * width
+    most = limits.foreign_bytes(numbers + 4 * layers * width * width, layers * positions * positions)
+    if sum(sizes.values()) > most:
+        raise PackageError(
+            f"{', '.join(list(sizes)[:3])}: {sum(sizes.values()):,} bytes of weights; none were downloaded",
+            expected=f"at most {most:,} for the model in {layout.CONFIG}",
+            next_step="ask its author",
         )
-    if status_of(error) == 401 and isinstance(error, RepositoryNotFoundError) and "credentials" in text.lower():
-        return AuthenticationError(
-            f"{where}: {text}", expected="a token that the Hub accepts", next_step=other_token(source)
-        )
-    return RemoteNotFoundError(
-        f"{where} is not on the Hub, or not for this token: {text}",
-        expected="a folder, or owner/name of a repository with a package",
-        next_step="check the name; if it is private, " + other_token(source, "a token that may see it"),
+
+
+class _Bounded:
+    """A file that takes so many bytes, and no more. `Hub.hear` is told of each piece."""
+
+    def __init__(self, file: BinaryIO, size: int, hub: Hub, name: str) -> None:
+        self._file, self._size, self._hub, self._name = file, size, hub, name
+
+    def write(self, data: bytes) -> int:
+        self._hub.hear()
+        if self._file.tell() + len(data) > self._size:
+            raise HubRefusedError(
+                f"the Hub sends more than the {self._size:,} bytes of {self._name} that were asked for",
+                expected="files of the size that the Hub lists, and answers to requests for a range of bytes",
+                next_step="make sure that HF_ENDPOINT is a Hub that you trust",
+            )
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _get(hub: Hub, repository: Repository, name: str, into: BinaryIO, first: int, size: int) -> None:
+    """Write `size` bytes of a remote file to `into`, an empty file, from the byte `first` on."""
+    headers = build_hf_headers(token=hub.token, library_name="gpt2-value", library_version=layout.__version__)
+    if size != repository.files[name].size:
+        headers["Range"] = f"bytes={first}-{first + size - 1}"
+    url = hf_hub_url(repository.repo_id, name, revision=repository.commit, endpoint=hub.api.endpoint)
+    file: Any = _Bounded(into, size, hub, name)
+    what = f"download {name} of {repository.repo_id}"
+    hub.ask(
+        what, http_get, url, file, headers=headers, expected_size=size, displayed_filename=name, moves=min(size, CHUNK)
     )
+
+
+def download_file(hub: Hub, repository: Repository, name: str, home: Path) -> Path:
+    """Return where a file is in the cache of the repository, `home`, after downloading it if it is not there yet.
+
+    Raises:
+        HubRefusedError: the Hub sends another file than it listed.
+        PackageError: a pointer of git-lfs.
+        What `Hub.ask` raises.
+    """
+    file, place = repository.files[name], home / "snapshots" / repository.commit / name
+    blob = home / "blobs" / (file.sha256 or file.oid)
+    if place.exists():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    blob.parent.mkdir(exist_ok=True)
+    if not blob.exists():
+        descriptor, part = tempfile.mkstemp(suffix=".incomplete", dir=blob.parent)
+        try:
+            with open(descriptor, "w+b") as opened:
+                if file.size:
+                    _get(hub, repository, name, opened, 0, file.size)
+            if file.size < FIRST_BYTES:
+                _refuse_pointer(repository, name, Path(part).read_bytes())
+            if not file.is_at(Path(part)):
+                raise _odd_answer(f"sends another {name} than it lists")
+            os.replace(part, blob)
+        finally:
+            Path(part).unlink(missing_ok=True)
+    try:
+        place.symlink_to(os.path.relpath(blob, place.parent))
+    except FileExistsError:  # another process was faster
+        pass
+    except OSError:  # Windows, where links are a privilege
+        shutil.copyfile(blob, place)
+    return place
+
+
+def _header(hub: Hub, repository: Repository, name: str) -> bytes:
+    """Return the start of a safetensors file, up to the end of its header, by one or two requests for a range."""
+    parts, size = [io.BytesIO(), io.BytesIO()], repository.files[name].size
+    first = min(size, FIRST_BYTES)
+    if size:
+        _get(hub, repository, name, parts[0], 0, first)
+    _refuse_pointer(repository, name, parts[0].getvalue())
+    length = int.from_bytes(parts[0].getvalue()[:8], "little")
+    # an impossible length is left to inspection, which names it
+    if first < 8 + length <= min(size, HEADER_LIMIT):
+        _get(hub, repository, name, parts[1], first, 8 + length - first)
+    return b"".join(part.getvalue() for part in parts)
+
+
+def _refuse_pointer(repository: Repository, name: str, start: bytes) -> None:
+    if start.startswith(LFS_POINTER):
+        raise PackageError(
+            f"{name} of {repository.repo_id} is not the file but a pointer of git-lfs to it",
+            expected="the file itself",
+            next_step="ask its author to upload it again, by gpt2-value push; git alone, without git-lfs, uploads "
+            "pointers",
+        )
+
+
+def _cached(home: Path, revision: str | None) -> Snapshot | None:
+    """Return what the cache has of a revision, if it has a model."""
+    ref = home / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else revision or ""
+    folder = home / "snapshots" / commit
+    whole = is_hex(commit, 40) and (folder / layout.CONFIG).exists()
+    return Snapshot(folder, commit) if whole and any(_limit(path.name) is None for path in folder.iterdir()) else None

@@ -1,6 +1,6 @@
 """The model card, rendered from facts about the model; nothing in it is invented.
 
-Imports the standard library, huggingface_hub, and of hub_tools `errors`, `layout` and `hub.repository_id`. What the
+Imports the standard library, huggingface_hub, and of hub_tools `errors`, `layout` and `hub.ask`. What the
 metadata mean: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
 """
 
@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .. import layout
 from ..errors import OptionsError
-from ..hub.repository_id import is_repository_id
+from ..hub.ask import is_repository_id
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ("gpt2", "gpt2-value", "value-head", "reinforcement-learning", "ppo")

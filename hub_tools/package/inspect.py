@@ -120,9 +120,9 @@ def inspect_package(
 def _inspect_repository(repo_id: str, options: HubOptions, *, hash_weights: bool) -> PackageReport:
     """Report on a repository. Downloads only an outline of it, unless the weights are to be hashed. Offline, the cache
     is used."""
-    from ..hub import download
+    from ..hub import ask, download
 
-    if hash_weights or options.local_files_only or download.offline():
+    if hash_weights or options.local_files_only or ask.offline():
         snapshot = download.fetch(repo_id, **vars(options))
         report = _inspect(snapshot.folder, repo_id, hash_weights=hash_weights)
     else:

@@ -8,6 +8,7 @@ After each: is the branch at the old commit or at one complete new one, and does
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -28,11 +29,11 @@ from huggingface_hub import file_download
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from support.hub_server import GITATTRIBUTES, Fault, HubServer
+from support.pushing import push_verified
 
 from hub_tools.errors import GPT2ValueHubError
-from hub_tools.hub import retry
-from hub_tools.hub.repository import Hub
-from hub_tools.publish.push import Package, PushOptions, PushReport, push
+from hub_tools.hub import ask
+from hub_tools.publish.push import PushReport
 
 REPO = "alice/value"
 DOWNLOADS = "/{repo_id}/resolve/{revision}/{filename}"
@@ -86,12 +87,17 @@ class Outcome:
         return self.whole and self.again == "completed" and self.commits_again == 1 and self.whole_again
 
 
-def run_push(folder: Path, scenario: Scenario, *, seconds: float = 60.0) -> PushReport:
-    """What `push_package` does after it has verified the package."""
-    hub = Hub(REPO, patience=seconds)
-    hub.check_token()
-    options = PushOptions(branch=scenario.branch, create_pr=scenario.create_pr, tag=scenario.tag, message="push")
-    return push(Package.read(folder), hub, options)
+def run_push(folder: Path, scenario: Scenario, *, patience: float = 300.0) -> PushReport:
+    """What `push_package` does, but for the verification."""
+    with mock.patch.object(ask, "PATIENCE", patience):
+        return push_verified(
+            folder,
+            REPO,
+            revision=scenario.branch,
+            create_pr=scenario.create_pr,
+            tag=scenario.tag,
+            commit_message="push",
+        )
 
 
 def set_up(server: HubServer, scenario: Scenario) -> None:
@@ -110,25 +116,25 @@ def requests_of(server: HubServer, folder: Path, scenario: Scenario) -> list[str
     return server.routes()
 
 
-def try_fault(server: HubServer, folder: Path, scenario: Scenario, fault: Fault, *, seconds: float = 60.0) -> Outcome:
+def try_fault(server: HubServer, folder: Path, scenario: Scenario, fault: Fault, *, patience: float = 300.0) -> Outcome:
     """Push with the fault; then, without it, again."""
     set_up(server, scenario)
     server.faults.append(fault)
-    first = _result(folder, scenario, seconds)
+    first = _result(folder, scenario, patience)
     assert fault.hits > 0, "the fault never struck"
     commits, whole = _state(server, folder, scenario)
     server.faults.clear()
     if commits and scenario.create_pr and first != "completed":
         return Outcome(first, commits, whole, "completed", commits, whole)  # a second run would open a second one
-    again = _result(folder, scenario, seconds) if first != "completed" else first
+    again = _result(folder, scenario, patience) if first != "completed" else first
     commits_again, whole_again = _state(server, folder, scenario)
     tagged = scenario.tag is None or f"refs/tags/{scenario.tag}" in server.repos[REPO].refs
     return Outcome(first, commits, whole, again, commits_again, whole_again and commits_again == 1 and tagged)
 
 
-def _result(folder: Path, scenario: Scenario, seconds: float) -> str:
+def _result(folder: Path, scenario: Scenario, patience: float) -> str:
     try:
-        run_push(folder, scenario, seconds=seconds)
+        run_push(folder, scenario, patience=patience)
     except GPT2ValueHubError as error:
         return type(error).__name__
     return "completed"
@@ -160,7 +166,7 @@ def hurried() -> Iterator[None]:
     sleep = time.sleep
     with (
         mock.patch.object(time, "sleep", lambda seconds: sleep(seconds / 100)),
-        mock.patch.object(retry, "FIRST_WAIT", 0.5),
+        mock.patch.object(ask, "FIRST_PAUSE", 0.5),
     ):
         yield
 
@@ -188,17 +194,18 @@ def talking_to(url: str, token: str, *, xet: bool) -> Iterator[None]:
 
 
 def sweep(
-    server: HubServer, folder: Path, scenario: Scenario, *, stays: bool = False
+    server: HubServer, folder: Path, scenario: Scenario, *, stays: bool = False, every: int = 1
 ) -> Iterator[tuple[int, str, str, Outcome]]:
-    """Yield (number of the request, its route, fault, outcome) for every request of the scenario and every fault.
+    """Yield (number of the request, its route, fault, outcome) for every request of the scenario and every fault, or
+    for each `every`-th of these pairs.
 
     With `stays` the fault keeps striking this request's route, and the push's patience is short.
     """
-    for number, route in enumerate(requests_of(server, folder, scenario), start=1):
-        for name, settings in FAULTS.items():
-            fault = Fault(route=route, **settings) if stays else Fault(nth=number, **settings)
-            outcome = try_fault(server, folder, scenario, fault, seconds=0.05 if stays else 60.0)
-            yield number, route, name, outcome
+    pairs = itertools.product(enumerate(requests_of(server, folder, scenario), start=1), FAULTS.items())
+    for (number, route), (name, settings) in itertools.islice(pairs, 0, None, every):
+        fault = Fault(route=route, **settings) if stays else Fault(nth=number, **settings)
+        outcome = try_fault(server, folder, scenario, fault, patience=0.05 if stays else 300.0)
+        yield number, route, name, outcome
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -271,7 +272,11 @@ def tree(call: Call) -> Answer:
         raise Refused(404, f"{call.rest} does not exist on {call.rev}", "EntryNotFound")
     folders = {p[: p.index("/", len(folder))] for p in inside if "/" in p[len(folder) :]}
     entries = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
-    entries += [f.info(p) for p, f in sorted(inside.items()) if recursive or "/" not in p[len(folder) :]]
+    entries += [
+        f.info(p) | ({"size": call.hub.sizes[p]} if p in call.hub.sizes else {})
+        for p, f in sorted(inside.items())
+        if recursive or "/" not in p[len(folder) :]
+    ]
     return Answer(body=entries)
 
 
@@ -352,7 +357,7 @@ def resolve(call: Call) -> Answer:
     if file.lfs:
         headers |= {"X-Linked-ETag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", call.headers.get("Range", ""))
-    if wanted is None:
+    if wanted is None or not call.hub.ranges:
         return Answer(body=file.content, headers=headers)
     first, last = int(wanted[1]), min(int(wanted[2] or len(file.content) - 1), len(file.content) - 1)
     if first > last:
@@ -400,6 +405,10 @@ class _Handler(BaseHTTPRequestHandler):
                 answer = refused.answer
         if fault and fault.cut == "after":
             return self._cut()
+        if fault and fault.endless:
+            return self._send_for_ever()
+        if fault and fault.body is not None:
+            answer = Answer(200, fault.body, answer.headers)
         self._send(_failure(fault) if fault and fault.status else answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
@@ -423,6 +432,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+    def _send_for_ever(self) -> None:
+        self.close_connection = True
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):  # until the client has enough
+            while True:
+                self.wfile.write(bytes(1 << 20))
 
     def _cut(self) -> None:
         self.close_connection = True

@@ -102,8 +102,9 @@ class Request:
 class Fault:
     """Fail requests: all that match, or the `nth` (from 1), or every `every`-th of them, counted from now.
 
-    `status` answers with an error, without acting unless `acts` (as a gateway does that lost patience); `cut` closes
-    the connection before or after acting; `delay` waits this many seconds first, and alone only delays.
+    `status` answers with an error, without acting unless `acts` (as a gateway does that lost patience); `body` answers
+    with these bytes, after acting, and `endless` with bytes that never end; `cut` closes the connection before or after
+    acting; `delay` waits this many seconds first, and alone only delays.
     """
 
     route: str = "*"
@@ -115,6 +116,8 @@ class Fault:
     message: str = "fault"
     retry_after: str | None = None
     delay: float = 0.0
+    body: bytes | None = None
+    endless: bool = False
     cut: Literal["before", "after"] | None = None
     seen: int = 0
     hits: int = 0
@@ -143,6 +146,8 @@ class Store:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.sizes: dict[str, int] = {}  # of files that are said to be larger than they are
+        self.ranges = True  # whether parts of files can be asked for
         self.lock = threading.RLock()
         self._serial = itertools.count()
 

@@ -1,0 +1,549 @@
+"""Push checkpoints during training: a copy in memory between two training steps, and the rest in a worker process.
+
+Imports torch, transformers, and of hub_tools `package` and `push`. The work is in `worker`: a thread would share the
+interpreter lock, torch's threads and its random numbers with the training loop.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .. import errors
+from ..errors import (
+    CheckpointPushError,
+    GPT2ValueHubError,
+    HubUnavailableError,
+    OptionsError,
+    TokenizerMismatchError,
+    as_ours,
+)
+from ..hub.ask import Hub
+from ..package.save import installed_shell
+from ..package.sharded import State, in_first_process, is_sharded
+from .push import writable_id
+
+logger = logging.getLogger(__name__)
+
+PAUSE = 10.0  # seconds between two workers while the Hub does not answer; a newer checkpoint or `flush` ends it
+WORKERS = 3  # the most workers for one checkpoint, if they die
+FOLDER = "gpt2-value-checkpoint-"  # prefix of the folders of workers, where the system keeps temporary files
+COMMAND = (sys.executable, "-m", "hub_tools.publish.worker")
+WEIGHTS, TOKENIZER, ANSWER = "weights.pt", "tokenizer", "answer.json"  # in such a folder
+# What a Trainer logs besides metrics: counters, and how long things took.
+BOOKKEEPING = re.compile(r"step|epoch|total_flos|.*_(runtime|per_second)|num_input_tokens_seen")
+
+
+@dataclass(frozen=True)
+class PushedCheckpoint:
+    """A checkpoint that is on the Hub."""
+
+    step: int
+    metrics: dict[str, float]
+    commit: str
+    url: str
+    best: bool  # whether it is the best so far, and carries the tag
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A copy of a model, which training cannot change."""
+
+    step: int
+    metrics: dict[str, float]
+    shell: Any  # the model without its weights
+    tokenizer: Any
+    weights: dict[str, torch.Tensor]  # in main memory, until they are on the disk; tied tensors share their copy
+
+    def write(self, folder: Path) -> None:
+        """Write it for the worker. `torch.save` makes no second copy of the weights, and keeps tied tensors tied."""
+        (folder / "config.json").write_text(self.shell.config.to_json_string(use_diff=False), encoding="utf-8")
+        if self.shell.generation_config is not None:
+            self.shell.generation_config.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder / TOKENIZER)
+        torch.save(self.weights, folder / WEIGHTS)
+
+
+class CheckpointPusher:
+    """Pushes checkpoints of a `GPT2ValueModel` to one branch in the background, each as one verified commit.
+
+        with CheckpointPusher("me/model", metric_for_best_model="reward", dataset="imdb") as pusher:
+            for step in range(steps):
+                if step % 500 == 0:
+                    pusher.push(model, step=step, metrics={"reward": reward, "kl": kl}, tokenizer=tokenizer)
+
+    `push` copies the weights and returns, so the next training step cannot change them. A worker process then saves,
+    verifies and pushes, without a GPU, on one core at the lowest priority. If checkpoints come faster than that, only
+    the newest waits, and those that it replaced are `skipped`; never the last, for which `flush` and `close` wait.
+
+    Memory holds at most two copies of the weights, one that waits and one that is being written to the disk, and the
+    worker about 0.5 GB of torch. The disk holds at most two, the snapshot and its package, in the system's folder for
+    temporary files (`TMPDIR`). If training is killed, the worker ends what it has begun, and removes them.
+
+    Temporary failures (5xx, timeouts, no connection) are logged, and the push is repeated until it succeeds or a newer
+    checkpoint waits; only `flush` and `close` give up. All other failures (401, 403, 404, weights that are not finite,
+    a full disk, a worker that keeps dying) are logged, and raised once, by any next call.
+
+    `close` runs at the end of a `with` block, and otherwise at the interpreter's exit. After an uncaught exception,
+    too, the last checkpoint is pushed, or an error in the log says that it is not.
+
+    In a run of several processes, create it in the main process only; for a model that FSDP2 shards, create one in
+    each, and call `push` in all: the first gathers the weights, in one more copy, and pushes. A forked process (a data
+    loader's worker) cannot use it, and does not disturb it.
+
+    Args:
+        repo_id: `name` or `owner/name`; created with the first push if there is none.
+        revision: the branch to push to (default: main).
+        private: visibility of a repository that is created. For an existing one, pass its own visibility or None.
+        token: a user access token; default is the one that huggingface_hub knows.
+        metric_for_best_model: the metric by which checkpoints are compared, as in transformers' TrainingArguments. One
+            that beats the checkpoint with `best_tag` gets the tag. A checkpoint without this metric, or with a NaN,
+            never does.
+        greater_is_better: default, as in TrainingArguments: True unless the metric's name ends in "loss".
+        best_tag: a tag of the repository that is moved from one best checkpoint to the next.
+        dataset: what the metrics were measured on, for the card: a dataset's id on the Hub, or a description.
+        base_model, license, tags, max_shard_size: as in `save_package`.
+
+    Raises:
+        AuthenticationError: the token is refused. (If the Hub does not answer, training starts anyway.)
+        OptionsError: `repo_id` cannot be a repository's id, or `greater_is_better` without a metric.
+        HubUnavailableError: offline mode is on.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        metric_for_best_model: str | None = None,
+        greater_is_better: bool | None = None,
+        best_tag: str = "best",
+        dataset: str = "the training run",
+        base_model: str | None = None,
+        license: str | None = None,
+        tags: Sequence[str] = (),
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        if metric_for_best_model is None and greater_is_better is not None:
+            raise OptionsError(
+                f"greater_is_better={greater_is_better} without metric_for_best_model",
+                next_step="name the metric, or leave this out",
+            )
+        if greater_is_better is None:
+            greater_is_better = not (metric_for_best_model or "").endswith("loss")
+        hub = Hub(token)
+        self.repo_id = repo_id
+        try:
+            self.repo_id = hub.patiently("check the token", lambda: writable_id(hub, repo_id), seconds=0)
+        except HubUnavailableError as error:
+            if constants.HF_HUB_OFFLINE:
+                raise
+            logger.warning("training starts without the Hub's consent: %s", error.found)
+        self._environment = {
+            # the worker then imports the same modules as this process, wherever the training script is
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
+            "HF_ENDPOINT": hub.api.endpoint,
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_VERBOSITY": "error",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        self._job = {
+            "push": {"repo_id": self.repo_id, "branch": revision, "private": private, "token": token},
+            "save": {
+                "base_model": base_model,
+                "license": license,
+                "tags": list(tags),
+                "max_shard_size": max_shard_size,
+            },
+            "best": {"metric": metric_for_best_model, "sign": 1 if greater_is_better else -1, "tag": best_tag},
+            "dataset": dataset,
+            "parent": os.getpid(),
+        }
+        self._changed = threading.Condition()
+        # All of these are read and written while holding _changed.
+        self._waiting: _Snapshot | None = None
+        self._current: _Snapshot | None = None  # being pushed; without weights once it is on the disk
+        self._thread: threading.Thread | None = None  # only while something is being pushed
+        self._worker: subprocess.Popen[str] | None = None
+        self._pushed: list[PushedCheckpoint] = []
+        self._skipped: list[int] = []
+        self._failures: list[CheckpointPushError] = []
+        self._flushes = 0  # calls of flush that wait
+        self._closed = False
+        atexit.register(self._close_and_log)
+
+    def push(
+        self, model: nn.Module, *, step: int, metrics: Mapping[str, float] | None = None, tokenizer: Any = None
+    ) -> None:
+        """Copy the weights, and return; they are pushed in the background.
+
+        An earlier checkpoint's error is raised after the copy was taken: whoever catches it and goes on loses nothing.
+
+        Args:
+            model: a `GPT2ValueModel`, unwrapped, on any device. Its config, generation config and tokenizer are
+                copied with the weights.
+            step: the number of the training step, for the commit's title.
+            metrics: name -> number; for the commit's title and, where finite, the card's `model-index`.
+            tokenizer: a transformers tokenizer, to travel with the model.
+
+        Raises:
+            OptionsError: a metric that is no number.
+            UnsavableModelError, TokenizerMismatchError and others: what `save_package` refuses, too.
+            CheckpointPushError: an earlier checkpoint did not reach the Hub; or the pusher is closed, or belongs to the
+                process from which this one was forked.
+        """
+        in_first_process(model, lambda gathered: self._accept(model, gathered, step, metrics or {}, tokenizer))
+
+    def _accept(
+        self, model: nn.Module, gathered: State | None, step: int, metrics: Mapping[str, float], tokenizer: Any
+    ) -> None:
+        """What `push` does in the process that pushes."""
+        self._check_usable(step)
+        numbers = as_numbers(metrics)
+        with self._changed:
+            if self._current is not None and self._current.weights:
+                self._skip_waiting()  # before the copy is made, so that memory never holds more than two
+            shell, state = installed_shell(model, gathered)  # its configs are copies
+            with as_ours(_no_copy):
+                tokenizer = copy.deepcopy(tokenizer)
+            weights = copied(state) if gathered is None else state
+            self._skip_waiting()
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
+                thread.start()  # it waits for our lock; if the system cannot start it, no snapshot is left waiting
+                self._thread = thread
+            self._waiting = _Snapshot(step, numbers, shell, tokenizer, weights)
+            self._changed.notify_all()
+        self.check()
+
+    def check(self) -> None:
+        """Raise the last failure since the previous call, if there was one.
+
+        Raises:
+            CheckpointPushError: with the original error as its cause.
+        """
+        with self._changed:
+            failures, self._failures = self._failures, []
+        if failures:
+            raise failures[-1] from failures[-1].__cause__  # earlier ones are in the log
+
+    def flush(self) -> None:
+        """Wait until everything that was handed to `push` is on the Hub, or has failed.
+
+        Raises:
+            CheckpointPushError: the last checkpoint, or an earlier one, did not reach the Hub; and see `push`.
+        """
+        self._check_usable(None)
+        with self._changed:
+            self._flushes += 1
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self._thread is None)
+            finally:
+                self._flushes -= 1
+        self.check()
+
+    def close(self) -> None:
+        """`flush`, and accept no more checkpoints. A second call does nothing.
+
+        An interrupt (Ctrl-C) ends the waiting. The log then names the checkpoints that were not pushed.
+
+        Raises:
+            CheckpointPushError: as `flush`. The pusher is closed nevertheless.
+        """
+        if self._closed or os.getpid() != self._job["parent"]:
+            return
+        try:
+            self.flush()
+        finally:
+            atexit.unregister(self._close_and_log)
+            with self._changed:
+                self._closed = True
+                unpushed = [str(snapshot.step) for snapshot in (self._current, self._waiting) if snapshot is not None]
+                self._waiting, thread = None, self._thread
+                self._changed.notify_all()
+                if self._worker is not None:
+                    self._worker.kill()
+            if unpushed:
+                logger.error("interrupted: not pushed to %s: step %s", self.repo_id, ", ".join(unpushed))
+            if thread is not None:
+                thread.join()
+
+    @property
+    def pushed(self) -> tuple[PushedCheckpoint, ...]:
+        """The checkpoints that are on the Hub, in order."""
+        with self._changed:
+            return tuple(self._pushed)
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """The steps of checkpoints that a newer one replaced before they were pushed."""
+        with self._changed:
+            return tuple(self._skipped)
+
+    def __enter__(self) -> CheckpointPusher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._close_and_log()
+
+    def _close_and_log(self) -> None:
+        if self._thread is not None and os.getpid() == self._job["parent"]:
+            logger.warning("waiting until the last checkpoint is on %s; Ctrl-C gives it up", self.repo_id)
+        try:
+            self.close()
+        except CheckpointPushError as error:
+            logger.error("%s", error)
+
+    def _check_usable(self, step: int | None) -> None:
+        # the process first: a fork may have copied the lock while somebody held it
+        foreign = os.getpid() != self._job["parent"]
+        if foreign or self._closed:
+            why = "belongs to the process from which this one was forked" if foreign else "is closed"
+            raise CheckpointPushError(
+                f"this CheckpointPusher {why}", next_step="make a new one: CheckpointPusher(repo_id)", step=step
+            )
+
+    def _skip_waiting(self) -> None:
+        """Drop the checkpoint that waits, if there is one, because a newer one takes its place."""
+        if self._waiting is not None:
+            logger.info("step %d is skipped: a newer checkpoint is there already", self._waiting.step)
+            self._skipped.append(self._waiting.step)
+            self._waiting = None
+
+    # The thread
+
+    def _run(self) -> None:
+        """Push what waits, until nothing does."""
+        while True:
+            with self._changed:
+                self._current, self._waiting = self._waiting, None
+                if (snapshot := self._current) is None:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+            folder = Path(tempfile.mkdtemp(prefix=FOLDER))
+            try:
+                self._push(snapshot, folder)
+            except BaseException as error:  # a thread has no caller, so the next call of a method raises it
+                self._keep_failure(snapshot.step, error)
+            finally:
+                snapshot.weights.clear()
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _push(self, snapshot: _Snapshot, folder: Path) -> None:
+        """Have a worker push a snapshot, and another one where that dies, or does not reach the Hub."""
+        for died in itertools.count(1):
+            is_last = self._flushes > 0  # an attempt that starts during a `flush` is the last one
+            try:
+                pushed = self._work(snapshot, folder)
+                break
+            except (HubUnavailableError, CheckpointPushError) as error:
+                with self._changed:
+                    silent = isinstance(error, HubUnavailableError)
+                    if self._closed or (is_last if silent else died >= WORKERS):
+                        raise
+                    if self._waiting is not None:
+                        logger.warning("step %d is skipped: %s", snapshot.step, error.found)
+                        self._skipped.append(snapshot.step)
+                        return
+                    logger.warning("step %d is not on %s yet, and tried again: %s", snapshot.step, self.repo_id, error)
+                    self._changed.wait(PAUSE)
+        with self._changed:
+            self._pushed.append(pushed)
+            self._current = None
+        logger.info("step %d is on %s: %s", snapshot.step, self.repo_id, pushed.url)
+
+    def _work(self, snapshot: _Snapshot, folder: Path) -> PushedCheckpoint:
+        """Run a worker, and return its answer.
+
+        Raises:
+            CheckpointPushError: it ended without one.
+            What the worker failed with.
+        """
+        environment = {**os.environ, **self._environment, "TMPDIR": str(folder), "TEMP": str(folder)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with self._changed:
+            if self._closed:
+                raise CheckpointPushError("the pusher was closed", next_step="push before close()", step=snapshot.step)
+            # Started before the snapshot is written: if this process is killed, the worker removes the folder.
+            self._worker = worker = subprocess.Popen(
+                [*COMMAND, str(folder)],
+                text=True,
+                errors="replace",
+                cwd=folder,
+                env=environment,
+                **pipes,  # type: ignore[call-overload]
+            )
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        last = "it printed nothing"
+        with worker, suppress(BrokenPipeError):  # it has died
+            try:
+                if snapshot.weights:
+                    snapshot.write(folder)
+                    snapshot.weights.clear()
+                worker.stdin.write(json.dumps({**self._job, "step": snapshot.step, "metrics": snapshot.metrics}) + "\n")
+                worker.stdin.flush()
+                for line in worker.stdout:
+                    last = line.strip() or last
+                    logger.warning("the worker: %s", line.rstrip())
+            except BaseException:
+                worker.kill()
+                raise
+        answer = folder / ANSWER
+        if not answer.exists():
+            raise CheckpointPushError(
+                f"the worker that pushes checkpoints ended with exit status {worker.returncode}: {last[:500]}",
+                next_step="read what it printed, in the log; make sure that there is enough memory",
+                step=snapshot.step,
+            )
+        found = json.loads(answer.read_text())
+        answer.unlink()
+        if "error" in found:
+            kind: type[GPT2ValueHubError] = getattr(errors, found.pop("error"))
+            raise kind(**found)
+        return PushedCheckpoint(snapshot.step, snapshot.metrics, **found)
+
+    def _keep_failure(self, step: int, cause: BaseException) -> None:
+        """Keep a failure for the next call."""
+        gist = cause.found if isinstance(cause, GPT2ValueHubError) else f"{type(cause).__name__}: {cause}"
+        error = CheckpointPushError(
+            f"the checkpoint of step {step} is not on {self.repo_id}: {gist}",
+            expected=getattr(cause, "expected", ""),
+            next_step=getattr(cause, "next_step", "correct what this error names; the next checkpoint is tried anyway"),
+            step=step,
+        )
+        error.__cause__ = cause
+        with self._changed:
+            self._failures.append(error)
+            closed = self._closed
+        if not closed:  # `close` itself logs what an interrupt stopped
+            logger.error("%s", error)
+
+
+def _no_copy(gist: str) -> TokenizerMismatchError:
+    return TokenizerMismatchError(
+        f"the tokenizer cannot be copied: {gist}",
+        expected="a tokenizer of transformers' own, without code",
+        next_step="load one with AutoTokenizer.from_pretrained(...)",
+    )
+
+
+def copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies in main memory; tensors that share their memory share their copy."""
+    copies: dict[object, torch.Tensor] = {}
+    weights = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if place not in copies:
+            copies[place] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        weights[name] = copies[place]
+    return weights
+
+
+def as_numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Convert the metrics to floats.
+
+    Raises:
+        OptionsError: one of them is no number.
+    """
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise OptionsError(
+                f"the metric {name!r} is {value!r}", expected="a number", next_step="pass float(...) or leave it out"
+            ) from error
+    return numbers
+
+
+class CheckpointPusherCallback(TrainerCallback):
+    """Push the model to the Hub each time a Trainer saves, and once more at the end of training.
+
+        pusher = CheckpointPusher("me/model", metric_for_best_model="eval_loss")
+        Trainer(..., callbacks=[CheckpointPusherCallback(pusher)])
+
+    The metrics of a checkpoint are what the Trainer logged at its step (training loss, learning rate, `eval_` metrics),
+    under the Trainer's names. The Trainer's `processing_class` is pushed too, if it is a tokenizer. The end of training
+    waits until everything is on the Hub, or raises `CheckpointPushError`. The branch then holds the final
+    `trainer.model`; with `load_best_model_at_end` this is the best model, under the number of its step. A failure that
+    is not temporary (see `CheckpointPusher`) is raised at the next step.
+
+    In a run of several processes, only the main one pushes, also a model that FSDP2 shards; one that FSDP1 or DeepSpeed
+    ZeRO-3 shards is refused. The pusher stays open for further training; it is closed when Python exits.
+
+    Args:
+        pusher: where checkpoints go. Pass it in every process; only the main one uses it.
+    """
+
+    def __init__(self, pusher: CheckpointPusher) -> None:
+        self._pusher = pusher
+        self._last: int | None = None  # the step that was pushed last
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._last = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._pusher.check()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._push(state, state.global_step, kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        step = state.best_global_step if restored else state.global_step
+        if step != self._last:
+            self._push(state, step, kwargs)
+        if state.is_world_process_zero:
+            self._pusher.flush()
+
+    def _push(self, state: TrainerState, step: int, kwargs: dict[str, Any]) -> None:
+        if not (state.is_world_process_zero or is_sharded(kwargs["model"])):
+            return
+        tokenizer = kwargs.get("processing_class")
+        self._last = step
+        self._pusher.push(
+            kwargs["model"],
+            step=step,
+            metrics=metrics_at(step, state.log_history),
+            tokenizer=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+        )
+
+
+def metrics_at(step: int, log_history: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the metrics that a Trainer logged at this step."""
+    logged = [item for entry in log_history if entry.get("step") == step for item in entry.items()]
+    return {n: v for n, v in logged if not BOOKKEEPING.fullmatch(n) and isinstance(v, (int, float))}

@@ -1,1 +1,0 @@
-"""Push checkpoints in the background while training goes on."""

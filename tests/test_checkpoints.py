@@ -1,0 +1,482 @@
+"""Checkpoints leave while training goes on: in order, never torn, the last one always, and no failure in silence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import make_tiny_model, plain_twin
+from safetensors.torch import load
+from support.hub_server import Fault
+
+from hub_tools import CheckpointPusher, CheckpointPusherCallback, load_package, push_package, save_package
+from hub_tools.errors import (
+    AuthenticationError,
+    CheckpointPushError,
+    HubUnavailableError,
+    MissingHeadError,
+    OptionsError,
+    UnsavableModelError,
+)
+from hub_tools.hub import ask
+from hub_tools.publish import checkpoints, worker
+from hub_tools.publish import push as push_module
+from hub_tools.publish.checkpoints import as_numbers, metrics_at
+
+HERE = Path(__file__).parent
+REPO = "alice/value"
+HEAD = "v_head.summary.bias"
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The system's folder for temporary files, for one test alone."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def wait_for(condition, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "this never happened"
+        time.sleep(0.02)
+
+
+def set_head(model, value):
+    with torch.no_grad():
+        model.v_head.summary.bias.fill_(value)
+
+
+def head_of(commit):
+    """The bias of the value head in a commit: which step it was made at."""
+    return load(commit.files["model.safetensors"].content)[HEAD].item()
+
+
+def surroundings(server, temporary):
+    """The environment of a training process that talks to this server."""
+    return {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "TMPDIR": str(temporary),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+    }
+
+
+# With the real worker
+
+
+def test_what_a_pusher_pushed_loads_and_a_killed_run_loses_nothing_that_was_begun(server, temporary, tmp_path):
+    code = (
+        "import time, conftest, hub_tools\npusher = hub_tools.CheckpointPusher('alice/value')\n"
+        "model = conftest.make_tiny_model()\nmodel.v_head.summary.bias.data.fill_(2)\npusher.push(model, step=2)\n"
+        "while not (pusher._current and not pusher._current.weights): time.sleep(0.01)\n"
+        "print('begun', flush=True)\ntime.sleep(1000)"
+    )
+    environment = surroundings(server, temporary)
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as killed:
+        assert killed.stdout.readline() == b"begun\n"
+        killed.kill()
+    wait_for(lambda: REPO in server.repos and len(server.history(REPO)) == 2)
+    wait_for(lambda: not list(temporary.iterdir()))
+    commit = server.history(REPO)[0]
+    assert (commit.title, head_of(commit)) == ("Step 2", 2)
+    loaded = load_package(REPO, revision=commit.oid, cache_dir=tmp_path / "cache")
+    assert loaded.model.v_head.summary.bias.item() == 2
+
+
+def test_an_uncaught_exception_leaves_the_last_checkpoint_pushed(server, temporary, workers, tmp_path):
+    """Without a `with` block, while a data loader's worker is there."""
+    code = (
+        "import os, time, conftest, hub_tools\nfrom hub_tools.publish import checkpoints\n"
+        f"checkpoints.COMMAND = {checkpoints.COMMAND!r}\n"
+        "hub_tools.CheckpointPusher('alice/value').push(conftest.make_tiny_model(), step=1)\n"
+        "if os.fork() == 0: time.sleep(5), os._exit(0)\n"
+        "raise RuntimeError('training failed')"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], env=surroundings(server, temporary), stderr=subprocess.PIPE)
+    assert b"RuntimeError: training failed" in failed.stderr
+    assert [job["step"] for job in workers.jobs] == [1]
+    assert not list(temporary.iterdir())
+
+
+@pytest.fixture
+def verified(monkeypatch):
+    """The packages that were verified, which takes an interpreter's start and is not done here."""
+    folders = []
+    monkeypatch.setattr(push_module, "verify_package", lambda folder, **_: folders.append(folder))
+    return folders
+
+
+@pytest.fixture
+def do(server, tmp_path, verified):
+    """Do a job here, as a worker would; returns its answer."""
+
+    def do(model, *, step=1, metrics=None, tokenizer=None, branch=None, metric="loss", sign=-1):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        with CheckpointPusher(REPO, revision=branch, dataset="imdb") as pusher:
+            job = {**pusher._job, "best": {"metric": metric, "sign": sign, "tag": "best"}}
+        shell, state = checkpoints.installed_shell(model)
+        numbers = as_numbers(metrics or {})
+        checkpoints._Snapshot(step, numbers, shell, tokenizer, checkpoints.copied(state)).write(folder)
+        return worker.do(json.loads(json.dumps({**job, "step": step, "metrics": numbers})), folder)
+
+    return do
+
+
+def test_a_checkpoint_is_verified_and_bit_equal_in_every_dtype(server, do, verified, tiny_tokenizer):
+    for step, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+        model = make_tiny_model(seed=step).to(dtype)
+        do(model, step=step, tokenizer=tiny_tokenizer if step == 0 else None)
+        found, state = load(server.files(REPO)["model.safetensors"]), model.state_dict()
+        assert all(torch.equal(found[name], state[name]) for name in found)
+        assert ("tokenizer.json" in server.files(REPO)) == (step == 0), "the next has none, and so has the repository"
+    assert len(verified) == 3
+
+
+def test_metrics_reach_the_model_index(server, do):
+    do(make_tiny_model(), step=10, metrics={"reward": 0.9, "kl": float("nan"), "loss": torch.tensor(2.0)})
+    assert server.history(REPO)[0].title == "Step 10: reward=0.9, kl=nan, loss=2"
+    data = huggingface_hub.ModelCard(server.files(REPO)["README.md"].decode()).data
+    assert data.model_name == "value"
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {"reward": 0.9, "loss": 2.0}
+    assert {result.dataset_name for result in data.eval_results} == {"imdb"}
+    do(make_tiny_model(seed=3), step=11)
+    data = huggingface_hub.ModelCard(server.files(REPO)["README.md"].decode()).data
+    assert data.eval_results == [], "an older checkpoint's metrics are not this one's"
+
+
+@pytest.mark.parametrize(
+    ("sign", "values", "best"),
+    [(1, (5.0, 7.0, 6.0, float("nan"), 7.0), [0, 1]), (-1, (5.0, 7.0, 4.0, 4.0), [0, 2])],
+)
+def test_the_tag_goes_to_a_checkpoint_that_beats_the_tagged_one(server, do, sign, values, best):
+    """Also of an earlier run, or on another branch; of equals the older one keeps it."""
+    server.create(REPO)
+    answers = [
+        do(
+            make_tiny_model(seed=step),
+            step=step,
+            metrics={"reward": value},
+            metric="reward",
+            sign=sign,
+            branch="other" if step == 0 else None,
+        )
+        for step, value in enumerate(values)
+    ]
+    assert [step for step, answer in enumerate(answers) if answer["best"]] == best
+    assert server.repos[REPO].refs["refs/tags/best"] == answers[best[-1]]["commit"]
+    loaded = load_package(REPO, revision="best")
+    assert loaded.commit == answers[best[-1]]["commit"]
+
+
+def test_what_is_the_best_loads_whatever_stood_there_before(server, do, tmp_path, tiny_tokenizer):
+    save_package(make_tiny_model(), tmp_path / "package", tiny_tokenizer)
+    push_package(tmp_path / "package", REPO)
+    answer = do(make_tiny_model(seed=1), metrics={"loss": 1.0})
+    for revision in ("main", "best", answer["commit"]):
+        loaded = load_package(REPO, revision=revision, cache_dir=tmp_path / "cache")
+        assert (loaded.commit, loaded.tokenizer) == (answer["commit"], None)
+
+
+def test_without_the_metric_nothing_is_the_best(server, do):
+    assert not do(make_tiny_model(), metrics={"reward": 1.0})["best"]
+    assert "refs/tags/best" not in server.repos[REPO].refs
+
+
+def test_somebody_elses_push_in_between_is_kept_and_ours_is_on_top(server, do, monkeypatch):
+    monkeypatch.setattr(ask, "FIRST_PAUSE", 0.01)
+
+    class TheyPush(Fault):
+        def strikes(self, request):
+            if request.route == self.route and not self.hits:
+                self.hits = 1
+                server.commit(server.repos[REPO], "refs/heads/main", "theirs", {"verification.json": None})
+            return False
+
+    server.faults.append(TheyPush(route="lfs_upload"))
+    do(make_tiny_model(), step=51)
+    assert [commit.title for commit in server.history(REPO)][:2] == ["Step 51", "theirs"]
+    assert "verification.json" in server.files(REPO)
+
+
+def test_a_checkpoint_that_could_not_be_tagged_is_not_called_missing(server, do):
+    server.faults.append(Fault(route="create_tag", status=403))
+    with pytest.raises(AuthenticationError, match=r"is on the Hub, but the tag of the best") as refused:
+        do(make_tiny_model(), metrics={"loss": 1.0})
+    assert server.history(REPO)[0].oid in str(refused.value)
+
+
+def test_weights_that_are_not_finite_are_not_pushed(server, do, tiny_model):
+    set_head(tiny_model, float("nan"))
+    with pytest.raises(UnsavableModelError, match=HEAD):
+        do(tiny_model)
+    assert REPO not in server.repos
+
+
+# With workers that run other code, and start in no time
+
+WORKER = """
+import json, os, pathlib, sys, time
+folder, log = pathlib.Path(sys.argv[-1]), pathlib.Path({log!r})
+job = json.loads(sys.stdin.readline())
+assert (folder / "weights.pt").exists()
+with open(log, "a") as file: print(json.dumps(job), file=file)
+{then}
+answer = {{"commit": f"{{job['step']:040d}}", "url": "url", "best": False}}
+(folder / "answer.json").write_text(json.dumps(answer))
+"""
+
+
+class Workers:
+    """Workers that note their jobs, do `then`, and answer that they have pushed."""
+
+    def __init__(self, monkeypatch, log):
+        self._monkeypatch, self._log = monkeypatch, log
+        self.run("")
+
+    def run(self, then):
+        code = WORKER.format(log=str(self._log), then=then)
+        self._monkeypatch.setattr(checkpoints, "COMMAND", (sys.executable, "-S", "-c", code))
+
+    @property
+    def jobs(self):
+        return [json.loads(line) for line in self._log.read_text().splitlines()] if self._log.exists() else []
+
+
+@pytest.fixture
+def workers(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "PAUSE", 0.05)
+    return Workers(monkeypatch, tmp_path / "jobs")
+
+
+@pytest.fixture
+def pusher(server, temporary, workers):
+    with CheckpointPusher(REPO) as pusher:
+        yield pusher
+    assert not list(temporary.iterdir()), "the disk is clean"
+    assert not [thread for thread in threading.enumerate() if thread.name == "CheckpointPusher"]
+
+
+def steps_of(pusher):
+    return [checkpoint.step for checkpoint in pusher.pushed]
+
+
+def test_the_newest_waits_and_the_last_is_never_lost(pusher, workers, tmp_path):
+    """Training is faster than the worker, and goes on in place right after `push` has returned."""
+    workers.run(f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)")
+    model, most = make_tiny_model(), 0
+    for step in range(6):
+        set_head(model, step)
+        pusher.push(model, step=step, metrics={"reward": step})
+        kept = [
+            snapshot for snapshot in (pusher._waiting, pusher._current) if snapshot is not None and snapshot.weights
+        ]
+        most = max(most, len(kept))
+        assert pusher._waiting is None or pusher._waiting.weights[HEAD].item() == step
+        if step == 0:
+            wait_for(lambda: workers.jobs)
+    assert most <= 2
+    (tmp_path / "go").touch()
+    pusher.flush()
+    assert steps_of(pusher) == [0, 5]
+    assert pusher.skipped == (1, 2, 3, 4)
+    assert [job["step"] for job in workers.jobs] == [0, 5]
+    assert pusher._worker.poll() is not None
+
+
+def test_a_worker_gives_way_and_a_ctrl_c_is_not_for_it(tmp_path):
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom hub_tools.publish import worker\n"
+        "worker.main(Path(sys.argv[1]))\n"
+        "print(os.nice(0), signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(
+        command, cwd=HERE.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[1] == "True"
+    assert int(done.stdout.split()[0]) >= 19 or os.name == "nt"
+    assert not folder.exists(), "nobody had a job for it: the parent has died"
+
+
+def test_a_worker_that_keeps_dying_is_told_with_its_last_words(pusher, workers, caplog):
+    workers.run("raise SystemExit('no memory')")
+    pusher.push(make_tiny_model(), step=1)
+    with pytest.raises(CheckpointPushError, match=r"step 1 .*exit status 1: no memory") as failed:
+        pusher.flush()
+    assert failed.value.step == 1
+    assert caplog.text.count("and tried again") == checkpoints.WORKERS - 1
+    assert len(workers.jobs) == checkpoints.WORKERS
+
+
+UNAVAILABLE = (
+    'answer = {"error": "HubUnavailableError", "found": "the Hub is down", "expected": "", "next_step": "wait"}\n'
+    '(folder / "answer.json").write_text(json.dumps(answer)); sys.exit()'
+)
+
+
+def test_a_hub_that_is_down_never_stops_training_and_the_newest_lands_once_it_is_back(pusher, workers, caplog):
+    workers.run(UNAVAILABLE)
+    model = make_tiny_model()
+    pusher.push(model, step=1)
+    wait_for(lambda: "and tried again" in caplog.text)
+    pusher.push(model, step=2)
+    wait_for(lambda: 1 in pusher.skipped)
+    pusher.check()
+    with pytest.raises(CheckpointPushError, match=r"step 2 .*the Hub is down") as failed:
+        pusher.flush()
+    assert isinstance(failed.value.__cause__, HubUnavailableError)
+    pusher.flush()  # told once
+    pusher.push(model, step=3)
+    workers.run("")
+    pusher.flush()
+    assert steps_of(pusher) == [3]
+
+
+def test_what_waiting_does_not_mend_is_raised_by_the_next_call_which_loses_nothing(pusher, workers):
+    workers.run(UNAVAILABLE.replace("HubUnavailableError", "AuthenticationError"))
+    pusher.push(make_tiny_model(), step=40)
+    wait_for(lambda: pusher._failures)
+    workers.run("")
+    with pytest.raises(CheckpointPushError, match="step 40") as failed:
+        pusher.push(make_tiny_model(), step=41)
+    assert isinstance(failed.value.__cause__, AuthenticationError)
+    pusher.flush()
+    assert steps_of(pusher) == [41]
+
+
+@pytest.mark.parametrize("where", ["the worker", "the disk"])
+def test_what_the_system_refuses_is_a_failure_and_no_silence(pusher, monkeypatch, where):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        target = (checkpoints.subprocess, "Popen") if where == "the worker" else (checkpoints._Snapshot, "write")
+        patched.setattr(*target, refuse)
+        pusher.push(make_tiny_model(), step=2)
+        with pytest.raises(CheckpointPushError, match=r"step 2.*No space left"):
+            pusher.flush()
+    pusher.push(make_tiny_model(), step=3)
+    pusher.flush()
+    assert steps_of(pusher) == [3]
+
+
+def test_an_interrupt_while_closing_gives_up_what_is_on_its_way_and_says_so(pusher, workers, monkeypatch, caplog):
+    def interrupted(condition):
+        raise KeyboardInterrupt
+
+    workers.run("time.sleep(1000)")
+    pusher.push(make_tiny_model(), step=1)
+    wait_for(lambda: workers.jobs)
+    process = pusher._worker
+    pusher.push(make_tiny_model(), step=2)
+    monkeypatch.setattr(pusher._changed, "wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pusher.close()
+    assert "interrupted: not pushed to alice/value: step 1, 2" in caplog.text
+    assert process.poll() == -signal.SIGKILL
+    with pytest.raises(CheckpointPushError, match="closed"):
+        pusher.push(make_tiny_model(), step=3)
+
+
+def test_what_cannot_be_a_checkpoint_is_refused_at_once_and_stops_nothing(pusher, tiny_model):
+    with pytest.raises(MissingHeadError):
+        pusher.push(plain_twin(tiny_model), step=0)
+    with pytest.raises(OptionsError, match="'kl' is 'low'"):
+        pusher.push(tiny_model, step=0, metrics={"kl": "low"})
+    tiny_model.generation_config.made_of = object()  # JSON has no word for it
+    with pytest.raises(UnsavableModelError):
+        pusher.push(tiny_model, step=0)
+    pusher.flush()
+    assert pusher.pushed == pusher.skipped == ()
+
+
+def test_what_cannot_be_right_is_refused_before_training_starts_and_a_silent_hub_is_no_reason(server, caplog):
+    with pytest.raises(AuthenticationError):
+        CheckpointPusher(REPO, token="hf_wrong")
+    with pytest.raises(OptionsError, match="without metric_for_best_model"):
+        CheckpointPusher(REPO, greater_is_better=True)
+    server.faults.append(Fault(route="whoami", status=503))
+    pusher = CheckpointPusher(REPO)
+    assert "without the Hub's consent" in caplog.text
+    pusher.close()
+    pusher.close()
+
+
+def test_an_exception_in_training_is_not_replaced_and_the_last_checkpoint_is_pushed(server, workers, temporary):
+    pusher = CheckpointPusher(REPO)
+
+    def train():
+        with pusher:
+            pusher.push(make_tiny_model(), step=1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
+    assert steps_of(pusher) == [1]
+
+
+def test_a_forked_process_cannot_use_it_and_does_not_disturb_it(pusher):
+    child = os.fork()
+    if child == 0:
+        try:
+            pusher.push(make_tiny_model(), step=0)
+        except CheckpointPushError:
+            pusher.close()
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    pusher.push(make_tiny_model(), step=53)
+    pusher.flush()
+    assert steps_of(pusher) == [53]
+
+
+@pytest.mark.shows("Trainer", "`CheckpointPusherCallback` pushes what it saves")
+def test_a_trainer_pushes_what_it_saves_and_ends_with_what_it_holds(pusher, workers, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = make_tiny_model().train()
+    data = [{"input_ids": torch.arange(i, i + 8), "labels": torch.arange(i, i + 8)} for i in range(16)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the loss falls, so the first one is the "best", and is loaded at the end
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        label_names=["labels"],
+    )
+    callback = CheckpointPusherCallback(pusher)
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=[callback])
+    trainer.train()
+    assert set(steps_of(pusher)) <= {2, 4}
+    assert pusher.pushed[-1].step == trainer.state.best_global_step == 2
+    assert {"loss", "eval_loss", "learning_rate"} <= set(workers.jobs[-1]["metrics"])
+    history = [
+        {"loss": 2.0, "learning_rate": 0.1, "epoch": 0.2, "step": 2},
+        {"eval_loss": 2.5, "eval_runtime": 1.0, "eval_samples_per_second": 3.0, "epoch": 0.2, "step": 2},
+    ]
+    assert metrics_at(2, history) == {"loss": 2.0, "learning_rate": 0.1, "eval_loss": 2.5}
+    assert metrics_at(3, history) == {}

@@ -1,0 +1,185 @@
+"""What a push leaves is what loads: the repository's root is what the package is, whatever stood there before."""
+
+import re
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import make_tiny_model, plain_twin
+from support.pushing import REPO, push_verified
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from hub_tools import layout, load_package, save_package
+from hub_tools.publish.contents import read_by_a_loader
+
+TOKENS = torch.tensor([[1, 2, 3, 4]])
+STAYS = [
+    *("README.md", "LICENSE", ".gitattributes", ".gitignore", "notes.txt", "data.csv", "curve.png", "handler.py"),
+    *("train.py", "training_args.bin", "optimizer.pt", "trainer_state.json", "all_results.json", "requirements.txt"),
+    *("checkpoint-500/model.safetensors", "runs/config.json", "logs/tokenizer.json", "training_config.json"),
+]
+GOES = [
+    *(
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "model.fp16.safetensors",
+    ),
+    *(
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "pytorch_model.fp16.bin",
+    ),
+    *(
+        "tf_model.h5",
+        "tf_model.h5.index.json",
+        "flax_model.msgpack",
+        "flax_model.msgpack.index.json",
+        "model.ckpt.index",
+    ),
+    *("model-Q4_K_M.gguf", "model.onnx", "value_head.safetensors", "value_head.bin", "consolidated.safetensors"),
+    *("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "config.json", "config.4.0.0.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja", "tokenizer.4.0.0.json"),
+    *("custom_generate/generate.py", "custom_generate/requirements.txt", "modeling_gpt2_value.py", "tekken.json"),
+    *("qwen.tiktoken", "added_tokens.json", "special_tokens_map.json", "verification.json"),
+]
+
+
+@pytest.mark.parametrize("name", GOES)
+def test_what_a_loader_would_read_goes(name):
+    assert read_by_a_loader(name)
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_what_no_loader_reads_stays(name):
+    assert not read_by_a_loader(name)
+
+
+def names_of_the_installed_loaders():
+    """The file names that the installed transformers and peft look up: constants of theirs, and those of tokenizers."""
+    found = set()
+    for module in (transformers.utils, transformers.utils.hub, transformers.utils.peft_utils, peft.utils.constants):
+        constants = {n: v for n, v in vars(module).items() if n.isupper() and isinstance(v, str)}
+        found |= {v for v in constants.values() if re.fullmatch(r"\w+(\.\w+)*\.[a-z]\w+", v)}
+    for path in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py"):
+        for names in re.findall(r"VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(), re.DOTALL):
+            found |= set(re.findall(r': "(.+?)"', names))
+    return found
+
+
+def test_every_name_that_the_installed_loaders_look_up_is_known():
+    names = names_of_the_installed_loaders()
+    assert {"model.safetensors", "adapter_config.json", "vocab.json", "processor_config.json"} <= names
+    others = {name for name in names if not read_by_a_loader(name)}
+    assert others <= {"modelcard.json", "README.md"}, "cards are words"
+    assert all(read_by_a_loader(name) for name in (*layout.TOKENIZER, *layout.REMOTE_CODE, layout.GENERATION_CONFIG))
+
+
+# The real loaders, after pushes over what people have in their repositories
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    home = tmp_path_factory.mktemp("packages")
+    save_package(make_tiny_model(seed=5), home / "plain", repo_id=REPO)
+    return home / "plain"
+
+
+def values(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).value
+
+
+def files_in(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def what_stood_there(kind, folder, tokenizer):
+    """Write a repository of this kind, as the libraries write it."""
+    other = make_tiny_model(seed=1)
+    if kind == "a package with a tokenizer":
+        save_package(other, folder, tokenizer)
+    elif kind == "a package in shards":
+        save_package(other, folder, max_shard_size=50_000)
+    elif kind == "a tokenizer":  # tokenizer.push_to_hub
+        tokenizer.chat_template = "{{ messages }}"
+        tokenizer.save_pretrained(folder)
+    elif kind == "an adapter":
+        base = plain_twin(other)
+        base.save_pretrained(folder / "base")
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder / "base"), config)
+        adapted.save_pretrained(folder)
+    elif kind == "pickled weights":
+        plain_twin(other).save_pretrained(folder)
+        (folder / "model.safetensors").unlink()
+        torch.save(other.state_dict(), folder / "pytorch_model.bin")
+    elif kind == "other code, templates and another way to generate":
+        plain_twin(other).save_pretrained(folder)
+        (folder / "modeling_mine.py").write_text("raise RuntimeError")
+        (folder / "chat_template.jinja").write_text("old")
+        (folder / "custom_generate").mkdir()
+        (folder / "custom_generate" / "generate.py").write_text("raise RuntimeError")
+
+
+KINDS = [
+    "a package with a tokenizer",
+    "a package in shards",
+    "a tokenizer",
+    "an adapter",
+    "pickled weights",
+    "other code, templates and another way to generate",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_push_every_loader_gives_the_pushed_values(
+    server, packages, tmp_path, tiny_tokenizer, kind, monkeypatch
+):
+    (tmp_path / "old").mkdir()
+    what_stood_there(kind, tmp_path / "old", tiny_tokenizer)
+    server.create(REPO, {**files_in(tmp_path / "old"), "notes.txt": b"mine"})
+    report = push_verified(packages)
+    assert "notes.txt" in report.kept
+    expected = values(make_tiny_model(seed=5))
+    where = {"revision": report.commit, "cache_dir": tmp_path / "cache", "trust_remote_code": True}
+    for loader in (AutoModel, AutoModelForCausalLM):
+        torch.testing.assert_close(values(loader.from_pretrained(REPO, **where)), expected, atol=1e-6, rtol=0)
+    loaded = load_package(REPO, revision=report.commit, cache_dir=tmp_path / "ours")
+    torch.testing.assert_close(values(loaded.model), expected, atol=1e-6, rtol=0)
+    assert loaded.tokenizer is None
+    with pytest.raises((OSError, ValueError)):
+        AutoTokenizer.from_pretrained(REPO, **where)
+
+
+def test_a_tokenizer_that_is_pushed_replaces_the_old_one_whole(server, tmp_path, tiny_tokenizer):
+    save_package(make_tiny_model(), tmp_path / "package", tiny_tokenizer, repo_id=REPO)
+    old = {"vocab.json": b"{}", "merges.txt": b"", "spiece.model": b"old", "chat_template.jinja": b"old"}
+    server.create(REPO, old)
+    report = push_verified(tmp_path / "package")
+    assert set(report.deleted) == set(old)
+    assert load_package(REPO, revision=report.commit, cache_dir=tmp_path).tokenizer("a").input_ids
+
+
+def test_a_folder_in_the_place_of_a_file_goes(server, packages):
+    server.create(REPO, {"config.json/mine.txt": b"x", "images/config.json": b"x"})
+    report = push_verified(packages)
+    assert set(report.deleted) == {"config.json/mine.txt"}
+
+
+def test_other_files_stay_as_they_are(server, packages, tmp_path):
+    shutil.copytree(packages, tmp_path / "package")
+    old = {name: name.encode() for name in STAYS if name not in ("README.md", ".gitattributes", ".gitignore")}
+    server.create(REPO, {**old, **dict.fromkeys(GOES, b"old")})
+    report = push_verified(tmp_path / "package")
+    files = server.files(REPO)
+    assert {name: files[name] for name in old} == old
+    assert set(files) == {*old, ".gitattributes", *(path.name for path in packages.iterdir())}
+    assert len(server.history(REPO)) == 3, "one commit"
+    assert set(report.deleted) | set(report.changed) == set(GOES)
+    loaded = load_package(REPO, revision=report.commit, cache_dir=tmp_path / "cache")
+    assert loaded.commit == report.commit
