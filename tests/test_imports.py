@@ -125,6 +125,7 @@ def test_every_library_that_is_imported_is_declared(path):
     assert outside(path) <= declared | own | NOT_DECLARED
 
 
+@pytest.mark.own_interpreter
 def test_every_public_name_is_imported_when_it_is_first_used():
     code = (
         "import sys, time; started = time.perf_counter(); import gpt2_value; took = time.perf_counter() - started;"

@@ -53,6 +53,7 @@ FLAGS = {
     "-s",
     "-P",
 }  # of the interpreter: of these, -I and -P change what is imported from where
+AT_START = {"PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONUTF8", "LC_ALL"}  # variables that only a new interpreter reads
 ADDRESS = "GPT2_VALUE_TESTS_FORKS"  # the variable that says where the server listens
 _real = subprocess.Popen
 _switched_off = False
@@ -110,11 +111,12 @@ class Forked(subprocess.Popen):
         shell, (stdin, _, _, stdout, _, stderr) = rest[2], rest[3:9]
         plain = isinstance(args, (list, tuple)) and not (executable or preexec_fn or pass_fds or shell)
         order = _order([os.fspath(argument) for argument in args]) if plain else None
-        if order is None or _switched_off or ADDRESS not in os.environ:
+        if order is None or _switched_off or ADDRESS not in os.environ or AT_START & set(env or ()):
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         order["env"] = {name: os.fspath(value) for name, value in (os.environ if env is None else env).items()}
         order["cwd"] = os.path.abspath(os.fspath(cwd or "."))
         order["session"] = bool(rest[14])  # start_new_session
+        order["parent"], order["group"] = os.getpid(), os.getpgrp()
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(os.environ[ADDRESS])
         message = json.dumps(order).encode()
@@ -210,7 +212,10 @@ def serve(listener):
             for own in (listener, wake, woken, connection, *children.values()):
                 own.close()
             standing.close()
-            _become(order, streams)
+            try:
+                _become(order, streams)
+            finally:
+                os._exit(70)
         for stream in streams:
             os.close(stream)
         children[child] = connection
@@ -241,6 +246,10 @@ def _become(order, streams):
     atexit._clear()
     if order["session"]:
         os.setsid()
+    else:
+        with contextlib.suppress(OSError):  # a group of another session
+            os.setpgid(0, order["group"])
+    os.getppid = lambda: order["parent"] if _is_alive(order["parent"]) else 1
     os.chdir(order["cwd"])
     _take_environment(order["env"])
     subprocess.Popen = Forked
@@ -278,6 +287,13 @@ def _become(order, streams):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code & 0xFF)
+
+
+def _is_alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _take_environment(env):
