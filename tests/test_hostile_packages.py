@@ -142,6 +142,7 @@ def test_a_base_whose_files_are_links_is_not_read(gpt2_value, tiny_tokenizer, tm
 # Nothing is exhausted
 
 
+@pytest.mark.own_interpreter  # the limit of its memory counts what a fork has already
 @pytest.mark.parametrize("doublings", [12, 28])
 def test_a_tokenizer_that_doubles_its_text_does_not_fill_the_memory(doublings, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "TOKENIZER_MEMORY", 512 * limits.MIB)
