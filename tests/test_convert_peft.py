@@ -1,17 +1,13 @@
 """A LoRA with TRL's separate head: merged, with the numbers of the unmerged model; refused where that cannot hold."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from packaging.version import Version
 from safetensors.torch import load_file
-from test_convert import TINY, Original, Payload, package_numbers, write_safetensors
+from test_convert import Original, Payload, package_numbers, write_safetensors
 
 from hub_tools import convert_checkpoint, errors
 
@@ -151,17 +147,6 @@ def test_an_adapter_without_a_head_needs_a_word(tmp_path):
     assert not package_numbers(tmp_path / "ours")[1].any()
 
 
-def test_trlxs_adapter_keeps_its_policy_alone(tmp_path):
-    adapted = Adapted(tmp_path)
-    n = TINY["n_embd"]
-    head = torch.nn.Sequential(torch.nn.Linear(n, 2 * n), torch.nn.ReLU(), torch.nn.Linear(2 * n, 1))
-    torch.save(head.state_dict(prefix="v_head."), adapted.folder / "pytorch_model.bin")
-    with pytest.raises(errors.ConversionError):
-        convert_checkpoint(adapted.folder, tmp_path / "ours")
-    convert_checkpoint(adapted.folder, tmp_path / "ours", init_value_head=True)
-    torch.testing.assert_close(package_numbers(tmp_path / "ours")[0], adapted.original.numbers()[0], rtol=0, atol=1e-3)
-
-
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     adapted = Adapted(tmp_path)
     Original(n_layer=1).body.save_pretrained(tmp_path / "shallow")
@@ -175,7 +160,7 @@ def test_an_adapter_that_lost_a_layer_is_refused(tmp_path):
     lost = sorted(state)[0]
     del state[lost]
     write_safetensors(state, adapted.folder / "adapter_model.safetensors")
-    with pytest.raises(errors.PackageError, match=lost.split(".lora_")[0]):
+    with pytest.raises(errors.PackageError, match=lost.removeprefix("base_model.model.")):
         convert_checkpoint(adapted.folder, tmp_path / "ours")
 
 
@@ -227,21 +212,4 @@ def test_a_pickled_adapter_is_read(tmp_path):
     (adapted.folder / "adapter_model.safetensors").unlink()
     torch.save(state, adapted.folder / "adapter_model.bin")
     convert_checkpoint(adapted.folder, tmp_path / "ours")
-    torch.testing.assert_close(package_numbers(tmp_path / "ours")[0], adapted.original.numbers()[0], rtol=0, atol=1e-3)
-
-
-def test_an_adapter_is_merged_without_peft(tmp_path):
-    adapted = Adapted(tmp_path)
-    script = (
-        "import sys; sys.modules['peft'] = None\n"
-        "from hub_tools import convert_checkpoint\n"
-        "convert_checkpoint(sys.argv[1], sys.argv[2])\n"
-    )
-    checkout = Path(__file__).resolve().parent.parent
-    subprocess.run(
-        [sys.executable, "-c", script, str(adapted.folder), str(tmp_path / "ours")],
-        env={**os.environ, "PYTHONPATH": str(checkout)},
-        timeout=120,
-        check=True,
-    )
     torch.testing.assert_close(package_numbers(tmp_path / "ours")[0], adapted.original.numbers()[0], rtol=0, atol=1e-3)

@@ -30,7 +30,7 @@ def test_a_pickle_of_repeated_numbers_does_not_become_gibibytes(tmp_path):
     file = tmp_path / "stride-0.bin"
     torch.save({f"{i}.weight": torch.zeros(1).expand(1 << 14, 1 << 14) for i in range(6)}, file)
     assert file.stat().st_size < 10_000
-    with pytest.raises(errors.PackageError, match="not contiguous"):
+    with pytest.raises(errors.PackageError, match="for itself"):
         read_state_dict(file)
 
 
@@ -39,7 +39,7 @@ def test_tensors_that_share_their_numbers_do_not_become_a_hundred_times_the_file
     torch.save({"a": shared, "b": shared}, tmp_path / "tied.bin")  # as a tied lm_head is
     assert set(read_state_dict(tmp_path / "tied.bin")) == {"a", "b"}
     torch.save({f"{i}": shared for i in range(100)}, tmp_path / "shared.bin")
-    with pytest.raises(errors.PackageError, match="each for itself"):
+    with pytest.raises(errors.PackageError, match="for itself"):
         read_state_dict(tmp_path / "shared.bin")
 
 

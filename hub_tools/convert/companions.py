@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerBase
 
@@ -22,12 +23,15 @@ from ..package.tokenizer import load_tokenizer
 
 
 def carried_tokenizer(
-    given: PreTrainedTokenizerBase | str | os.PathLike[str] | None, homes: Sequence[Path], *, vocab_size: int
+    given: PreTrainedTokenizerBase | str | os.PathLike[str] | Literal[False] | None,
+    homes: Sequence[Path],
+    *,
+    vocab_size: int,
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was given, or else the first one in `homes`; None if there is none.
+    """The tokenizer that was given, or for None the first one in `homes`; None if there is none, and for False.
 
     Args:
-        given: a tokenizer, or the folder of one.
+        given: a tokenizer, or the folder of one; None or False.
         homes: folders.
         vocab_size: of the model, by which the tokenizer's files are bounded.
 
@@ -38,7 +42,9 @@ def carried_tokenizer(
     """
     if isinstance(given, PreTrainedTokenizerBase):
         return given
-    folders = [Path(given)] if given is not None else homes
+    if given is False:
+        return None
+    folders = homes if given is None else [Path(given)]
     home = next((home for home in folders if any(os.path.lexists(home / name) for name in TOKENIZER)), None)
     if home is None and given is None:
         return None

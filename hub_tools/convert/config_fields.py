@@ -8,7 +8,7 @@ Imports transformers' GPT2Config, the remote code's configuration, and of hub_to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from transformers import GPT2Config
 
@@ -19,10 +19,18 @@ from ..errors import ConversionError, PackageError, as_ours
 from ..layout import MODEL_TYPE
 from ..package.config import CONFIG, PROBABILITY, Allowed, count_numbers
 
-SourceFormat = Literal["seed", "trl", "trlx", "sequence-classification", "token-classification", "gpt2"]
-
 TRL_DROPOUT = 0.1  # TRL's `summary_dropout_prob` where nobody set it
 CLASSIFIER_DROPOUT = 0.1  # GPT2ForTokenClassification's where its config has none
+
+# How every head works that is one linear layer, whatever GPT-2's `summary_*` fields say.
+ONE_LINEAR_LAYER: Mapping[str, Any] = {
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "summary_proj_to_labels": True,
+    "summary_activation": None,
+    "summary_first_dropout": 0.0,
+    "summary_last_dropout": 0.0,
+}
 
 _WORD = Allowed(lambda value: value is None or (isinstance(value, str) and len(value) <= 80), "a word, or null")
 # Fields that describe the class and dtype of a checkpoint. A package sets its own.
@@ -108,20 +116,14 @@ def left_out(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def value_config(
-    where: str,
-    fields: Mapping[str, Any],
-    source_format: SourceFormat,
-    *,
-    one_linear_layer: bool,
-    summary_first_dropout: float | None,
+    where: str, fields: Mapping[str, Any], source_format: str, summary_first_dropout: float | None
 ) -> tuple[GPT2ValueConfig, list[str]]:
     """The configuration of a package. GPT-2's own fields are kept; the head's are set to how that library's head works.
 
     Args:
         where: the checkpoint's path, for messages.
         fields: what `known_fields` returned.
-        source_format: the library.
-        one_linear_layer: whether its head is one linear layer, whatever GPT-2's `summary_*` fields say.
+        source_format: the library; see `heads`.
         summary_first_dropout: see `convert_checkpoint`.
 
     Raises:
@@ -132,15 +134,8 @@ def value_config(
     if source_format == "seed":
         # the seed notebook's head applies tanh, and treats every other word as no activation
         head["summary_activation"] = "tanh" if fields.get("summary_activation") == "tanh" else None
-    elif one_linear_layer:
-        head = {
-            "summary_type": "cls_index",
-            "summary_use_proj": True,
-            "summary_proj_to_labels": True,
-            "summary_activation": None,
-            "summary_first_dropout": 0.0,
-            "summary_last_dropout": 0.0,
-        }
+    elif source_format not in ("gpt2", "package"):
+        head = dict(ONE_LINEAR_LAYER)
     if source_format == "trl":
         head["summary_first_dropout"] = fields.get("summary_dropout_prob", TRL_DROPOUT)
         if "summary_dropout_prob" not in fields and summary_first_dropout is None:
@@ -165,12 +160,7 @@ def _not_gpt2(where: str, gist: str) -> PackageError:
 
 def _refuse_other_bodies(where: str, fields: Mapping[str, Any]) -> None:
     model_type = fields.get("model_type", "gpt2")  # the first GPT-2 checkpoints do not say
-    if model_type == MODEL_TYPE:
-        raise ConversionError(
-            f"{where} is a package of this model already (model_type {MODEL_TYPE!r})",
-            next_step="load it as it is; for plain GPT-2 out of it, use export_policy",
-        )
-    if model_type != "gpt2":
+    if model_type not in ("gpt2", MODEL_TYPE):
         raise ConversionError(
             f"{where} is a model of type {str(model_type)[:80]!r}",
             expected="'gpt2': this package is a GPT-2 with a value head, and has no other body",

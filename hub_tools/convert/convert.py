@@ -1,44 +1,24 @@
-"""Other people's value-head checkpoints, as packages of this model.
-
-Imports torch, transformers, the model and of hub_tools what is below: `weight_files` reads weights and runs nothing of
-them, `lora` merges adapters, `formats` knows what each library's tensors mean, `companions` reads the tokenizer.
-"""
+"""Other people's GPT-2 checkpoints, and packages of older versions, as packages of this model."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2_value import GPT2ValueModel
-
-from ..errors import (
-    ConversionError,
-    FolderRefusedError,
-    OptionsError,
-    PackageError,
-)
+from ..errors import FolderRefusedError, OptionsError, PackageError
 from ..files import read_json
-from ..layout import CONFIG, HEAD_PREFIX
-from ..package.save import save_package, save_target
-from ..package.stage import identities, refuse_changes
+from ..layout import CONFIG, HEAD_PREFIX, MODEL_TYPE
+from ..package.writing.save import SavedPackage, save_package, save_target
+from .adapters import lora_settings, merge
 from .companions import carried_generation_config, carried_tokenizer
-from .config_fields import SourceFormat, most_bytes
-from .formats import translate
-from .lora import merge_adapter
-from .weight_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    HEAD_WEIGHTS,
-    MODEL_WEIGHTS,
-    listed,
-    only_one,
-    read_state_dict,
-)
+from .config_fields import most_bytes
+from .heads import HEAD, SourceFormat, listed, model_of, plain_name, translate
+from .weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS, MODEL_WEIGHTS, only_one, read_state_dict
 
 _Path = str | os.PathLike[str]
 
@@ -47,10 +27,9 @@ _Path = str | os.PathLike[str]
 class Conversion:
     """What `convert_checkpoint` found, and what became of it: every tensor is in `mapped` or in `dropped`."""
 
-    source: Path
-    folder: Path  # the package
+    source: str
+    package: SavedPackage  # what was written
     source_format: SourceFormat
-    prefix: str  # of the body's tensor names in the source: "", "pretrained_model." or "base_model."
     files: tuple[Path, ...]  # the weight files that were read
     adapter: bool  # a LoRA was merged into its base
     mapped: dict[str, str]  # tensor of the source (for an adapter: of the merged model) -> tensor of the package
@@ -59,28 +38,31 @@ class Conversion:
     dtype: torch.dtype  # the body's; the head is float32
     tokenizer: str | None  # the class of the package's tokenizer
 
+    @property
+    def folder(self) -> Path:
+        """The package's folder."""
+        return self.package.folder
+
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
         return {
             **asdict(self),
-            "source": str(self.source),
-            "folder": str(self.folder),
+            "package": {**asdict(self.package), "folder": str(self.folder)},
             "files": [str(file) for file in self.files],
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
 
-@dataclass(frozen=True)
-class _Read:
+@dataclass
+class _Checkpoint:
     """A checkpoint in memory, not understood yet."""
 
     state: dict[str, torch.Tensor]
     fields: dict[str, Any]  # config.json
     files: list[Path]
     homes: list[Path]  # where a tokenizer or a generation config may lie, the first that has one counts
-    adapter: bool
-    dropped: dict[str, str]
     limit: int  # the most bytes that a weight file of this model may have
+    dropped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -88,65 +70,67 @@ def convert_checkpoint(
     source: _Path,
     folder: _Path,
     *,
+    revision: str | None = None,
     config: _Path | None = None,
     source_format: SourceFormat | None = None,
     base: _Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | _Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | _Path | Literal[False] | None = None,
     summary_first_dropout: float | None = None,
     init_value_head: bool = False,
+    dtype: torch.dtype | None = None,
     overwrite: bool = True,
+    **card: Any,
 ) -> Conversion:
-    """Write another library's GPT-2 checkpoint as a package of this model, with the same logits and values.
+    """Write a GPT-2 checkpoint of any library as a package of this model, with the same logits and values.
 
-    These checkpoints can be converted:
+    These can be converted, in one file or in shards, as safetensors or pickles, whatever wrappers' prefixes (`module.`,
+    `_orig_mod.`, `pretrained_model.`, ...) their tensors' names have:
 
-    - `GPT2HeadWithValueModel` of the seed notebook (and of TRL until 0.1.0);
-    - TRL's `AutoModelForCausalLMWithValueHead`, with or without the prefix `pretrained_model.`;
-    - a PEFT LoRA folder with TRL's head beside the adapter; the adapter is merged;
-    - trlx's `AutoModelForCausalLMWithValueHead`; its head of two layers cannot be kept (see `init_value_head`);
-    - `GPT2ForSequenceClassification` and `GPT2ForTokenClassification` with one label; the classifier becomes the head;
-    - plain GPT-2, with `init_value_head`.
+    - TRL's `AutoModelForCausalLMWithValueHead`, and `GPT2HeadWithValueModel` of the seed notebook;
+    - OpenRLHF's critics, and other heads that are one linear layer, also in `value_head.safetensors` or `.bin`;
+    - `GPT2ForSequenceClassification` and `GPT2ForTokenClassification` with one label: the classifier becomes the head;
+    - a PEFT LoRA folder: the adapter is merged. Its head is the adapter's (trained in it, or beside it as TRL writes
+      it), else that of its base;
+    - plain GPT-2, with `init_value_head`: this is what `gpt2-value create --base` does;
+    - a package of this version or an older one, which is rewritten with this version's code.
 
-    The body keeps its dtype, the head is float32. Pickles are not unpickled: a child process with limited memory and
-    time finds the tensors in them (see `pickle_outline`). Other libraries see only known fields of JSON files. The
-    record lists every tensor that is left out.
+    The body keeps its dtype, the head is float32. Nothing of the source is run: pickles are read by
+    `torch.load(weights_only=True)` in a process with limited memory and time, and other libraries see only known
+    fields of JSON files. The record lists every tensor that is left out.
 
     Args:
-        source: a folder, or a weight file: `*.safetensors`, the `*.index.json` of shards, or else a pickle.
+        source: a folder, a repository on the Hub, or a weight file: `*.safetensors`, the `*.index.json` of shards, or
+            else a pickle.
         folder: where the package goes, as for `save_package`.
+        revision: branch, tag or commit of the repository.
         config: GPT-2's `config.json`, or the folder that holds it; by default the one beside the weights.
-        source_format: the library that wrote the checkpoint, if its files do not show it.
-        base: the folder of an adapter's base model; by default the path, or the repository on the Hub, that
-            `adapter_config.json` names.
-        tokenizer: a tokenizer, or the folder of one; by default the source's, where it has one.
+        source_format: the library that wrote the head, if the files do not show it, or hold two.
+        base: an adapter's base model, a folder or a repository; by default what `adapter_config.json` names.
+        tokenizer: a tokenizer, or the folder of one; None for the source's, where it has one; False for none.
         summary_first_dropout: probability of the dropout before the head, in training mode; by default the
             source's. TRL does not record it: there the default is TRL's own, 0.1.
         init_value_head: start with a new head, whose values are all 0. Only for a source without a head, or with one
             that cannot be kept.
-        overwrite: as for `save_package`.
+        dtype: of the body; by default the source's.
+        overwrite, card: as for `save_package` (`license=`, `base_model=`, ...).
 
     Returns:
         The record of what was found, mapped and dropped.
 
     Raises:
-        PackageError: no weights or no `config.json`, or no base model for an adapter.
-        PackageError: the pickle asks for more than tensors. Nothing of it ran.
-        PackageError: a damaged file, or a setting that cannot be right.
-        PackageError: a link out of the source's folder, or an index or a tokenizer that names files elsewhere.
-        ConversionError: the source can be read in two ways that give different models; the error says how to
-            choose.
-        ConversionError: the body is not a GPT-2, or is quantised, or the adapter is not a LoRA.
-        ConversionError: a head of several layers or outputs, without `init_value_head`.
+        PackageError: no weights or no `config.json`; a damaged file, a setting that cannot be right, an unsafe pickle
+            or a link out of the folder; unknown or missing tensors, or other shapes than the configuration calls for.
+        ConversionError: the body is not a GPT-2, or is quantised; the adapter is not a LoRA; a head of several layers
+            or outputs, without `init_value_head`; two heads that differ.
         MissingHeadError: no head, without `init_value_head`.
-        PackageError: unknown or missing tensors, or other shapes than the configuration calls for.
+        MissingLibraryError: an adapter, and PEFT is not installed.
         UnsavableModelError: NaN or infinity among the weights.
-        TokenizerMismatchError: the source's tokenizer cannot be loaded.
-        ResourceLimitError: opening it takes more memory or time than a tokenizer needs.
+        TokenizerMismatchError, ResourceLimitError: the source's tokenizer cannot be loaded.
         OptionsError: an argument that this source has no use for.
         And what `save_package` raises.
     """
-    source = Path(source)
-    weights = _weights_of(source)
+    place = folder_of(source, revision)
+    weights = _weights_of(place)
     home = weights.parent
     if _is_same(folder, home):
         raise FolderRefusedError(
@@ -155,48 +139,51 @@ def convert_checkpoint(
             next_step="name a folder that does not exist yet",
         )
     save_target(folder, overwrite=overwrite)  # checked now, before the work that can take minutes
-    folder = Path(folder)
-    known = {CONFIG, ADAPTER_CONFIG, weights.name, *MODEL_WEIGHTS, *HEAD_WEIGHTS, *ADAPTER_WEIGHTS}
-    before = identities(home, known)
-    if weights.name == ADAPTER_CONFIG:
-        read = _read_adapter(home, config=config, base=base)
-    else:
-        read = _read_model(weights, config=config, base=base, named=weights == source)
-    _add_head_file(read, home)
-    refuse_changes(home, before)
-
+    is_adapter = weights.name == ADAPTER_CONFIG
+    if is_adapter and config is not None:
+        raise OptionsError(
+            f"config= is for a whole model; {home} is an adapter, and its base has a config.json",
+            next_step="leave config out; to name another base: base=",
+        )
+    if base is not None and not is_adapter:
+        raise OptionsError(
+            f"base= is for an adapter; {weights} is a whole model",
+            next_step="leave base out, or pass an adapter's folder",
+        )
+    read = _read_adapter(home, base) if is_adapter else _read_model(weights, config, named=weights == place)
     found = translate(
-        str(source),
+        os.fspath(source),
         read.state,
         read.fields,
         source_format=source_format,
         summary_first_dropout=summary_first_dropout,
         init_value_head=init_value_head,
     )
-    model = GPT2ValueModel(found.config)
-    model.to(found.dtype)
-    model.v_head.float()
-    # strict: every tensor of the model is replaced, and nothing is left over
-    model.load_state_dict({"lm_head.weight": found.state["transformer.wte.weight"], **found.state})
-    model.eval()
+    model = model_of(found.config, found.state)
+    if dtype is not None:
+        model.transformer.to(dtype), model.lm_head.to(dtype)
     generation_config = carried_generation_config(read.homes)
     if generation_config is not None:
         model.generation_config = generation_config
     its_tokenizer = carried_tokenizer(tokenizer, read.homes, vocab_size=found.config.vocab_size)
-    save_package(model, folder, its_tokenizer, overwrite=overwrite)
+    package = save_package(model, folder, its_tokenizer, overwrite=overwrite, **card)
     return Conversion(
-        source=source,
-        folder=folder,
+        source=os.fspath(source),
+        package=package,
         source_format=found.source_format,
-        prefix=found.prefix,
         files=tuple(read.files),
-        adapter=read.adapter,
+        adapter=is_adapter,
         mapped=found.mapped,
         dropped={**read.dropped, **found.dropped},
-        notes=(*read.notes, *found.notes, *_merge_notes(read.adapter, found.dtype)),
-        dtype=found.dtype,
+        notes=(*read.notes, *found.notes),
+        dtype=model.dtype,
         tokenizer=None if its_tokenizer is None else type(its_tokenizer).__name__,
     )
+
+
+def folder_of(source: _Path, revision: str | None = None) -> Path:
+    """A source on this disk: the path itself, or the folder into which a repository of the Hub was downloaded."""
+    return Path(source)
 
 
 def _is_same(one: _Path, other: _Path) -> bool:
@@ -213,10 +200,10 @@ def _weights_of(source: Path) -> Path:
     if not os.path.isdir(source):
         raise PackageError(
             f"there is no file or folder {source}",
-            expected="a checkpoint on this machine",
-            next_step="fetch it first: huggingface_hub.snapshot_download(REPO), which returns its folder",
+            expected="a checkpoint on this machine, or OWNER/NAME of a repository on the Hub",
+            next_step="check the name",
         )
-    if (source / ADAPTER_CONFIG).is_file():
+    if (source / ADAPTER_CONFIG).is_file() and only_one(source, MODEL_WEIGHTS[:2]) is None:
         return source / ADAPTER_CONFIG
     weights = only_one(source, MODEL_WEIGHTS)
     if weights is None:
@@ -229,9 +216,9 @@ def _weights_of(source: Path) -> Path:
     return weights
 
 
-def _fields(home: Path, config: _Path | None) -> dict[str, Any]:
-    """The configuration of a whole model."""
-    file = home / CONFIG if config is None else Path(config)
+def _read_model(weights: Path, config: _Path | None, *, named: bool) -> _Checkpoint:
+    """A whole model, from its weight file. `named`: the user named this file, rather than a folder with it."""
+    file = weights.parent / CONFIG if config is None else Path(config)
     file = file / CONFIG if os.path.isdir(file) else file
     if not os.path.isfile(file):
         raise PackageError(
@@ -239,63 +226,73 @@ def _fields(home: Path, config: _Path | None) -> dict[str, Any]:
             expected="the config.json of the GPT-2 that was trained",
             next_step="pass it: config=FILE, or the folder of the model that the training began with",
         )
-    return read_json(file.parent, file.name)
-
-
-def _read_model(weights: Path, *, config: _Path | None, base: _Path | None, named: bool) -> _Read:
-    """A whole model, from its weight file. `named`: the user named this file, rather than a folder with it."""
-    if base is not None:
-        raise OptionsError(
-            f"base= is for an adapter; {weights} is a whole model",
-            next_step="leave base out, or pass an adapter's folder",
-        )
-    fields = _fields(weights.parent, config)
+    fields = read_json(file.parent, file.name)
     limit = most_bytes(str(weights), fields)
     state = read_state_dict(weights, limit=limit, follow=named)
-    return _Read(state, fields, [weights], [weights.parent], adapter=False, dropped={}, limit=limit)
+    read = _Checkpoint(state, fields, [weights], [weights.parent], limit)
+    return _with_head_file(read, weights.parent, HEAD_WEIGHTS[1:])
 
 
-def _read_adapter(home: Path, *, config: _Path | None, base: _Path | None) -> _Read:
-    """An adapter's folder, merged into its base."""
-    if config is not None:
-        raise OptionsError(
-            f"config= is for a whole model; {home} is an adapter, and its base has a config.json",
-            next_step="leave config out; to name another base: base=",
+def _with_head_file(read: _Checkpoint, home: Path, names: tuple[str, ...]) -> _Checkpoint:
+    """Add the value head that lies in a file of its own."""
+    file = only_one(home, names)
+    if file is not None and file not in read.files:
+        head = read_state_dict(file, limit=read.limit)
+        read.state |= {f"{file.name}:{key}": tensor for key, tensor in head.items()}
+        read.files.append(file)
+    return read
+
+
+def _read_adapter(home: Path, base: _Path | None) -> _Checkpoint:
+    """An adapter, merged into its base."""
+    fields = read_json(home, ADAPTER_CONFIG)
+    settings = lora_settings(str(home), fields)
+    file = only_one(home, ADAPTER_WEIGHTS)
+    if file is None:
+        raise PackageError(
+            f"{home} has an {ADAPTER_CONFIG} and no adapter weights",
+            expected=" or ".join(ADAPTER_WEIGHTS),
+            next_step="save the adapter again with its library's save_pretrained",
         )
-    merged = merge_adapter(home, None if base is None else Path(base))
-    files, homes = list(merged.files), [home, merged.base]
-    return _Read(
-        merged.state,
-        merged.fields,
-        files,
-        homes,
-        adapter=True,
-        dropped=merged.dropped,
-        limit=merged.limit,
-        notes=merged.notes,
-    )
-
-
-def _add_head_file(read: _Read, home: Path) -> None:
-    """Add the value head that lies in a file of its own, beside an adapter or beside a model without one."""
-    if any(key.startswith(HEAD_PREFIX) for key in read.state):
-        return
-    file = only_one(home, HEAD_WEIGHTS if read.adapter else HEAD_WEIGHTS[1:])
-    if file is None or file in read.files:
-        return
-    head = read_state_dict(file, limit=read.limit)
-    twice = sorted(set(head) & set(read.state))
-    if twice:
-        raise ConversionError(
-            f"{file} and {read.files[0]} both hold {listed(twice)}",
-            expected="the value head alone in the separate file",
-            next_step="remove one of the two files, or pass the file of the whole model itself",
+    under = _base_of(home, fields) if base is None else folder_of(base)
+    base_file = only_one(under, MODEL_WEIGHTS) if os.path.isdir(under) else None
+    if base_file is None:
+        raise PackageError(
+            f"{under}, the adapter's base model, has no weights",
+            expected=" or ".join(MODEL_WEIGHTS),
+            next_step="name the folder of the base model: base=",
         )
-    read.state.update(head)
-    read.files.append(file)
+    read = _read_model(base_file, None, named=False)
+    understood = translate(str(under), read.state, read.fields, init_value_head=None)
+    adapter = read_state_dict(file, limit=read.limit)
+    state, has_head, notes = merge(understood, adapter, settings, where=str(file), of=str(under))
+    if understood.dtype != torch.float32:
+        notes += (f"the adapter is merged in {understood.dtype}, which rounds: a float32 base keeps more of it",)
+    dropped = {f"{under.name}/{label}": why for label, why in understood.dropped.items()}
+    merged = _Checkpoint(state, {}, [base_file, file], [home, under], read.limit, dropped, notes)
+    _with_head_file(merged, home, HEAD_WEIGHTS)
+    beside = any(HEAD.fullmatch(plain_name(label)) for label in merged.state if ":" in label)
+    in_base = [label for label, name in understood.mapped.items() if name.startswith(HEAD_PREFIX)]
+    if not has_head and (beside or not in_base):
+        for name in [name for name in state if name.startswith(HEAD_PREFIX)]:
+            del merged.state[name]
+        dropped |= {
+            f"{under.name}/{label}": "the base model's own value head: the adapter brings one" for label in in_base
+        }
+        merged.fields = {**read.fields, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    else:
+        merged.fields = {**understood.config.to_dict(), "model_type": MODEL_TYPE}
+    merged.fields["tie_word_embeddings"] = "lm_head.weight" not in state
+    return merged
 
 
-def _merge_notes(adapter: bool, dtype: torch.dtype) -> tuple[str, ...]:
-    if not adapter or dtype == torch.float32:
-        return ()
-    return (f"the adapter is merged in {dtype}, which rounds: a float32 base keeps more of it",)
+def _base_of(home: Path, fields: dict[str, Any]) -> Path:
+    """The folder of the model that an adapter names."""
+    name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not isinstance(name, str) or not name or not isinstance(revision, (str, type(None))):
+        raise PackageError(
+            f"{home / ADAPTER_CONFIG} names the base model {str(name)[:80]!r} at the revision {str(revision)[:80]!r}",
+            expected="a folder, or a repository on the Hub and its branch, tag or commit",
+            next_step="name the base model's folder: base=",
+        )
+    return folder_of(name, revision)

@@ -7,11 +7,11 @@ process finds them (see `pickle_outline`). This module then maps those parts of 
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +21,10 @@ from .. import limits
 from ..errors import ConversionError, GPT2ValueHubError, PackageError
 from ..files import file_in, parse_json, read_json
 from ..layout import WEIGHTS, WEIGHTS_INDEX
-from ..limited_process import run_limited
-from ..package.stage import Identity, private_file, refuse_changes
-from . import pickle_outline
+from ..limited_process import run_limited, search_path_of
+from ..package.reading.stage import Identity, private_file, refuse_changes
+from . import unpickle
+from .heads import listed
 
 PICKLED_WEIGHTS = "pytorch_model.bin"
 
@@ -133,8 +134,11 @@ def _tensors_in(file: Path, place: Path, *, limit: int) -> tuple[dict[str, torch
     """
     with private_file(place, limit=limit) as (copied, identity):
         try:
-            content = mmap.mmap(copied.fileno(), 0, access=mmap.ACCESS_COPY)
-            outline = _header_of(file, content) if file.suffix == ".safetensors" else _outline_of(file, copied)
+            if file.suffix == ".safetensors":
+                content = mmap.mmap(copied.fileno(), 0, access=mmap.ACCESS_COPY)
+                outline = _header_of(file, content)
+            else:
+                content, outline = _unpickled(file, copied)
         except (OSError, ValueError) as err:  # ValueError: an empty file
             if isinstance(err, GPT2ValueHubError):
                 raise
@@ -148,7 +152,7 @@ def _views(file: Path, content: mmap.mmap, outline: Outline) -> dict[str, torch.
     for name, (dtype, shape, start) in outline.items():
         count, length = math.prod(shape), math.prod(shape) * dtype.itemsize
         made += length
-        if math.prod(max(side, 1) for side in shape) >= pickle_outline.LARGEST:  # torch fails also where there are none
+        if math.prod(max(side, 1) for side in shape) >= 1 << 48:  # torch fails also where there are none
             raise PackageError(
                 f"{file} has a tensor {name[:120]!r} of shape {shape}",
                 expected="numbers that can be counted",
@@ -203,55 +207,44 @@ def _whole_numbers(numbers: Any, *, most: int) -> bool:
     )
 
 
-def _outline_of(file: Path, opened: BinaryIO) -> Outline:
-    """The tensors that a pickle names."""
-    patience = limits.WAITING * limits.PICKLE_SECONDS
-    answer: dict[str, Any] = {"refused": "ended", "found": "it took too long"}
-    try:
-        done = run_limited(
-            pickle_outline.__file__,
-            limits={"RLIMIT_AS": limits.PICKLE_MEMORY, "RLIMIT_CPU": int(limits.PICKLE_SECONDS)},
-            seconds=patience,
-            flags=("-S",),  # without site-packages an interpreter starts in a few hundredths of a second
-            stdin=opened,
-        )
-        answer = json.loads(done.stdout) if done.returncode == 0 else {**answer, "found": f"exit {done.returncode}"}
-    except subprocess.TimeoutExpired:
-        pass  # the process was killed
-    if "tensors" in answer:
-        return {name: (getattr(torch, dtype), *where) for name, (dtype, *where) in answer["tensors"].items()}
-    refused, found = answer["refused"], answer["found"]
-    if refused == "unsafe":
-        raise PackageError(
-            f"{file} is a pickle that asks for more than plain tensors: {found}. Nothing of it was run",
-            expected="a state dict of plain, dense tensors",
-            next_step="if you know its maker, load it in the library that wrote it, save model.state_dict() "
-            "as safetensors, and convert that",
-        )
-    if refused == "nested":
-        raise PackageError(
-            f"{file} holds {found}",
-            expected="a state dict: names with plain tensors",
-            next_step="where the state dict lies inside (under 'state_dict', 'model', ...), save that part "
-            "alone and convert it",
-        )
-    if refused == "ended":
-        raise PackageError(
-            f"{file} could not be opened in {patience:g} s and {limits.PICKLE_MEMORY >> 20} MiB ({found})",
-            expected="a state dict, whose names and shapes fit into a small part of that",
-            next_step=FETCH_AGAIN,
-        )
+def _unpickled(file: Path, copied: BinaryIO) -> tuple[mmap.mmap, Outline]:
+    """The tensors of a pickle, which a process of its own writes as safetensors; see `unpickle`."""
+    size = os.fstat(copied.fileno()).st_size
+    with tempfile.TemporaryDirectory(prefix="gpt2-value-", ignore_cleanup_errors=True) as home:
+        target = Path(home, WEIGHTS)
+        bounds = {
+            "RLIMIT_DATA": limits.PICKLE_MEMORY + 4 * size,
+            "RLIMIT_FSIZE": unpickle.TENSORS_PER_FILE * size + limits.HEADER_BYTES,
+            "RLIMIT_CPU": int(limits.PICKLE_SECONDS),
+        }
+        found = "it took too long"
+        try:
+            done = run_limited(
+                unpickle.__file__,
+                f"/dev/fd/{copied.fileno()}",
+                str(target),
+                *search_path_of("torch", "safetensors"),
+                limits=bounds,
+                seconds=limits.WAITING * limits.PICKLE_SECONDS,
+                environment={"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                pass_fds=(copied.fileno(),),
+                text=True,
+                errors="replace",
+            )
+            found = done.stdout.strip() if done.returncode == 0 else f"its reader ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            pass  # the process was killed
+        if not found:
+            with open(target, "rb") as opened:
+                content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            return content, _header_of(file, content)
     raise PackageError(
-        f"{file} cannot be read as a checkpoint: {found}",
-        expected="the state dict of contiguous tensors that torch.save writes",
-        next_step=FETCH_AGAIN,
+        f"{file} holds {found}",
+        expected="a state dict of dense tensors, in bounded memory and time",
+        next_step="if you know its maker, load it in the library that wrote it, save model.state_dict() as "
+        "safetensors, and convert that",
     )
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """`names` as a sentence lists them, the rest counted."""
-    shown = ", ".join(name[:120] for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _gist(err: BaseException) -> str:

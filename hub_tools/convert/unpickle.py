@@ -1,0 +1,63 @@
+"""Write the tensors of a file of `torch.save` as safetensors, in a process with limited memory and time.
+
+    python unpickle.py PICKLE SAFETENSORS [PLACES OF PACKAGES]
+
+Imports the standard library, torch and safetensors. `torch.load(weights_only=True)` builds tensors and plain containers
+and calls nothing else, whatever the pickle asks for. What it refuses, and what is no state dict, is printed on one
+line; a state dict prints nothing. See `pickles`, which starts this script.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import sys
+
+MOST_TENSORS, LONGEST_NAME = 100_000, 512
+TENSORS_PER_FILE = 2  # a tied lm_head is stored once; a larger factor is an attack on the memory
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+def main(source: str, target: str) -> str:
+    """Write `target`, or return what is wrong with `source`."""
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's message is long advice on how to run it anyway, with the finding in the middle
+        found = re.search(r"WeightsUnpickler error: (.{1,200}?)(?:\. | \n|\n|$)", str(error))
+        gist = found[1] if found else "no state dict"
+        return f"a pickle that asks for more than tensors and plain containers ({gist}). Nothing of it was run"
+    except (
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as err:
+        return f"no file that torch.load reads: {' '.join(str(err).split())[:300] or type(err).__name__}"
+    if not isinstance(state, dict) or len(state) > MOST_TENSORS:
+        return f"a {type(state).__name__} and no state dict"
+    for name, tensor in state.items():
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not isinstance(name, str) or len(name) > LONGEST_NAME or not plain:
+            return f"{str(name)[:120]!r}: a {type(tensor).__name__} that is no plain tensor"
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+            return f"{name[:120]!r} of type {tensor.dtype}"
+    held, size = sum(tensor.nbytes for tensor in state.values()), os.path.getsize(source)
+    if held > TENSORS_PER_FILE * size:
+        return f"tensors of {held:,} bytes in a file of {size:,}: each tensor has to lie in the file for itself"
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()}, target)
+    return ""
+
+
+if __name__ == "__main__":
+    _, source, target, *places = sys.argv
+    sys.path += places  # where torch is, for an interpreter that is isolated
+    print(main(source, target))
