@@ -17,7 +17,6 @@ HEADER_BYTES = 16 * MIB
 INDEX_BYTES = 16 * MIB
 RECORD_BYTES = 16 * MIB
 CODE_BYTES = 4 * MIB
-PICKLE_BYTES = 16 * MIB
 WEIGHT_BYTES_PER_NUMBER = 8
 FOREIGN_BYTES_PER_NUMBER = 16
 WEIGHT_BYTES_AT_MOST = 128 * GIB
@@ -91,7 +90,6 @@ def tables() -> str:
         ("the index of the shards", _size(INDEX_BYTES), "as large as a header"),
         ("`verification.json`", _size(RECORD_BYTES), "30 kB"),
         ("a code file", _size(CODE_BYTES), "60 kB for all code of a package together"),
-        ("the pickle in a `.bin`, without its tensors", _size(PICKLE_BYTES), "100 kB for GPT-2 XL"),
         (
             "all weights of a package together",
             f"{WEIGHT_BYTES_PER_NUMBER} bytes for each number in the tensors that the config calls for, at most "
@@ -116,7 +114,11 @@ def tables() -> str:
             f"{_size(TOKENIZER_MEMORY)}, and {TOKENS_PER_CHARACTER} tokens for each character",
             "300 MiB with a vocabulary of 250,000; at most 18 tokens for one character",
         ),
-        ("the child process that reads a pickle", _size(PICKLE_MEMORY), "15 MB for 600 tensors"),
+        (
+            "the child process that reads a pickle",
+            f"{_size(PICKLE_MEMORY)} + 4 bytes for each byte of the file",
+            "torch, and the tensors twice",
+        ),
         (
             "the child process of `verify_package`",
             f"{_size(VERIFY_MEMORY)} + {VERIFY_MEMORY_PER_NUMBER} bytes for each number in the tensors",
@@ -136,8 +138,9 @@ def tables() -> str:
         ),
         (
             "the child process that reads a pickle",
-            f"{PICKLE_SECONDS:g} s of processor time, {WAITING * PICKLE_SECONDS:g} s of wall-clock time",
-            "0.1 s",
+            f"{PICKLE_SECONDS:g} s of processor time + 1 s for each {_size(COPY_BYTES_PER_SECOND)}; {WAITING} times as "
+            "long by the clock",
+            "2 s",
         ),
         (
             "the child process of `verify_package`",

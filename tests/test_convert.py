@@ -399,14 +399,14 @@ def test_another_body_is_refused_by_name(config, model_class, tmp_path):
     model = model_class(config)
     model.save_pretrained(tmp_path / "theirs")
     write_safetensors(Original().head_state(), tmp_path / "theirs" / "value_head.safetensors")
-    with pytest.raises(errors.ConversionError, match=config.model_type):
+    with pytest.raises(errors.NotAPackageError, match=config.model_type):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 
 def test_quantised_weights_are_refused(tmp_path):
     write_trl(Original(), tmp_path / "theirs")
     edit_config(tmp_path / "theirs", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    with pytest.raises(errors.ConversionError, match="quantised"):
+    with pytest.raises(errors.PackageError, match="quantization_config"):
         convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
 
 

@@ -24,7 +24,6 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from hub_tools import errors, inspect_package, layout, limits, load_package, save_package, verify_package
-from hub_tools.convert import pickle_outline
 from hub_tools.package import config as allowed_fields
 from hub_tools.package import verify
 from hub_tools.package.tokenizer import try_in_a_process
@@ -424,5 +423,3 @@ def test_security_md_does_not_name_a_test_that_is_not_there():
 
 def test_the_page_of_limits_does_not_differ_from_the_code():
     assert limits.tables() in (ROOT / "docs" / "limits.md").read_text()
-    assert pickle_outline.PICKLE_LIMIT == limits.PICKLE_BYTES
-    assert pickle_outline.LARGEST > limits.WEIGHT_BYTES_AT_MOST

@@ -198,9 +198,12 @@ def _unpickle(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         from safetensors.torch import save_file
 
-        from ..convert.weight_files import read_state_dict
+        from ..convert.convert import read_tensors
 
-        state = {name: tensor.contiguous().clone() for name, tensor in read_state_dict(path).items()}
+        state = {
+            name: tensor.contiguous().clone()
+            for name, tensor in read_tensors(path, limit=limits.WEIGHT_BYTES_AT_MOST).items()
+        }
         save_file(state, folder / layout.WEIGHTS, metadata={"format": "pt"})
     path.unlink()
 

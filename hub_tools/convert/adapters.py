@@ -16,10 +16,10 @@ import torch
 
 from configuration_gpt2_value import GPT2ValueConfig
 
-from ..errors import ConversionError, MissingLibraryError, PackageError
+from ..errors import ConversionError, MissingLibraryError, PackageError, as_ours
 from ..layout import HEAD_PREFIX
-from ..library_errors import as_ours
-from .heads import BODY_DTYPES, Translation, listed, model_of, plain_name
+from ..package.weights import build_model
+from .heads import BODY_DTYPES, Translation, listed, plain_name
 
 MOST_RANK, MOST_NAMES = 1 << 16, 512
 SAVE_AGAIN = "correct the field, or save the adapter again with its library's save_pretrained"
@@ -104,7 +104,7 @@ def lora_settings(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         )
     settings = {}
     for name, value in fields.items():
-        if value is None or name in OF_NO_EFFECT:
+        if name in OF_NO_EFFECT or (value is None and name not in ("r", "lora_alpha", "bias")):
             continue
         if name in FIELDS:
             holds, expected = FIELDS[name]
@@ -166,7 +166,7 @@ def merge(
     config = GPT2ValueConfig.from_dict({**base.config.to_dict(), "tie_word_embeddings": False})
     embeddings = base.state["transformer.wte.weight"]
     before = {"lm_head.weight": embeddings, **base.state}
-    model = model_of(config, before).float()  # rounded once, at the end
+    model = build_model(config, before).float()  # rounded once, at the end
     has_head = any(name.startswith(HEAD_PREFIX) for name in found)
     if not has_head:
         del model.v_head  # it is no part of what was trained, also where all linear layers were

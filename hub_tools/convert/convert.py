@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerBase
 
-from ..errors import FolderRefusedError, OptionsError, PackageError
+from .. import limits
+from ..errors import (
+    ConversionError,
+    FolderRefusedError,
+    LoadError,
+    OptionsError,
+    PackageError,
+    TokenizerMismatchError,
+    as_ours,
+)
 from ..files import read_json
-from ..layout import CONFIG, HEAD_PREFIX, MODEL_TYPE
-from ..package.writing.save import SavedPackage, save_package, save_target
+from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, kind_of
+from ..limited_process import run_limited, search_path_of
+from ..package.config import checked_config, checked_shards, count_numbers, reduce, unknown_fields
+from ..package.save import SavedPackage, save_package, save_target
+from ..package.stage import make_loadable, package_file_limit, stage
+from ..package.tokenizer import load_tokenizer
+from ..package.weights import build_model, read_weights
+from . import unpickle
 from .adapters import lora_settings, merge
-from .companions import carried_generation_config, carried_tokenizer
-from .config_fields import most_bytes
-from .heads import HEAD, SourceFormat, listed, model_of, plain_name, translate
-from .weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS, MODEL_WEIGHTS, only_one, read_state_dict
+from .heads import FIELDS, HEAD, SourceFormat, listed, plain_name, translate
+
+PICKLED_WEIGHTS = "pytorch_model.bin"
+# What transformers writes for a whole model: one file, or an index that names the shards.
+MODEL_WEIGHTS = (WEIGHTS, WEIGHTS_INDEX, PICKLED_WEIGHTS, "pytorch_model.bin.index.json")
+# Files that hold a value head alone: TRL's name for it beside an adapter, then LLaMA-Factory's.
+HEAD_WEIGHTS = (PICKLED_WEIGHTS, "value_head.safetensors", "value_head.bin")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin|pt|pth)")
 
 _Path = str | os.PathLike[str]
 
@@ -159,13 +183,15 @@ def convert_checkpoint(
         summary_first_dropout=summary_first_dropout,
         init_value_head=init_value_head,
     )
-    model = model_of(found.config, found.state)
-    if dtype is not None:
-        model.transformer.to(dtype), model.lm_head.to(dtype)
-    generation_config = carried_generation_config(read.homes)
+    state = {
+        name: tensor if name.startswith(HEAD_PREFIX) else tensor.to(dtype or found.dtype)
+        for name, tensor in found.state.items()
+    }
+    model = build_model(found.config, state)
+    generation_config = _generation_config(read.homes)
     if generation_config is not None:
         model.generation_config = generation_config
-    its_tokenizer = carried_tokenizer(tokenizer, read.homes, vocab_size=found.config.vocab_size)
+    its_tokenizer = _tokenizer(tokenizer, read.homes, vocab_size=found.config.vocab_size)
     package = save_package(model, folder, its_tokenizer, overwrite=overwrite, **card)
     return Conversion(
         source=os.fspath(source),
@@ -193,6 +219,22 @@ def _is_same(one: _Path, other: _Path) -> bool:
         return False
 
 
+def _only_one(folder: Path, names: Sequence[str]) -> Path | None:
+    """The one file of `names` that is in `folder`; None if there is none.
+
+    Raises:
+        ConversionError: there are several, and nothing shows which of them was saved last.
+    """
+    found = [folder / name for name in names if os.path.lexists(folder / name)]
+    if len(found) > 1:
+        raise ConversionError(
+            f"{folder} holds {' and '.join(path.name for path in found)}, and they may differ",
+            expected="one of them",
+            next_step="move the others away, or pass the file of a whole model itself as the source",
+        )
+    return found[0] if found else None
+
+
 def _weights_of(source: Path) -> Path:
     """The file that `source` means: itself, an adapter's `adapter_config.json`, or the model's weights."""
     if os.path.isfile(source):  # and not is_file(), which fails on names that are too long
@@ -203,9 +245,9 @@ def _weights_of(source: Path) -> Path:
             expected="a checkpoint on this machine, or OWNER/NAME of a repository on the Hub",
             next_step="check the name",
         )
-    if (source / ADAPTER_CONFIG).is_file() and only_one(source, MODEL_WEIGHTS[:2]) is None:
+    if os.path.lexists(source / ADAPTER_CONFIG) and _only_one(source, MODEL_WEIGHTS[:2]) is None:
         return source / ADAPTER_CONFIG
-    weights = only_one(source, MODEL_WEIGHTS)
+    weights = _only_one(source, MODEL_WEIGHTS)
     if weights is None:
         names = sorted(path.name for path in source.iterdir())
         raise PackageError(
@@ -216,9 +258,78 @@ def _weights_of(source: Path) -> Path:
     return weights
 
 
-def _read_model(weights: Path, config: _Path | None, *, named: bool) -> _Checkpoint:
+def read_tensors(file: Path, *, limit: int, follow: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors, on the CPU, in a `.safetensors` file, in a pickle, or in the shards of an `.index.json`.
+
+    Args:
+        file: an existing file. Every name but `*.safetensors` and `*.json` is read as a pickle.
+        limit: the most bytes that it, or all shards together, may have.
+        follow: follow a link wherever it leads. For a file that the user named.
+
+    Raises:
+        PackageError: it is damaged, too large, or holds something else than tensors; a pickle that asks for more than
+            tensors, of which nothing ran; an index that names a shard that is not there, or not beside it.
+        ResourceLimitError: the copy has no room, or takes too long; see `stage`.
+    """
+    if follow and file.resolve().parent.name != "blobs":  # in the Hub's cache, a blob's name says nothing
+        file = file.resolve()
+    folder, name = file.parent, file.name
+    weight_map = {"": name}
+    if name.endswith(".json"):
+        weight_map = checked_shards(read_json(folder, name, limit=limits.INDEX_BYTES), pattern=SHARD)
+    wanted = set(weight_map.values())
+    with stage(folder, limit_of=lambda each: limit if each in wanted else None, total=limit) as copy:
+        for lost in sorted(wanted - set(copy.names)):
+            raise PackageError(
+                f"{file} names {lost}, which is not there", next_step="fetch it from where the others are"
+            )
+        pickled = sorted(each for each in wanted if not each.endswith(".safetensors"))
+        if pickled:
+            _unpickle(copy.folder, pickled, str(folder))
+        weight_map = {key: f"{shard}.safetensors" if shard in pickled else shard for key, shard in weight_map.items()}
+        if name.endswith(".json"):
+            (copy.folder / name).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+        return read_weights(copy.folder, weight_map.get("", name))
+
+
+def _unpickle(folder: Path, names: Sequence[str], where: str) -> None:
+    """Replace pickles in a private folder by safetensors, in a process of its own; see `unpickle`."""
+    size = sum((folder / name).stat().st_size for name in names)
+    bounds = {
+        "RLIMIT_DATA": limits.PICKLE_MEMORY + 4 * size,
+        "RLIMIT_FSIZE": unpickle.TENSORS_PER_FILE * size + limits.HEADER_BYTES,
+        "RLIMIT_CPU": int(limits.PICKLE_SECONDS) + size // limits.COPY_BYTES_PER_SECOND,
+    }
+    found = f"{names[0]} could not be read in bounded time"
+    try:
+        done = run_limited(
+            unpickle.__file__,
+            *(str(folder / name) for name in names),
+            "--",
+            *search_path_of("torch", "safetensors"),
+            limits=bounds,
+            seconds=limits.WAITING * bounds["RLIMIT_CPU"],
+            environment={"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+        )
+        found = done.stdout.strip() or (f"{names[0]} ended its reader ({done.returncode})" if done.returncode else "")
+    except subprocess.TimeoutExpired:
+        pass  # the process was killed
+    if found:
+        raise PackageError(
+            f"in {where}, {found}",
+            expected="a state dict: names with dense tensors, in bounded memory and time",
+            next_step="where the state dict lies inside (under 'state_dict', 'model', ...), save that part alone; if "
+            "you know its maker, load it in the library that wrote it, and save model.state_dict() as safetensors",
+        )
+
+
+def _read_model(weights: Path, config: _Path | None = None, *, named: bool = False) -> _Checkpoint:
     """A whole model, from its weight file. `named`: the user named this file, rather than a folder with it."""
-    file = weights.parent / CONFIG if config is None else Path(config)
+    home = weights.parent
+    file = home / CONFIG if config is None else Path(config)
     file = file / CONFIG if os.path.isdir(file) else file
     if not os.path.isfile(file):
         raise PackageError(
@@ -226,19 +337,20 @@ def _read_model(weights: Path, config: _Path | None, *, named: bool) -> _Checkpo
             expected="the config.json of the GPT-2 that was trained",
             next_step="pass it: config=FILE, or the folder of the model that the training began with",
         )
-    fields = read_json(file.parent, file.name)
-    limit = most_bytes(str(weights), fields)
-    state = read_state_dict(weights, limit=limit, follow=named)
-    read = _Checkpoint(state, fields, [weights], [weights.parent], limit)
-    return _with_head_file(read, weights.parent, HEAD_WEIGHTS[1:])
+    given = read_json(file.parent, file.name)
+    fields = checked_config(given, where=str(file), also=FIELDS)
+    unknown = unknown_fields(CONFIG, given, also=FIELDS)
+    notes = (f"fields of {CONFIG} that are not known here, and were left out: {listed([*unknown])}",) if unknown else ()
+    limit = limits.foreign_bytes(count_numbers(fields), fields["n_layer"] * fields["n_positions"] ** 2)
+    read = _Checkpoint(read_tensors(weights, limit=limit, follow=named), fields, [weights], [home], limit, notes=notes)
+    return _with_head_file(read, home, HEAD_WEIGHTS[1:])
 
 
-def _with_head_file(read: _Checkpoint, home: Path, names: tuple[str, ...]) -> _Checkpoint:
+def _with_head_file(read: _Checkpoint, home: Path, names: Sequence[str]) -> _Checkpoint:
     """Add the value head that lies in a file of its own."""
-    file = only_one(home, names)
+    file = _only_one(home, names)
     if file is not None and file not in read.files:
-        head = read_state_dict(file, limit=read.limit)
-        read.state |= {f"{file.name}:{key}": tensor for key, tensor in head.items()}
+        read.state |= {f"{file.name}:{key}": tensor for key, tensor in read_tensors(file, limit=read.limit).items()}
         read.files.append(file)
     return read
 
@@ -247,7 +359,7 @@ def _read_adapter(home: Path, base: _Path | None) -> _Checkpoint:
     """An adapter, merged into its base."""
     fields = read_json(home, ADAPTER_CONFIG)
     settings = lora_settings(str(home), fields)
-    file = only_one(home, ADAPTER_WEIGHTS)
+    file = _only_one(home, ADAPTER_WEIGHTS)
     if file is None:
         raise PackageError(
             f"{home} has an {ADAPTER_CONFIG} and no adapter weights",
@@ -255,33 +367,30 @@ def _read_adapter(home: Path, base: _Path | None) -> _Checkpoint:
             next_step="save the adapter again with its library's save_pretrained",
         )
     under = _base_of(home, fields) if base is None else folder_of(base)
-    base_file = only_one(under, MODEL_WEIGHTS) if os.path.isdir(under) else None
+    base_file = _only_one(under, MODEL_WEIGHTS) if os.path.isdir(under) else None
     if base_file is None:
         raise PackageError(
-            f"{under}, the adapter's base model, has no weights",
+            f"{under}, the adapter's base model, is no folder with weights",
             expected=" or ".join(MODEL_WEIGHTS),
             next_step="name the folder of the base model: base=",
         )
-    read = _read_model(base_file, None, named=False)
+    read = _read_model(base_file)
     understood = translate(str(under), read.state, read.fields, init_value_head=None)
-    adapter = read_state_dict(file, limit=read.limit)
+    adapter = read_tensors(file, limit=read.limit)
     state, has_head, notes = merge(understood, adapter, settings, where=str(file), of=str(under))
     if understood.dtype != torch.float32:
         notes += (f"the adapter is merged in {understood.dtype}, which rounds: a float32 base keeps more of it",)
     dropped = {f"{under.name}/{label}": why for label, why in understood.dropped.items()}
-    merged = _Checkpoint(state, {}, [base_file, file], [home, under], read.limit, dropped, notes)
+    merged = _Checkpoint(state, {}, [*read.files, file], [home, under], read.limit, dropped, (*read.notes, *notes))
     _with_head_file(merged, home, HEAD_WEIGHTS)
     beside = any(HEAD.fullmatch(plain_name(label)) for label in merged.state if ":" in label)
     in_base = [label for label, name in understood.mapped.items() if name.startswith(HEAD_PREFIX)]
-    if not has_head and (beside or not in_base):
-        for name in [name for name in state if name.startswith(HEAD_PREFIX)]:
-            del merged.state[name]
-        dropped |= {
-            f"{under.name}/{label}": "the base model's own value head: the adapter brings one" for label in in_base
-        }
-        merged.fields = {**read.fields, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-    else:
+    if has_head or (in_base and not beside):
         merged.fields = {**understood.config.to_dict(), "model_type": MODEL_TYPE}
+    else:
+        merged.state = {name: tensor for name, tensor in merged.state.items() if not name.startswith(HEAD_PREFIX)}
+        dropped |= {f"{under.name}/{label}": "the base's own value head: the adapter brings one" for label in in_base}
+        merged.fields = {**read.fields, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     merged.fields["tie_word_embeddings"] = "lm_head.weight" not in state
     return merged
 
@@ -289,10 +398,58 @@ def _read_adapter(home: Path, base: _Path | None) -> _Checkpoint:
 def _base_of(home: Path, fields: dict[str, Any]) -> Path:
     """The folder of the model that an adapter names."""
     name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
-    if not isinstance(name, str) or not name or not isinstance(revision, (str, type(None))):
+    if not isinstance(name, str) or not name or "\0" in name or not isinstance(revision, (str, type(None))):
         raise PackageError(
             f"{home / ADAPTER_CONFIG} names the base model {str(name)[:80]!r} at the revision {str(revision)[:80]!r}",
             expected="a folder, or a repository on the Hub and its branch, tag or commit",
             next_step="name the base model's folder: base=",
         )
     return folder_of(name, revision)
+
+
+def _tokenizer(
+    given: PreTrainedTokenizerBase | _Path | Literal[False] | None, homes: Sequence[Path], *, vocab_size: int
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was given, or for None the first one in `homes`; None if there is none, and for False."""
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if given is False:
+        return None
+    folders = homes if given is None else [Path(given)]
+    home = next((home for home in folders if any(os.path.lexists(home / name) for name in TOKENIZER)), None)
+    if home is None and given is None:
+        return None
+    home = home or folders[0]
+    vocabulary = limits.vocabulary_bytes(vocab_size)
+
+    def limit_of(name: str) -> int | None:
+        return package_file_limit(name, vocabulary=vocabulary, weights=0) if kind_of(name) == "tokenizer" else None
+
+    try:
+        with stage(home, limit_of=limit_of) as copy:
+            # transformers takes the tokenizer's class from the config if the tokenizer's settings do not name it
+            return load_tokenizer(make_loadable(copy, ()), str(home), config=GPT2Config())
+    except LoadError as err:
+        raise TokenizerMismatchError(
+            f"the tokenizer in {home} cannot be loaded: {err.found}",
+            expected="the files of a tokenizer of transformers' own",
+            next_step="pass a tokenizer: tokenizer=, or move its files out of the folder",
+        ) from err
+
+
+def _generation_config(homes: Sequence[Path]) -> GenerationConfig | None:
+    """The generation config in the first of `homes` that has one; None if there is none."""
+    home = next((home for home in homes if os.path.lexists(home / GENERATION_CONFIG)), None)
+    if home is None:
+        return None
+    file = str(home / GENERATION_CONFIG)
+    fields = reduce(GENERATION_CONFIG, read_json(home, GENERATION_CONFIG), where=file)
+    with as_ours(
+        lambda gist: PackageError(
+            f"{file} is not valid: {gist}",
+            next_step="correct the field, or remove the file: the model works without it",
+        )
+    ):
+        config = GenerationConfig.from_dict(fields)
+        config.validate(strict=True)
+    return config

@@ -14,12 +14,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from configuration_gpt2_value import GPT2ValueConfig
-from modeling_gpt2_value import GPT2ValueModel
 
-from ..errors import ConversionError, MissingHeadError, OptionsError, PackageError, UnsavableModelError
-from ..layout import HEAD_PREFIX, MODEL_TYPE
-from ..package.reading.config_json import check_memory, expected_shapes
-from .config_fields import known_fields, left_out, value_config
+from ..errors import ConversionError, MissingHeadError, OptionsError, PackageError, UnsavableModelError, as_ours
+from ..layout import CONFIG, HEAD_PREFIX, MODEL_TYPE
+from ..package.config import OF_THE_CLASS, PROBABILITY, Allowed, expected_shapes
 
 SourceFormat = Literal["package", "seed", "trl", "sequence-classification", "token-classification", "linear", "gpt2"]
 WEIGHT, BIAS = f"{HEAD_PREFIX}summary.weight", f"{HEAD_PREFIX}summary.bias"
@@ -41,6 +39,16 @@ FORMATS: Mapping[str, SourceFormat] = {
 }
 # Classes whose head obeys GPT-2's `summary_*` fields: the seed's, and transformers' own.
 OBEDIENT = {"GPT2HeadWithValueModel", "GPT2DoubleHeadsModel"}
+_RATE = Allowed(lambda value: value is None or PROBABILITY.holds(value), f"{PROBABILITY.expected}, or null")
+_WORD = Allowed(lambda value: value is None or (isinstance(value, str) and len(value) <= 80), "a word, or null")
+# Fields of `config.json` that other libraries' heads obey, and words that some of these ignore.
+FIELDS: Mapping[str, Allowed] = {
+    "summary_dropout_prob": PROBABILITY,
+    **dict.fromkeys(("classifier_dropout", "hidden_dropout"), _RATE),
+    **dict.fromkeys(("summary_type", "summary_activation"), _WORD),
+}
+TRL_DROPOUT = 0.1  # TRL's `summary_dropout_prob` where nobody set it
+CLASSIFIER_DROPOUT = 0.1  # GPT2ForTokenClassification's where its config has none
 # Causal masks, which GPT-2 checkpoints carried as buffers until 2023.
 OLD_MASK = re.compile(r"transformer\.h\.\d+\.(attn|crossattention)\.(bias|masked_bias)")
 BODY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -81,14 +89,13 @@ def translate(
     Args:
         where: the checkpoint's path, for messages.
         state: its tensors by name; `FILE:NAME` for those in a file of the head's own.
-        fields: its `config.json`.
+        fields: what `checked_config` returned for its `config.json`, with `FIELDS`.
         source_format, summary_first_dropout: see `convert_checkpoint`.
         init_value_head: see `convert_checkpoint`; None for a new head only where none can be kept.
 
     Raises:
         ConversionError, PackageError, MissingHeadError, UnsavableModelError, OptionsError: see `convert_checkpoint`.
     """
-    not_kept = left_out(fields)
     if source_format not in (None, *get_args(SourceFormat)):
         raise OptionsError(
             f"source_format={source_format!r}",
@@ -99,7 +106,7 @@ def translate(
     dropped: dict[str, str] = {}
     labels = _by_name(where, state, dropped)
     format_, head = _choose_head(where, state, fields, labels, dropped, source_format, new=bool(init_value_head))
-    config, notes = value_config(where, known_fields(where, fields), format_, summary_first_dropout)
+    config, notes = _value_config(where, fields, format_, summary_first_dropout)
     if config.n_layer > len(state):  # a bound for the list of expected tensors
         raise PackageError(
             f"{where}: its configuration says {config.n_layer} layers; the weights are {len(state)} tensors",
@@ -134,8 +141,6 @@ def translate(
         raise OptionsError(
             f"init_value_head=True, and {where} has a value head without weights", next_step="leave it out"
         )
-    check_memory(config.to_dict())
-
     translated = {name: state[label] for label, name in mapped.items()}
     dtype, dtype_notes = _body_dtype(where, translated)
     for name, tensor in translated.items():
@@ -148,7 +153,7 @@ def translate(
         notes.append("lm_head is tied to transformer.wte: the checkpoint has none")
     if not head and init_value_head:
         notes.append("the value head is new: every value is 0")
-    return Translation(format_, config, translated, mapped, dropped, (*notes, *not_kept, *dtype_notes), dtype)
+    return Translation(format_, config, translated, mapped, dropped, (*notes, *dtype_notes), dtype)
 
 
 def _by_name(where: str, state: Mapping[str, torch.Tensor], dropped: dict[str, str]) -> dict[str, str]:
@@ -199,7 +204,7 @@ def _choose_head(
         )
     usable: dict[str, dict[str, str]] = {}
     for stem, parts in found.items():
-        config, _ = value_config(where, known_fields(where, fields), formats[stem], None)
+        config, _ = _value_config(where, fields, formats[stem], None)
         rows = 1 if config.summary_proj_to_labels else config.n_embd
         fits = all(state[label].dim() == (2, 1)[part == "bias"] for part, label in parts.items())
         fits = fits and all(len(state[label]) == rows for label in parts.values())
@@ -255,8 +260,7 @@ def _summarys_format(
     wrapped = any("pretrained_model" in label.split(".") for label in state)
     if wrapped or "GPT2LMHeadModel" in classes or "summary_dropout_prob" in fields:
         return "trl"
-    known = known_fields(where, fields)
-    seed, trl = (value_config(where, known, format_, None)[0].to_dict() for format_ in ("seed", "trl"))
+    seed, trl = (_value_config(where, fields, format_, None)[0].to_dict() for format_ in ("seed", "trl"))
     if not OBEDIENT & classes and seed != trl:
         raise ConversionError(
             f"{where} may be the seed's or TRL's: its config.json names no class, and sets summary_* "
@@ -264,6 +268,42 @@ def _summarys_format(
             next_step='say which: source_format="seed" or source_format="trl"',
         )
     return "seed"
+
+
+def _value_config(
+    where: str, fields: Mapping[str, Any], source_format: str, summary_first_dropout: float | None
+) -> tuple[GPT2ValueConfig, list[str]]:
+    """The configuration of a package, and notes. GPT-2's own fields are kept; the head's say how that library's works.
+
+    Raises:
+        PackageError: GPT-2 cannot have this configuration.
+    """
+    notes: list[str] = []
+    head: dict[str, Any] = {}
+    if source_format == "seed":
+        # the seed notebook's head applies tanh, and treats every other word as no activation
+        head["summary_activation"] = "tanh" if fields.get("summary_activation") == "tanh" else None
+    elif source_format not in ("gpt2", "package"):  # one linear layer, whatever GPT-2's fields say
+        head = {"summary_type": "cls_index", "summary_use_proj": True, "summary_proj_to_labels": True}
+        head |= {"summary_activation": None, "summary_first_dropout": 0.0, "summary_last_dropout": 0.0}
+    if source_format == "trl":
+        head["summary_first_dropout"] = fields.get("summary_dropout_prob", TRL_DROPOUT)
+        if "summary_dropout_prob" not in fields and summary_first_dropout is None:
+            notes.append(f"summary_first_dropout is {TRL_DROPOUT}, TRL's default: a checkpoint of TRL's records none")
+    elif source_format == "token-classification":
+        given = (fields.get("classifier_dropout"), fields.get("hidden_dropout"), CLASSIFIER_DROPOUT)
+        head["summary_first_dropout"] = next(rate for rate in given if rate is not None)
+    if summary_first_dropout is not None:
+        head["summary_first_dropout"] = summary_first_dropout
+    others = ("architectures", "model_type", *OF_THE_CLASS, *(set(FIELDS) - {"summary_type", "summary_activation"}))
+    kept = {name: value for name, value in fields.items() if name not in others}
+    with as_ours(
+        lambda gist: PackageError(
+            f"{where}: its {CONFIG} cannot be a GPT-2's: {gist}",
+            next_step="correct that field, or pass the config.json that belongs to the weights: config=",
+        )
+    ):
+        return GPT2ValueConfig.from_dict({**kept, **head}), notes
 
 
 def _refuse_mismatch(
@@ -363,11 +403,3 @@ def listed(names: list[str], most: int = 8) -> str:
     """`names` as a sentence lists them, the rest counted."""
     shown = ", ".join(name[:120] for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def model_of(config: GPT2ValueConfig, state: Mapping[str, torch.Tensor]) -> GPT2ValueModel:
-    """A model with these weights, in evaluation mode. Strict: every tensor is replaced, and none is left over."""
-    model = GPT2ValueModel(config).to(state["transformer.wte.weight"].dtype)
-    model.v_head.float()
-    model.load_state_dict({"lm_head.weight": state["transformer.wte.weight"], **state})
-    return model.eval()

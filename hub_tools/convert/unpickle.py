@@ -1,10 +1,10 @@
-"""Write the tensors of a file of `torch.save` as safetensors, in a process with limited memory and time.
+"""Write the tensors of files of `torch.save` as safetensors, in a process with limited memory and time.
 
-    python unpickle.py PICKLE SAFETENSORS [PLACES OF PACKAGES]
+    python unpickle.py FILES -- PLACES OF PACKAGES
 
-Imports the standard library, torch and safetensors. `torch.load(weights_only=True)` builds tensors and plain containers
-and calls nothing else, whatever the pickle asks for. What it refuses, and what is no state dict, is printed on one
-line; a state dict prints nothing. See `pickles`, which starts this script.
+Run as a script, by `convert.read_tensors`: beside each file it writes FILE.safetensors, and removes the file. It prints
+what it refuses, and nothing where all is well. `torch.load(weights_only=True)` builds tensors and plain containers, and
+calls nothing else, whatever a pickle asks for. Imports the standard library, torch and safetensors.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ TENSORS_PER_FILE = 2  # a tied lm_head is stored once; a larger factor is an att
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
-def main(source: str, target: str) -> str:
-    """Write `target`, or return what is wrong with `source`."""
+def unpickle(source: str) -> str:
+    """Write `SOURCE.safetensors`, or return what is wrong with `source`."""
     import torch
     from safetensors.torch import save_file
 
@@ -31,6 +31,8 @@ def main(source: str, target: str) -> str:
         found = re.search(r"WeightsUnpickler error: (.{1,200}?)(?:\. | \n|\n|$)", str(error))
         gist = found[1] if found else "no state dict"
         return f"a pickle that asks for more than tensors and plain containers ({gist}). Nothing of it was run"
+    except MemoryError:
+        return "a pickle that takes more memory than its tensors"
     except (
         ArithmeticError,
         AttributeError,
@@ -53,11 +55,14 @@ def main(source: str, target: str) -> str:
     held, size = sum(tensor.nbytes for tensor in state.values()), os.path.getsize(source)
     if held > TENSORS_PER_FILE * size:
         return f"tensors of {held:,} bytes in a file of {size:,}: each tensor has to lie in the file for itself"
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()}, target)
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()}, f"{source}.safetensors")
+    os.unlink(source)
     return ""
 
 
 if __name__ == "__main__":
-    _, source, target, *places = sys.argv
+    files, places = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
     sys.path += places  # where torch is, for an interpreter that is isolated
-    print(main(source, target))
+    for file in files:
+        if refusal := unpickle(file):
+            sys.exit(print(f"{os.path.basename(file)} holds {refusal}"))

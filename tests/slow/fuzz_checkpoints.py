@@ -130,14 +130,14 @@ def convert(home: Path, folder: Path, out: Path, reader: str) -> str:
     import torch
 
     from hub_tools import convert_checkpoint
-    from hub_tools.convert.weight_files import read_state_dict
+    from hub_tools.convert.convert import read_tensors
 
     convert_checkpoint(folder, out)
     ours = weights_in(out)
     if reader in ("convert", "sharded"):
         return LOADED if ours == weights_in(folder) else "other weights than those in the file"
     if reader == "pickle":
-        read = read_state_dict(folder / "pytorch_model.bin")
+        read = read_tensors(folder / "pytorch_model.bin", limit=1 << 30)
         try:
             # by all of pickle's operations, of which weights_only knows a part; it was found to ask for nothing harmful
             theirs = torch.load(folder / "pytorch_model.bin", weights_only=False)
