@@ -1,34 +1,23 @@
-"""A training loop with and without a CheckpointPusher, on a Hub that is slower than training.
+"""What training pays for checkpoints that are pushed while it goes on: whole runs, with and without, in turns.
 
-Two ways, since other work on the machine moves a minute's time by more than what is measured here:
+    python benchmarks/checkpoint_pusher.py --seconds 240 --every 60
 
-- whole runs, with and without in turns; the pusher is made before the loop and closed after it, neither of which is
-  training time;
-- segments of one run, with one worker: it is stopped (SIGSTOP) for every other half second of training. The mean step
-  while it may run, less the mean step while it may not, is what it takes from training; divided by the processor time
-  that it took, this says what each second of a worker costs. Times `worker_process.SHARE`, it is what training pays.
-  The same without a pusher (`control`) shows what the machine's other work does to the steps.
-
-The Hub on loopback is a process of its own, and waits before it takes an upload.
+The Hub on loopback is a process of its own, and waits before it takes an upload. The pusher is made before the loop and
+closed after it, neither of which is training time.
 """
 
 import argparse
-import contextlib
-import itertools
 import logging
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-DELAY = 10.0  # seconds that an upload waits at the Hub; a checkpoint is made every tenth of a run
+DELAY = 10.0  # seconds that an upload waits at the Hub
 
 
 def serve():
@@ -41,113 +30,22 @@ def serve():
         sys.stdin.read()
 
 
-def train(model, optimizer, batch, steps, push=None, between=None):
-    """Run the loop; returns (seconds, seconds of them in push, seconds of each step)."""
-    every, pushing, each = max(steps // 10, 1), 0.0, []
-    started = time.perf_counter()
+def train(model, optimizer, batch, steps, every=None, push=None):
+    """Run the loop; returns (seconds, seconds of them in push)."""
+    pushing, started = 0.0, time.perf_counter()
     for step in range(1, steps + 1):
-        before = time.perf_counter()
         output = model(input_ids=batch, labels=batch)
         (output.loss + output.value.square().mean()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        after = time.perf_counter()
-        each.append(after - before)
         if push is not None and step % every == 0:
+            before = time.perf_counter()
             push(model, step=step, metrics={"loss": output.loss.item()})
-            pushing += time.perf_counter() - after
-        if between is not None:
-            between(step)
-    return time.perf_counter() - started, pushing, each
+            pushing += time.perf_counter() - before
+    return time.perf_counter() - started, pushing
 
 
-def whole_runs(rounds, work, steps, new_pusher):
-    print("| run | without (s) | with (s) | ratio | in push (s) | pushed | skipped | close (s) |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    times = {False: [], True: []}
-    for number in range(rounds):
-        for on in (True, False) if number % 2 == 0 else (False, True):
-            pusher = new_pusher() if on else None
-            seconds, in_push, _ = train(*work, steps, pusher.push if on else None)
-            times[on].append(seconds)
-            if on:
-                pushing, before = in_push, time.perf_counter()
-                pusher.close()
-                closing, counts = time.perf_counter() - before, (len(pusher.pushed), len(pusher.skipped))
-        plain, pushed = times[False][-1], times[True][-1]
-        print(
-            f"| {number + 1} | {plain:.1f} | {pushed:.1f} | {pushed / plain:.3f} | {pushing:.2f} | "
-            f"{counts[0]} | {counts[1]} | {closing:.0f} |",
-            flush=True,
-        )
-    print(f"\nslowest / fastest run without: {max(times[False]) / min(times[False]):.3f}")
-    # neighbours in time, since what the machine gives drifts by more than what is measured
-    ratios = [pushed / plain for plain, pushed in zip(times[False], times[True], strict=True)]
-    print(f"with / without, median of the {rounds} ratios: {statistics.median(ratios):.3f}")
-
-
-def tell(pusher, number):
-    """Send a signal to the worker and to what it started (verification): its own process group."""
-    process = None if pusher is None else pusher._worker
-    if process is not None:
-        with contextlib.suppress(ProcessLookupError):  # it has not come to making its group
-            os.killpg(process.pid, number)
-
-
-def processor_time(pid):
-    """Seconds of a process and all that it started."""
-    process = psutil.Process(pid)
-    return sum(sum(found.cpu_times()[:4]) for found in (process, *process.children(recursive=True)))
-
-
-def segments(rounds, work, steps, new_pusher):
-    print(
-        "| run | steps while stopped (s) | while running (s) | ratio | lost (s) | time of the worker (s) | quotient |"
-    )
-    print("|---|---|---|---|---|---|---|", flush=True)
-    ratios, quotients = [], []
-    for number in range(2 * rounds):
-        pushes = number % 2 == 1
-        pusher, may_run, taken = new_pusher() if pushes else None, [None], [0.0]
-        length = max(round(steps / 120), 1)  # of a segment: about half a second of a minute
-
-        def push_first(model, step, metrics, pusher=pusher):
-            if step == steps // 10:
-                pusher.push(model, step=step, metrics=metrics)
-
-        def between(step, pusher=pusher, length=length, may_run=may_run, taken=taken):
-            runs = step % (2 * length) < length  # in the next step
-            tell(pusher, signal.SIGCONT if runs else signal.SIGSTOP)
-            worker = None if pusher is None else pusher._worker
-            if worker is not None:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    taken.append(processor_time(worker.pid))
-            there = step > steps // 10 and (pusher is None or worker is not None)
-            may_run.append(runs if there else None)
-
-        try:
-            _, _, each = train(*work, steps, push_first if pushes else None, between)
-        finally:
-            tell(pusher, signal.SIGCONT)
-        if pushes:
-            pusher.close()
-        stopped, moving = ([t for t, r in zip(each, may_run, strict=False) if r is on] for on in (False, True))
-        ratio = statistics.mean(moving) / statistics.mean(stopped)
-        row = f"| {'with' if pushes else 'control'} | {statistics.mean(stopped):.4f} | {statistics.mean(moving):.4f} | "
-        row += f"{ratio:.3f} | "
-        if pushes:
-            lost = (statistics.mean(moving) - statistics.mean(stopped)) * len(moving)
-            quotients.append(lost / max(taken))
-            row += f"{lost:.2f} | {max(taken):.2f} | {quotients[-1]:.2f} |"
-        else:
-            ratios.append(ratio)
-            row += "- | - | - |"
-        print(row, flush=True)
-    print(f"\ncontrol, median of {rounds}: {statistics.median(ratios):.3f}")
-    print(f"training lost for each second of the worker, median of {rounds}: {statistics.median(quotients):.2f}")
-
-
-def measure(rounds, seconds, threads, ways):
+def measure(rounds, seconds, every, threads):
     import torch
 
     from configuration_gpt2_value import GPT2ValueConfig
@@ -158,30 +56,39 @@ def measure(rounds, seconds, threads, ways):
     torch.manual_seed(0)
     size = {"n_layer": 4, "n_embd": 384, "n_head": 6, "vocab_size": 16384, "n_positions": 128}
     model = GPT2ValueModel(GPT2ValueConfig(**size, bos_token_id=0, eos_token_id=0)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    batch = torch.randint(0, 16384, (2, 64))
-    work = (model, optimizer, batch)
+    work = (model, torch.optim.AdamW(model.parameters(), lr=1e-4), torch.randint(0, 16384, (2, 64)))
     train(*work, 3)
-    steps = max(round(10 * seconds / train(*work, 10)[0]), 10)
+    step = train(*work, 20)[0] / 20
+    steps, each = max(round(seconds / step), 10), max(round(every / step), 1)
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    print(f"{weights / 2**20:.0f} MiB of weights, {steps} steps a run, {threads} threads\n")
-    numbers = itertools.count()
-
-    def new_pusher():
-        return CheckpointPusher(f"run-{next(numbers)}", metric_for_best_model="loss")
-
-    if "whole" in ways:
-        whole_runs(rounds, work, steps, new_pusher)
-    if "segments" in ways:
-        segments(rounds, work, steps, new_pusher)
+    print(f"{weights / 2**20:.0f} MiB of weights, {steps} steps a run, a checkpoint each {each}, {threads} threads\n")
+    print("| run | without (s) | with (s) | ratio | in push (s) | pushed | skipped |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    times = {False: [], True: []}
+    for number in range(rounds):
+        for on in (True, False) if number % 2 == 0 else (False, True):
+            if not on:
+                times[on].append(train(*work, steps)[0])
+                continue
+            with CheckpointPusher(f"run-{number}", metric_for_best_model="loss") as pusher:
+                taken, pushing = train(*work, steps, each, pusher.push)
+            times[on].append(taken)
+        plain, pushed = times[False][-1], times[True][-1]
+        counts = f"{len(pusher.pushed)} | {len(pusher.skipped)}"
+        row = f"| {number + 1} | {plain:.1f} | {pushed:.1f} | {pushed / plain:.3f} | {pushing:.2f} | {counts} |"
+        print(row, flush=True)
+    # neighbours in time, since what the machine gives drifts by more than what is measured
+    ratios = [pushed / plain for plain, pushed in zip(times[False], times[True], strict=True)]
+    print(f"\nslowest / fastest run without: {max(times[False]) / min(times[False]):.3f}")
+    print(f"with / without, median of the {rounds} ratios: {statistics.median(ratios):.3f}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=240.0, help="of a run")
+    parser.add_argument("--every", type=float, default=60.0, help="seconds between two checkpoints")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ways", nargs="+", choices=("whole", "segments"), default=("whole", "segments"))
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -190,11 +97,9 @@ def main():
     command = [sys.executable, __file__, "--serve"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         url, token = server.stdout.readline().split()
-        # threads that wait by spinning make a busy machine's other work look like ours
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ |= {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         logging.getLogger("hub_tools").setLevel(logging.ERROR)
-        measure(options.rounds, options.seconds, options.threads, options.ways)
+        measure(options.rounds, options.seconds, options.every, options.threads)
         server.stdin.close()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import itertools
 import json
 import logging
 import os
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,26 +28,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import errors
-from ..errors import (
-    CheckpointPushError,
-    GPT2ValueHubError,
-    HubUnavailableError,
-    OptionsError,
-    TokenizerMismatchError,
-    as_ours,
-)
+from ..errors import CheckpointPushError, GPT2ValueHubError, HubUnavailableError, OptionsError
 from ..hub.ask import Hub
-from ..package.save import installed_shell
+from ..package.save import installed_copy
 from ..package.sharded import State, in_first_process, is_sharded
 from .push import writable_id
 
 logger = logging.getLogger(__name__)
 
 PAUSE = 10.0  # seconds between two workers while the Hub does not answer; a newer checkpoint or `flush` ends it
-WORKERS = 3  # the most workers for one checkpoint, if they die
-FOLDER = "gpt2-value-checkpoint-"  # prefix of the folders of workers, where the system keeps temporary files
 COMMAND = (sys.executable, "-m", "hub_tools.publish.worker")
-WEIGHTS, TOKENIZER, ANSWER = "weights.pt", "tokenizer", "answer.json"  # in such a folder
+SNAPSHOT, ANSWER = "snapshot.pt", "answer.json"  # in a worker's folder
+GO = b"go"  # what a worker reads when the snapshot is complete
 # What a Trainer logs besides metrics: counters, and how long things took.
 BOOKKEEPING = re.compile(r"step|epoch|total_flos|.*_(runtime|per_second)|num_input_tokens_seen")
 
@@ -67,22 +57,12 @@ class PushedCheckpoint:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """A copy of a model, which training cannot change."""
+    """A copy of a model in main memory, which training cannot change."""
 
     step: int
     metrics: dict[str, float]
-    shell: Any  # the model without its weights
+    model: nn.Module
     tokenizer: Any
-    weights: dict[str, torch.Tensor]  # in main memory, until they are on the disk; tied tensors share their copy
-
-    def write(self, folder: Path) -> None:
-        """Write it for the worker. `torch.save` makes no second copy of the weights, and keeps tied tensors tied."""
-        (folder / "config.json").write_text(self.shell.config.to_json_string(use_diff=False), encoding="utf-8")
-        if self.shell.generation_config is not None:
-            self.shell.generation_config.save_pretrained(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder / TOKENIZER)
-        torch.save(self.weights, folder / WEIGHTS)
 
 
 class CheckpointPusher:
@@ -97,13 +77,13 @@ class CheckpointPusher:
     verifies and pushes, without a GPU, on one core at the lowest priority. If checkpoints come faster than that, only
     the newest waits, and those that it replaced are `skipped`; never the last, for which `flush` and `close` wait.
 
-    Memory holds at most two copies of the weights, one that waits and one that is being written to the disk, and the
-    worker about 0.5 GB of torch. The disk holds at most two, the snapshot and its package, in the system's folder for
+    Memory holds at most two copies of the weights, one that waits and one that is being pushed, and the worker about
+    0.5 GB of torch. The disk holds at most three, the snapshot and its package, twice, in the system's folder for
     temporary files (`TMPDIR`). If training is killed, the worker ends what it has begun, and removes them.
 
     Temporary failures (5xx, timeouts, no connection) are logged, and the push is repeated until it succeeds or a newer
-    checkpoint waits; only `flush` and `close` give up. All other failures (401, 403, 404, weights that are not finite,
-    a full disk, a worker that keeps dying) are logged, and raised once, by any next call.
+    checkpoint waits; only `flush` and `close` give up. All other failures (401, 403, 404, a full disk, a worker that
+    was killed) are logged, and raised once, by any next call.
 
     `close` runs at the end of a `with` block, and otherwise at the interpreter's exit. After an uncaught exception,
     too, the last checkpoint is pushed, or an error in the log says that it is not.
@@ -166,31 +146,23 @@ class CheckpointPusher:
             # the worker then imports the same modules as this process, wherever the training script is
             "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
             "HF_ENDPOINT": hub.api.endpoint,
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_VERBOSITY": "error",
-            "TRANSFORMERS_VERBOSITY": "error",
             "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": "",
+            **({} if token is None else {"HF_TOKEN": token}),
         }
         self._job = {
-            "push": {"repo_id": self.repo_id, "branch": revision, "private": private, "token": token},
-            "save": {
-                "base_model": base_model,
-                "license": license,
-                "tags": list(tags),
-                "max_shard_size": max_shard_size,
-            },
-            "best": {"metric": metric_for_best_model, "sign": 1 if greater_is_better else -1, "tag": best_tag},
+            "push": {"repo_id": self.repo_id, "branch": revision, "private": private},
+            "save": {"base_model": base_model, "license": license, "tags": tags, "max_shard_size": max_shard_size},
+            "best": (metric_for_best_model, 1 if greater_is_better else -1, best_tag),
             "dataset": dataset,
-            "parent": os.getpid(),
         }
+        self._owner = os.getpid()
         self._changed = threading.Condition()
         # All of these are read and written while holding _changed.
         self._waiting: _Snapshot | None = None
-        self._current: _Snapshot | None = None  # being pushed; without weights once it is on the disk
+        self._current: _Snapshot | None = None  # being pushed
         self._thread: threading.Thread | None = None  # only while something is being pushed
-        self._worker: subprocess.Popen[str] | None = None
+        self._worker: subprocess.Popen[bytes] | None = None
         self._pushed: list[PushedCheckpoint] = []
         self._skipped: list[int] = []
         self._failures: list[CheckpointPushError] = []
@@ -214,7 +186,7 @@ class CheckpointPusher:
 
         Raises:
             OptionsError: a metric that is no number.
-            UnsavableModelError, TokenizerMismatchError and others: what `save_package` refuses, too.
+            UnsavableModelError and others: what `save_package` refuses, too.
             CheckpointPushError: an earlier checkpoint did not reach the Hub; or the pusher is closed, or belongs to the
                 process from which this one was forked.
         """
@@ -227,18 +199,17 @@ class CheckpointPusher:
         self._check_usable(step)
         numbers = as_numbers(metrics)
         with self._changed:
-            if self._current is not None and self._current.weights:
+            if self._current is not None:
                 self._skip_waiting()  # before the copy is made, so that memory never holds more than two
-            shell, state = installed_shell(model, gathered)  # its configs are copies
-            with as_ours(_no_copy):
-                tokenizer = copy.deepcopy(tokenizer)
-            weights = copied(state) if gathered is None else state
+            copied: nn.Module = installed_copy(model, gathered)
+            if gathered is None and any(weight.device.type == "cpu" for weight in model.parameters()):
+                copied = copy.deepcopy(copied)  # which shares its weights until here
             self._skip_waiting()
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
                 thread.start()  # it waits for our lock; if the system cannot start it, no snapshot is left waiting
                 self._thread = thread
-            self._waiting = _Snapshot(step, numbers, shell, tokenizer, weights)
+            self._waiting = _Snapshot(step, numbers, copied, copy.deepcopy(tokenizer))
             self._changed.notify_all()
         self.check()
 
@@ -277,7 +248,7 @@ class CheckpointPusher:
         Raises:
             CheckpointPushError: as `flush`. The pusher is closed nevertheless.
         """
-        if self._closed or os.getpid() != self._job["parent"]:
+        if self._closed or os.getpid() != self._owner:
             return
         try:
             self.flush()
@@ -298,14 +269,12 @@ class CheckpointPusher:
     @property
     def pushed(self) -> tuple[PushedCheckpoint, ...]:
         """The checkpoints that are on the Hub, in order."""
-        with self._changed:
-            return tuple(self._pushed)
+        return tuple(self._pushed)
 
     @property
     def skipped(self) -> tuple[int, ...]:
         """The steps of checkpoints that a newer one replaced before they were pushed."""
-        with self._changed:
-            return tuple(self._skipped)
+        return tuple(self._skipped)
 
     def __enter__(self) -> CheckpointPusher:
         return self
@@ -317,7 +286,7 @@ class CheckpointPusher:
             self._close_and_log()
 
     def _close_and_log(self) -> None:
-        if self._thread is not None and os.getpid() == self._job["parent"]:
+        if self._thread is not None and os.getpid() == self._owner:
             logger.warning("waiting until the last checkpoint is on %s; Ctrl-C gives it up", self.repo_id)
         try:
             self.close()
@@ -326,7 +295,7 @@ class CheckpointPusher:
 
     def _check_usable(self, step: int | None) -> None:
         # the process first: a fork may have copied the lock while somebody held it
-        foreign = os.getpid() != self._job["parent"]
+        foreign = os.getpid() != self._owner
         if foreign or self._closed:
             why = "belongs to the process from which this one was forked" if foreign else "is closed"
             raise CheckpointPushError(
@@ -351,37 +320,20 @@ class CheckpointPusher:
                     self._thread = None
                     self._changed.notify_all()
                     return
-            folder = Path(tempfile.mkdtemp(prefix=FOLDER))
-            try:
-                self._push(snapshot, folder)
-            except BaseException as error:  # a thread has no caller, so the next call of a method raises it
-                self._keep_failure(snapshot.step, error)
-            finally:
-                snapshot.weights.clear()
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _push(self, snapshot: _Snapshot, folder: Path) -> None:
-        """Have a worker push a snapshot, and another one where that dies, or does not reach the Hub."""
-        for died in itertools.count(1):
-            is_last = self._flushes > 0  # an attempt that starts during a `flush` is the last one
+                is_last = self._flushes > 0  # an attempt that starts during a `flush` is the last one
+            folder = Path(tempfile.mkdtemp(prefix="gpt2-value-checkpoint-"))
             try:
                 pushed = self._work(snapshot, folder)
-                break
-            except (HubUnavailableError, CheckpointPushError) as error:
+            except BaseException as error:  # a thread has no caller, so the next call of a method raises it
                 with self._changed:
-                    silent = isinstance(error, HubUnavailableError)
-                    if self._closed or (is_last if silent else died >= WORKERS):
-                        raise
-                    if self._waiting is not None:
-                        logger.warning("step %d is skipped: %s", snapshot.step, error.found)
-                        self._skipped.append(snapshot.step)
-                        return
-                    logger.warning("step %d is not on %s yet, and tried again: %s", snapshot.step, self.repo_id, error)
-                    self._changed.wait(PAUSE)
-        with self._changed:
-            self._pushed.append(pushed)
-            self._current = None
-        logger.info("step %d is on %s: %s", snapshot.step, self.repo_id, pushed.url)
+                    self._keep(error, snapshot, may_wait=isinstance(error, HubUnavailableError) and not is_last)
+            else:
+                with self._changed:
+                    self._pushed.append(pushed)
+                    self._current = None
+                logger.info("step %d is on %s: %s", snapshot.step, self.repo_id, pushed.url)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _work(self, snapshot: _Snapshot, folder: Path) -> PushedCheckpoint:
         """Run a worker, and return its answer.
@@ -391,84 +343,54 @@ class CheckpointPusher:
             What the worker failed with.
         """
         environment = {**os.environ, **self._environment, "TMPDIR": str(folder), "TEMP": str(folder)}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        command = [*COMMAND, str(folder), str(self._owner)]
         with self._changed:
             if self._closed:
                 raise CheckpointPushError("the pusher was closed", next_step="push before close()", step=snapshot.step)
-            # Started before the snapshot is written: if this process is killed, the worker removes the folder.
-            self._worker = worker = subprocess.Popen(
-                [*COMMAND, str(folder)],
-                text=True,
-                errors="replace",
-                cwd=folder,
-                env=environment,
-                **pipes,  # type: ignore[call-overload]
-            )
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        last = "it printed nothing"
-        with worker, suppress(BrokenPipeError):  # it has died
-            try:
-                if snapshot.weights:
-                    snapshot.write(folder)
-                    snapshot.weights.clear()
-                worker.stdin.write(json.dumps({**self._job, "step": snapshot.step, "metrics": snapshot.metrics}) + "\n")
-                worker.stdin.flush()
-                for line in worker.stdout:
-                    last = line.strip() or last
-                    logger.warning("the worker: %s", line.rstrip())
-            except BaseException:
-                worker.kill()
-                raise
+            # Started before the snapshot is written: if this process is killed meanwhile, the worker removes it.
+            self._worker = worker = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=folder, env=environment)
+        try:
+            job = {**self._job, "step": snapshot.step, "metrics": snapshot.metrics}
+            torch.save((snapshot.model, snapshot.tokenizer, job), folder / SNAPSHOT)
+            worker.communicate(GO)
+        finally:
+            worker.kill()  # it has ended, unless this is an error
+            worker.wait()
         answer = folder / ANSWER
         if not answer.exists():
             raise CheckpointPushError(
-                f"the worker that pushes checkpoints ended with exit status {worker.returncode}: {last[:500]}",
-                next_step="read what it printed, in the log; make sure that there is enough memory",
+                f"the worker that pushes checkpoints ended with exit status {worker.returncode}",
+                next_step="read what it printed; make sure that there is enough memory",
                 step=snapshot.step,
             )
         found = json.loads(answer.read_text())
-        answer.unlink()
         if "error" in found:
             kind: type[GPT2ValueHubError] = getattr(errors, found.pop("error"))
             raise kind(**found)
         return PushedCheckpoint(snapshot.step, snapshot.metrics, **found)
 
-    def _keep_failure(self, step: int, cause: BaseException) -> None:
-        """Keep a failure for the next call."""
+    def _keep(self, cause: BaseException, snapshot: _Snapshot, *, may_wait: bool) -> None:
+        """Keep a failure for the next call; or the snapshot for the next attempt."""
         gist = cause.found if isinstance(cause, GPT2ValueHubError) else f"{type(cause).__name__}: {cause}"
+        found = f"the checkpoint of step {snapshot.step} is not on {self.repo_id}: {gist}"
+        if may_wait and not self._closed:
+            logger.warning("%s; it is tried again, unless a newer one is there", found)
+            if self._waiting is None:
+                self._current, self._waiting = None, snapshot
+                self._changed.wait(PAUSE)
+            else:
+                self._skipped.append(snapshot.step)
+            return
         error = CheckpointPushError(
-            f"the checkpoint of step {step} is not on {self.repo_id}: {gist}",
+            found,
             expected=getattr(cause, "expected", ""),
             next_step=getattr(cause, "next_step", "correct what this error names; the next checkpoint is tried anyway"),
-            step=step,
+            step=snapshot.step,
         )
         error.__cause__ = cause
-        with self._changed:
-            self._failures.append(error)
-            closed = self._closed
-        if not closed:  # `close` itself logs what an interrupt stopped
+        self._failures.append(error)
+        if not self._closed:  # `close` itself logs what an interrupt stopped
             logger.error("%s", error)
-
-
-def _no_copy(gist: str) -> TokenizerMismatchError:
-    return TokenizerMismatchError(
-        f"the tokenizer cannot be copied: {gist}",
-        expected="a tokenizer of transformers' own, without code",
-        next_step="load one with AutoTokenizer.from_pretrained(...)",
-    )
-
-
-def copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return copies in main memory; tensors that share their memory share their copy."""
-    copies: dict[object, torch.Tensor] = {}
-    weights = {}
-    for name, tensor in state.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if place not in copies:
-            copies[place] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        weights[name] = copies[place]
-    return weights
 
 
 def as_numbers(metrics: Mapping[str, float]) -> dict[str, float]:
