@@ -55,6 +55,27 @@ def test_what_lies_in_the_place_of_a_package_is_named(server, tmp_path, outline,
         fetch_outline(REPO, outline, cache_dir=tmp_path / "cache")
 
 
+CHECKPOINTS = [
+    ({"pytorch_model.bin", "v_head.bin"}, {"optimizer.bin", "train.py"}),
+    ({"model.safetensors", "v_head.bin", "value_head.safetensors"}, {"pytorch_model.bin", "training_args.bin"}),
+    ({"adapter_config.json", "adapter_model.safetensors"}, {"adapter_model.bin"}),
+]
+
+
+@pytest.mark.parametrize(("fetched", "left"), CHECKPOINTS, ids=["pickles", "both", "an adapter"])
+def test_of_another_librarys_checkpoint_come_its_weights_heads_and_adapters(server, tmp_path, files, fetched, left):
+    content = {name: name.encode() for name in fetched | left}
+    if "adapter_config.json" not in fetched:
+        content["config.json"] = files["config.json"]
+    server.create(REPO, content)
+    folder = fetch(REPO, cache_dir=tmp_path / "cache", checkpoint=True).folder
+    assert {path.name for path in folder.iterdir()} == set(content) - left
+    server.sizes[next(name for name in fetched if "model" in name)] = 30 << 30
+    with pytest.raises(PackageError, match="bytes"):
+        fetch(REPO, cache_dir=tmp_path / "other", checkpoint=True)
+    assert not [name for name in sizes_in(tmp_path / "other") if name in fetched and "model" in name]
+
+
 def test_a_pointer_of_git_lfs_is_named(server, tmp_path, files):
     server.create(REPO, {**files, "model.safetensors": POINTER})
     for look in (inspect_package, load_package):

@@ -29,7 +29,13 @@ from ..files import HEADER_LIMIT, LFS_POINTER, read_json
 from .ask import Hub, Passing, offline
 
 FIRST_BYTES = 256  # of a file of weights: a pointer of git-lfs is shorter
+# The largest GPT-2: an adapter does not say which it is for.
+ADAPTED = {"n_layer": 48, "n_embd": 1600, "vocab_size": 50257, "n_positions": 1024}
 CHUNK = 10_000_000  # bytes of a download that huggingface_hub collects before it writes them
+
+
+_ADAPTER = "adapter_config.json"
+_PICKLED = re.compile(r"(pytorch_model|adapter_model|value_head|v_head)\b.*\.bin")
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,16 @@ def fetch(
     token: str | None = None,
     cache_dir: Path | None = None,
     local_files_only: bool = False,
+    checkpoint: bool = False,
 ) -> Snapshot:
     """Download the files that a loader of a package or a plain GPT-2 reads, at one commit, to the Hub's cache.
 
     Sizes are checked before anything is downloaded. Pickles are not downloaded. Where the Hub cannot be reached, or in
     offline mode, the cache answers alone, as it does for transformers.
+
+    Args:
+        checkpoint: another library's checkpoint, or an adapter, is wanted: also heads in files of their own, and
+            pickled weights where there are no others. Nothing opens them.
 
     Raises:
         NotAPackageError, PackageError: a repository without a model, or with pickles in the place of its weights.
@@ -146,7 +157,7 @@ def fetch(
             if not failure.answered and (cached := _cached(home, revision)):
                 return cached
             raise
-        wanted = _wanted(repository)
+        wanted = _wanted(repository, checkpoint=checkpoint)
         weights = [name for name in wanted if _limit(name) is None]
         for name in [name for name in wanted if name not in weights] + weights:
             if weights and name == weights[0]:
@@ -215,16 +226,16 @@ def fetch_outline(
 def _limit(name: str) -> int | None:
     """Return the most bytes that a file of this name may have; None for weights, which are bounded together."""
     kind = layout.kind_of(name)
-    if kind == "weights" and name != layout.WEIGHTS_INDEX:
+    if name.endswith(".safetensors") or kind == "pickle":
         return None
     if kind == "config":
         return limits.CONFIG_BYTES
     if kind == "tokenizer" and name not in layout.TOKENIZER_SETTINGS:
         return limits.VOCABULARY_BYTES_AT_MOST
-    return limits.INDEX_BYTES if kind in ("weights", "record") else limits.CODE_BYTES
+    return limits.INDEX_BYTES if kind == "record" or name.endswith(".index.json") else limits.CODE_BYTES
 
 
-def _wanted(repository: Repository) -> list[str]:
+def _wanted(repository: Repository, *, checkpoint: bool = False) -> list[str]:
     """Return the files that a loader reads, after checking that there is a model, and their sizes.
 
     Raises:
@@ -232,7 +243,7 @@ def _wanted(repository: Repository) -> list[str]:
         PackageError: all of its weights are pickles; a file is far larger than any package's.
     """
     names = [name for name in repository.files if "/" not in name]
-    if layout.CONFIG not in names:
+    if layout.CONFIG not in names and not (checkpoint and _ADAPTER in names):
         files = sorted(name for name in names if layout.kind_of(name) != "litter")
         raise NotAPackageError(
             f"{repository.repo_id} holds no package: it has {', '.join(files[:5]) or 'no files'}",
@@ -240,18 +251,22 @@ def _wanted(repository: Repository) -> list[str]:
             next_step="check the name and the revision",
         )
     kinds = {name: layout.kind_of(name) for name in names}
-    pickles = sorted(name for name in names if kinds[name] == "pickle")
-    if pickles and "weights" not in kinds.values():
+    pickled = sorted(name for name in names if _PICKLED.fullmatch(name))
+    only_pickles = bool(pickled) and not any(name.endswith(".safetensors") for name in names)
+    if only_pickles and not checkpoint:
         raise PackageError(
-            f"{repository.repo_id} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when "
+            f"{repository.repo_id} has its weights only as pickles ({', '.join(pickled[:3])}), which can run code when "
             "opened; none was downloaded",
             expected="weights in safetensors",
-            next_step=f"ask its author for safetensors; or hf download {repository.repo_id} --local-dir FOLDER , and "
-            "read it without running it: gpt2-value create --base FOLDER OUT , or, where another library wrote it: "
-            "gpt2-value convert FOLDER OUT",
+            next_step="ask its author for safetensors; or read them without running them: gpt2-value convert "
+            f"{repository.repo_id} OUT",
         )
-    kept = ("config", "weights", "tokenizer", "card", "record")
-    wanted = [name for name in names if kinds[name] in kept or name.endswith(".py")]
+    wanted = [n for n in names if kinds[n] in ("config", "weights", "tokenizer", "card", "record") or n.endswith(".py")]
+    if checkpoint:
+        wanted = [name for name in wanted if not name.endswith(".py") and kinds[name] != "card"]
+        wanted += [n for n in names if n not in wanted and (n == _ADAPTER or n.endswith(".safetensors"))]
+        wanted += [n for n in names if n.endswith(".bin.index.json")] if only_pickles else []
+        wanted += [n for n in pickled if only_pickles or "head" in n]
     for name in wanted:
         size, limit = repository.files[name].size, _limit(name)
         if limit is not None and size > limit:
@@ -265,7 +280,7 @@ def _wanted(repository: Repository) -> list[str]:
 
 def _check_weights(folder: Path, sizes: dict[str, int]) -> None:
     """Refuse weights that have more bytes than the model needs that the config describes."""
-    fields = read_json(folder, layout.CONFIG)
+    fields = read_json(folder, layout.CONFIG) if (folder / layout.CONFIG).exists() else ADAPTED
     sides = [fields.get(name) for name in ("n_layer", "n_embd", "vocab_size", "n_positions")]
     inner = fields.get("n_inner") or 0
     if not all(type(side) is int and 0 <= side < 1 << 24 for side in (*sides, inner)):
