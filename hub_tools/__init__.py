@@ -13,8 +13,7 @@ from .layout import __version__
 
 if TYPE_CHECKING:
     from .convert.convert import Conversion, convert_checkpoint
-    from .convert.critic import export_critic
-    from .convert.export import ExportedPolicy, export_policy
+    from .convert.export import ExportedPolicy, export_critic, export_policy
     from .errors import GPT2ValueHubError
     from .package.inspect import PackageReport, inspect_package
     from .package.load import LoadedPackage, load_package
@@ -29,7 +28,7 @@ _HOMES = {
     "PushedCheckpoint": "publish.checkpoints",
     "Conversion": "convert.convert",
     "convert_checkpoint": "convert.convert",
-    "export_critic": "convert.critic",
+    "export_critic": "convert.export",
     "ExportedPolicy": "convert.export",
     "export_policy": "convert.export",
     "GPT2ValueHubError": "errors",

@@ -12,7 +12,7 @@ from test_convert import Original, assert_same_numbers, package_numbers, write_t
 from test_convert_peft import Adapted
 
 from hub_tools import convert_checkpoint, errors, export_policy, save_package
-from hub_tools.convert.convert import read_tensors
+from hub_tools.convert.pickles import read_tensors
 
 # Pickles
 

@@ -30,7 +30,7 @@ from hub_tools import (
     save_package,
     verify_package,
 )
-from hub_tools.convert.convert import read_tensors
+from hub_tools.convert.pickles import read_tensors
 from hub_tools.files import open_in, parse_json, read_json
 from hub_tools.package import stage as stage_module
 from hub_tools.package.tokenizer import try_in_a_process

@@ -234,14 +234,14 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a package's policy as a plain GPT-2 for any runtime, or its critic as a classifier; without code."""
-    from ..convert import critic, export
+    from ..convert import export
 
     quiet_transformers()
     with console.working(f"exporting {package}"):
         if kind == "policy":
             exported = export.export_policy(package, out, overwrite=overwrite)
         else:
-            exported = critic.export_critic(package, out, head=kind, overwrite=overwrite)
+            exported = export.export_critic(package, out, head=kind, overwrite=overwrite)
     if json:
         console.show_json(exported.to_json())
     else:

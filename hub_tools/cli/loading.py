@@ -198,7 +198,7 @@ def _unpickle(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         from safetensors.torch import save_file
 
-        from ..convert.convert import read_tensors
+        from ..convert.pickles import read_tensors
 
         state = {
             name: tensor.contiguous().clone()

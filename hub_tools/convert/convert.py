@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerBase
 
+from modeling_gpt2_value import GPT2ValueModel
+
 from .. import limits
 from ..errors import (
     ConversionError,
     FolderRefusedError,
     LoadError,
+    NotAPackageError,
     OptionsError,
     PackageError,
     TokenizerMismatchError,
@@ -26,15 +26,14 @@ from ..errors import (
 )
 from ..files import read_json
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, kind_of
-from ..limited_process import run_limited, search_path_of
-from ..package.config import checked_config, checked_shards, count_numbers, reduce, unknown_fields
+from ..package.config import checked_config, count_numbers, reduce, unknown_fields
 from ..package.save import SavedPackage, save_package, save_target
 from ..package.stage import make_loadable, package_file_limit, stage
 from ..package.tokenizer import load_tokenizer
-from ..package.weights import build_model, read_weights
-from . import unpickle
+from ..package.weights import build_model
 from .adapters import lora_settings, merge
 from .heads import FIELDS, HEAD, SourceFormat, listed, plain_name, translate
+from .pickles import read_tensors
 
 PICKLED_WEIGHTS = "pytorch_model.bin"
 # What transformers writes for a whole model: one file, or an index that names the shards.
@@ -42,17 +41,15 @@ MODEL_WEIGHTS = (WEIGHTS, WEIGHTS_INDEX, PICKLED_WEIGHTS, "pytorch_model.bin.ind
 # Files that hold a value head alone: TRL's name for it beside an adapter, then LLaMA-Factory's.
 HEAD_WEIGHTS = (PICKLED_WEIGHTS, "value_head.safetensors", "value_head.bin")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin|pt|pth)")
 
 _Path = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_checkpoint` found, and what became of it: every tensor is in `mapped` or in `dropped`."""
+    """What was found in a checkpoint, and what became of it: every tensor is in `mapped` or in `dropped`."""
 
     source: str
-    package: SavedPackage  # what was written
     source_format: SourceFormat
     files: tuple[Path, ...]  # the weight files that were read
     adapter: bool  # a LoRA was merged into its base
@@ -61,20 +58,27 @@ class Conversion:
     notes: tuple[str, ...]  # what the source did not specify, and what was chosen
     dtype: torch.dtype  # the body's; the head is float32
     tokenizer: str | None  # the class of the package's tokenizer
+    package: SavedPackage | None = None  # what was written
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Path | None:
         """The package's folder."""
-        return self.package.folder
+        return self.package.folder if self.package else None
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
-        return {
-            **asdict(self),
-            "package": {**asdict(self.package), "folder": str(self.folder)},
-            "files": [str(file) for file in self.files],
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        package = {"folder": str(self.folder), "files": self.package.files} if self.package else None
+        files, dtype = [str(file) for file in self.files], str(self.dtype).removeprefix("torch.")
+        return {**asdict(replace(self, package=None)), "package": package, "files": files, "dtype": dtype}
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint in memory, as this package's model."""
+
+    model: GPT2ValueModel  # in evaluation mode, on the CPU
+    tokenizer: PreTrainedTokenizerBase | None
+    conversion: Conversion
 
 
 @dataclass
@@ -100,10 +104,11 @@ def convert_checkpoint(
     base: _Path | None = None,
     tokenizer: PreTrainedTokenizerBase | _Path | Literal[False] | None = None,
     summary_first_dropout: float | None = None,
-    init_value_head: bool = False,
+    init_value_head: bool | None = False,
     dtype: torch.dtype | None = None,
     overwrite: bool = True,
-    **card: Any,
+    base_model: str | None = None,
+    license: str | None = None,
 ) -> Conversion:
     """Write a GPT-2 checkpoint of any library as a package of this model, with the same logits and values.
 
@@ -134,9 +139,9 @@ def convert_checkpoint(
         summary_first_dropout: probability of the dropout before the head, in training mode; by default the
             source's. TRL does not record it: there the default is TRL's own, 0.1.
         init_value_head: start with a new head, whose values are all 0. Only for a source without a head, or with one
-            that cannot be kept.
+            that cannot be kept. None for one only where it is needed.
         dtype: of the body; by default the source's.
-        overwrite, card: as for `save_package` (`license=`, `base_model=`, ...).
+        overwrite, base_model, license: as for `save_package`.
 
     Returns:
         The record of what was found, mapped and dropped.
@@ -153,16 +158,49 @@ def convert_checkpoint(
         OptionsError: an argument that this source has no use for.
         And what `save_package` raises.
     """
-    place = folder_of(source, revision)
-    weights = _weights_of(place)
-    home = weights.parent
-    if _is_same(folder, home):
+    if _is_same(folder, source) or _is_same(folder, Path(source).parent):
         raise FolderRefusedError(
             f"{folder} holds the checkpoint that is to be converted",
             expected="another folder for the package",
             next_step="name a folder that does not exist yet",
         )
     save_target(folder, overwrite=overwrite)  # checked now, before the work that can take minutes
+    loaded = load_checkpoint(
+        source,
+        revision=revision,
+        config=config,
+        source_format=source_format,
+        base=base,
+        tokenizer=tokenizer,
+        summary_first_dropout=summary_first_dropout,
+        init_value_head=init_value_head,
+        dtype=dtype,
+    )
+    package = save_package(
+        loaded.model, folder, loaded.tokenizer, overwrite=overwrite, base_model=base_model, license=license
+    )
+    return replace(loaded.conversion, package=package)
+
+
+def load_checkpoint(
+    source: _Path,
+    *,
+    revision: str | None = None,
+    config: _Path | None = None,
+    source_format: SourceFormat | None = None,
+    base: _Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | _Path | Literal[False] | None = None,
+    summary_first_dropout: float | None = None,
+    init_value_head: bool | None = False,
+    dtype: torch.dtype | None = None,
+) -> LoadedCheckpoint:
+    """Read a checkpoint of any library, or a package, as this model. Arguments and errors are `convert_checkpoint`'s.
+
+    The installed classes are used; no code of the source is run, so a package needs no review.
+    """
+    place = folder_of(source, revision)
+    weights = _weights_of(place)
+    home = weights.parent
     is_adapter = weights.name == ADAPTER_CONFIG
     if is_adapter and config is not None:
         raise OptionsError(
@@ -192,10 +230,8 @@ def convert_checkpoint(
     if generation_config is not None:
         model.generation_config = generation_config
     its_tokenizer = _tokenizer(tokenizer, read.homes, vocab_size=found.config.vocab_size)
-    package = save_package(model, folder, its_tokenizer, overwrite=overwrite, **card)
-    return Conversion(
+    conversion = Conversion(
         source=os.fspath(source),
-        package=package,
         source_format=found.source_format,
         files=tuple(read.files),
         adapter=is_adapter,
@@ -205,6 +241,7 @@ def convert_checkpoint(
         dtype=model.dtype,
         tokenizer=None if its_tokenizer is None else type(its_tokenizer).__name__,
     )
+    return LoadedCheckpoint(model, its_tokenizer, conversion)
 
 
 def folder_of(source: _Path, revision: str | None = None) -> Path:
@@ -240,7 +277,7 @@ def _weights_of(source: Path) -> Path:
     if os.path.isfile(source):  # and not is_file(), which fails on names that are too long
         return source
     if not os.path.isdir(source):
-        raise PackageError(
+        raise NotAPackageError(
             f"there is no file or folder {source}",
             expected="a checkpoint on this machine, or OWNER/NAME of a repository on the Hub",
             next_step="check the name",
@@ -256,74 +293,6 @@ def _weights_of(source: Path) -> Path:
             next_step="where they are under another name, pass that file itself",
         )
     return weights
-
-
-def read_tensors(file: Path, *, limit: int, follow: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors, on the CPU, in a `.safetensors` file, in a pickle, or in the shards of an `.index.json`.
-
-    Args:
-        file: an existing file. Every name but `*.safetensors` and `*.json` is read as a pickle.
-        limit: the most bytes that it, or all shards together, may have.
-        follow: follow a link wherever it leads. For a file that the user named.
-
-    Raises:
-        PackageError: it is damaged, too large, or holds something else than tensors; a pickle that asks for more than
-            tensors, of which nothing ran; an index that names a shard that is not there, or not beside it.
-        ResourceLimitError: the copy has no room, or takes too long; see `stage`.
-    """
-    if follow and file.resolve().parent.name != "blobs":  # in the Hub's cache, a blob's name says nothing
-        file = file.resolve()
-    folder, name = file.parent, file.name
-    weight_map = {"": name}
-    if name.endswith(".json"):
-        weight_map = checked_shards(read_json(folder, name, limit=limits.INDEX_BYTES), pattern=SHARD)
-    wanted = set(weight_map.values())
-    with stage(folder, limit_of=lambda each: limit if each in wanted else None, total=limit) as copy:
-        for lost in sorted(wanted - set(copy.names)):
-            raise PackageError(
-                f"{file} names {lost}, which is not there", next_step="fetch it from where the others are"
-            )
-        pickled = sorted(each for each in wanted if not each.endswith(".safetensors"))
-        if pickled:
-            _unpickle(copy.folder, pickled, str(folder))
-        weight_map = {key: f"{shard}.safetensors" if shard in pickled else shard for key, shard in weight_map.items()}
-        if name.endswith(".json"):
-            (copy.folder / name).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
-        return read_weights(copy.folder, weight_map.get("", name))
-
-
-def _unpickle(folder: Path, names: Sequence[str], where: str) -> None:
-    """Replace pickles in a private folder by safetensors, in a process of its own; see `unpickle`."""
-    size = sum((folder / name).stat().st_size for name in names)
-    bounds = {
-        "RLIMIT_DATA": limits.PICKLE_MEMORY + 4 * size,
-        "RLIMIT_FSIZE": unpickle.TENSORS_PER_FILE * size + limits.HEADER_BYTES,
-        "RLIMIT_CPU": int(limits.PICKLE_SECONDS) + size // limits.COPY_BYTES_PER_SECOND,
-    }
-    found = f"{names[0]} could not be read in bounded time"
-    try:
-        done = run_limited(
-            unpickle.__file__,
-            *(str(folder / name) for name in names),
-            "--",
-            *search_path_of("torch", "safetensors"),
-            limits=bounds,
-            seconds=limits.WAITING * bounds["RLIMIT_CPU"],
-            environment={"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-        )
-        found = done.stdout.strip() or (f"{names[0]} ended its reader ({done.returncode})" if done.returncode else "")
-    except subprocess.TimeoutExpired:
-        pass  # the process was killed
-    if found:
-        raise PackageError(
-            f"in {where}, {found}",
-            expected="a state dict: names with dense tensors, in bounded memory and time",
-            next_step="where the state dict lies inside (under 'state_dict', 'model', ...), save that part alone; if "
-            "you know its maker, load it in the library that wrote it, and save model.state_dict() as safetensors",
-        )
 
 
 def _read_model(weights: Path, config: _Path | None = None, *, named: bool = False) -> _Checkpoint:

@@ -1,6 +1,9 @@
-"""The policy alone, or the critic alone, as a plain GPT-2 that any GPT-2 runtime loads.
+"""The policy alone, or the critic alone, as a plain GPT-2 or a classifier of transformers, without any code of ours.
 
-Imports torch, transformers, the model, and of hub_tools what reads packages and what replaces folders.
+What other trainers read of a critic, from their sources: verl takes a `GPT2ForTokenClassification`,
+`logits.squeeze(-1)` and `config.num_key_value_heads` (`verl/workers/critic/dp_critic.py`); TRL's PPOTrainer applies
+`model.score` to the hidden states of the body (`trl/trainer/utils.py`, `get_reward`); OpenRLHF's critic has the same
+layout.
 """
 
 from __future__ import annotations
@@ -9,22 +12,27 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from modeling_gpt2_value import GPT2ValueModel
 
-from ..errors import LoadError, MissingHeadError, UnsavableModelError, as_ours
-from ..files import AGAIN
+from ..errors import ConversionError, OptionsError, UnsavableModelError, as_ours
 from ..layout import HEAD_PREFIX, kind_of
-from ..package.inspect import inspect_stage
 from ..package.replace import check_target, staging_folder, writing_to
-from ..package.stage import local_folder, make_loadable, stage_package
-from ..package.tokenizer import load_tokenizer
-from ..package.weights import not_finite
+from .convert import load_checkpoint
 
+CriticHead = Literal["token-classification", "sequence-classification"]
+LAST_BIAS = "transformer.ln_f.bias"
 # Fields of a package's config.json that GPT-2's own does not have, or that say which class it is for.
 NOT_GPT2 = (
     "_name_or_path",
@@ -61,6 +69,7 @@ def export_policy(
     model: GPT2ValueModel | str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> ExportedPolicy:
@@ -70,7 +79,8 @@ def export_policy(
     leaves the old folder or the complete new one. The model is not changed.
 
     Args:
-        model: a `GPT2ValueModel`, or the folder of a package (none of whose code is run).
+        model: a `GPT2ValueModel`, or a package: its folder or its repository on the Hub. None of its code is run.
+        revision: branch, tag or commit of the repository.
         folder: where to: a new folder, or an empty one.
         tokenizer: travels with the model; for a package, by default, its own.
         overwrite: also replace a folder that holds a plain GPT-2 and nothing else.
@@ -78,36 +88,79 @@ def export_policy(
     Raises:
         UnsavableModelError: `model` is not a value-head model.
         UnsavableModelError: the model's config or generation_config could not be loaded again.
-        LoadError: the package, or its tokenizer, cannot be loaded.
-        ResourceLimitError: opening its tokenizer takes more memory or time than a tokenizer needs.
-        UnsavableModelError: NaN or infinity among the package's weights.
         FolderRefusedError: `folder` holds something that must not be lost.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
-        And what `inspect_package` raises for a package that is not whole.
+        And what `convert_checkpoint` raises for a package that is not whole.
     """
-    return write_plain(_plain_gpt2, model, folder, tokenizer=tokenizer, overwrite=overwrite, needs_head=False)
+    return _write(_plain_gpt2, model, folder, revision, tokenizer, overwrite=overwrite, needs_head=False)
 
 
-def write_plain(
-    as_plain: Callable[[GPT2ValueModel], GPT2PreTrainedModel],
+def export_critic(
     model: GPT2ValueModel | str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
+    head: CriticHead = "token-classification",
+    revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> ExportedPolicy:
+    """Write the critic alone: the body with the value head as a classifier with one label, and no code.
+
+    `"token-classification"` is a `GPT2ForTokenClassification`: its `logits [batch, tokens, 1]` are the values.
+    `"sequence-classification"` is a `GPT2ForSequenceClassification`, whose `score` has no bias. The head's bias b is
+    therefore moved into the bias of the last layer norm, to which b * w / (w . w) is added, for the head's weights w.
+    This keeps the values. It would change the logits of a language-model head, but the critic has none.
+
+    In float32, values equal the model's to 1e-6. In bfloat16 and float16, the classifier computes in that type, whereas
+    the value head computes in float32.
+
+    `convert_checkpoint` can make a package of such a critic again. Its logits are then those of the changed body.
+
+    Args:
+        head: which classifier.
+        model, folder, revision, tokenizer, overwrite: as for `export_policy`.
+
+    Raises:
+        OptionsError: `head` is neither of the two.
+        ConversionError: the head is more than one linear layer to one value, or is a bias alone.
+        MissingHeadError: the package has no value head.
+        And what `export_policy` raises.
+    """
+    if head not in ("token-classification", "sequence-classification"):
+        raise OptionsError(
+            f"head={head!r}",
+            expected="token-classification or sequence-classification",
+            next_step="for verl the first, for TRL and OpenRLHF the second",
+        )
+    make = _token_classifier if head == "token-classification" else _sequence_classifier
+    return _write(make, model, folder, revision, tokenizer, overwrite=overwrite, needs_head=True)
+
+
+def _write(
+    as_plain: Callable[[GPT2ValueModel], GPT2PreTrainedModel],
+    model: GPT2ValueModel | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    revision: str | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
     overwrite: bool,
     needs_head: bool,
 ) -> ExportedPolicy:
-    """Write the model that `as_plain` returns, and the tokenizer; the rest is as in `export_policy`."""
+    """Write the model that `as_plain` returns, and the tokenizer."""
+    target = _target(folder, overwrite=overwrite)
     if isinstance(model, (str, os.PathLike)):
-        model, its_tokenizer = _read_package(model, with_tokenizer=tokenizer is None, needs_head=needs_head)
-        tokenizer = tokenizer or its_tokenizer
+        # a package without its head still has its policy
+        head = False if needs_head else None
+        loaded = load_checkpoint(model, revision=revision, tokenizer=tokenizer, init_value_head=head)
+        model, tokenizer = loaded.model, loaded.tokenizer
+    elif revision is not None:
+        raise OptionsError(f"revision={revision!r} for a model in memory", next_step="leave revision out")
     if not isinstance(model, GPT2ValueModel):
         raise UnsavableModelError(
             f"a {type(model).__name__}",
-            expected="a GPT2ValueModel, unwrapped, or the folder of a package",
+            expected="a GPT2ValueModel, unwrapped, or a package",
             next_step="save it with save_package, and export that folder",
         )
-    target = _target(folder, overwrite=overwrite)
     with as_ours(_not_savable):
         plain = as_plain(model)
         if hasattr(plain.config, "validate"):  # transformers 5, which does it when it writes
@@ -129,50 +182,7 @@ def write_plain(
     )
 
 
-def _read_package(
-    source: str | os.PathLike[str], *, with_tokenizer: bool, needs_head: bool
-) -> tuple[GPT2ValueModel, PreTrainedTokenizerBase | None]:
-    """Load a package's weights into this installation's model, and its tokenizer, from a private copy.
-
-    The package's code is not run, so it needs no review.
-    """
-    name = os.fspath(source)
-    with stage_package(local_folder(source)) as copy:
-        report = inspect_stage(copy, name)
-        if needs_head and report.head is None:
-            raise MissingHeadError(
-                f"{name} has no value head", expected=f"{HEAD_PREFIX}summary.weight and .bias", next_step=AGAIN
-            )
-        stored = max(report.dtypes, key=lambda dtype: report.dtypes[dtype])  # the body's: a head may differ
-        loadable = make_loadable(copy, ())
-        with as_ours(lambda gist: _does_not_load(name, gist)):
-            model = GPT2ValueModel.from_pretrained(
-                loadable,
-                init_value_head=report.head is None,  # a package without its head still has its policy
-                dtype=getattr(torch, stored),
-                local_files_only=True,
-                use_safetensors=True,
-            )
-        tokenizer = None
-        if with_tokenizer and report.tokenizer is not None:
-            tokenizer = load_tokenizer(loadable, name, config=model.config)
-    damaged = list(not_finite(model.state_dict()))
-    if damaged:
-        raise UnsavableModelError(
-            f"NaN or infinite values in {', '.join(damaged[:5])} of {name}", expected="finite weights", next_step=AGAIN
-        )
-    return model, tokenizer
-
-
-def _does_not_load(name: str, gist: str) -> LoadError:
-    return LoadError(
-        f"{name} does not load, because of its weights: {gist}",
-        expected="a package that this version of transformers can load",
-        next_step=AGAIN,
-    )
-
-
-def gpt2_fields(model: GPT2ValueModel) -> dict[str, Any]:
+def _gpt2_fields(model: GPT2ValueModel) -> dict[str, Any]:
     """The fields of the model's config that GPT-2's own has."""
     return {name: value for name, value in model.config.to_dict().items() if name not in NOT_GPT2}
 
@@ -183,7 +193,7 @@ def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
     It can only be saved, not run: buffers that are not in the state dict stay on the meta device.
     """
     with torch.device("meta"):
-        plain = GPT2LMHeadModel(GPT2Config.from_dict(gpt2_fields(model)))
+        plain = GPT2LMHeadModel(GPT2Config.from_dict(_gpt2_fields(model)))
     state = {
         name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if not name.startswith(HEAD_PREFIX)
     }
@@ -210,3 +220,58 @@ def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
         model_type=GPT2Config.model_type,
         may_replace=lambda name: kind_of(name) in ("config", "weights", "tokenizer"),
     )
+
+
+def _token_classifier(model: GPT2ValueModel) -> GPT2ForTokenClassification:
+    weight, bias = _linear_head(model)
+    state = {**_body(model), "classifier.weight": weight, "classifier.bias": bias}
+    with torch.device("meta"):
+        plain = GPT2ForTokenClassification(_config(model))
+    plain.load_state_dict(state, assign=True)
+    return plain
+
+
+def _sequence_classifier(model: GPT2ValueModel) -> GPT2ForSequenceClassification:
+    weight, bias = _linear_head(model)
+    state = {**_body(model), "score.weight": weight}
+    if bias:
+        direction, last_bias = weight[0].double(), state[LAST_BIAS]
+        if not direction.any():
+            raise ConversionError(
+                f"a value head whose weights are all 0, with the bias {bias.item():.3g}",
+                expected="weights, into whose direction the bias can go: score has no bias",
+                next_step='export it with head="token-classification"',
+            )
+        shift = bias.double() * direction / direction.square().sum()
+        state[LAST_BIAS] = (last_bias.double() + shift).to(last_bias.dtype)
+    with torch.device("meta"):
+        plain = GPT2ForSequenceClassification(_config(model))
+    plain.load_state_dict(state, assign=True)
+    return plain
+
+
+def _linear_head(model: GPT2ValueModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """The head's weight `[1, n_embd]` and bias `[1]`, in the dtype of the body."""
+    config = model.config
+    if not (config.summary_use_proj and config.summary_proj_to_labels) or config.summary_activation is not None:
+        raise ConversionError(
+            f"a value head with summary_use_proj={config.summary_use_proj}, summary_proj_to_labels="
+            f"{config.summary_proj_to_labels}, summary_activation={config.summary_activation!r}",
+            expected="one linear layer to one value: that is all that a classifier's head can express",
+            next_step="load the package itself, with trust_remote_code=True",
+        )
+    state = {name: model.state_dict()[f"{HEAD_PREFIX}summary.{name}"] for name in ("weight", "bias")}
+    weight, bias = (tensor.detach().cpu().to(model.dtype) for tensor in state.values())
+    return weight, bias
+
+
+def _body(model: GPT2ValueModel) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name.startswith("transformer.")
+    }
+
+
+def _config(model: GPT2ValueModel) -> GPT2Config:
+    dropout = model.config.summary_first_dropout
+    fields = {"num_labels": 1, "classifier_dropout": dropout, "num_key_value_heads": model.config.n_head}
+    return GPT2Config.from_dict({**_gpt2_fields(model), **fields})

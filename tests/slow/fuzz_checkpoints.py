@@ -130,7 +130,7 @@ def convert(home: Path, folder: Path, out: Path, reader: str) -> str:
     import torch
 
     from hub_tools import convert_checkpoint
-    from hub_tools.convert.convert import read_tensors
+    from hub_tools.convert.pickles import read_tensors
 
     convert_checkpoint(folder, out)
     ours = weights_in(out)
