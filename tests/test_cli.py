@@ -95,6 +95,7 @@ def test_respond_runs_only_code_that_is_known_or_was_reviewed(gpt2_value, packag
     status, out, err = gpt2_value(*respond)
     assert (status, out) == (1, "")
     assert "was not run" in err
+    assert gpt2_value("audit", package)[0] == gpt2_value("app", package, "--port", 0)[0] == 1
     assert not (tmp_path / "ran").exists()
     assert gpt2_value(*respond, "--reviewed", f"{name}={layout.sha256_of(package / name)}")[0] == 0
     assert (tmp_path / "ran").exists()

@@ -88,7 +88,7 @@ class Token:
     before: float | None = None  # value of the state that it was drawn in
     logprob: float | None = None
     entropy: float | None = None
-    rank: int | None = None  # 1 for the likeliest token, whatever is cut off
+    rank: int | None = None  # 1 for the likeliest token that could be drawn
     choices: int | None = None  # how many tokens could be drawn
     likeliest: tuple[tuple[str, float], ...] = ()  # text and probability, which is 0 where the settings cut it off
     their_logprob: float | None = None
@@ -178,7 +178,7 @@ def _tokens(
         top = whole.topk(min(LIKELIEST, whole.shape[-1])).indices  # [n, 5]
         pairs = zip(top.tolist(), probs.gather(-1, top).tolist(), strict=True)
         columns["likeliest"] = [tuple(zip((texts[id] for id in best), p, strict=True)) for best, p in pairs]
-        columns["rank"] = (1 + (whole > whole.gather(-1, ids)).sum(-1)).tolist()
+        columns["rank"] = (1 + (logprobs > logprobs.gather(-1, ids)).sum(-1)).tolist()
         columns["choices"] = possible.sum(-1).tolist()
     rows = zip(*columns.values(), strict=True)
     return [

@@ -23,7 +23,16 @@ import typer
 from .. import layout
 from ..errors import GPT2ValueHubError
 from . import audit, console, respond
-from .loading import DryRun, Json, TrustRemoteCode, load_base, quiet_transformers, refuse_revision_of_a_folder
+from .loading import (
+    DryRun,
+    Json,
+    Reviewed,
+    TrustRemoteCode,
+    load_base,
+    load_sampler,
+    quiet_transformers,
+    refuse_revision_of_a_folder,
+)
 
 if TYPE_CHECKING:
     from ..package.inspect import PackageReport
@@ -290,6 +299,30 @@ def push(
 
 
 app.command()(audit.audit)
+
+
+@app.command("app")
+def show_app(
+    model: Annotated[str, typer.Argument(help="A package: a folder, or an id on the Hub.")],
+    compare: Annotated[
+        Optional[str], typer.Option(help="A second model with the same tokens: a package or a GPT-2.")
+    ] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0: any that is free.")] = 7860,
+    reviewed: Reviewed = None,
+) -> None:
+    """See a model in the browser: draw responses, and look at every token's value, log-probability and alternatives.
+
+    With --compare a second model scores the same tokens. Only this machine is served, and only who knows the address
+    that is printed. Needs gradio: pip install gradio
+    """
+    from ..app import listen, serve
+
+    place = listen(port)
+    with console.working(f"loading {model}"):
+        mine, tokenizer = load_sampler(model, revision=revision, reviewed=reviewed)
+        other = None if compare is None else load_sampler(compare, revision=None, reviewed=None).model
+    serve(place, mine, tokenizer, other, say=typer.echo)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

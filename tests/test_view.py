@@ -1,0 +1,231 @@
+"""`gpt2_value.show`: the numbers of each token, and HTML that a stranger's tokens cannot break out of."""
+
+import html.parser
+import math
+import re
+import time
+
+import pytest
+import torch
+from conftest import make_tiny_model, plain_twin, sampling_logprobs
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from generation_gpt2_value import rescore
+from gpt2_value import show
+from gpt2_value.view import TokenTexts, labels, tokens
+from gpt2_value.view.html import DARK_INK, _colourings
+from sampler_audit import rollout_from_tokens
+
+QUERIES = [[5, 6, 7], [8], [9, 10]]
+HOSTILE = [
+    "<script>document.title='run'</script>",
+    '"><img src=x onerror=alert(1)>',
+    "\u202eabc\u200f",
+    "x" * 3_600_000,
+    "\n",
+    "\x00\x1b[2J",
+    "&amp;",
+    "",
+    "e\u0301",
+    "</span></div></bdi></style>",
+    "';--value:url(http://example.org)",
+    "${alert(1)}{{alert(1)}}",
+]
+
+
+@pytest.fixture
+def other():
+    return make_tiny_model(seed=1)
+
+
+def words(texts, decoder=None):
+    """A tokenizer with these texts as its first tokens."""
+    vocabulary = {text: id for id, text in enumerate(["<end>", *texts])}
+    vocabulary |= {f"w{id}": id for id in range(len(vocabulary), 96)}
+    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<end>"))
+    backend.decoder = decoder or decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+def drawn(model, rows=QUERIES, **settings):
+    generator = torch.Generator().manual_seed(0)
+    return model.rollout(rows, **{"max_new_tokens": 20, "eos_token_id": 0, "generator": generator, **settings})
+
+
+class Tags(html.parser.HTMLParser):
+    """Which tags and attributes a page has, and whether its tags are balanced."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.names, self.attributes, self.text = [], set(), set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in ("br", "meta", "input", "path", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 7, "min_new_tokens": 9, "temperature": 0.7}], ids=str)
+def test_all_numbers_are_those_of_rescoring(tiny_model, other, tiny_tokenizer, settings):
+    rollout = drawn(tiny_model, **settings)
+    scored = rescore(tiny_model, rollout, with_entropy=True, reference=other)
+    theirs = rescore(other, rollout)
+    with torch.no_grad():
+        states = tiny_model(rollout.sequences, attention_mask=rollout.attention_mask).value
+    for row, found in enumerate(tokens.read(rollout, tiny_tokenizer, tiny_model, other)):
+        mask = rollout.response_mask[row]
+        response = [token for token in found if token.drawn]
+        for name, column in {
+            "logprob": scored.logprobs,
+            "before": scored.values,
+            "entropy": scored.entropy,
+            "kl": scored.kl,
+            "their_logprob": theirs.logprobs,
+            "their_before": theirs.values,
+        }.items():
+            shown = torch.tensor([getattr(token, name) for token in response])
+            assert torch.allclose(shown, column[row][mask], atol=1e-4), name
+        after = torch.tensor([token.after for token in found])
+        assert torch.allclose(after, states[row][rollout.attention_mask[row].bool()], atol=1e-4)
+        assert all(token.rank <= token.choices for token in response)
+        for token in response:
+            chances = [chance for _, chance in token.likeliest if chance]  # 0 is cut off
+            assert chances == sorted(chances, reverse=True)
+            assert token.rank > 1 or math.exp(token.logprob) == pytest.approx(chances[0], abs=1e-5)
+
+
+def test_without_a_model_the_numbers_are_the_rollouts_own(tiny_model, other, tiny_tokenizer):
+    rollout = drawn(tiny_model)
+    alone, against = (tokens.read(rollout, tiny_tokenizer, None, compare) for compare in (None, other))
+    for row, found in enumerate(alone):
+        response = [token for token in found if token.drawn]
+        mask = rollout.response_mask[row]
+        assert [token.logprob for token in response] == rollout.logprobs[row][mask].tolist()
+        assert [token.before for token in response] == rollout.values[row][mask].tolist()
+        assert [token.after for token in response[:-1]] == [token.before for token in response[1:]]
+        assert response[-1].after is None  # nobody computed it
+    assert all(token.log_ratio is not None for token in against[0] if token.drawn)
+    plain = plain_twin(tiny_model)
+    assert "gv-lines" not in show(drawn(tiny_model), tiny_tokenizer, plain).html.split("</style>")[1]
+
+
+def test_models_with_other_vocabularies_are_refused(tiny_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="96 and 97"):
+        show(drawn(tiny_model), tiny_tokenizer, tiny_model, make_tiny_model(vocab_size=97))
+
+
+def test_texts_that_nobody_drew_have_no_sums_over_draws(tiny_model, other, tiny_tokenizer):
+    texts = rollout_from_tokens([[0], [0]], [[5, 6, 7], [8]])
+    page = show(texts, tiny_tokenizer, tiny_model, other)
+    assert "by these draws" not in page.html
+    assert "by these draws" in show(drawn(tiny_model), tiny_tokenizer, tiny_model, other).html
+    first = tokens.read(texts, tiny_tokenizer, tiny_model)[0][1]
+    with torch.no_grad():
+        logits = tiny_model(torch.tensor([[0]])).logits[0, 0]
+    assert first.logprob == pytest.approx(sampling_logprobs(logits, texts.sampling)[5].item(), abs=1e-5)
+
+
+def test_hostile_tokens_stay_text(tiny_model, other, tmp_path):
+    texts = rollout_from_tokens([[0]], [list(range(1, len(HOSTILE) + 1))])
+    tiny_model.name_or_path = "<script>evil</script>\x1b\u202e/" + "long" * 100
+    page = show(texts, words(HOSTILE), tiny_model, other)
+    assert "\x1b" not in repr(page)
+    saved = page.save(tmp_path / "page.html").read_text(encoding="utf-8")
+    found = Tags(saved)
+    assert not found.open
+    assert found.names.isdisjoint({"script", "img", "link", "iframe", "a", "form", "object"})
+    assert not [name for name in found.attributes if name.startswith("on") or name in ("src", "href", "action")]
+    assert "default-src 'none'" in saved
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]", saved)
+    text = "".join(found.text)
+    for escape in (
+        r"\u202eabc\u200f",
+        r"\x00\x1b[2J",
+        "⏎",
+        "&amp;",
+        "(empty)",
+        "<script>document.title='run'</script>",
+    ):
+        assert escape in text
+    assert "3,600,000·characters" in text
+    assert len(saved) < 200_000
+
+
+def test_a_decoder_that_multiplies_text_is_not_run(tiny_model):
+    bomb = decoders.Sequence([decoders.Replace("w", "w" * 1000)] * 4)  # 10^12 letters for one
+    assert len(show(rollout_from_tokens([[0]], [[50, 51]]), words([], bomb), tiny_model).html) < 50_000
+
+
+def test_a_tokens_text_is_what_its_bytes_say(tiny_tokenizer):
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.NFC()
+    backend.add_special_tokens(["<é>"])
+    texts = TokenTexts(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>"))
+    assert texts[0] == "<|endoftext|>"
+    assert texts[len(tiny_tokenizer)] == "<é>"
+    assert texts[99_999] == "<token 99999>"
+    pieces = words(["▁the", "Ġof", "Ã©", "ðŁ", "ĺĢ"])
+    assert TokenTexts(pieces)[1] == " the"
+    bytes_ = TokenTexts(words(["Ġ", "Ġof", "Ã©", "ðŁ", "ĺĢ"]))
+    assert [bytes_[id] for id in (2, 3, 4)] == [" of", "é", r"\xf0\x9f"]
+    assert bytes_.join([4, 5, 2]) == "😀 of"
+
+
+@pytest.mark.parametrize("column", ["logprobs", "values"])
+def test_numbers_that_are_not_finite_are_shown(tiny_model, tiny_tokenizer, column):
+    rollout = drawn(tiny_model)
+    getattr(rollout, column)[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    assert not Tags(show(rollout, tiny_tokenizer).html).open
+
+
+def test_text_can_be_read_on_every_colour(tiny_model, other, tiny_tokenizer):
+    def luminance(colour):
+        parts = (part / 255 for part in colour)
+        linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    found = tokens.read(drawn(tiny_model), tiny_tokenizer, tiny_model, other)[0]
+    scales = _colourings(found, "the other")
+    assert [one.name for one in scales] == ["value", "logprob", "entropy", "ratio"]
+    page = show(drawn(tiny_model, max_new_tokens=50), tiny_tokenizer, tiny_model, other).html
+    pairs = set(re.findall(r"--\w+:#(\w{6});--\w+-number:'[^']*';--\w+-ink:#(\w{6})", page))
+    assert len({ink for _, ink in pairs}) == 2
+    assert DARK_INK[1:] in {ink for _, ink in pairs}
+    for colours in pairs:  # the background, the ink
+        dark, light = sorted(luminance(bytes.fromhex(colour)) for colour in colours)
+        assert (light + 0.05) / (dark + 0.05) > 4, colours  # WCAG 2 asks 4.5 of small text, 3 of large
+
+
+def test_labels_are_short_and_differ():
+    assert labels("/runs/a/package", "/runs/b/package") == ("a/package", "b/package")
+    assert labels("me/gpt2", "you/other") == ("gpt2", "other")
+    assert labels("same", "same") == ("same (A)", "same (B)")
+    first, second = labels("x" * 500, "y" * 500)
+    assert max(len(first), len(second)) <= 32
+    assert first != second
+
+
+def test_a_page_is_made_in_a_time_that_grows_with_its_tokens(tiny_model, tiny_tokenizer):
+    def seconds(rows):
+        rollout = drawn(tiny_model, [[5]] * rows, max_new_tokens=63, eos_token_id=None)
+        assert int(rollout.response_mask.sum()) == 63 * rows
+        started = time.process_time()
+        show(rollout, tiny_tokenizer)
+        return time.process_time() - started
+
+    seconds(1)
+    once, twice = min(seconds(32) for _ in range(3)), min(seconds(64) for _ in range(3))
+    assert once < 1.0  # 2,016 tokens
+    assert twice < 3 * once
