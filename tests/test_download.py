@@ -1,14 +1,16 @@
 """Downloads: what lies in the place of a package is named, and every file is the one that was announced."""
 
 import json
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
-from conftest import make_tiny_model
+from conftest import make_tiny_model, plain_twin
 from huggingface_hub import try_to_load_from_cache
 from support.hub_server import Fault
 
-from hub_tools import inspect_package, load_package, save_package
+from hub_tools import convert_checkpoint, inspect_package, load_package, save_package
 from hub_tools.errors import (
     GPT2ValueHubError,
     HubRefusedError,
@@ -174,3 +176,23 @@ def test_nothing_that_a_hub_says_leads_out_of_the_cache(server, tmp_path, outlin
         with pytest.raises(GPT2ValueHubError):
             look()
     assert not sizes_in(tmp_path)
+
+
+def test_the_base_that_an_adapter_names_is_fetched_within_bounds(server, tmp_path, monkeypatch):
+    """From the Hub, as the adapter itself; a base of gigabytes is refused before it is downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    base = plain_twin(make_tiny_model())
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    adapted = peft.get_peft_model(type(base).from_pretrained(tmp_path / "base"), config)
+    adapted.peft_config["default"].base_model_name_or_path = "alice/base"
+    adapted.save_pretrained(tmp_path / "adapter")
+    for name in ("base", "adapter"):
+        server.create(f"alice/{name}", {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    conversion = convert_checkpoint("alice/adapter", tmp_path / "out", init_value_head=True)
+    assert conversion.adapter
+    server.sizes["model.safetensors"] = 5 << 30
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(PackageError, match=r"5,368,709,120 bytes.*none were downloaded"):
+        convert_checkpoint("alice/adapter", tmp_path / "other", init_value_head=True)
+    assert max(sizes_in(tmp_path / "cache").values()) < 1 << 20

@@ -25,6 +25,8 @@ from ..errors import (
     as_ours,
 )
 from ..files import read_json
+from ..hub.ask import is_repository_id
+from ..hub.download import fetch
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, kind_of
 from ..package.config import checked_config, count_numbers, reduce, unknown_fields
 from ..package.save import SavedPackage, save_package, save_target
@@ -246,6 +248,9 @@ def load_checkpoint(
 
 def folder_of(source: _Path, revision: str | None = None) -> Path:
     """A source on this disk: the path itself, or the folder into which a repository of the Hub was downloaded."""
+    name = os.fspath(source)
+    if not os.path.exists(name) and "/" in name and is_repository_id(name):
+        return fetch(name, revision=revision, checkpoint=True).folder
     return Path(source)
 
 
@@ -373,7 +378,9 @@ def _base_of(home: Path, fields: dict[str, Any]) -> Path:
             expected="a folder, or a repository on the Hub and its branch, tag or commit",
             next_step="name the base model's folder: base=",
         )
-    return folder_of(name, revision)
+    if not os.path.exists(name) and is_repository_id(name):  # `gpt2` is one, too
+        return fetch(name, revision=revision, checkpoint=True).folder
+    return Path(name)
 
 
 def _tokenizer(
