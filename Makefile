@@ -69,13 +69,14 @@ docs: .venv/.done  ## build the API reference from the docstrings, in build/docs
 bench: .venv/.done  ## speed and memory, side by side; writes docs/benchmarks.md (slow)
 	$(BIN)/python benchmarks/page.py
 
-bench-ppo: .venv/.done .trl/.done  ## one PPO iteration of the example and of TRL 1.12.0: seconds and memory (slow)
+bench-ppo: .venv/.done .trl/.done  ## one PPO iteration of gpt2_value.ppo and of TRL 1.12.0: seconds and memory (slow)
 	$(BIN)/python benchmarks/ppo.py
 
 ppo-evidence: .venv/.done .trl/.done  ## the tables and figures of docs/ppo.md: seeds, kills, critics, TRL's curves (an hour)
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python tests/slow/kill_ppo.py --out runs/kills
-	$(BIN)/python benchmarks/critic.py
+	$(BIN)/python benchmarks/critic.py ways
+	$(BIN)/python benchmarks/critic.py starts
 	.trl/bin/python benchmarks/trl_task.py train
 	$(BIN)/python benchmarks/trl_task.py draw
 

@@ -1,4 +1,4 @@
-"""Learning curves of examples/ppo.py: several seeds in one process, and in two that `accelerate launch` starts.
+"""Learning curves of `make ppo`: several seeds in one process, and in two that `accelerate launch` starts.
 
 Every run is the command of `make ppo`, in a folder of its own; a run that is there already is continued or left as it
 is. Writes a figure, and prints the table of docs/ppo.md.

@@ -1,4 +1,4 @@
-"""One PPO iteration of examples/ppo.py and of TRL 1.12.0's PPOTrainer: seconds and peak memory.
+"""One PPO iteration of gpt2_value.ppo and of TRL 1.12.0's PPOTrainer: seconds and peak memory.
 
     make bench-ppo
 
@@ -9,7 +9,7 @@ as its documentation has it. Each turn is a fresh process, theirs after ours; th
 and is not counted. Memory is the largest resident size of the process. Processor seconds are those of all threads:
 where other work runs on the machine, they say more than the clock, with --threads 1.
 
-Imports the package and the example in one environment, TRL alone in the other.
+Imports the package in one environment, TRL alone in the other.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, models
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS, TRL = "examples/ppo.py", "TRL's PPOTrainer"
+OURS, TRL = "gpt2_value.ppo", "TRL's PPOTrainer"
 EPOCHS = 4
 MEASURED = {"seconds": 1, "processor seconds": 1, "peak MiB": 0}  # name -> digits
 
@@ -53,14 +53,12 @@ def now():
 
 
 def iterations_of_ours(shape, iterations, layers):
-    """Clock and processor before, between and after iterations: `Trainer.iterate`, as the example's loop calls it."""
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]  # before this folder, whose ppo.py is this file
-    import ppo
+    """Clock and processor before, between and after iterations."""
+    sys.path.insert(0, str(ROOT))
     from accelerate import Accelerator
-    from ppo_task import Task
 
-    from configuration_gpt2_value import GPT2ValueConfig
-    from modeling_gpt2_value import GPT2ValueModel
+    from gpt2_value import GPT2ValueConfig, GPT2ValueModel, PPOSettings, rollout
+    from gpt2_value.ppo import Run, Task
 
     B, P, T = shape
     config = GPT2ValueConfig(n_layer=layers)
@@ -70,18 +68,19 @@ def iterations_of_ours(shape, iterations, layers):
     task = Task(
         model=model,
         reference=reference.requires_grad_(False),
+        critic=None,
         tokenizer=tokenizer(config.vocab_size),
         queries=queries,
-        reward=lambda texts: [0.0] * len(texts),
-        seed=0,
+        reward=lambda drawn: torch.zeros(drawn.responses.shape),
+        facts={},
     )
-    settings = ppo.Settings(
-        out=Path(), iterations=iterations, batch_size=B, minibatch_size=B, epochs=EPOCHS, max_new_tokens=T
+    settings = PPOSettings(
+        base="", prompts=[], iterations=iterations, batch_size=B, minibatch_size=B, epochs=EPOCHS, max_new_tokens=T
     )
-    trainer = ppo.Trainer(settings, task, Accelerator(cpu=True), ppo.rollout)
+    run = Run(settings, task, Accelerator(cpu=True), rollout)
     times = [now()]
     for iteration in range(iterations):
-        trainer.iterate(iteration)
+        run.learn(run.collect(iteration))
         times.append(now())
     return times
 

@@ -1,4 +1,4 @@
-"""The task of examples/ppo.py in TRL 1.12.0's PPOTrainer: the same model, prompts, reward, KL coefficient and episodes.
+"""The task of `make ppo` in TRL 1.12.0's PPOTrainer: the same model, prompts, reward, KL coefficient and episodes.
 
     TRL-PYTHON benchmarks/trl_task.py train --out runs/trl --seeds 3     with TRL, and vaderSentiment
     python benchmarks/trl_task.py draw --out runs/trl --ours runs/learning
@@ -27,18 +27,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "examples"))
 
-OURS, TRL = "examples/ppo.py", "TRL's PPOTrainer"
+OURS, TRL = "gpt2_value.ppo", "TRL's PPOTrainer"
 COLORS = {OURS: "#2a78b5", TRL: "#c8452f"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Those of the example's defaults that both trainers are given."""
+    """Those of the demo's that both trainers are given."""
 
     seed: int
-    prompts: None = None
-    prompt_tokens_min: int = 2
-    prompt_tokens_max: int = 8
+    prompts: Path
+    cut_prompts: tuple[int, int] = (2, 8)
     batch_size: int = 64
     minibatch_size: int = 16
     epochs: int = 4
@@ -47,24 +46,23 @@ class Settings:
     kl_coef: float = 0.05
 
 
-def train(settings, iterations):
+def train(settings, base, iterations):
     """Score and KL of each iteration of TRL's `train()`."""
     import datasets
-    from ppo_task import make_queries, vader
-    from train_small_gpt2 import small_gpt2
+    from ppo_task import vader
     from transformers import AutoTokenizer, GPT2ForSequenceClassification, GPT2LMHeadModel
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    base = str(small_gpt2().folder)
+    from gpt2_value.ppo import make_queries
+
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token  # the vocabulary has no other to spare, as GPT-2's has not
-    reward = vader()
 
     class Body(torch.nn.Module):
         def forward(self, input_ids, attention_mask, **kwargs):
             rows = zip(input_ids, attention_mask.bool(), strict=True)
             texts = [tokenizer.decode(tokens[mask], skip_special_tokens=True) for tokens, mask in rows]
-            scores = torch.tensor(reward(texts))
+            scores = torch.tensor(vader(texts))
             return argparse.Namespace(hidden_states=[scores[:, None, None].expand(*input_ids.shape, 1)])
 
     class Reward(torch.nn.Module):
@@ -143,10 +141,16 @@ def main():
     files = [arguments.out / f"{seed}-{arguments.iterations}.json" for seed in range(arguments.seeds)]
     if arguments.step == "train":
         torch.set_num_threads(1)  # as the example does for a model this small
+        from ppo_task import demo_settings
+
+        task = demo_settings()
         arguments.out.mkdir(parents=True, exist_ok=True)
         for seed, file in enumerate(files):
             if not file.exists():
-                file.write_text(json.dumps(train(Settings(seed), arguments.iterations)), encoding="utf-8")
+                file.write_text(
+                    json.dumps(train(Settings(seed, task["prompts"]), task["base"], arguments.iterations)),
+                    encoding="utf-8",
+                )
         return
     metrics = [arguments.ours / f"one-{seed}" / "metrics.jsonl" for seed in range(arguments.seeds)]
     found = {

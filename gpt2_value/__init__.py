@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from configuration_gpt2_value import GPT2ValueConfig
     from generation_gpt2_value import Rescored, Rollout, Sampling, rescore, respond_to_batch, rollout
+    from gpt2_value.critic import FittedValues, create_reference, fit_values
     from gpt2_value.ppo import (
         AdaptiveKLController,
+        PPOSettings,
         advantages_and_returns,
-        create_reference,
         explained_variance,
-        fit_values,
         kl_estimate,
         masked_mean,
         policy_loss,
         token_rewards,
+        train,
         value_loss,
         whiten,
     )
@@ -65,6 +66,7 @@ __all__ = [
     "CheckpointPusherCallback",
     "Conversion",
     "ExportedPolicy",
+    "FittedValues",
     "GPT2HeadWithValueModel",
     "GPT2ValueConfig",
     "GPT2ValueHubError",
@@ -72,6 +74,7 @@ __all__ = [
     "GPT2ValueOutput",
     "LoadedPackage",
     "Mismatch",
+    "PPOSettings",
     "PackageReport",
     "Page",
     "PushReport",
@@ -108,6 +111,7 @@ __all__ = [
     "save_package",
     "show",
     "token_rewards",
+    "train",
     "value_loss",
     "verify_package",
     "whiten",
@@ -119,16 +123,17 @@ _NAMES = {
     "generation_gpt2_value": ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"],
     "gpt2_value.view": ["Page", "show"],
     "modeling_gpt2_value": ["GPT2HeadWithValueModel", "GPT2ValueModel", "GPT2ValueOutput"],
+    "gpt2_value.critic": ["FittedValues", "create_reference", "fit_values"],
     "gpt2_value.ppo": [
+        "PPOSettings",
         "AdaptiveKLController",
         "advantages_and_returns",
-        "create_reference",
         "explained_variance",
-        "fit_values",
         "kl_estimate",
         "masked_mean",
         "policy_loss",
         "token_rewards",
+        "train",
         "value_loss",
         "whiten",
     ],

@@ -1,22 +1,191 @@
 """PPO for language models, after "Fine-Tuning Language Models from Human Preferences" (Ziegler et al., 2019,
-arXiv:1909.08593).
+arXiv:1909.08593): the arithmetic, to import, and a whole run, `gpt2-value ppo` or `train(PPOSettings(...))`.
 
-The arithmetic needs torch alone. Tensors are `[B, T]`: one row a response, one column a token; `mask` (bool) is True
-for the tokens that the policy drew. A mask may have holes: tokens that somebody else wrote between two turns. What
-stands where the mask is False is ignored, whatever it is.
+It reads from top to bottom: settings, arithmetic, what a run is given, one iteration, what is on
+the disk, the loop, the command. Importing it needs torch alone; a run needs the extra `ppo`. Details follow OpenAI's
+lm-human-preferences, as "The N Implementation Details of RLHF with PPO" (Huang et al., 2023) lists them: Adam with eps
+1e-5, a learning rate annealed to 0, masked and centred whitening of advantages, the score on the last token.
+
+Tensors are `[B, T]`: one row a response, one column a token; `mask` (bool) is True for the tokens that the policy drew.
+A mask may have holes: tokens that somebody else wrote between two turns. What stands where the mask is False is
+ignored, whatever it is.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import random
+import re
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gpt2_value.critic import FittedValues, create_reference, fit_values  # noqa: F401
+
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from gpt2_value import Rollout
+
+log = logging.getLogger("gpt2_value.ppo")
+ONE_THREAD_BELOW = 10_000_000  # parameters; a model this small waits for its threads more than they help
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be; the message says what was found, what was expected and what to type."""
+
+
+class RewardError(SettingsError):
+    """A reward function returned what is no reward; the message says which function, which response, and what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOSettings:
+    """Train a GPT-2 with a value head by PPO, and go on where a run stopped when the same command is given again.
+
+    Every attribute is an option of the command line.
+
+    Attributes:
+        base: A GPT-2 or a package: a folder or Hub id.
+        prompts: Text file, a prompt a line.
+        reward: MODULE:FUNCTION. It is called with the texts; or, if it takes two or three arguments, with prompts,
+            responses (and lists of the response's token ids). It returns for each text a number, or a list with one a
+            token.
+        classifier: A text-classification model as the reward, in its place.
+        classifier_label: Its label whose logit is the reward.
+        cut_prompts: Cut each prompt at random to between so many tokens. Default: whole prompts.
+        no_end_score: Score of a response without an end. Default: its own.
+        no_end_penalty: Taken from the score of a response without an end.
+        out: Folder of the run.
+        seed: Of everything random.
+        iterations: Rollouts, each followed by `epochs` passes over it.
+        save_every: Iterations between checkpoints of the run.
+        accept_changes: Go on with a run although settings, prompts or reward are others now.
+        tracker: tensorboard, trackio, wandb: any that accelerate knows.
+        push_to: A repository on the Hub that checkpoints are pushed to.
+        cpu: Stay on the CPU, also where there is a GPU.
+        batch_size: Responses in a rollout, in all processes together.
+        minibatch_size: Responses in an update, in all processes together.
+        epochs: Passes over each rollout.
+        max_new_tokens: Tokens of a response, at most.
+        temperature: As in rollout().
+        top_k: As in rollout(); 0 is off.
+        top_p: As in rollout(); 1 is off.
+        learning_rate: At first; it falls to 0 in a straight line.
+        adam_eps: Of Adam; torch's default of 1e-8 makes much larger steps at first.
+        max_grad_norm: Gradients are clipped to this norm.
+        clip: Of the probability ratio, to both sides of 1.
+        clip_high: Of the ratio above 1. Default: as `clip`.
+        gamma: Discount.
+        lam: Of generalised advantage estimation.
+        length_adaptive_lambda: ALPHA: lam is 1 - 1/(ALPHA * length of the response).
+        kl_coef: Of the penalty, in units of reward a nat; where the controller starts.
+        kl_target: Nats a response that the controller aims at. Default: fixed.
+        kl_horizon: Responses over which the controller acts.
+        kl_estimator: k1, k3, or exact: over the vocabulary.
+        whiten_rewards: Divide rewards by their standard deviation.
+        lora_rank: Train a LoRA of this rank instead of the weights; 0 is off.
+        critic: A model of its own as the critic: a folder or Hub id. Default: the head.
+        detach_value_head: The body does not learn from the value loss. Default: as saved.
+        critic_warmup: Iterations in which only the critic learns: the head, or the model of its own.
+        value_learning_rate: Of the critic. Default: as `learning_rate`.
+        value_coef: Of the value loss.
+        value_clip: How far a value may move from that of the rollout.
+        lam_critic: Lambda of the returns that the critic learns. Default: that of the advantages.
+    """
+
+    base: str
+    prompts: Path | Sequence[str]
+    reward: str | Callable[..., Any] | None = None
+    classifier: str | None = None
+    classifier_label: str = "POSITIVE"
+    cut_prompts: Sequence[int] | None = None
+    no_end_score: float | None = None
+    no_end_penalty: float = 0.0
+    out: Path = Path("runs/ppo")
+    seed: int = 0
+    iterations: int = 15
+    save_every: int = 5
+    accept_changes: bool = False
+    tracker: str | None = None
+    push_to: str | None = None
+    cpu: bool = False
+    batch_size: int = 64
+    minibatch_size: int = 16
+    epochs: int = 4
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    learning_rate: float = 1e-4
+    adam_eps: float = 1e-5
+    max_grad_norm: float = 1.0
+    clip: float = 0.2
+    clip_high: float | None = None
+    gamma: float = 1.0
+    lam: float = 0.95
+    length_adaptive_lambda: float | None = None
+    kl_coef: float = 0.05
+    kl_target: float | None = None
+    kl_horizon: int = 10_000
+    kl_estimator: str = "k1"
+    whiten_rewards: bool = False
+    lora_rank: int = 0
+    critic: str | None = None
+    detach_value_head: bool | None = None
+    critic_warmup: int = 0
+    value_learning_rate: float | None = None
+    value_coef: float = 0.1
+    value_clip: float = 0.2
+    lam_critic: float | None = None
+
+    def compared(self) -> dict[str, Any]:
+        """What decides the numbers of a run. `Task.facts` has hashes in the place of some."""
+        others = ("out", "iterations", "save_every", "accept_changes", "tracker", "push_to", "cpu")
+        return {name: value for name, value in vars(self).items() if name not in others}
+
+    def check(self, processes: int) -> None:
+        """Refuse what cannot be, before anything is loaded.
+
+        Raises:
+            SettingsError: see there.
+        """
+        for name in ("batch_size", "minibatch_size", "iterations", "save_every", "epochs", "max_new_tokens"):
+            value, unit = getattr(self, name), processes if name in ("batch_size", "minibatch_size") else 1
+            if value < 1 or value % unit:
+                raise SettingsError(f"{name}={value}; expected a multiple of {unit}, for {processes} processes.")
+        if (self.reward is None) == (self.classifier is None):
+            raise SettingsError("expected one of --reward MODULE:FUNCTION and --classifier MODEL.")
+        if self.kl_estimator not in ("k1", "k3", "exact"):
+            raise SettingsError(f"kl_estimator={self.kl_estimator!r}; expected one of k1, k3, exact.")
+        if self.cut_prompts is not None and not 1 <= self.cut_prompts[0] <= self.cut_prompts[1]:
+            raise SettingsError(f"cut_prompts={self.cut_prompts}; expected two numbers, 1 <= least <= most.")
+        for name in ("accelerate", "matplotlib", *(("peft",) if self.lora_rank else ())):
+            if importlib.util.find_spec(name) is None:
+                raise SettingsError(f"{name} cannot be imported: pip install 'gpt2-value[ppo]'")
+        if self.tracker is not None:
+            from accelerate.tracking import get_available_trackers
+
+            names = [str(name) for name in get_available_trackers()]
+            if self.tracker not in names:
+                raise SettingsError(f"tracker={self.tracker!r} is not installed; expected one of {names}: try pip.")
+
 
 # The arithmetic
 
@@ -71,10 +240,15 @@ def token_rewards(
     penalty = logprobs - ref_logprobs if kl is None else kl  # type: ignore[operator]
     _check(mask, penalty=penalty)
     if scores.shape == mask.shape[:1]:
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1, keepdim=True)  # [B, 1]
-        scores = torch.zeros_like(penalty).scatter(1, last, scores.unsqueeze(1).to(penalty.dtype))
+        scores = on_last_token(scores.to(penalty.dtype), mask)
     _check(mask, scores=scores)
     return torch.where(mask, scores - kl_coef * penalty, 0)
+
+
+def on_last_token(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return `[B, T]`: `scores [B]` at the last drawn token of each row, else 0."""
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return torch.where(last, scores.unsqueeze(1), 0)
 
 
 class Advantages(NamedTuple):
@@ -164,7 +338,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     """
     _check(mask, values=values, old_values=old_values, returns=returns)
     values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
-    clipped = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    clipped = values.clamp(old_values - clip, old_values + clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
@@ -198,104 +372,697 @@ def _check(mask: Tensor, **tensors: Tensor) -> None:
             raise ValueError(f"{name} has shape {[*tensor.shape]}; expected {[*mask.shape]}, as the mask.")
 
 
-# The critic and the reference
+# What a run is given: models, prompts, a reward
 
 
-class FittedValues(NamedTuple):
-    """How much of the returns' variance the values explain, on rows that were not learnt from."""
+@dataclasses.dataclass
+class Task:
+    """The model that learns, what it is held to, and what it is asked and paid for.
 
-    explained_variance_before: float
-    explained_variance_after: float
-
-
-def fit_values(
-    model: torch.nn.Module,
-    rollouts: Rollout | Sequence[Rollout],
-    returns: Tensor | Sequence[Tensor],
-    *,
-    body: bool = False,
-    epochs: int = 4,
-    minibatch_size: int = 16,
-    learning_rate: float = 1e-2,
-    held_out: float = 0.2,
-    seed: int = 0,
-) -> FittedValues:
-    """Train the critic on stored rollouts, so that PPO does not begin with one that knows nothing.
-
-    The returns are best those with `lam=1`, which do not depend on the values of the untrained critic (VC-PPO,
-    arXiv:2503.01491, section 3.2). The loss is half the mean squared error over drawn tokens.
-
-    Args:
-        model: any model that `rescore` gives values for; with a module `v_head`, unless `body`.
-        rollouts, returns: one `Rollout` and its returns `[B, T]`, or a sequence of each.
-        body: train all weights that require a gradient, and not the head alone.
-        learning_rate: of Adam. For the body take what the policy would be trained with, such as 1e-5.
-        held_out: share of the rows of each rollout that explained variance is measured on, and nothing is learnt from;
-            0 measures it on the rows that were learnt from.
-
-    Raises ValueError where the returns do not fit the rollouts, or nothing can be trained.
+    Attributes:
+        reference: a frozen copy of the model as it was; None for a LoRA, where it is the model without its adapter.
+        critic: a model of its own; None where the model's own head is the critic.
+        queries: all prompts, 1-D tensors of token ids.
+        facts: what a run that is resumed must have again, as hashes.
     """
-    from gpt2_value import rescore
 
-    is_one = isinstance(returns, Tensor)
-    pairs: Any = [(rollouts, returns)] if is_one else list(zip(rollouts, returns, strict=True))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    learnt, measured = [], []
-    for drawn, targets in pairs:
-        _check(drawn.response_mask, returns=targets)
-        order = torch.randperm(len(drawn), generator=generator)
-        first = int(held_out * len(drawn))
-        learnt.append((drawn[order[first:]], targets[order[first:]]))
-        measured.append((drawn[order[:first]], targets[order[:first]]) if first else learnt[-1])
+    model: Any
+    reference: Any
+    critic: Any
+    tokenizer: Any
+    queries: list[Tensor]
+    reward: Callable[[Rollout], Tensor]
+    facts: dict[str, Any]
 
-    def values_of(part: Rollout) -> Tensor:
-        return rescore(model, part).values
+    def package_model(self) -> Any:
+        """Return the model as it is saved: with a LoRA merged into a copy of it."""
+        return self.model if self.reference is not None else copy.deepcopy(self.model).merge_and_unload()
+
+
+def make_task(settings: PPOSettings, device: torch.device) -> Task:
+    """Load what the settings name, and check that it fits together.
+
+    Raises:
+        SettingsError: it does not load, or does not fit.
+    """
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(settings.seed)  # of a new head and a new LoRA
+    model, reference = load(settings.base), None
+    critic = None if settings.critic is None else load(settings.critic)
+    facts = {"base": fingerprint(model), "critic": None if critic is None else fingerprint(critic)}
+    if settings.detach_value_head is not None:
+        (model.detach_value_head if settings.detach_value_head else model.attach_value_head)()
+    with refused(f"the tokenizer of base={settings.base!r} does not load"):
+        tokenizer = AutoTokenizer.from_pretrained(settings.base, config=model.config, trust_remote_code=False)
+    queries = make_queries(settings, tokenizer)
+    configs = [each.config for each in (model, critic) if each is not None]
+    vocabulary, positions = min(its.vocab_size for its in configs), min(its.n_positions for its in configs)
+    most = max(tokenizer.get_vocab().values())
+    if most >= vocabulary:
+        raise SettingsError(
+            f"base={settings.base!r}: its tokenizer has a token with the id {most}, its model {vocabulary} tokens; "
+            "expected ids below that, and of a critic, too. Take the model's own tokenizer, or resize its embeddings."
+        )
+    longest = max(queries, key=len)
+    if len(longest) + settings.max_new_tokens > positions:
+        raise SettingsError(
+            f"the longest prompt has {len(longest)} tokens ({tokenizer.decode(longest)[:60]!r}); with max_new_tokens="
+            f"{settings.max_new_tokens} that is more than the model's {positions}. Shorten it, or give --cut-prompts."
+        )
+    model, critic = model.to(device), critic and critic.to(device)
+    if critic is not None:
+        model.v_head.requires_grad_(False)
+    if settings.lora_rank:
+        model = with_lora(model, settings.lora_rank, trains_head=critic is None)
+    else:
+        reference = create_reference(model)
+    if settings.classifier is not None:
+        function, source = classifier(settings, device)
+    else:
+        function, source = reward_function(settings.reward)
+    facts |= {"reward": source, "prompts": digest(json.dumps([query.tolist() for query in queries]).encode())}
+    return Task(model, reference, critic, tokenizer, queries, Reward(function, tokenizer), facts)
+
+
+def load(source: str) -> Any:
+    """Return a GPT-2 or a package as a model with a value head, in float32, by this installation's code.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    from transformers import PretrainedConfig
+
+    from gpt2_value import GPT2ValueModel
+
+    with refused(f"{source!r} does not load"):
+        kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
+        if kind not in ("gpt2", "gpt2_value", "gpt2_value_seed"):
+            raise ValueError(f"it is a {kind}; expected a GPT-2, or a package of one")
+        return GPT2ValueModel.from_pretrained(source, dtype=torch.float32).eval()
+
+
+def with_lora(model: Any, rank: int, trains_head: bool) -> Any:
+    """Return the model in a LoRA of all its linear maps; its value head is trained whole."""
+    import peft
+
+    layers = ["c_attn", "c_proj", "c_fc"]
+    whole = ["v_head"] if trains_head else None
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, fan_in_fan_out=True, modules_to_save=whole),
+    )
+
+
+def make_queries(settings: PPOSettings, tokenizer: Any) -> list[Tensor]:
+    """Return the token ids of each prompt: whole, or cut at random if the settings ask for it."""
+    lines = settings.prompts
+    if isinstance(lines, (str, Path)):
+        with refused(f"prompts={lines} cannot be read"):
+            lines = Path(lines).read_text(encoding="utf-8").splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise SettingsError(f"prompts={settings.prompts} holds no line of text; expected a prompt a line.")
+    queries = [torch.tensor(ids) for ids in tokenizer(lines)["input_ids"]]
+    dice = random.Random(settings.seed)
+    return [query[: dice.randint(*settings.cut_prompts)] if settings.cut_prompts else query for query in queries]
+
+
+def reward_function(reward: Any) -> tuple[Callable[..., Any], str]:
+    """Return the function that MODULE:FUNCTION names (or that was given), and a hash of its source.
+
+    Raises:
+        SettingsError: there is no such function.
+    """
+    function = reward
+    if isinstance(reward, str):
+        module, _, name = reward.partition(":")
+        sys.path.append(os.getcwd())  # last, so that a file here shadows no library
+        with refused(f"reward={reward!r} cannot be imported; expected MODULE:FUNCTION, here or on PYTHONPATH"):
+            function = getattr(importlib.import_module(module), name)
+    if not callable(function):
+        raise SettingsError(f"reward={reward!r} is no function.")
+    try:
+        source = inspect.getsource(sys.modules[function.__module__])
+    except (AttributeError, KeyError, OSError, TypeError):  # made in a session, or not in Python
+        source = ""
+    return function, digest(f"{getattr(function, '__qualname__', type(function))} {source}".encode())
+
+
+def classifier(settings: PPOSettings, device: torch.device) -> tuple[Callable[[list[str]], list[float]], str]:
+    """Return a function that gives the logit of one label of a text-classification model, and a hash of its weights.
+
+    Raises:
+        SettingsError: the model does not load, has no such label, or cannot pad.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    name, label = settings.classifier, settings.classifier_label
+    with refused(f"classifier={name!r} does not load"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=False).to(device).eval()
+    labels = {text: number for number, text in model.config.id2label.items()}
+    if label not in labels:
+        raise SettingsError(f"classifier_label={label!r}; expected one of {', '.join(sorted(labels))}.")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise SettingsError(f"classifier={name!r}: its tokenizer has no pad token; set one and save it.")
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
     @torch.no_grad()
-    def explained() -> float:
-        masks = [part.response_mask for part, _ in measured]
-        values = torch.cat([values_of(part)[mask] for (part, _), mask in zip(measured, masks, strict=True)])
-        targets = torch.cat([targets[mask] for (_, targets), mask in zip(measured, masks, strict=True)])
-        return explained_variance(values, targets.to(values.device), torch.ones_like(values, dtype=torch.bool))
+    def logit(texts: list[str]) -> list[float]:
+        inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
+        return model(**inputs).logits[:, labels[label]].tolist()
 
-    everything = [weight for weight in model.parameters() if weight.requires_grad]
-    head = {id(weight) for name, weight in model.named_parameters() if "v_head." in name}
-    trained = [weight for weight in everything if body or id(weight) in head]
-    if not trained:
-        raise ValueError("the model has no v_head that requires a gradient; pass body=True to train all its weights.")
-    before = explained()
-    optimizer = torch.optim.Adam(trained, lr=learning_rate)
-    model.requires_grad_(False)
+    return logit, fingerprint(model)
+
+
+class Reward:
+    """A reward function as the run calls it: what it returns is checked where it arrives."""
+
+    def __init__(self, function: Callable[..., Any], tokenizer: Any) -> None:
+        self.function, self.tokenizer = function, tokenizer
+        self.name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', function)}"
+        parameters = inspect.signature(function).parameters.values()
+        self.takes = sum(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters
+        )
+        if not 1 <= self.takes <= 3:
+            expected = "(texts), (prompts, responses) or (prompts, responses, token_ids)"
+            raise SettingsError(f"{self.name} takes {self.takes} arguments; expected {expected}.")
+
+    def __call__(self, drawn: Rollout) -> Tensor:
+        """Return rewards `[B, T]` float32 of the drawn tokens: a response's number stands on its last.
+
+        Raises:
+            RewardError: the function did not return a finite number for each response, or for each of its tokens.
+        """
+        mask, P = drawn.response_mask.cpu(), drawn.sequences.shape[1] - drawn.responses.shape[1]
+
+        def decoded(columns: slice) -> list[str]:
+            rows = zip(drawn.sequences[:, columns], drawn.attention_mask[:, columns].bool(), strict=True)
+            return [self.tokenizer.decode(tokens[seen], skip_special_tokens=True) for tokens, seen in rows]
+
+        ids = [tokens[its].tolist() for tokens, its in zip(drawn.responses.cpu(), mask, strict=True)]
+        texts = decoded(slice(None))
+        asked = [texts] if self.takes == 1 else [decoded(slice(P)), decoded(slice(P, None)), ids]
+        given = as_list(self.function(*asked[: self.takes]))
+        if not isinstance(given, list) or len(given) != len(mask):
+            found = f"{len(given)} rewards" if isinstance(given, list) else repr(given)[:60]
+            raise RewardError(f"{self.name} returned {found} for {len(mask)} responses; {EXPECTED}")
+        rewards = torch.zeros(mask.shape)
+        for row, reward in enumerate(map(as_list, given)):
+            columns = mask[row].nonzero().squeeze(1)[slice(None) if isinstance(reward, list) else slice(-1, None)]
+            try:
+                numbers = torch.tensor(reward, dtype=torch.float32).view(-1)
+            except (RuntimeError, TypeError, ValueError):  # None, texts, lists of them
+                numbers = torch.tensor([])
+            if numbers.shape != columns.shape or not numbers.isfinite().all():
+                found = f"{repr(reward)[:60]} for response {row}, of {len(ids[row])} tokens"
+                raise RewardError(f"{self.name} returned {found} ({texts[row][-60:]!r}); {EXPECTED}")
+            rewards[row, columns] = numbers
+        return rewards.to(drawn.response_mask.device)
+
+
+EXPECTED = (
+    "expected for each response a finite number, or a list of one for each of its tokens, its end included. Nothing is "
+    "lost: mend the function, and the same command goes on."
+)
+
+
+def as_list(given: Any) -> Any:
+    """Return tensors, arrays and tuples as lists."""
+    return list(given) if isinstance(given, tuple) else given.tolist() if hasattr(given, "tolist") else given
+
+
+def digest(*parts: Any) -> str:
+    """Return a hash of bytes, or of what can be read as bytes."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Return a hash of all weights."""
+    weights = (weight.detach().cpu().contiguous().view(-1) for weight in model.state_dict().values())
+    return digest(*(weight.view(torch.uint8).numpy() for weight in weights))
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn what libraries raise about their input into a `SettingsError`."""
     try:
-        for weight in trained:
-            weight.requires_grad_(True)
-        for _ in range(epochs):
-            for drawn, targets in learnt:
-                for rows in torch.randperm(len(drawn), generator=generator).split(minibatch_size):
-                    values, mask = values_of(drawn[rows]), drawn.response_mask[rows]
-                    mask = mask.to(values.device)
-                    (0.5 * masked_mean((values - targets[rows].to(values.device)) ** 2, mask)).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-    finally:
-        for weight in everything:
-            weight.requires_grad_(True)
-    return FittedValues(before, explained())
+        yield
+    except (ImportError, AttributeError, OSError, TypeError, ValueError) as error:
+        raise SettingsError(f"{what}: {error}") from error
 
 
-def create_reference(model: Any, shared_layers: int = 0) -> Any:
-    """Return a frozen copy of the model, to measure the KL to.
+# One iteration
 
-    With `shared_layers` the embeddings and so many of the lowest layers are not copied: they are the model's own, and
-    are frozen in it, too. Create the reference before the optimizer, and do not unfreeze them.
 
-    Raises ValueError for more layers than there are.
+@dataclasses.dataclass
+class Batch:
+    """A rollout of this process, and what PPO makes of it."""
+
+    drawn: Rollout
+    advantages: Tensor  # [B, T], whitened over all processes
+    returns: Tensor  # [B, T]
+    metrics: dict[str, float]  # of the whole rollout, over all processes
+    started: float
+
+
+class Run:
+    """A run and its folder. `sample` is `rollout`, or something else that returns a `Rollout`.
+
+    Only the main process writes. A kill at any moment leaves the old checkpoint or the new one, and metrics at least as
+    new.
     """
-    layers = model.config.num_hidden_layers
-    lists = (part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == layers)
-    blocks = next(lists, torch.nn.ModuleList())
-    if not 0 <= shared_layers <= len(blocks):
-        raise ValueError(f"shared_layers={shared_layers}; expected 0 to {len(blocks)}, the layers of the model.")
-    below = [*blocks[:shared_layers], *(m for m in model.modules() if isinstance(m, torch.nn.Embedding))]
-    shared = {id(weight): weight for part in below for weight in part.parameters()} if shared_layers else {}
-    return copy.deepcopy(model, dict(shared)).requires_grad_(False).eval()
+
+    def __init__(
+        self, settings: PPOSettings, task: Task, accelerator: Accelerator, sample: Callable[..., Rollout]
+    ) -> None:
+        self.settings, self.task, self.accelerator, self.sample = settings, task, accelerator, sample
+        self.controller = AdaptiveKLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+        self.checkpoint, self.metrics = settings.out / "checkpoint.pt", settings.out / "metrics.jsonl"
+        self.facts = task.facts | {"processes": accelerator.num_processes}
+        models = {"policy": task.model} if task.critic is None else {"policy": task.model, "critic": task.critic}
+        named = torch.nn.ModuleDict(models).named_parameters()
+        self.trained = {name: weight for name, weight in named if weight.requires_grad}
+        groups = {
+            is_critic: [w for n, w in self.trained.items() if ("v_head." in n or n.startswith("critic.")) == is_critic]
+            for is_critic in (False, True)
+        }
+        adam = torch.optim.Adam(
+            [{"params": weights, "is_critic": is_critic} for is_critic, weights in groups.items()],
+            eps=settings.adam_eps,
+        )
+        self.optimizer, self.model, *own = accelerator.prepare(adam, *models.values())
+        self.critic = own[0] if own else None
+
+    def prompts(self, iteration: int) -> list[Tensor]:
+        """Return this process's prompts: the list is shuffled, used up, and shuffled again."""
+        size, queries, chosen = self.settings.batch_size, self.task.queries, []
+        mine = self.accelerator.process_index
+        for place in range(iteration * size + mine, (iteration + 1) * size, self.accelerator.num_processes):
+            lap, position = divmod(place, len(queries))
+            generator = torch.Generator().manual_seed(self.settings.seed + 7919 * lap)
+            chosen.append(queries[int(torch.randperm(len(queries), generator=generator)[position])])
+        return chosen
+
+    def draw(self, queries: list[Tensor]) -> Rollout:
+        """Return responses to the prompts, with the critic's values."""
+        settings = self.settings
+        drawn = self.sample(
+            self.model,
+            queries,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            eos_token_id=self.task.tokenizer.eos_token_id,
+        )
+        if self.critic is None:
+            return drawn
+        with torch.no_grad():
+            return dataclasses.replace(drawn, values=self.values_of(drawn))
+
+    def values_of(self, drawn: Rollout) -> Tensor:
+        """Return the values `[B, T]` of a critic of its own, with gradients."""
+        from gpt2_value import rescore
+
+        return rescore(self.critic, drawn).values
+
+    def collect(self, iteration: int) -> Batch:
+        """Draw responses and score them. The weights stay as they are.
+
+        All random numbers of an iteration come from (seed, iteration, process), so no generator has to be stored.
+        """
+        import numpy as np
+        from accelerate.utils import set_seed
+
+        settings, accelerator, started = self.settings, self.accelerator, time.perf_counter()
+        mixed = np.random.SeedSequence([settings.seed, iteration, accelerator.process_index])
+        set_seed(int(mixed.generate_state(1)[0]))
+        drawn: Any = self.draw(self.prompts(iteration))
+        mask, values = drawn.response_mask, drawn.values
+        given = scores = self.task.reward(drawn)  # [B, T]
+        if settings.no_end_score is not None:
+            fixed = on_last_token(torch.full_like(given[:, 0], settings.no_end_score), mask)
+            scores = torch.where(drawn.truncated[:, None], fixed, scores)
+        scores = scores - on_last_token(settings.no_end_penalty * drawn.truncated, mask)
+        kl = self.kl(drawn)
+        rewards = token_rewards(scores, drawn.logprobs, None, mask, self.controller.value, kl)
+        if settings.whiten_rewards:
+            rewards = self._whiten(rewards, mask, shift_mean=False)
+        lam, alpha = settings.lam, settings.length_adaptive_lambda
+        advantages, returns = advantages_and_returns(
+            rewards,
+            values,
+            mask,
+            settings.gamma,
+            lam if alpha is None else length_adaptive_lambda(mask, alpha),
+            lam_critic=settings.lam_critic,
+        )
+        told = {"scores": given.sum(1), "kl": kl, "logprobs": drawn.logprobs, "values": values, "returns": returns}
+        told = accelerator.gather(told | {"mask": mask, "ended": ~drawn.truncated})
+        nats = (told["kl"] * told["mask"]).sum(1).mean().item()  # a response
+        metrics = {
+            "iteration": iteration,
+            "reward": told["scores"].mean().item(),
+            "kl": nats,
+            "kl_coef": self.controller.value,
+            # -log p of a draw from p estimates p's entropy without bias, and costs nothing.
+            "entropy": -masked_mean(told["logprobs"], told["mask"]).item(),
+            "explained_variance": explained_variance(told["values"], told["returns"], told["mask"]),
+            "response_length": told["mask"].sum(1).float().mean().item(),
+            "ended": told["ended"].float().mean().item(),
+        }
+        self.controller.update(nats, settings.batch_size)
+        return Batch(drawn, self._whiten(advantages, mask), returns, metrics, started)
+
+    @torch.no_grad()
+    def kl(self, drawn: Any) -> Tensor:
+        """Return the KL to the reference at each token, `[B, T]` nats, by the settings' estimator."""
+        from gpt2_value import rescore
+
+        reference, kind = self.task.reference, self.settings.kl_estimator
+        if kind == "exact":
+            return rescore(self.model, drawn, reference=reference or "disable_adapter").kl
+        with contextlib.nullcontext() if reference else self.task.model.disable_adapter():
+            return kl_estimate(drawn.logprobs, rescore(reference or self.model, drawn).logprobs, kind)
+
+    def learn(self, batch: Batch) -> dict[str, float]:
+        """Make all updates on a batch; returns the metrics."""
+        settings, iteration = self.settings, int(batch.metrics["iteration"])
+        left = 1 - iteration / settings.iterations
+        of_critic = settings.value_learning_rate or settings.learning_rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = left * (of_critic if group["is_critic"] else settings.learning_rate)
+        size = settings.minibatch_size // self.accelerator.num_processes
+        updates = [
+            self.update(batch, rows, is_warming=iteration < settings.critic_warmup)
+            for _ in range(settings.epochs)
+            for rows in torch.randperm(len(batch.drawn)).split(size)
+        ]
+        found = torch.tensor(updates, device=self.accelerator.device).mean(0)
+        names = ("policy_loss", "value_loss", "approxkl", "ratio", "clip_fraction")
+        means = zip(names, self.accelerator.reduce(found, "mean").tolist(), strict=True)
+        return {
+            **batch.metrics,
+            **dict(means),
+            "learning_rate": settings.learning_rate * left,
+            "seconds": time.perf_counter() - batch.started,
+        }
+
+    def update(self, batch: Batch, rows: Tensor, is_warming: bool) -> list[float]:
+        """One step on these rows, of the critic and then of the policy where they are two models; returns both losses,
+        approxkl, mean ratio and clip fraction. While the critic is warming up, the policy stays."""
+        from gpt2_value import rescore
+
+        settings, drawn = self.settings, batch.drawn[rows.to(batch.returns.device)]
+        advantages, returns = batch.advantages[rows], batch.returns[rows]
+        old, mask, clip = drawn.logprobs, drawn.response_mask, settings.clip
+        high = clip if settings.clip_high is None else settings.clip_high
+        if self.critic is not None:
+            of_values = value_loss(self.values_of(drawn), drawn.values, returns, mask, settings.value_clip)
+            self._step(settings.value_coef * of_values, self.critic)
+            if is_warming:
+                return [0.0, of_values.item(), 0.0, 1.0, 0.0]
+        new = rescore(self.model, drawn)
+        loss = of_policy = policy_loss(new.logprobs, old, advantages, mask, clip, high)
+        if self.critic is None:
+            of_values = value_loss(new.values, drawn.values, returns, mask, settings.value_clip)
+            loss = (not is_warming) * of_policy + settings.value_coef * of_values
+        self._step(loss, self.model, is_warming)
+        with torch.no_grad():
+            ratio = (new.logprobs - old).exp()
+            approxkl = 0.5 * masked_mean((new.logprobs - old) ** 2, mask)
+            clipped = masked_mean((ratio != ratio.clamp(1 - clip, 1 + high)).float(), mask)
+            return torch.stack([of_policy, of_values, approxkl, masked_mean(ratio, mask), clipped]).tolist()
+
+    def _step(self, loss: Tensor, model: Any, is_warming: bool = False) -> None:
+        """One step of the optimizer for the weights of this model; of its head alone where the critic is warming up.
+
+        Raises:
+            FloatingPointError: the gradient is not finite. The weights are as they were.
+        """
+        self.accelerator.backward(loss)
+        for group in self.optimizer.param_groups:
+            for weight in group["params"] if is_warming and not group["is_critic"] else ():
+                weight.grad = None
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient is not finite (loss {loss.item()}). {SMALLER}")
+        self.optimizer.step()  # weights without a gradient stay
+        self.optimizer.zero_grad()
+
+    def _whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+        """`whiten` by the mean and deviation of all processes."""
+        white = whiten(self.accelerator.gather(x), self.accelerator.gather(mask), shift_mean)
+        return white.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+
+    # What is on the disk: one line of metrics an iteration, and a checkpoint from which the run goes on
+
+    def resume(self) -> int:
+        """Load the last checkpoint, if there is one, and drop metrics that are newer; returns the next iteration.
+
+        Raises:
+            SettingsError: the folder holds a run of something else.
+        """
+        done = 0
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            done = state["iteration"]
+            self._compare(state["settings"], done)
+            with torch.no_grad():
+                for name, weight in self.trained.items():
+                    weight.copy_(state["weights"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.controller.value = state["kl_coef"]
+        if self.accelerator.is_main_process:
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            replace(self.metrics, lambda file: file.write_text("".join(lines[:done]), encoding="utf-8"))
+        self.accelerator.wait_for_everyone()
+        return done
+
+    def _compare(self, old: dict[str, Any], done: int) -> None:
+        where, asked = f"{self.settings.out} holds a run", self.settings.iterations
+        if done > asked:
+            raise SettingsError(f"{where} of {done} iterations, and got {asked}; expected as many or more.")
+        for name, new in (self.settings.compared() | self.facts).items():
+            is_mended = name == "reward" and old.get(name) is None
+            if old.get(name) == new or is_mended:
+                continue
+            found = f"{where} with another {name}: {old.get(name)}, and now {new}"
+            if name in ("base", "critic", "lora_rank") or not self.settings.accept_changes:
+                raise SettingsError(
+                    f"{found}. Give what it had to go on with it, or another --out to begin anew. (--accept-changes "
+                    "goes on with other settings, prompts or reward, but not with another base, critic or LoRA.)"
+                )
+            log.warning("%s: accepted", found)
+
+    def record(self, metrics: dict[str, float]) -> bool:
+        """Write one more line of metrics, and where it is due a checkpoint after it; returns whether it was."""
+        done = int(metrics["iteration"]) + 1
+        self.accelerator.log(metrics, step=done - 1)
+        is_due = done % self.settings.save_every == 0 or done == self.settings.iterations
+        if self.accelerator.is_main_process:
+            with self.metrics.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(metrics) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())  # on the disk before the checkpoint that counts on it
+            if is_due:
+                self.save(done)
+        return is_due
+
+    def save(self, done: int, has_failed: bool = False) -> None:
+        """Write a checkpoint after `done` iterations. If one has failed since, the reward may be mended for the next.
+
+        Raises:
+            FloatingPointError: a weight is not finite. The old checkpoint stays.
+        """
+        for name, weight in self.trained.items():
+            if not weight.isfinite().all():
+                raise FloatingPointError(f"{name} is not finite after iteration {done - 1}. {SMALLER}")
+        facts = self.facts | {"reward": None} if has_failed else self.facts
+        state = {
+            "settings": self.settings.compared() | facts,
+            "iteration": done,
+            "weights": {name: weight.detach() for name, weight in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "kl_coef": self.controller.value,
+        }
+        replace(self.checkpoint, lambda file: torch.save(state, file))
+
+    def finish(self) -> None:
+        """Save the model (and a critic of its own) as packages, and draw the curves."""
+        from gpt2_value import save_package
+
+        save_package(self.task.package_model(), self.settings.out / "package", self.task.tokenizer)
+        if self.task.critic is not None:
+            save_package(self.task.critic, self.settings.out / "critic", self.task.tokenizer)
+        draw(read_metrics(self.settings.out), self.settings.out / "figure.png")
+
+
+SMALLER = (
+    "The last checkpoint is of before that: give a smaller --learning-rate or --max-grad-norm, and --accept-changes to "
+    "go on from there."
+)
+
+
+def read_metrics(out: Path) -> list[dict[str, float]]:
+    """Return the metrics of all iterations of the run in a folder."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def replace(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file whole or not at all."""
+    draft = file.with_name(file.name + ".draft")
+    write(draft)
+    with draft.open("rb+") as written:
+        os.fsync(written.fileno())
+    draft.replace(file)
+
+
+def draw(metrics: list[dict[str, float]], file: Path) -> None:
+    """Write a PNG with a panel for each curve that says whether a run is healthy."""
+    from matplotlib.figure import Figure
+
+    panels = ("reward", "kl", "explained_variance", "ratio", "clip_fraction", "response_length")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        axes.plot([line["iteration"] for line in metrics], [line[name] for line in metrics])
+        axes.set_title(name)
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
+
+
+# The loop
+
+
+def train(settings: PPOSettings, sample: Callable[..., Rollout] | None = None) -> Run:
+    """Run, or go on with, what the settings describe. In a run of several processes all of them call this.
+
+    Args:
+        sample: what draws responses, in the place of `rollout` and with its arguments.
+
+    Raises:
+        SettingsError: a setting that cannot be, or a folder that holds another run; before the first iteration.
+        RewardError: a reward function returned what is no reward. The same call goes on.
+        FloatingPointError: gradient or weights are not finite. The last checkpoint stays as it is.
+    """
+    settings.check(int(os.environ.get("WORLD_SIZE", 1)))
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    from gpt2_value import CheckpointPusher, rollout
+
+    with refused(f"out={settings.out} cannot be written to"):
+        settings.out.mkdir(parents=True, exist_ok=True)
+        (settings.out / "metrics.jsonl").touch()
+    cpu = settings.cpu or not torch.accelerator.is_available()  # where accelerate is not told, it starts no gloo there
+    accelerator = Accelerator(cpu=cpu, log_with=settings.tracker, project_dir=settings.out)
+    task = make_task(settings, accelerator.device)
+    if sum(weight.numel() for weight in task.model.parameters()) < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    run = Run(settings, task, accelerator, sample or rollout)
+    with refused("no response can be drawn"):
+        first = run.draw(task.queries[:2] * 2)
+    task.reward(first)
+    start, is_main = run.resume(), accelerator.is_main_process
+    log.info("iterations %d to %d, %d thread(s)", start, settings.iterations, torch.get_num_threads())
+    if settings.tracker is not None:
+        accelerator.init_trackers("gpt2-value-ppo", {name: str(value) for name, value in settings.compared().items()})
+    pusher: Any = contextlib.nullcontext()
+    if is_main and settings.push_to is not None:
+        pusher = CheckpointPusher(settings.push_to, metric_for_best_model="reward", tags=["ppo"])
+    with pusher as pushing:
+        bar = tqdm(range(start, settings.iterations), "PPO", settings.iterations, initial=start, disable=not is_main)
+        for iteration in bar:
+            try:
+                batch = run.collect(iteration)
+            except BaseException as error:
+                if is_main:
+                    run.save(iteration, has_failed=isinstance(error, Exception))
+                raise
+            try:
+                metrics = run.learn(batch)
+            except ValueError as error:  # weights that are not finite give no scores
+                raise FloatingPointError(f"{error} {SMALLER}") from error
+            is_saved, numbers = run.record(metrics), {name: metrics[name] for name in ("reward", "kl")}
+            bar.set_postfix({name: f"{number:.2f}" for name, number in numbers.items()}, refresh=False)
+            if is_saved and pushing is not None:
+                pushing.push(task.package_model(), step=iteration + 1, metrics=numbers, tokenizer=task.tokenizer)
+    # DistributedDataParallel, if it is the last to hold the process group, waits while holding Python's lock for a
+    # thread that needs the lock (torch 2.13). So it goes first.
+    run.model, run.critic = task.model, task.critic
+    accelerator.free_memory()
+    accelerator.end_training()
+    if is_main and (start < settings.iterations or not (settings.out / "figure.png").exists()):
+        run.finish()
+    return run
+
+
+# The command
+
+
+SECTIONS = {
+    "base": "what is trained, on what",
+    "out": "the run",
+    "batch_size": "sizes and sampling",
+    "learning_rate": "the policy",
+    "critic": "the critic",
+}
+
+
+def settings_of(arguments: Sequence[str] | None = None, prog: str | None = None) -> PPOSettings:
+    """Return the settings that a command line gives."""
+    about, _, attributes = inspect.getdoc(PPOSettings).partition("Attributes:")  # type: ignore[union-attr]
+    texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE))
+    parser = section = argparse.ArgumentParser(prog, description=about)
+    hints = typing.get_type_hints(PPOSettings)
+    for field in dataclasses.fields(PPOSettings):
+        if field.name in SECTIONS:
+            section = parser.add_argument_group(SECTIONS[field.name])  # type: ignore[assignment]
+        kind = (typing.get_args(hints[field.name]) or (hints[field.name],))[0]  # of a union, what can be typed
+        how: dict[str, Any] = {"type": kind, "metavar": field.name.rsplit("_", 1)[-1].upper()}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif kind == Sequence[int]:
+            how = {"type": int, "nargs": 2, "metavar": ("LEAST", "MOST")}
+        is_required, name = field.default is dataclasses.MISSING, f"--{field.name.replace('_', '-')}"
+        shown = "" if field.default in (None, False) or is_required else f" Default: {field.default}."
+        section.add_argument(name, default=field.default, required=is_required, help=texts[field.name] + shown, **how)
+    return PPOSettings(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Train as a command line says; returns the exit status: 0 done, 1 refused or failed, 130 interrupted."""
+    settings = settings_of(arguments, prog)
+    from transformers.utils import logging as of_transformers
+
+    from gpt2_value import GPT2ValueHubError
+
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
+    try:
+        run = train(settings)
+    except (SettingsError, FloatingPointError, GPT2ValueHubError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    if run.accelerator.is_main_process:
+        first, *_, last = read_metrics(settings.out) * 2
+        print(f"reward {first['reward']:.2f} -> {last['reward']:.2f} at a KL of {last['kl']:.1f} nats: {settings.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

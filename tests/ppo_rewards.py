@@ -1,17 +1,17 @@
-"""Rewards that the tests of examples/ppo.py name as MODULE:FUNCTION."""
+"""Rewards that the tests of gpt2_value.ppo name as MODULE:FUNCTION."""
 
-FAILS_AT = None  # the call, counted from 0, in which `vowels` fails
+FAILS_AT = None  # the call, counted from 0, in which `vowels` returns a NaN for one text
 calls = 0
-
-
-class Stopped(Exception):
-    """What a reward raises to end a run in the middle of an iteration."""
 
 
 def vowels(texts):
     """The fraction of letters that are vowels."""
     global calls
-    if calls == FAILS_AT:
-        raise Stopped
     calls += 1
-    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in texts]
+    scores = [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in texts]
+    return [*scores[:-1], float("nan")] if calls - 1 == FAILS_AT else scores
+
+
+def answers(prompts, responses, tokens):
+    """The same for the response alone, all of it on the last token."""
+    return [[0.0] * (len(ids) - 1) + vowels([text]) for text, ids in zip(responses, tokens, strict=True)]

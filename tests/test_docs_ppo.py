@@ -4,10 +4,11 @@ import dataclasses
 import re
 from pathlib import Path
 
-import ppo
 import pytest
 import torch
 from train_small_gpt2 import Recipe, small_gpt2
+
+from gpt2_value import PPOSettings
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = ("ppo.md", "coming-from-trl.md")
@@ -31,7 +32,7 @@ def test_the_code_of_the_trl_page_runs_and_learns(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_on_a_page_exists(page):
-    fields = {field.name for field in dataclasses.fields(ppo.Settings)}
+    fields = {field.name for field in dataclasses.fields(PPOSettings)}
     of_others = r"--nproc_per_node|--multi_gpu|--num_processes|python (?:benchmarks|tests/slow)/[^`]*`"
     text = re.sub(of_others, "", (DOCS / page).read_text())
     named = re.findall(r"--([a-z][a-z-]*)", text)

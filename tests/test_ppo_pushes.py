@@ -1,8 +1,9 @@
-"""examples/ppo.py pushes its checkpoints."""
+"""A run of gpt2_value.ppo pushes its checkpoints."""
 
-import ppo
 from slow.fault_sweep import serving
 from train_small_gpt2 import Recipe, small_gpt2
+
+from gpt2_value import PPOSettings, train
 
 
 def test_checkpoints_of_a_run_are_pushed_as_packages(tmp_path, monkeypatch):
@@ -11,10 +12,11 @@ def test_checkpoints_of_a_run_are_pushed_as_packages(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     base = small_gpt2(Recipe(vocab_size=400, n_embd=32, n_layer=1, n_head=2, steps=12, batch_size=8)).folder
     with serving(xet=False) as server:
-        ppo.train(
-            ppo.Settings(
+        train(
+            PPOSettings(
                 out=tmp_path / "run",
                 base=str(base),
+                prompts=["The film", "My"],
                 reward="ppo_rewards:vowels",
                 iterations=2,
                 batch_size=8,

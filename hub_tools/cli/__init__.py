@@ -325,6 +325,14 @@ def show_app(
     serve(place, mine, tokenizer, other, say=typer.echo)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def ppo(context: typer.Context) -> None:
+    """Train a GPT-2 by PPO on your prompts and your reward; `gpt2-value ppo --help` lists its options."""
+    from gpt2_value.ppo import main
+
+    raise SystemExit(main(context.args, "gpt2-value ppo"))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; always ends in `SystemExit` with one of the documented statuses."""
     for stream in (sys.stdout, sys.stderr):  # a terminal or a file that cannot show a letter gets its escape

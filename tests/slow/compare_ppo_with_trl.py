@@ -1,11 +1,11 @@
-"""Advantages and losses of examples/ppo.py against those that TRL 1.12.0's PPOTrainer computes on the same batch.
+"""Advantages and losses of gpt2_value.ppo against those that TRL 1.12.0's PPOTrainer computes on the same batch.
 
     TRL-PYTHON tests/slow/compare_ppo_with_trl.py write FOLDER     with TRL 1.12.0 (the last with the trainer)
     python tests/slow/compare_ppo_with_trl.py compare FOLDER       with this package
 
 The first runs TRL's own `train()` for one rollout and two updates, and saves what it held in its hands on the way: it
 replaces no computation, but looks at the local variables of `train()` whenever that calls `masked_mean` or
-`masked_whiten`. The second puts the same log-probabilities, values and scores through the example's functions, and
+`masked_whiten`. The second puts the same log-probabilities, values and scores through the functions of gpt2_value, and
 prints where the numbers agree and where they do not. It exits with 1 where they differ and docs/ppo.md does not say so.
 `make compare-trl` runs both.
 """
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trl_steps import PPO_CONFIG, write_or_compare
 
-SHOWS = [("TRL", "advantages and losses of examples/ppo.py against PPOTrainer's (`make compare-trl`)")]
+SHOWS = [("TRL", "advantages and losses of gpt2_value.ppo against PPOTrainer's (`make compare-trl`)")]
 B, P, T, V = 16, 5, 14, 40
 END, OWN = V - 1, V - 2  # the end of a text, and a token that is nothing but padding
 CASES = {"padding is a token of its own": OWN, "padding is the end-of-text token": END}
@@ -146,14 +146,13 @@ def numbers_of_trl(pad: int) -> dict[str, torch.Tensor]:
 
 def compare(folder: Path) -> int:
     """Print the table; returns how many numbers differ that should not."""
-    root = Path(__file__).resolve().parents[2]
-    sys.path[:0] = [str(root), str(root / "examples")]
-    import ppo
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import gpt2_value
 
     wrong = 0
     print("| padding | number | rows or tokens | largest difference | |\n|---|---|---|---:|---|")
     for number, name in enumerate(CASES):
-        for what, which, gap, expected in gaps(ppo, load_file(folder / f"case-{number}.safetensors")):
+        for what, which, gap, expected in gaps(gpt2_value, load_file(folder / f"case-{number}.safetensors")):
             is_equal = gap <= EXACT
             wrong += is_equal != (expected == "")
             print(f"| {name.removeprefix('padding is ')} | {what} | {which} | {gap:.1e} | {expected or 'equal'} |")
@@ -177,7 +176,7 @@ def gaps(ppo, trl):
     learnt = ~trl["padding_mask"]
     white = ppo.whiten(trl["advantages"], learnt)
     gap = ((trl["white"] - white).abs() * learnt).max().item()
-    yield "whitened advantages, of its own", "it trains", gap, "it divides by n - 1, the example by n"
+    yield "whitened advantages, of its own", "it trains", gap, "it divides by n - 1, ours by n"
     n = learnt.sum()
     gap = ((trl["white"] * (n / (n - 1)).sqrt() - white).abs() * learnt).max().item()
     yield "the same, times sqrt(n / (n - 1))", "it trains", gap, ""

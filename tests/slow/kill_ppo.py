@@ -1,4 +1,4 @@
-"""Kill a run of examples/ppo.py at random moments, resume it, and compare it with a run that nobody killed.
+"""Kill a run of PPO on the demo's task at random moments, resume it, and compare it with a run that nobody killed.
 
     python tests/slow/kill_ppo.py --out runs/kills
 
@@ -11,7 +11,6 @@ aside) or any weight differs.
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
 import random
@@ -22,8 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-import ppo
 import torch
+from ppo_task import demo_settings
+
+from gpt2_value import PPOSettings, train
+from gpt2_value.ppo import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"batch_size": 16, "minibatch_size": 8, "epochs": 2, "max_new_tokens": 16, "save_every": 3}
@@ -43,7 +45,7 @@ def saved(folder):
 def killed_once(forks, settings, dice, number, spread):
     """Start the run and kill it; returns when that was, in words, or None where it ended before."""
     old = set(lines_of(settings.out))  # a resumed run first drops those that are newer than its checkpoint
-    process, started = forks.Process(target=ppo.train, args=(settings,)), time.perf_counter()
+    process, started = forks.Process(target=train, args=(settings,)), time.perf_counter()
     process.start()
     in_start = number % 5 == 4
     while not in_start and process.is_alive() and set(lines_of(settings.out)) <= old:
@@ -62,7 +64,7 @@ def killed_once(forks, settings, dice, number, spread):
 
 
 def without_seconds(folder):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines_of(folder)]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder)]
 
 
 def main():
@@ -77,8 +79,9 @@ def main():
         parser.error(f"{arguments.out} is there: name a new folder")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "examples")))  # of the process that forks
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["ppo"])
-    whole = ppo.Settings(
+    forks.set_forkserver_preload(["gpt2_value.ppo", "accelerate", "modeling_gpt2_value", "hub_tools"])
+    whole = PPOSettings(
+        **demo_settings(),
         out=arguments.out / "whole",
         seed=arguments.seed,
         iterations=arguments.iterations,
@@ -87,8 +90,8 @@ def main():
         **({} if arguments.default_sizes else SMALL),
     )
     killed = dataclasses.replace(whole, out=arguments.out / "killed")
-    ppo.train(whole)
-    seconds = [json.loads(line)["seconds"] for line in lines_of(whole.out)]
+    train(whole)
+    seconds = [line["seconds"] for line in read_metrics(whole.out)]
     dice, kills, lost = random.Random(arguments.seed), 0, 0
     while kills < arguments.kills:
         when = killed_once(forks, killed, dice, kills, 8 * sum(seconds) / len(seconds))
@@ -98,12 +101,12 @@ def main():
         written, kept = len(lines_of(killed.out)), saved(killed.out)
         lost += written - kept
         print(f"kill {kills:2}: {when}; {written} lines, checkpoint of {kept}", flush=True)
-    last = forks.Process(target=ppo.train, args=(killed,))
+    last = forks.Process(target=train, args=(killed,))
     last.start()
     last.join()
     expected, found = without_seconds(whole.out), without_seconds(killed.out)
     states = [torch.load(settings.out / "checkpoint.pt", weights_only=True) for settings in (whole, killed)]
-    weights = [torch.equal(weight, states[1]["model"][name]) for name, weight in states[0]["model"].items()]
+    weights = [torch.equal(weight, states[1]["weights"][name]) for name, weight in states[0]["weights"].items()]
     same = sum(a == b for a, b in zip(expected, found, strict=False))
     print(f"{kills} kills, {lost} iterations done again")
     print(
