@@ -1,7 +1,8 @@
 """Running a causal language model as it is scored: without dropout, at positions that count its own tokens, by step.
 
-Remote code, which imports only torch and transformers. It never writes to a module: other threads may train, sample or
-score the same model meanwhile.
+Remote code, which imports only torch and transformers. The main path comes first: `run` for many columns at once, a
+`Decoder` for one column at a time, `GPT2Decoder` for the same by a plain GPT-2 in half the time. Nothing here writes to
+a module of the model: other threads may train, sample or score it meanwhile.
 """
 
 import functools
@@ -12,110 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPT2LMHeadModel, GPT2Model
+from transformers import Cache, DynamicCache, GPT2LMHeadModel, GPT2Model
 from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
-# What `GPT2Decoder` computes itself. A subclass (an adapter, a quantised or parametrised layer) does something else.
-PLAIN = {GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, Conv1D, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout}
-# Their wrappers and hooks hand arguments and outputs through; transformers 5 leaves hooks on every model.
-LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.")
-
-
-def unwrapped(model):
-    """The model and what it wraps, outermost first; TypeError where there is nothing that can be sampled and scored."""
-    models = [model]
-    while True:
-        children = getattr(models[-1], "_modules", {})
-        if (name := type(models[-1]).__name__) in ("DataParallel", "FullyShardedDataParallel"):
-            raise TypeError(f"got a {name}: use DistributedDataParallel or FSDP2; of DataParallel, pass model.module.")
-        if "_orig_mod" in children or "module" in children:
-            models.append(children.get("_orig_mod", children.get("module")))
-        elif hasattr(models[-1], "get_base_model"):
-            adapter = models[-1].active_peft_config
-            if adapter.is_prompt_learning:
-                what = f"the virtual tokens of a {type(adapter).__name__} are not part of a rollout"
-                raise TypeError(f"{what}; pass a model whose adapter changes weights, such as LoRA.")
-            models.append(models[-1].get_base_model())
-        elif hasattr(models[-1], "get_input_embeddings"):
-            return models
-        else:
-            raise TypeError(f"got a {type(model).__name__}; expected a causal language model, or a wrapper of one.")
-
-
-def innermost(model):
-    """The model to run where no gradient is wanted: without wrappers that then change nothing (no hook, no FSDP2)."""
-    for outer in unwrapped(model):
-        thin = isinstance(outer, nn.parallel.DistributedDataParallel) or hasattr(outer, "get_base_model")
-        if hasattr(outer, "unshard") or not (thin or "_orig_mod" in outer._modules) or _is_altered(outer, LIBRARIES):
-            return outer
-
-
-def check_tokens(model, tokens, mask, new_tokens=0):
-    """The size of the model's vocabulary. TypeError or ValueError where it cannot run on `tokens`, `mask [B, P]`."""
-    model = unwrapped(model)[-1]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if not are_ids(tokens):
-        raise TypeError(f"tokens are {tokens.dtype}; expected token ids, an integer dtype: try .long().")
-    lengths = mask.sum(1)
-    if len(tokens) == 0 or not lengths.all():
-        which = f"row {int(lengths.argmin())} has no tokens" if len(tokens) else "there are no rows"
-        raise ValueError(f"{which}; expected at least one token in each, such as the end-of-text token.")
-    for row, column in (((tokens < 0) | (tokens >= vocabulary)) & mask.bool()).nonzero().tolist():
-        what = f"row {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens"
-        raise ValueError(f"{what}; was it made by this model's tokenizer? Padding needs an attention_mask.")
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest = int(lengths.max()) + new_tokens
-    if positions is not None and longest > positions:
-        what = f"the longest row, new tokens included, has {longest} tokens, this model's positions end at {positions}"
-        raise ValueError(f"{what}; shorten the prompts, or draw fewer tokens (max_new_tokens).")
-    return vocabulary
-
-
-def are_ids(tokens):
-    """Whether a tensor's dtype is one of token ids."""
-    return not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-
-
-def run(model, tokens, mask, columns, *, logits_to_keep=None, **kwargs):
-    """Run the model on a slice of the columns of `tokens [B, P+T]`: its output, and `[B, columns]` values or None."""
-    inner = unwrapped(model)[-1]
-    accepted, vocabulary = _forward_parameters(inner), inner.get_input_embeddings().weight.shape[0]
-    if "position_ids" in accepted:
-        kwargs["position_ids"] = positions(mask)[:, columns]
-    if "logits_to_keep" in accepted and logits_to_keep is not None:
-        kwargs["logits_to_keep"] = logits_to_keep
-    output = model(input_ids=tokens[:, columns], attention_mask=mask[:, : columns.stop], return_dict=True, **kwargs)
-    if logits_to_keep is not None and getattr(output, "logits", tokens[..., :0]).shape[-1] != vocabulary:
-        raise TypeError(f"a {type(model).__name__} gives no logits over its vocabulary; expected a causal LM.")
-    values = getattr(output, "value", None)
-    return output, None if values is None else as_scalars(values)
-
-
-def inputs_and_head(model, tokens, mask, columns, T):
-    """Inputs `[B, T, ...]` of an output layer for the last T columns of `run`, that layer, and values or None.
-
-    A plain GPT-2's inputs are its hidden states, so that nobody has to hold all logits; any other's are the logits.
-    """
-    quiet = without_dropout(model, checkpointing=True)
-    if is_unaltered(model) and type(model.lm_head) is nn.Linear:
-        body, _ = run(quiet.transformer, tokens, mask, columns, use_cache=False)
-        return body.last_hidden_state[:, -T:], quiet.lm_head, None
-    output, values = run(quiet, tokens, mask, columns, logits_to_keep=T, use_cache=False)
-    return output.logits[:, -T:], nn.Identity(), None if values is None else values[:, -T:]
-
-
-def _forward_parameters(model):
-    """Names that the forward of the model's class takes, those included that its `**kwargs` hand to a base class."""
-    names: set = set()
-    for kind in type(model).__mro__:
-        if "forward" in vars(kind):
-            parameters = inspect.signature(vars(kind)["forward"]).parameters
-            names |= {"position_ids"} if kind is nn.Module else parameters.keys()  # all classes handed **kwargs on
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-                break
-    return names
+CACHE_NAMES = ("cache", "past_key_values")  # of a forward's argument: transformers 5.24 renamed it
+# What `GPT2Decoder` computes itself, with the forwards that these classes had when this module was imported.
+OWN_FORWARDS = {
+    kind: kind.forward
+    for kind in (
+        GPT2Model,
+        GPT2Block,
+        GPT2Attention,
+        GPT2MLP,
+        Conv1D,
+        nn.Linear,
+        nn.Embedding,
+        nn.LayerNorm,
+        nn.Dropout,
+    )
+}
+OWN_LM_FORWARD = GPT2LMHeadModel.forward
+OWN_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def positions(mask):
@@ -126,81 +48,56 @@ def positions(mask):
 def as_scalars(values):
     """`values [B, columns]` as float32 at least. Raises ValueError where there are several for each token."""
     if values.dim() != 2:
-        what = f"this model's value has the shape {list(values.shape)}; expected one scalar for each token"
-        raise ValueError(f"{what}, [batch, tokens]: set summary_use_proj and summary_proj_to_labels in its config.")
+        raise ValueError(
+            f"this model's value has the shape {list(values.shape)}; expected one scalar for each token, "
+            "[batch, tokens]: set summary_use_proj and summary_proj_to_labels in its config."
+        )
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def takes_requests(model):
-    """Whether a call of the model reaches `GPT2ValueModel.forward` with its `score`, and nobody changes its output."""
-    *wrappers, inner = unwrapped(model)
-    known = hasattr(inner, "own_forward") and is_unaltered(inner, but_by=LIBRARIES)
-    return known and not any(_is_altered(wrapper, LIBRARIES) for wrapper in wrappers)
+def run(model, tokens, mask, columns, *, logits_to_keep=None, **arguments):
+    """Run the model on a slice of the columns of `tokens [B, P+T]`: its output, and `[B, columns]` values or None."""
+    inner = unwrapped(model)[-1]
+    accepted = forward_parameters(inner)
+    if "position_ids" in accepted:
+        arguments["position_ids"] = positions(mask)[:, columns]
+    if "logits_to_keep" in accepted and logits_to_keep is not None:
+        arguments["logits_to_keep"] = logits_to_keep
+    output = model(input_ids=tokens[:, columns], attention_mask=mask[:, : columns.stop], return_dict=True, **arguments)
+    if logits_to_keep is not None and getattr(output, "logits", tokens[..., :0]).shape[-1] != vocabulary_of(inner):
+        raise TypeError(f"a {type(model).__name__} gives no logits over its vocabulary; expected a causal LM.")
+    values = getattr(output, "value", None)
+    return output, None if values is None else as_scalars(values)
 
 
-def is_unaltered(model, *, but_by=("transformers.",)):
-    """Whether calling the model runs the forward of GPT2LMHeadModel or GPT2ValueModel, and nothing else."""
-    own = type(model).forward is getattr(type(model), "own_forward", GPT2LMHeadModel.forward)
-    return own and not _is_altered(model, but_by)
+def logits_alone(model, row, columns):
+    """Logits `[columns, V]` for the last columns of one row `[n]`: the model's own call, without padding or cache.
 
-
-def _is_altered(module, but_by=("transformers.",)):
-    """Whether a hook, or a function put on the module or its class, changes what a call does; but these libraries'."""
-    own = getattr(type(module), "own_forward", None)
-    found = [vars(module).get(name) for name in ("forward", "_original_forward")]  # Accelerate keeps what it wraps
-    found = [f for f in found if f is not None and getattr(f, "__func__", None) is not type(module).forward]
-    hooks = [module._forward_pre_hooks, module._forward_hooks]  # and those of all modules
-    hooks += [nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks]
-    functions = [(function, but_by) for function in (*found, *(hook for group in hooks for hook in group.values()))]
-    for function, libraries in (*functions, (type(module).__call__, LIBRARIES), (type(module).forward, LIBRARIES)):
-        # The module in which its code stands tells; where a library's decorator wraps a function, both must pass.
-        for f in (getattr(function, "__func__", function), inspect.unwrap(function)):
-            if f is not own and not getattr(f, "__globals__", {}).get("__name__", "").startswith(libraries):
-                return True
-    return False
-
-
-def without_dropout(model, *, checkpointing=False):
-    """The model as `eval()` leaves it, without writing to it: copies of its modules, which share weights and hooks.
-
-    With `checkpointing`, layers whose activations are checkpointed still are; without, they can use a cache. Raises
-    TypeError where there is dropout that the copy cannot reach.
+    Nothing but the tokens is passed, so that this is what a user of the model gets. Dropout is off.
     """
-    if not any(module.training for module in model.modules()):
-        return model
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError("the dropout inside DistributedDataParallel cannot be switched off: call model.eval() first.")
-    copies = {module: object.__new__(type(module)) for module in model.modules()}
-    for module, copied in copies.items():
-        copied.__dict__ = fields = dict(vars(module))
-        fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
-        # transformers checkpoints a layer in training mode only, so there its own dropouts are set to 0 instead.
-        fields["training"] = module.training and checkpointing and bool(fields.get("gradient_checkpointing"))
-        fields |= {**dict.fromkeys(_dropouts(module), 0.0), "_compiled_call_impl": None}  # that is bound to the module
-        for name in {"forward", "_old_forward", "_original_forward"} & set(fields):  # Accelerate's
-            fields[name] = _bound_to_copies(fields[name], copies, module)
-    return copies[model]
+    more = {"logits_to_keep": columns} if "logits_to_keep" in forward_parameters(unwrapped(model)[-1]) else {}
+    with torch.no_grad():
+        output = without_dropout(innermost(model))(input_ids=row[None], use_cache=False, return_dict=True, **more)
+    return output.logits[0, -columns:]
 
 
-def _bound_to_copies(function, copies, module):
-    """A function that was put on a module, for the module's copy."""
-    if isinstance(function, functools.partial):
-        arguments = [copies.get(argument, argument) for argument in function.args]
-        return functools.partial(function.func, *arguments, **function.keywords)
-    if isinstance(function, MethodType) and function.__self__ in copies:
-        return MethodType(function.__func__, copies[function.__self__])
-    if any(child.training and any(_dropouts(child)) for child in module.modules()):
-        what = f"the forward of a {type(module).__name__} was replaced by a function whose dropout"
-        raise TypeError(f"{what} cannot be switched off from outside: call model.eval() first.")
-    return function
+def inputs_and_head(model, tokens, mask, columns, T):
+    """Inputs `[B, T, ...]` of an output layer for the last T columns of `run`, that layer, and values or None.
+
+    A plain GPT-2's inputs are its hidden states, so that nobody has to hold all logits; any other's are the logits.
+    """
+    quiet = without_dropout(model, checkpointing=True)
+    if is_plain(model) and type(model.lm_head) is nn.Linear:
+        body, _ = run(quiet.transformer, tokens, mask, columns, use_cache=False)
+        return body.last_hidden_state[:, -T:], quiet.lm_head, None
+    output, values = run(quiet, tokens, mask, columns, logits_to_keep=T, use_cache=False)
+    return output.logits[:, -T:], nn.Identity(), None if values is None else values[:, -T:]
 
 
-def _dropouts(module):
-    """Names of a module's own dropout probabilities above 0: `nn.Dropout.p`, and numbers kept for `F.dropout`."""
-    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    for name, value in vars(module).items():
-        if type(value) in (int, float) and value > 0 and ("drop" in name or (is_dropout and name == "p")):
-            yield name
+def decoder_for(model, tokens, mask):
+    """A `GPT2Decoder` where the model is a plain GPT-2 that nobody has changed, else a `Decoder`."""
+    model = innermost(model)
+    return (GPT2Decoder if can_decode_fast(model) else Decoder)(model, tokens, mask)
 
 
 class Decoder:
@@ -209,36 +106,37 @@ class Decoder:
     def __init__(self, model, tokens, mask):
         self.model, self.tokens, self.mask = without_dropout(model), tokens, mask  # the caller fills both [B, P+T]
         self.rows = torch.arange(len(tokens), device=tokens.device)  # those that are still computed, b of B
+        inner = unwrapped(model)[-1]
+        names = [name for name in CACHE_NAMES if name in forward_parameters(inner)]
+        # The cache of a recurrent model holds states that run on over padding, and may live in its modules.
+        self.cache_name = names[0] if names and not getattr(inner, "_is_stateful", False) else None
         self.cache: Any = None
 
     def logits_and_values(self, columns):
         """Logits `[b, V]` and values `[b]` or None after so many columns, of the current rows."""
-        self.keep_pace(ended=False)
+        keep_pace(self.model, self.tokens, ended=False)
         new = slice(0 if self.cache is None else columns - 1, columns)
-        settings = {"logits_to_keep": 1, "past_key_values": self.cache, "use_cache": True}
-        output, values = run(self.model, self.tokens[self.rows], self.mask[self.rows], new, **settings)
-        self.cache = getattr(output, "past_key_values", None)  # without one, all columns are run again
+        cached = {} if self.cache_name is None else {self.cache_name: self.cache}
+        tokens, mask = self.tokens[self.rows], self.mask[self.rows]
+        output, values = run(self.model, tokens, mask, new, logits_to_keep=1, use_cache=bool(cached), **cached)
+        cache = None if self.cache_name is None else vars(output).get(self.cache_name)
+        self.cache = cache if isinstance(cache, Cache) else None  # without one, all columns are run again
         return output.logits[:, -1], None if values is None else values[:, -1]
 
-    def keep_pace(self, *, ended):
-        """Run a sharded model whenever the processes that hold its other parts do: on one token once it has `ended`."""
-        for part in [weight for weight in self.model.parameters() if hasattr(weight, "device_mesh")][:1]:
-            runs = torch.full([1] * part.dim(), not ended, device=part.device)
-            while part.from_local(runs, part.device_mesh, part.placements).full_tensor().any() and ended:
-                self.model(self.tokens[:1, :1])
-
     def keep(self, rows):
-        """Go on with these of the current rows only, a 1-D tensor of indices, where the cache can do so."""
-        if hasattr(self.cache, "batch_select_indices"):
+        """Go on with these of the current rows only, a 1-D tensor of indices, where the cache can drop the others."""
+        if self.cache is not None:
+            kinds = {type(layer) for layer in getattr(self.cache, "layers", [None])}
+            if type(self.cache) is not DynamicCache or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+                return
             self.cache.batch_select_indices(rows)
-            self.rows = self.rows[rows]
+        self.rows = self.rows[rows]
 
 
 class GPT2Decoder(Decoder):
     """For a plain GPT-2: keys and values are written into storage of their final size.
 
-    On a CPU the products are oneDNN's, in about half the time of torch's default. Where a rollout begins with several
-    rows, weights are packed for it, and so are never older than the model's.
+    On a CPU the products are oneDNN's (`Products`), in about half the time of torch's default.
     """
 
     def __init__(self, model, tokens, mask):
@@ -249,11 +147,8 @@ class GPT2Decoder(Decoder):
         # On a CPU attention is faster in float32, whatever the weights are.
         dtype = torch.promote_types(model.dtype, torch.float32) if on_cpu else model.dtype
         self.past = torch.zeros(shape, dtype=dtype, device=tokens.device)
-        self.seen = 0
-        # A processor without products of bfloat16 or float16 takes float32's, which round the same sums.
-        candidates = (model.dtype, dtype) if on_cpu and torch.backends.mkldnn.enabled else ()
-        self.product_dtype = next(filter(_can_pack, candidates), None)  # None: each layer is called as it is
-        self.packed: dict = {}
+        self.seen = 0  # columns whose keys and values are in `past`
+        self.linear = Products(model.dtype) if on_cpu else plain_product
         gelu = config.activation_function == "gelu_new"  # transformers computes it in eight steps
         self.activation = nn.GELU(approximate="tanh") if gelu else model.transformer.h[0].mlp.act
 
@@ -270,60 +165,296 @@ class GPT2Decoder(Decoder):
             causal = torch.ones((n, columns), dtype=torch.bool, device=x.device).tril()
             allowed = allowed & causal | torch.eye(n, columns, dtype=torch.bool, device=x.device)
         for block, (keys, values) in zip(body.h, self.past, strict=True):
-            qkv = self._linear(block.ln_1(x), block.attn.c_attn)  # [b, n, 3 * n_embd]
+            qkv = self.linear(block.ln_1(x), block.attn.c_attn)  # [b, n, 3 * n_embd]
             query, key, value = qkv.view(b, n, 3, -1, keys.shape[-1]).permute(2, 0, 3, 1, 4)  # [b, n_head, n, width]
             keys[:, :, new], values[:, :, new] = key, value
             past = keys[:, :, :columns], values[:, :, :columns]
-            heads = F.scaled_dot_product_attention(query.to(keys.dtype), *past, allowed).to(x.dtype)
-            x = x + self._linear(heads.transpose(1, 2).reshape(b, n, -1), block.attn.c_proj)
-            x = x + self._linear(self._linear(block.ln_2(x), block.mlp.c_fc, self.activation), block.mlp.c_proj)
+            scale = getattr(block.attn, "scaling", None)  # transformers 4 has none; None is 1 / sqrt(width), as there
+            heads = F.scaled_dot_product_attention(query.to(keys.dtype), *past, allowed, scale=scale).to(x.dtype)
+            x = x + self.linear(heads.transpose(1, 2).reshape(b, n, -1), block.attn.c_proj)
+            x = x + self.linear(self.linear(block.ln_2(x), block.mlp.c_fc, self.activation), block.mlp.c_proj)
         last = body.ln_f(x[:, -1])  # [b, n_embd]
         head = getattr(self.model, "v_head", None)
         value = None if head is None else as_scalars(head(last[:, None]).squeeze(-1))[:, 0]  # [b]
-        return self._linear(last, self.model.lm_head), value
+        return self.linear(last, self.model.lm_head), value
 
-    def _linear(self, x, layer, activation=None):
-        if self.product_dtype is None:
-            return layer(x) if activation is None else activation(layer(x))
+
+# Which model it is, and what it may be given
+
+
+def unwrapped(model):
+    """The model and what it wraps, outermost first; TypeError where there is nothing that can be sampled and scored."""
+    models = [model]
+    while True:
+        children = getattr(models[-1], "_modules", {})
+        if (name := type(models[-1]).__name__) in ("DataParallel", "FullyShardedDataParallel"):
+            raise TypeError(f"got a {name}: use DistributedDataParallel or FSDP2; of DataParallel, pass model.module.")
+        if "_orig_mod" in children or "module" in children:
+            models.append(children.get("_orig_mod", children.get("module")))
+        elif hasattr(models[-1], "get_base_model"):
+            adapter = models[-1].active_peft_config
+            if adapter.is_prompt_learning:
+                raise TypeError(
+                    f"the virtual tokens of a {type(adapter).__name__} are not part of a rollout; "
+                    "pass a model whose adapter changes weights, such as LoRA."
+                )
+            models.append(models[-1].get_base_model())
+        elif hasattr(models[-1], "get_input_embeddings"):
+            return models
+        else:
+            raise TypeError(f"got a {type(model).__name__}; expected a causal language model, or a wrapper of one.")
+
+
+def innermost(model):
+    """The model to run where no gradient is wanted: without wrappers that then change nothing (no hook, no FSDP2)."""
+    for outer in unwrapped(model):
+        thin = isinstance(outer, nn.parallel.DistributedDataParallel) or hasattr(outer, "get_base_model")
+        if hasattr(outer, "unshard") or not (thin or "_orig_mod" in outer._modules) or has_hooks(outer, LIBRARIES):
+            return outer
+
+
+def device_of(model):
+    """The device that the model computes on, also where Accelerate keeps its weights on another or on the disk."""
+    inner = unwrapped(model)[-1]
+    for module in inner.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    if inner.device.type == "meta":
+        raise TypeError(f"the weights of this {type(inner).__name__} have no data (device meta); load them first.")
+    return inner.device
+
+
+def vocabulary_of(model):
+    """How many tokens the model knows."""
+    return unwrapped(model)[-1].get_input_embeddings().weight.shape[0]
+
+
+def forward_parameters(model):
+    """Names that the forward of the model's class takes, those included that its `**kwargs` hand to a base class."""
+    names: set = set()
+    for kind in type(model).__mro__:
+        if kind is nn.Module:  # all classes handed **kwargs on, to a model inside
+            names |= {"position_ids", *(name for name in CACHE_NAMES if name in GPT2_PARAMETERS)}
+        elif "forward" in vars(kind):
+            parameters = inspect.signature(vars(kind)["forward"]).parameters
+            names |= parameters.keys()
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break
+    return names
+
+
+GPT2_PARAMETERS = tuple(inspect.signature(GPT2LMHeadModel.forward).parameters)[1:]  # without self, in their order
+
+
+def check_tokens(model, tokens, mask, new_tokens=0):
+    """The size of the model's vocabulary. TypeError or ValueError where it cannot run on `tokens`, `mask [B, P]`."""
+    vocabulary = vocabulary_of(model)
+    if not are_ids(tokens):
+        raise TypeError(f"tokens are {tokens.dtype}; expected token ids, an integer dtype: try .long().")
+    lengths = mask.sum(1)
+    if len(tokens) == 0 or not lengths.all():
+        which = f"row {int(lengths.argmin())} has no tokens" if len(tokens) else "there are no rows"
+        raise ValueError(f"{which}; expected at least one token in each, such as the end-of-text token.")
+    for row, column in (((tokens < 0) | (tokens >= vocabulary)) & mask.bool()).nonzero().tolist():
+        raise ValueError(
+            f"row {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens; "
+            "was it made by this model's tokenizer? Padding needs an attention_mask."
+        )
+    places = getattr(unwrapped(model)[-1].config, "max_position_embeddings", None)
+    longest = int(lengths.max()) + new_tokens
+    if places is not None and longest > places:
+        raise ValueError(
+            f"the longest row, new tokens included, has {longest} tokens, this model's positions end at {places}; "
+            "shorten the prompts, or draw fewer tokens (max_new_tokens)."
+        )
+    return vocabulary
+
+
+def are_ids(tokens):
+    """Whether a tensor's dtype is one of token ids."""
+    return not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+
+
+# Whether a call does what the class says. A hook, or a forward that somebody replaced, would be passed over by
+# `GPT2Decoder`, by a call of the body alone and by a score request; then the model's own call is used instead.
+
+# Hooks of these hand arguments and outputs through; transformers 5 leaves hooks on every model.
+LIBRARIES = ("torch", "transformers", "accelerate", "peft")
+
+
+def library_of(function):
+    """The first name of the module that a function, or the one inside a partial, was defined in."""
+    return (getattr(getattr(function, "func", function), "__module__", None) or "").split(".")[0]
+
+
+def has_hooks(module, but_by=("transformers",)):
+    """Whether hooks other than these libraries' see a call of the module."""
+    everywhere = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks
+    groups = module._forward_pre_hooks, module._forward_hooks, *everywhere
+    return any(library_of(hook) not in but_by for group in groups for hook in group.values())
+
+
+def is_replaced(module):
+    """Whether the module has a forward of its own, other than Accelerate's, which keeps the one of the class."""
+    fields = vars(module)
+    forward = fields.get("_original_forward", fields.get("_old_forward", fields.get("forward")))
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def is_plain(model):
+    """Whether calling the model runs the forward of GPT2LMHeadModel or GPT2ValueModel, and nothing else."""
+    own = type(model).forward is getattr(type(model), "own_forward", OWN_LM_FORWARD)
+    own_call = type(model).__call__ is nn.Module.__call__
+    return own and own_call and "forward" not in vars(model) and not has_hooks(model)
+
+
+def takes_requests(model):
+    """Whether a call of the model reaches `GPT2ValueModel.forward` with its `score`, and nobody changes its output."""
+    *wrappers, inner = unwrapped(model)
+    own = type(inner).forward is getattr(type(inner), "own_forward", None) and not is_replaced(inner)
+    if not own or type(inner).__call__ is not nn.Module.__call__ or has_hooks(inner, LIBRARIES):
+        return False
+    forwards = [vars(wrapper).get("forward", type(wrapper).forward) for wrapper in wrappers]
+    return all(library_of(each) in LIBRARIES for each in forwards) and not any(
+        has_hooks(wrapper, LIBRARIES) for wrapper in wrappers
+    )
+
+
+def can_decode_fast(model):
+    """Whether `GPT2Decoder` computes what the model does: GPT-2's own modules, functions and weights, no hooks."""
+    if not is_plain(model) or torch.is_autocast_enabled(model.device.type):
+        return False
+    config = model.config
+    odd = config.scale_attn_by_inverse_layer_idx, config.reorder_and_upcast_attn, config.add_cross_attention
+    if any(odd) or not config.scale_attn_weights or config._attn_implementation not in ("eager", "sdpa"):
+        return False
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not OWN_SDPA:
+        return False
+    others = nn.ModuleList, type(ACT2FN[config.activation_function])
+    for module in (model.lm_head, *model.transformer.modules()):
+        own = type(module) in others or type(module).forward is OWN_FORWARDS.get(type(module))
+        # Quantised weights, sharded ones and pruned heads are of another class or shape.
+        plain = all(type(weight) is nn.Parameter for weight in module.parameters(recurse=False))
+        if not (own and plain) or "forward" in vars(module) or has_hooks(module):
+            return False
+    return all(block.attn.c_attn.weight.shape[1] == 3 * config.n_embd for block in model.transformer.h)
+
+
+# Weights that FSDP2 spreads over processes: a call gathers them, so all processes have to make the same calls.
+
+
+def anywhere(model, flag):
+    """Whether the flag holds in this process, or in one that holds another part of the same model."""
+    for weight in model.parameters():
+        if hasattr(weight, "device_mesh"):
+            flags = torch.full([1] * weight.dim(), flag, device=weight.device)
+            return bool(weight.from_local(flags, weight.device_mesh, weight.placements).full_tensor().any())
+    return flag
+
+
+def keep_pace(model, tokens, *, ended):
+    """Before a column: let the others know. Once it has `ended`: run on one token as long as others have not."""
+    while anywhere(model, not ended) and ended:
+        model(tokens[:1, :1])
+
+
+# Dropout is switched off in a copy: `eval()` would write to a model that another thread may be training.
+
+
+def without_dropout(model, *, checkpointing=False):
+    """The model as `eval()` leaves it, without writing to it: copies of its modules, which share weights and hooks.
+
+    A hook that keeps state on its module keeps it on the copy, which is thrown away. With `checkpointing`, layers whose
+    activations are checkpointed still are; without, they can use a cache. Raises TypeError where there is dropout that
+    the copy cannot reach.
+    """
+    if not any(module.training for module in model.modules()):
+        return model
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError("the dropout inside DistributedDataParallel cannot be switched off: call model.eval() first.")
+    copies = {module: object.__new__(type(module)) for module in model.modules()}
+    for module, copied in copies.items():
+        fields = dict(vars(module))
+        fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
+        # transformers checkpoints a layer in training mode only, so there its own dropouts are set to 0 instead.
+        fields["training"] = module.training and checkpointing and bool(fields.get("gradient_checkpointing"))
+        fields["_compiled_call_impl"] = None  # it is bound to the module
+        fields.update(dict.fromkeys(_dropouts(module), 0.0))
+        for name in {"forward", "_old_forward", "_original_forward"} & set(fields):  # Accelerate's
+            fields[name] = _bound_to_copies(fields[name], copies, module)
+        copied.__dict__ = fields
+    return copies[model]
+
+
+def _bound_to_copies(function, copies, module):
+    """A function that was put on a module, for the module's copy."""
+    if isinstance(function, functools.partial):
+        arguments = [copies.get(argument, argument) for argument in function.args]
+        return functools.partial(function.func, *arguments, **function.keywords)
+    if isinstance(function, MethodType) and function.__self__ in copies:
+        return MethodType(function.__func__, copies[function.__self__])
+    if any(child.training and any(_dropouts(child)) for child in module.modules()):
+        raise TypeError(
+            f"the forward of a {type(module).__name__} was replaced by a function whose dropout "
+            "cannot be switched off from outside: call model.eval() first."
+        )
+    return function
+
+
+def _dropouts(module):
+    """Names of a module's own dropout probabilities above 0: `nn.Dropout.p`, and numbers kept for `F.dropout`."""
+    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+    for name, value in vars(module).items():
+        if type(value) in (int, float) and value > 0 and ("drop" in name or (is_dropout and name == "p")):
+            yield name
+
+
+# Products of a CPU by oneDNN, which torch's own inductor calls so. Weights are packed for one rollout, and so are never
+# older than the model's.
+
+
+def plain_product(x, layer, activation=None):
+    """The layer as it is, and the activation."""
+    return layer(x) if activation is None else activation(layer(x))
+
+
+class Products:
+    """Linear layers on a CPU: `products(x, layer, activation)` is `activation(layer(x))`, by oneDNN where it can."""
+
+    def __init__(self, dtype):
+        # A processor without products of bfloat16 or float16 takes float32's, which round the same sums.
+        candidates = (dtype, torch.promote_types(dtype, torch.float32)) if torch.backends.mkldnn.enabled else ()
+        self.dtype = next(filter(_can_pack, candidates), None)
+        self.packed: dict = {}
+
+    def __call__(self, x, layer, activation=None):
+        if self.dtype is None:
+            return plain_product(x, layer, activation)
         if layer not in self.packed:  # Conv1D keeps its weight as [in, out]; oneDNN wants [out, in]
             weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-            weight, bias = (w if w is None else w.to(self.product_dtype) for w in (weight, layer.bias))
+            weight, bias = (w if w is None else w.to(self.dtype) for w in (weight, layer.bias))
             if len(x) > 1:  # one row is multiplied as fast by a weight as it is
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
             self.packed[layer] = weight, bias
         fuses = isinstance(activation, nn.GELU)
         how: tuple = ("gelu", [], "tanh") if fuses else ("none", [], "")
-        x = torch.ops.mkldnn._linear_pointwise(x.to(self.product_dtype), *self.packed[layer], *how).to(x.dtype)
+        x = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), *self.packed[layer], *how).to(x.dtype)
         return x if activation is None or fuses else activation(x)
 
 
 @functools.lru_cache
 def _can_pack(dtype):
-    """Whether this torch has oneDNN's packed linear layers, which its own inductor calls, and they compute the same."""
+    """Whether this torch has oneDNN's packed linear layers, and they compute the same."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     x, weight = (torch.arange(2048.0).view(32, 64).mul(scale).sin().to(dtype) for scale in (0.7, 1.3))
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
         pairs = (x, packed), (x[:1], weight.t().contiguous().t())  # one row by a weight as Conv1D has it
-        found = [torch.ops.mkldnn._linear_pointwise(*pair, None, "none", [], "") for pair in pairs]
+        products = [torch.ops.mkldnn._linear_pointwise(*pair, None, "none", [], "") for pair in pairs]
     except RuntimeError:  # a dtype that this processor has no products for
         return False
     expected, bound = F.linear(x, weight), 64 * torch.finfo(dtype).eps
-    return all(torch.allclose(product, expected[: len(product)], rtol=0, atol=bound) for product in found)
-
-
-def decoder_for(model, tokens, mask):
-    """A `GPT2Decoder` where that provably computes what the model's forward does, else a `Decoder`."""
-    model = innermost(model)
-    plain = is_unaltered(model) and not torch.is_autocast_enabled(model.device.type)
-    if plain:
-        config, modules = model.config, [model.lm_head, *model.transformer.modules()]
-        odd = config.scale_attn_by_inverse_layer_idx, config.reorder_and_upcast_attn, config.add_cross_attention
-        known = PLAIN | {nn.ModuleList, type(ACT2FN[config.activation_function])}
-        plain = not any(odd) and config.scale_attn_weights and config._attn_implementation in ("eager", "sdpa")
-        plain &= all(type(module) in known and not _is_altered(module) for module in modules)
-        # Quantised weights, sharded ones and pruned heads are of another class or shape.
-        plain &= all(type(weight) is nn.Parameter for module in modules for weight in module.parameters(recurse=False))
-        plain &= all(block.attn.c_attn.weight.shape[1] == 3 * config.n_embd for block in model.transformer.h)
-    return (GPT2Decoder if plain else Decoder)(model, tokens, mask)
+    return all(torch.allclose(product, expected[: len(product)], rtol=0, atol=bound) for product in products)

@@ -6,7 +6,6 @@ reads nothing of the model's `generation_config`.
 
 import dataclasses
 import math
-import warnings
 from typing import Optional
 
 import torch
@@ -14,18 +13,161 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 try:
-    from .decoding_gpt2_value import are_ids, check_tokens, decoder_for, unwrapped
-    from .sampling_gpt2_value import Sampling, compact, draw, kept_set, sampling_distribution, whole_number
-    from .scoring_gpt2_value import Rescored, check_finite, rescore
-except ImportError:  # a checkout or a wheel, where these files are top-level modules
-    from decoding_gpt2_value import are_ids, check_tokens, decoder_for, unwrapped
-    from sampling_gpt2_value import Sampling, compact, draw, kept_set, sampling_distribution, whole_number
-    from scoring_gpt2_value import Rescored, check_finite, rescore
+    from .decoding_gpt2_value import are_ids, check_tokens, decoder_for, device_of, keep_pace, unwrapped, vocabulary_of
+    from .sampling_gpt2_value import (
+        Sampling,
+        are_finite,
+        as_bits,
+        as_mask,
+        compact,
+        draw,
+        kept_set,
+        sampling_distribution,
+        warn,
+        whole_number,
+    )
+    from .scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, check_prompts, rescore
+except ImportError:
+    if __package__:  # in a package the siblings are there: it is transformers that lacks a name
+        raise
+    # In a checkout or a wheel these files are top-level modules.
+    from decoding_gpt2_value import are_ids, check_tokens, decoder_for, device_of, keep_pace, unwrapped, vocabulary_of
+    from sampling_gpt2_value import (
+        Sampling,
+        are_finite,
+        as_bits,
+        as_mask,
+        compact,
+        draw,
+        kept_set,
+        sampling_distribution,
+        warn,
+        whole_number,
+    )
+    from scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, check_prompts, rescore
 
-__all__ = ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"]
+__all__ = ["Rescored", "Rollout", "Sampling", "SelfCheckError", "rescore", "respond_to_batch", "rollout"]
+
+FROM_CONFIG = "config"  # the default of eos_token_id
 
 
-@dataclasses.dataclass
+def rollout(
+    model,
+    queries=None,
+    *,
+    attention_mask=None,
+    max_new_tokens=20,
+    min_new_tokens=0,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    eos_token_id=FROM_CONFIG,
+    pad_token_id=None,
+    num_return_sequences=1,
+    generator=None,
+    **unknown,
+):
+    """Draw responses to prompts, with the log-probability of each token and the value of the state before it.
+
+    Dropout is off, whatever mode the model is in. One that FSDP2 shards is run until the rows of all processes end.
+
+    Args:
+        model: any causal language model of transformers; `values` are reported where its output has a `value`.
+        queries: `[B, P]` int64, or a list of lists or 1-D tensors of ids, of any lengths, or what a tokenizer returns.
+        attention_mask: of the shape of `queries`, 0 for padding, on either side; needed where `queries` is padded.
+        max_new_tokens: T, columns of the response.
+        min_new_tokens, temperature, top_k, top_p: as in `Sampling`.
+        eos_token_id: an id, or several, that end a row; default: "config", those of the model's config. None: no row
+            ends early.
+        pad_token_id: what fills a row after its end; default: the first `eos_token_id`, else 0.
+        num_return_sequences: responses for each prompt; rows of one prompt stand together.
+        generator: where the random numbers come from; default: torch's global generator of the model's device.
+
+    A rollout checks itself: one row is computed again by the model's own call, alone, without padding or cache, and
+    compared with what was drawn by (`check_itself` says which row, `_bounds` how closely). So is the prompt with most
+    padding, before anything is drawn. It is done at the first rollout of a model, whenever the model or the situation
+    has changed, and at every 16th rollout (`_check_if_due`), uses no random numbers, and changes no state.
+
+    Returns a `Rollout`. Raises TypeError or ValueError for bad input, before any compute, and for logits not finite;
+    `SelfCheckError` where the check fails.
+    """
+    if unknown:
+        raise TypeError(
+            f"rollout() got {', '.join(unknown)}; the prompts are `queries`, as in rollout(model, queries)."
+        )
+    vocabulary, device = vocabulary_of(model), device_of(model)
+    if isinstance(eos_token_id, str) and eos_token_id == FROM_CONFIG:
+        eos_token_id = _ends_of(unwrapped(model)[-1].config, vocabulary)
+    sampling = Sampling(temperature, top_k, top_p, min_new_tokens, eos_token_id)
+    T = whole_number("max_new_tokens", max_new_tokens, 1)
+    copies = whole_number("num_return_sequences", num_return_sequences, 1)
+    if sampling.min_new_tokens > T:
+        raise ValueError(f"min_new_tokens={min_new_tokens}; expected 0 to max_new_tokens={T}.")
+    pad = whole_number("pad_token_id", (*sampling.eos_token_id, 0)[0] if pad_token_id is None else pad_token_id, 0)
+    prompts, prompt_mask = aligned("queries", queries, attention_mask, pad=pad)
+    check_tokens(model, prompts, prompt_mask, T)
+    sampling.check_vocabulary(vocabulary)
+    if pad >= vocabulary:
+        raise ValueError(f"pad_token_id={pad} is not in the vocabulary of {vocabulary} tokens; pass an id below that.")
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise TypeError(f"generator is a {type(generator).__name__}; expected torch.Generator().manual_seed(...).")
+    with torch.inference_mode(False), torch.no_grad():
+        prompts, prompt_mask = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
+        return _draw_responses(model, prompts, prompt_mask, T, vocabulary, pad, sampling, generator)
+
+
+def _draw_responses(model, prompts, prompt_mask, T, vocabulary, pad, sampling, generator):
+    """The `Rollout` of T columns after prompts `[B, P]`, padded at the left."""
+    (B, P), device = prompts.shape, prompts.device
+    tokens, mask = nn.functional.pad(prompts, (0, T), value=pad), nn.functional.pad(prompt_mask, (0, T))  # [B, P+T]
+    decoder = decoder_for(model, tokens, mask)
+    logits, value = decoder.logits_and_values(P)  # [B, V], [B]
+    check_prompts(model, prompts, prompt_mask, logits)
+
+    # float64, so that rare tokens are drawn as often as they should.
+    where = device if generator is None else generator.device
+    uniforms = torch.rand((T, B), generator=generator, device=where, dtype=torch.float64).to(device)
+    ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
+    early = torch.arange(T, device=device) < sampling.min_new_tokens
+    running = torch.ones(B, dtype=torch.bool, device=device)
+    logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
+    values = None if value is None else value.new_zeros((B, T))
+    bits = tokens.new_zeros((B, T, -(-vocabulary // 8)), dtype=torch.uint8) if sampling.cuts_off(vocabulary) else None
+    for t in range(T):
+        if t > 0:
+            logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
+        rows, now = decoder.rows, running[decoder.rows]  # [b], those still computed, and which have not ended
+        step = sampling_distribution(logits, sampling, early=early[t])  # [b, V]
+        token, logprob = draw(step, uniforms[t, rows])
+        logprob = logprob.masked_fill(~are_finite(logits), math.nan)
+        tokens[rows, P + t], mask[rows, P + t] = torch.where(now, token, pad), now.long()
+        logprobs[rows, t] = logprob.where(now, 0)
+        if values is not None:
+            values[rows, t] = value.where(now, 0)
+        if bits is not None:
+            bits[rows, t] = kept_set(step, sampling).where(now.unsqueeze(-1), 0)
+        running[rows] = now & ~torch.isin(token, ends)
+        # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
+        if device.type == "cpu" or t % 16 == 15 or t == T - 1:
+            check_finite(logprobs)
+            left = running[rows].nonzero().squeeze(-1)
+            if len(left) == 0:
+                break
+            if 2 * len(left) <= len(rows):
+                decoder.keep(left)
+    keep_pace(decoder.model, tokens, ended=True)
+    kept = None if bits is None else compact(bits, vocabulary)
+    drawn = Rollout(tokens, mask, tokens[:, P:], mask[:, P:].bool(), logprobs, values, running, kept, sampling)
+    check_itself("rollout", model, drawn, logprobs)
+    return drawn
+
+
+def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
+    """The seed notebook's helper: `[batch, txt_len]` tokens after `queries [batch, tokens]`; no row ends early."""
+    return rollout(model, queries, max_new_tokens=txt_len, top_k=top_k, top_p=top_p, eos_token_id=None).responses
+
+
+@dataclasses.dataclass(repr=False)
 class Rollout:
     """B rows of P columns with prompts, padded at the left, and T columns with the responses drawn for them.
 
@@ -35,7 +177,7 @@ class Rollout:
         responses: `[B, T]` int64; padding after a row's first end-of-text token.
         response_mask: `[B, T]` bool, this token was drawn from the model (a row's first end-of-text token was).
         logprobs: `[B, T]` float32 (float64 from a float64 model), natural logarithm, of the drawn tokens under the
-            sampling distribution; 0 where masked. None where another engine gave none.
+            sampling distribution; 0 where masked. None where another engine drew, and gave none.
         values: as `logprobs`, the value of the state before each token; None without a value head.
         truncated: `[B]` bool, no end-of-text token was drawn in the row.
         kept: which tokens each draw chose among, as `compact` stores them: `[B, T, K]` int32 ids, -1 in unused
@@ -56,11 +198,62 @@ class Rollout:
     def __len__(self):
         return self.sequences.shape[0]
 
+    def __repr__(self):
+        (B, N), T = self.sequences.shape, self.responses.shape[1]
+        given = {"logprobs": self.logprobs, "values": self.values}
+        means = [f"{name} {x[self.response_mask].mean():.4g}" for name, x in given.items() if x is not None]
+        return (
+            f"Rollout of {B} rows: {N - T} columns of prompts, {T} of responses\n  {self.sampling}\n  means: "
+            f"{self.response_mask.sum() / max(B, 1):.4g} tokens a row, {self.truncated.float().mean():.0%} truncated"
+            + "".join(f", {each}" for each in means)
+        )
+
     def __getitem__(self, rows):
         """The given rows (a slice, a list, a 1-D tensor of indices or a mask) as a `Rollout`."""
         if not isinstance(rows, (slice, list)) and getattr(rows, "ndim", 0) != 1:
-            raise TypeError(f"rollout[{rows}]: select rows with a slice, a list or a tensor, as in rollout[{rows}:].")
+            wanted = [*rows] if isinstance(rows, (tuple, range)) else [rows]
+            raise TypeError(
+                f"rollout[{rows!r}] is a {type(rows).__name__}; rows are selected by a slice, a list or a 1-D tensor: "
+                f"try rollout[{wanted}]."
+            )
         return self._map(lambda tensor: tensor[rows])
+
+    @classmethod
+    def cat(cls, rollouts):
+        """The rows of several rollouts with the same `sampling`, such as parts that were drawn one after the other.
+
+        Shorter prompts are padded at the left, shorter responses at the right. Raises ValueError where the settings
+        differ, or only some have log-probabilities or values.
+        """
+        rollouts = list(rollouts)
+        if len({each.sampling for each in rollouts}) != 1:
+            raise ValueError(
+                "expected rollouts with the same sampling, one at least: their settings tell how to score."
+            )
+        sampling = rollouts[0].sampling
+        for name in ("logprobs", "values", "kept"):
+            if len({getattr(each, name) is None for each in rollouts}) > 1:
+                raise ValueError(f"some of these rollouts have {name} and others not; expected all, or none.")
+        T = max(each.responses.shape[1] for each in rollouts)
+        P = max(each.sequences.shape[1] - each.responses.shape[1] for each in rollouts)
+        pad = (*sampling.eos_token_id, 0)[0]
+        sequences, masks, responses, drawn, logprobs, values, kept = [], [], [], [], [], [], []
+        for each in rollouts:
+            after = T - each.responses.shape[1]
+            before = P + T - after - each.sequences.shape[1]
+            sequences.append(nn.functional.pad(each.sequences, (before, after), value=pad))
+            masks.append(nn.functional.pad(each.attention_mask, (before, after)))
+            responses.append(nn.functional.pad(each.responses, (0, after), value=pad))
+            drawn.append(nn.functional.pad(each.response_mask, (0, after)))
+            if each.logprobs is not None:
+                logprobs.append(nn.functional.pad(each.logprobs, (0, after)))
+            if each.values is not None:
+                values.append(nn.functional.pad(each.values, (0, after)))
+        if rollouts[0].kept is not None:
+            kept = _sets_alike([each.kept for each in rollouts], T)
+        tensors = [torch.cat(part) if part else None for part in (sequences, masks, responses, drawn, logprobs, values)]
+        truncated = torch.cat([each.truncated for each in rollouts])
+        return cls(*tensors, truncated, torch.cat(kept) if kept else None, sampling)
 
     def repeat(self, times):
         """All rows so many times, one copy after the other."""
@@ -75,104 +268,38 @@ class Rollout:
         return dataclasses.replace(self, **tensors)
 
 
-torch.serialization.add_safe_globals([Rollout, Sampling])  # so that torch.load(weights_only=True) takes a rollout
+# So that torch.load(weights_only=True) takes a rollout. torch has no other way to say so than for the whole process.
+torch.serialization.add_safe_globals([Rollout, Sampling])
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def rollout(
-    model,
-    queries,
-    *,
-    attention_mask=None,
-    max_new_tokens=20,
-    min_new_tokens=0,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    eos_token_id=None,
-    pad_token_id=None,
-    num_return_sequences=1,
-    generator=None,
-):
-    """Draw responses to prompts, with the log-probability of each token and the value of the state before it.
-
-    Dropout is off, whatever mode the model is in. One that FSDP2 shards is run until the rows of all processes end.
-
-    Args:
-        model: any causal language model of transformers; `values` are reported where its output has a `value`.
-        queries: `[B, P]` int64, or a list of 1-D tensors of any lengths.
-        attention_mask: `[B, P]`, 0 for padding, on either side; needed where `queries` is padded.
-        max_new_tokens: T, columns of the response.
-        min_new_tokens, temperature, top_k, top_p, eos_token_id: as in `Sampling`; without the last, no row ends early.
-        pad_token_id: what fills a row after its end; default: the first `eos_token_id`, else 0.
-        num_return_sequences: responses for each prompt; rows of one prompt stand together.
-        generator: where the random numbers come from; default: torch's global generator of the model's device.
-
-    Returns a `Rollout`. Raises TypeError or ValueError for bad input, before any compute, and for logits not finite.
-    """
-    sampling = Sampling(temperature, top_k, top_p, min_new_tokens, eos_token_id)
-    T = whole_number("max_new_tokens", max_new_tokens, 1)
-    copies = whole_number("num_return_sequences", num_return_sequences, 1)
-    if sampling.min_new_tokens > T:
-        raise ValueError(f"min_new_tokens={min_new_tokens}; expected 0 to max_new_tokens={T}.")
-    pad = whole_number("pad_token_id", (*sampling.eos_token_id, 0)[0] if pad_token_id is None else pad_token_id, 0)
-    prompts, prompt_mask = _aligned("queries", queries, attention_mask, pad=pad)
-    vocabulary = check_tokens(model, prompts, prompt_mask, T)
-    sampling.check_vocabulary(vocabulary)
-    if pad >= vocabulary:
-        raise ValueError(f"pad_token_id={pad} is not in the vocabulary of {vocabulary} tokens; pass an id below that.")
-    if not isinstance(generator, (torch.Generator, type(None))):
-        raise TypeError(f"generator is a {type(generator).__name__}; expected torch.Generator().manual_seed(...).")
-    device = unwrapped(model)[-1].device
-    prompts, prompt_mask = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
-    B, P = prompts.shape
-    tokens, mask = nn.functional.pad(prompts, (0, T), value=pad), nn.functional.pad(prompt_mask, (0, T))  # [B, P+T]
-    # float64, so that rare tokens are drawn as often as they should.
-    where = device if generator is None else generator.device
-    uniforms = torch.rand((T, B), generator=generator, device=where, dtype=torch.float64).to(device)
-    ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
-    early = torch.arange(T, device=device) < sampling.min_new_tokens
-    running = torch.ones_like(mask[:, 0], dtype=torch.bool)
-    found = {}  # logprobs, values and kept, [B, T, ...]
-    decoder = decoder_for(model, tokens, mask)
-    for t in range(T):
-        rows, now = decoder.rows, running[decoder.rows]  # [b], those that are still computed, and that have not ended
-        logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
-        step = sampling_distribution(logits, sampling, early=early[t])
-        drawn, logprob = draw(step, uniforms[t, rows])
-        logprob = logprob.masked_fill(~logits.detach().isfinite().all(-1), math.nan)
-        tokens[rows, P + t], mask[rows, P + t] = torch.where(now, drawn, pad), now.long()
-        for name, column in (("logprobs", logprob), ("values", value), ("kept", kept_set(step, sampling))):
-            if column is not None:
-                if t == 0:
-                    found[name] = column.new_zeros((B, T, *column.shape[1:]))
-                found[name][rows, t] = column.where(now.view(-1, *[1] * (column.dim() - 1)), 0)
-        running[rows] = now & ~torch.isin(drawn, ends)
-        # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
-        if device.type == "cpu" or t % 16 == 15 or t == T - 1:
-            check_finite(found["logprobs"])
-            left = running[rows].nonzero().squeeze(-1)
-            if len(left) == 0:
-                break
-            if 2 * len(left) <= len(rows):
-                decoder.keep(left)
-    decoder.keep_pace(ended=True)
-    kept = compact(found["kept"], vocabulary) if "kept" in found else None
-    drawn = tokens[:, P:], mask[:, P:].bool(), found["logprobs"], found.get("values")
-    return Rollout(tokens, mask, *drawn, truncated=running, kept=kept, sampling=sampling)
+def _sets_alike(sets, T):
+    """Kept sets `[B, T, K]` of several rollouts with columns up to T, as ids of one width, or as bits."""
+    packed = [each.shape[-1] for each in sets if each.dtype == torch.uint8]
+    if packed:
+        sets = [each if each.dtype == torch.uint8 else as_bits(as_mask(each, 8 * packed[0])) for each in sets]
+        return [nn.functional.pad(each, (0, 0, 0, T - each.shape[1])) for each in sets]
+    K = max(each.shape[-1] for each in sets)
+    return [nn.functional.pad(each, (0, K - each.shape[-1], 0, T - each.shape[1]), value=-1) for each in sets]
 
 
-def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
-    """The seed notebook's helper: `[batch, txt_len]` tokens drawn after the prompts `queries [batch, tokens]`."""
-    return rollout(model, queries, max_new_tokens=txt_len, top_k=top_k, top_p=top_p).responses
+# What a caller passes
 
 
-def _aligned(name, rows, attention_mask=None, *, pad=0, right=False):
-    """Token ids `[B, P]`, padded at the left (or `right`), and their mask, from a tensor or from ragged 1-D tensors."""
+def _ends_of(config, vocabulary):
+    """The end-of-text tokens of a model's config, without those outside the vocabulary, which nobody can draw."""
+    ids = getattr(config, "eos_token_id", None)
+    ids = ids if isinstance(ids, (list, tuple)) else [ids]
+    return tuple(token for token in ids if token is not None and 0 <= token < vocabulary)
+
+
+def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
+    """Token ids `[B, P]`, padded at the left (or `right`), and their mask, from a tensor, lists, or a tokenizer's."""
+    if hasattr(rows, "keys"):  # what a tokenizer returns
+        if "input_ids" not in rows:
+            raise TypeError(f"{name} has {sorted(rows)}; expected input_ids, as a tokenizer returns them.")
+        attention_mask = rows.get("attention_mask") if attention_mask is None else attention_mask
+        rows = rows["input_ids"]
     if not isinstance(rows, torch.Tensor):
-        if attention_mask is not None:
-            raise ValueError(f"attention_mask goes with a [batch, tokens] tensor of {name}; a list needs none.")
         try:
             rows = [torch.as_tensor(row) for row in rows]
         except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists
@@ -181,16 +308,22 @@ def _aligned(name, rows, attention_mask=None, *, pad=0, right=False):
             raise ValueError(f"{name} is empty; expected at least one prompt.")
         for row, ids in enumerate(rows):
             if ids.dim() != 1 or (len(ids) and not are_ids(ids)):  # torch makes an empty list a float tensor
-                what = f"{name}[{row}] has the shape {[*ids.shape]} and is {ids.dtype}"
-                raise TypeError(f"{what}; expected token ids, 1-D and of an integer dtype: try .long().")
-        attention_mask = pad_sequence([torch.ones_like(ids).long() for ids in rows], batch_first=True)
+                raise TypeError(
+                    f"{name}[{row}] has the shape {[*ids.shape]} and is {ids.dtype}; expected token ids, 1-D and of an "
+                    "integer dtype: one list of ids for each row."
+                )
+        masks = [torch.ones_like(ids) for ids in rows] if attention_mask is None else attention_mask
+        masks = [torch.as_tensor(mask) for mask in masks]
+        if [mask.shape for mask in masks] != [ids.shape for ids in rows]:
+            raise ValueError(f"attention_mask has other lengths than the rows of {name}; expected the same.")
+        attention_mask = pad_sequence([mask.long() for mask in masks], batch_first=True)
         rows = pad_sequence([ids.long() for ids in rows], batch_first=True)
     if rows.dim() != 2:
         raise ValueError(f"{name} has shape {list(rows.shape)}; expected [batch, tokens]: try {name}[None].")
     if not are_ids(rows):
         raise TypeError(f"{name} is {rows.dtype}; expected token ids, an integer dtype: try .long().")
     if attention_mask is None and any(e.any() and not e.all() for e in (rows[:, :1] == pad, rows[:, -1:] == pad)):
-        warnings.warn(f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask", stacklevel=3)
+        warn(f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask")
     mask = torch.ones_like(rows, dtype=torch.long) if attention_mask is None else torch.as_tensor(attention_mask)
     if mask.shape != rows.shape:
         raise ValueError(f"attention_mask has shape {[*mask.shape]}, {name} {[*rows.shape]}; expected the same.")

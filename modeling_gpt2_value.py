@@ -19,21 +19,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 # transformers 4.57.6 to 5.0.0 copy from a local folder only what is named here: what generation needs must be, too.
 try:
     from .configuration_gpt2_value import GPT2ValueConfig
-    from .decoding_gpt2_value import as_scalars, positions, without_dropout
+    from .decoding_gpt2_value import CACHE_NAMES, GPT2_PARAMETERS, as_scalars, positions, without_dropout
     from .generation_gpt2_value import rollout
     from .sampling_gpt2_value import Sampling
     from .scoring_gpt2_value import rescore
-except ImportError:  # a checkout or a wheel, where these files are top-level modules
+except ImportError:
+    if __package__:  # in a package the siblings are there: it is transformers that lacks a name
+        raise
+    # In a checkout or a wheel these files are top-level modules.
     from configuration_gpt2_value import GPT2ValueConfig
-    from decoding_gpt2_value import as_scalars, positions, without_dropout
+    from decoding_gpt2_value import CACHE_NAMES, GPT2_PARAMETERS, as_scalars, positions, without_dropout
     from generation_gpt2_value import rollout
     from sampling_gpt2_value import Sampling  # noqa: F401
     from scoring_gpt2_value import rescore
 
-TAKES_HEAD_MASK = "head_mask" in inspect.signature(GPT2Model.forward).parameters  # transformers 4 does
-# Names that transformers' own generation, Trainer and attention kernels send through a model's **kwargs.
-PASSED_ON = "block_table cache cache_position cu_seq_lens_k cu_seq_lens_q is_causal logits_indices max_length_k"
-PASSED_ON += " logits_processor_args max_length_q output_attentions output_hidden_states read_index write_index"
+CACHE = next(name for name in CACHE_NAMES if name in GPT2_PARAMETERS)  # what this transformers calls it
 # Trainer's label smoothing shifts the labels only for the class names in this registry; the keys are not used.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(gpt2_value="GPT2ValueModel", gpt2_value_seed="GPT2HeadWithValueModel")
 
@@ -45,12 +45,17 @@ class GPT2ValueOutput(CausalLMOutputWithCrossAttentions):
     value: Optional[torch.Tensor] = None
 
 
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype, also when its weights were cast to another with the body's."""
+class Projection(nn.Module):
+    """A linear layer that computes in its input's dtype. No subclass of `nn.Linear`, so that nothing quantises it."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
 
     def forward(self, hidden_states):
-        bias = None if self.bias is None else self.bias.to(hidden_states.dtype)
-        return nn.functional.linear(hidden_states, self.weight.to(hidden_states.dtype), bias)
+        weight, bias = self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype)
+        return nn.functional.linear(hidden_states, weight, bias)
 
 
 class ValueHead(nn.Module):
@@ -59,7 +64,7 @@ class ValueHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.num_labels if config.summary_proj_to_labels else config.hidden_size
-        self.summary = Float32Linear(config.hidden_size, width) if config.summary_use_proj else nn.Identity()
+        self.summary = Projection(config.hidden_size, width) if config.summary_use_proj else nn.Identity()
         self.activation = nn.Tanh() if config.summary_activation == "tanh" else nn.Identity()
         self.first_dropout = nn.Dropout(config.summary_first_dropout)
         self.last_dropout = nn.Dropout(config.summary_last_dropout)
@@ -82,7 +87,6 @@ class GPT2ValueModel(GPT2LMHeadModel):
     head_std = "value_head_initializer_range"  # the config's field
 
     _keep_in_fp32_modules_strict: Optional[list] = ["v_head"]
-    _keep_in_fp32_modules: Optional[list] = ["v_head"]  # what no quantisation config touches
     # Buffers that GPT-2 checkpoints had until 2023: causal masks, which nothing reads any more.
     _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$", r"crossattention\.(masked_)?bias$"]
 
@@ -99,7 +103,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.v_head = ValueHead(config)
         if not config.summary_use_proj:  # no weights there: transformers 4 refuses to keep what does not exist
-            self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = None
+            self._keep_in_fp32_modules_strict = None
         if init_value_head:  # the head is meant to be missing: transformers need not warn
             self._keys_to_ignore_on_load_missing = [r"^v_head\."]
         self.post_init()
@@ -107,7 +111,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, Float32Linear):
+        if isinstance(module, Projection):
             nn.init.normal_(module.weight, std=getattr(self.config, self.head_std))
             nn.init.zeros_(module.bias)
 
@@ -132,6 +136,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
         if lost and not init_value_head:
             what = f"{pretrained_model_name_or_path}: its value head lacks {sorted(lost)}, or has another shape"
             raise ValueError(f"{what}. Ask for a whole package, or pass init_value_head=True to start with a new head.")
+        if init_value_head:  # transformers makes what a checkpoint lacks in the dtype of the body
+            model.v_head.to(torch.promote_types(model.dtype, torch.float32))
         return (model, info) if wants_info else model
 
     def detach_value_head(self):
@@ -144,75 +150,67 @@ class GPT2ValueModel(GPT2LMHeadModel):
         """Let the value loss's gradient reach the body again. Saved with the model."""
         self.config.detach_value_head = False
 
-    def forward(
-        self,
-        input_ids=None,
-        past_key_values=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        return_dict=None,
-        score=None,
-        **kwargs,
-    ):
-        """`GPT2LMHeadModel.forward` with its arguments, plus the value of every token.
+    def forward(self, *args, score=None, **kwargs):
+        """`GPT2LMHeadModel.forward` with whatever arguments the installed one takes, plus the value of every token.
 
-        Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask` admits, cached ones too:
-        padding on either side changes nothing. `score` is the `ScoreRequest` of `rescore`, answered without dropout.
+        The cache may be called `cache` or `past_key_values`, and `labels` `lm_labels`, as in the seed. Arguments that
+        are not known here are handed on, to the body and to the loss, as there. Where no `position_ids` are given,
+        they count the tokens that a 2-D `attention_mask` admits, cached ones too: padding on either side changes
+        nothing. `score` is the `ScoreRequest` of `rescore`, answered without dropout.
 
-        Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises TypeError
-        for an argument that this model cannot honour, ValueError for a mask that leaves out the cache or the input.
+        Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises ValueError
+        for a mask that leaves out the cache or the input, TypeError for an argument that is given twice.
         """
-        if "lm_labels" in kwargs:  # the seed's word
-            if labels is not None:
-                raise TypeError("Got both labels and lm_labels, two names of one argument: pass labels alone.")
-            labels = kwargs.pop("lm_labels")
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        for name in kwargs:
-            if name not in PASSED_ON.split() and not (name == "head_mask" and TAKES_HEAD_MASK):
-                why = "transformers 5 removed it" if name == "head_mask" else "it is no argument of this model"
-                raise TypeError(f"{type(self).__name__}.forward() cannot honour {name}: {why}. Leave it out.")
-        given = inputs_embeds if input_ids is None else input_ids  # neither: GPT2Model says what is missing
-        if position_ids is None and given is not None and attention_mask is not None and attention_mask.dim() == 2:
-            tokens = given.shape[1]
-            past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else None
-            if isinstance(past, int) and attention_mask.shape[1] != past + tokens:
-                what = f"attention_mask has {attention_mask.shape[1]} columns; expected {past + tokens}"
-                raise ValueError(f"{what}, {past} of the cache and {tokens} of the input: pass the whole sequence's.")
-            position_ids = positions(attention_mask)[:, -tokens:]
+        arguments = dict(zip(GPT2_PARAMETERS, args, strict=False))
+        twice = [name for name in arguments if name in kwargs]
+        arguments.update(kwargs)
+        for name, other in (("lm_labels", "labels"), *((name, CACHE) for name in CACHE_NAMES if name != CACHE)):
+            given = arguments.pop(name, None)
+            if given is not None and arguments.get(other) is not None:
+                twice.append(name)
+            arguments[other] = arguments.get(other) if given is None else given
+        if twice:
+            raise TypeError(f"{type(self).__name__}.forward() got {', '.join(twice)} twice, or under two names.")
+        labels, logits_to_keep = arguments.pop("labels"), arguments.pop("logits_to_keep", 0)
+        return_dict, cache = arguments.pop("return_dict", None), arguments[CACHE]
+        mask, inputs = arguments.get("attention_mask"), arguments.get("input_ids")
+        inputs = arguments.get("inputs_embeds") if inputs is None else inputs  # neither: GPT2Model says what is missing
+        if arguments.get("position_ids") is None and inputs is not None and mask is not None and mask.dim() == 2:
+            tokens = inputs.shape[1]
+            past = cache.get_seq_length() if isinstance(cache, Cache) else None
+            if isinstance(past, int) and mask.shape[1] != past + tokens:
+                raise ValueError(
+                    f"attention_mask has {mask.shape[1]} columns; expected {past + tokens}, {past} of the cache "
+                    f"and {tokens} of the input: pass the whole sequence's."
+                )
+            arguments["position_ids"] = positions(mask)[:, -tokens:]
 
         layers = self.transformer, self.lm_head, self.v_head
         if score is not None:
             layers = tuple(without_dropout(layer, checkpointing=True) for layer in layers)
         transformer, lm_head, v_head = layers
-        kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
-        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
-        kwargs |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
-        body = transformer(**kwargs, use_cache=use_cache, return_dict=True)
+        body = transformer(**arguments, return_dict=True)
         hidden_states = body.last_hidden_state  # [batch, tokens, n_embd]
         # Read from the model's config at each call: it is the one that is saved, and peft copies the head.
         value = v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
         if score is not None:
             return dict(score.answer(hidden_states, lm_head, as_scalars(value)))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = lm_head(hidden_states[:, kept, :])
+        logits = lm_head(hidden_states[:, kept, :])  # [batch, kept, vocabulary]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+            for_loss = {name: given for name, given in arguments.items() if name not in GPT2_PARAMETERS}
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **for_loss)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 loss = loss + 0.0 * value.sum()  # DistributedDataParallel waits for a gradient of every parameter
-        extras = body.past_key_values, body.hidden_states, body.attentions, body.cross_attentions
-        output = GPT2ValueOutput(loss, logits, *extras, value)
+        extras = {name: given for name, given in body.items() if name != "last_hidden_state"}
+        output = GPT2ValueOutput(loss=loss, logits=logits, **extras, value=value)
         if return_dict is None:
             return_dict = self.config.return_dict if self.returns_dict is None else self.returns_dict
         return output if return_dict else output.to_tuple()
+
+    # generate() and Trainer read the names of arguments off the signature.
+    forward.__signature__ = inspect.signature(GPT2LMHeadModel.forward)  # type: ignore[attr-defined]
 
     own_forward = forward  # tells a subclass that overrides forward: it is sampled and scored by its own logits
 

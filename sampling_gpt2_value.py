@@ -8,6 +8,8 @@ drawn tokens no probability ("keep sampling mask" in DeepSeek-V3.2, 2025, arXiv:
 import dataclasses
 import math
 import numbers
+import sys
+import warnings
 
 import torch
 from torch import nn
@@ -83,8 +85,8 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
         early: `[...]` bool, True where fewer than `min_new_tokens` tokens were drawn before; None: nowhere.
         kept: `[..., K]`, which tokens an earlier draw chose among (`kept_set`): the settings then cut nothing off.
 
-    Returns `[..., V]` float32 (float64 from float64): logits divided by the temperature and shifted so that the largest
-    is 0; -inf for what cannot be drawn. Their `log_softmax(-1)` are log-probabilities.
+    Returns `[..., V]` float32 (float64 from float64): logits divided by the temperature; -inf for what cannot be drawn.
+    Their `log_softmax(-1)` are log-probabilities.
     """
     vocabulary = logits.shape[-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -92,11 +94,10 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
         ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=logits.device)
         logits = torch.where(early.unsqueeze(-1), logits.index_fill(-1, ends, -math.inf), logits)
     if kept is not None:
-        logits = logits.masked_fill(~_as_mask(kept, vocabulary), -math.inf)
-    # Shifted before it is divided: at a low temperature the rounding of large quotients would show.
-    logits = logits - logits.detach().amax(-1, keepdim=True)
+        logits = logits.masked_fill(~as_mask(kept, vocabulary), -math.inf)
     if sampling.temperature != 1.0:
-        logits = logits / sampling.temperature
+        # Shifted before it is divided: at a low temperature the rounding of large quotients would show.
+        logits = (logits - logits.detach().amax(-1, keepdim=True)) / sampling.temperature
     if kept is not None or not sampling.cuts_off(vocabulary):
         return logits
     highest, tokens = logits.topk(sampling.top_k) if 0 < sampling.top_k < vocabulary else logits.sort(descending=True)
@@ -109,10 +110,12 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
 
 def kept_set(logits, sampling):
     """Which tokens a distribution `logits [..., V]` leaves: `[..., ceil(V / 8)]` uint8 bits, lowest first; or None."""
-    vocabulary = logits.shape[-1]
-    if not sampling.cuts_off(vocabulary):
-        return None
-    mask = nn.functional.pad((logits > -math.inf).byte(), (0, -vocabulary % 8))
+    return as_bits(logits > -math.inf) if sampling.cuts_off(logits.shape[-1]) else None
+
+
+def as_bits(mask):
+    """A mask `[..., V]` bool as `[..., ceil(V / 8)]` uint8, lowest bit first."""
+    mask = nn.functional.pad(mask.byte(), (0, -mask.shape[-1] % 8))
     bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (mask.unflatten(-1, (-1, 8)) << bits).sum(-1, dtype=torch.uint8)
 
@@ -120,14 +123,14 @@ def kept_set(logits, sampling):
 def compact(kept, vocabulary):
     """The sets `kept [B, T, ceil(V / 8)]`, or if that is smaller: their ids `[B, T, K]` int32, -1 in unused places."""
     parts = kept.split(max(1, 2**22 // (kept.shape[1] * vocabulary)))  # masks of 4 MB, or of one row
-    longest = int(torch.stack([_as_mask(part, vocabulary).sum(-1).amax() for part in parts]).amax())
+    longest = int(torch.stack([as_mask(part, vocabulary).sum(-1).amax() for part in parts]).amax())
     if 4 * longest > kept.shape[-1]:
         return kept
-    found = [_as_mask(part, vocabulary).byte().topk(longest) for part in parts]
+    found = [as_mask(part, vocabulary).byte().topk(longest) for part in parts]
     return torch.cat([tokens.masked_fill(is_kept == 0, -1).int() for is_kept, tokens in found])
 
 
-def _as_mask(kept, vocabulary):
+def as_mask(kept, vocabulary):
     """What `kept_set` or `compact` returned, as a mask `[..., V]` bool."""
     if kept.dtype == torch.uint8:
         bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
@@ -137,7 +140,7 @@ def _as_mask(kept, vocabulary):
 
 
 def draw(logits, uniform):
-    """Draw one index for each row of `logits [B, K]`, the largest of which is 0, by inversion of `uniform [B]`.
+    """Draw one index for each row of `logits [B, K]` by inversion of the distribution function at `uniform [B]`.
 
     One uniform number in [0, 1) makes one draw (Devroye, "Non-Uniform Random Variate Generation", 1986, chapter III).
     Blocks of sqrt(K) are summed first, then one of them, since cumulative sums over a whole vocabulary are slow; in
@@ -146,6 +149,7 @@ def draw(logits, uniform):
     Returns the indices `[B]` int64 and their log-probabilities `[B]`, of the logits' dtype (NaN where a logit is NaN).
     """
     rows, width = logits.shape
+    logits = logits - logits.amax(-1, keepdim=True)
     block = math.isqrt(width - 1) + 1
     weights = nn.functional.pad(logits.exp(), (0, -width % block)).view(rows, -1, block)
     blocks = weights.sum(-1, dtype=torch.float64)  # [B, K / block]
@@ -165,6 +169,12 @@ def _invert(weights, target):
     return index, (target - (running - weights).gather(-1, index)).clamp(min=0)
 
 
+def are_finite(logits):
+    """Whether all of `logits [..., V]` are: `[...]` bool."""
+    low, high = torch.aminmax(logits.detach(), dim=-1)
+    return (low > -math.inf) & (high < math.inf)  # NaN is neither
+
+
 def whole_number(name, value, low):
     """`value` as an int; ValueError where it is no whole number of at least `low`."""
     return int(number(name, value, low, math.inf, numbers.Integral))
@@ -177,3 +187,13 @@ def number(name, value, low, high, kind=numbers.Real):
         expected = f"an int >= {low}" if kind is numbers.Integral else f"a number from {low} to {high}"
         raise ValueError(f"{name}={value!r}; expected {expected}.")
     return plain
+
+
+def warn(message):
+    """Warn at the caller's line: frames of these files and of torch are passed over."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and (
+        frame.f_code.co_filename.endswith("_gpt2_value.py") or frame.f_globals.get("__name__", "").startswith("torch.")
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

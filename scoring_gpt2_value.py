@@ -1,29 +1,54 @@
 """Scoring given tokens under a model: log-probabilities, values, entropy and KL, without holding all logits at once.
 
-Remote code, which imports only torch, transformers and its siblings. Logits are computed a chunk of tokens at a time,
-and again in the backward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174).
+Remote code, which imports only torch, transformers and its siblings. Where many logits would be held, they are computed
+a chunk of tokens at a time, and again in the backward pass (Chen et al., "Training Deep Nets with Sublinear Memory
+Cost", 2016, arXiv:1604.06174).
 """
 
 import contextlib
 import dataclasses
 import math
-import warnings
+import weakref
 from typing import Any, Optional
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 try:
-    from .decoding_gpt2_value import check_tokens, innermost, inputs_and_head, run, takes_requests, unwrapped
-    from .sampling_gpt2_value import Sampling, sampling_distribution
-except ImportError:  # a checkout or a wheel, where these files are top-level modules
-    from decoding_gpt2_value import check_tokens, innermost, inputs_and_head, run, takes_requests, unwrapped
-    from sampling_gpt2_value import Sampling, sampling_distribution
+    from .decoding_gpt2_value import (
+        anywhere,
+        check_tokens,
+        device_of,
+        innermost,
+        inputs_and_head,
+        logits_alone,
+        run,
+        takes_requests,
+        unwrapped,
+    )
+    from .sampling_gpt2_value import Sampling, are_finite, sampling_distribution, warn
+except ImportError:
+    if __package__:  # in a package the siblings are there: it is transformers that lacks a name
+        raise
+    # In a checkout or a wheel these files are top-level modules.
+    from decoding_gpt2_value import (
+        anywhere,
+        check_tokens,
+        device_of,
+        innermost,
+        inputs_and_head,
+        logits_alone,
+        run,
+        takes_requests,
+        unwrapped,
+    )
+    from sampling_gpt2_value import Sampling, are_finite, sampling_distribution, warn
 
-# So many (token, vocabulary) logits are held at a time: 100 MB in float32. Smaller products run slower.
-CHUNK = 25_000_000
+KEPT_BYTES = 2**28  # up to so many bytes of float32 logits are kept for the backward pass
+CHUNK = 2**24  # above, so many (token, vocabulary) logits are held at a time: 64 MiB in float32
 
 
 @dataclasses.dataclass
@@ -31,7 +56,7 @@ class Rescored(ModelOutput):
     """The tokens of a rollout under a model. All `[B, T]` float32 (float64 from a float64 model), 0 where masked.
 
     Attributes:
-        logprobs: of the tokens, over the tokens that each draw chose among.
+        logprobs: of the tokens, over the tokens that each draw chose among; None with `values_only`.
         values: of the state before each token; None for a model without a value head.
         entropy: of the same distributions, in nats; None unless asked for.
         kl: KL(model || reference) of the same distributions, in nats, summed over the tokens; None without a reference.
@@ -43,6 +68,62 @@ class Rescored(ModelOutput):
     kl: Optional[torch.Tensor] = None
 
 
+def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=False):
+    """Score the rollout's tokens under this model, over the tokens that each draw chose among; differentiable.
+
+    With the model that made the rollout, the log-probabilities and values are those in it (in float32 within 1e-5, or
+    1e-6 * max |logit| / temperature where that is more). With any other, exp(logprobs - rollout.logprobs) is 1 in the
+    mean, within its error. Dropout is off, whatever mode the model is in; gradient checkpointing stays as it is.
+
+    A `GPT2ValueModel` is called once, in the wrapper that it was passed in; of a `GPT2LMHeadModel`, the body and the
+    output layer. Any other model, or a forward that was replaced or hooked, gives its logits `[B, T, vocabulary]`.
+    Logits are kept for the backward pass up to 256 MiB, and above computed a second time, 64 MiB at a time.
+
+    Args:
+        model: any causal language model of transformers with the rollout's vocabulary.
+        rollout: a `Rollout` of B rows and T response columns.
+        with_entropy: also give the entropy of the sampling distribution at each token.
+        reference: a second model; also give the KL divergence to it at each token. It receives no gradient. Or
+            "disable_adapter": the model is a PeftModel, whose base is run with the adapter off (for all threads).
+        values_only: give the values and nothing else, without running the output layer.
+
+    Returns `Rescored`. Raises TypeError or ValueError if the rollout contradicts itself or does not fit the model, or
+    logits are not finite, and `SelfCheckError` where a row has other numbers alone than in the batch (see `rollout`).
+    """
+    check_rollout(rollout)
+    vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
+    rollout.sampling.check_vocabulary(vocabulary, rollout.kept)
+    if rollout.kept is None and rollout.sampling.cuts_off(vocabulary):
+        raise ValueError(
+            f"{rollout.sampling} cuts tokens off, and the rollout does not say which (`kept` is None). "
+            "Pass rollout_from_tokens(kept=...), or sampler_audit.find_kept_sets(model, rollout)."
+        )
+    if values_only and (with_entropy or reference is not None):
+        raise ValueError("values_only=True runs no output layer; entropy and KL need it: ask for them in another call.")
+    inner = unwrapped(model)[-1]
+    _warn_of_frozen_head(inner)
+    rollout, T = rollout.to(device_of(model)), rollout.responses.shape[1]
+    tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
+    seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
+    other = None if reference is None else _reference_inputs(model, reference, vocabulary, seen, T)
+    asked, mask = rollout.responses.masked_fill(~rollout.response_mask, 0), rollout.response_mask
+    request = ScoreRequest(asked, mask, rollout.sampling, rollout.kept, with_entropy, values_only, lambda: other)
+    if takes_requests(model):
+        scored: Any = Rescored(**run(model, *seen, score=request, use_cache=False)[0])
+    elif values_only:
+        _, values = run(model, *seen, logits_to_keep=1, use_cache=False)
+        scored = request.answer(None, None, values)
+    else:
+        scored = request.answer(*inputs_and_head(model, *seen, T))
+    if values_only:
+        if scored.values is None:
+            raise ValueError(f"a {type(inner).__name__} gives no values; expected a model with a value head.")
+        return scored
+    check_finite(scored.logprobs if scored.kl is None else scored.logprobs.where(~scored.kl.isnan(), scored.kl))
+    check_itself("rescore", model, rollout, scored.logprobs)
+    return scored
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScoreRequest:
     """What `forward(score=...)` is asked: the scores of T tokens, the first of which follows column -T of the input."""
@@ -52,111 +133,259 @@ class ScoreRequest:
     sampling: Sampling
     kept: Optional[torch.Tensor]  # as in the rollout
     with_entropy: bool
-    reference: Any  # for the KL: () -> inputs [B, T, ...], their output layer; FSDP2 would cast tensors that it sees
+    values_only: bool
+    reference: Any  # () -> its inputs [B, T, ...] and output layer, or None; FSDP2 would cast tensors that it sees
 
     def answer(self, inputs, head, values):
         """The `Rescored` of a model with the logits `head(inputs [B, >= T, ...])`, and such `values` or None."""
         drawn, T = self.drawn, self.drawn.shape[1]
-        early = torch.arange(T, device=drawn.device) < self.sampling.min_new_tokens
-        columns = {"inputs": inputs[:, -T:], "tokens": self.tokens, "kept": self.kept, "early": early.expand_as(drawn)}
-        if self.reference is not None:
-            columns["reference_inputs"] = self.reference()[0]
-        columns = {name: column[drawn.to(column.device)] for name, column in columns.items() if column is not None}
-        rows = max(1, CHUNK // getattr(head, "out_features", inputs.shape[-1]))
-        pieces = zip(*(column.split(rows) for column in columns.values()), strict=True)
-        chunks = [dict(zip(columns, piece, strict=True)) for piece in pieces]
-        # Nothing in a chunk is random. The model's caller may be in a checkpoint of its own.
-        parts = [checkpoint(self._score, head, c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
-        found = (torch.cat(column) for column in zip(*parts, strict=True))
-        logprobs, entropy, kl = (torch.zeros_like(drawn, dtype=x.dtype).masked_scatter(drawn, x) for x in found)
         values = None if values is None else torch.where(drawn, values[:, -T:], 0.0)
-        return Rescored(logprobs, values, entropy if self.with_entropy else None, kl if self.reference else None)
+        if self.values_only:
+            return Rescored(values=values)
+        early = (torch.arange(T, device=drawn.device) < self.sampling.min_new_tokens).expand_as(drawn)
+        other, other_head = self.reference() or (None, None)
+        vocabulary = getattr(head, "out_features", inputs.shape[-1])
+        keeps_logits = 4 * vocabulary * int(drawn.sum()) <= KEPT_BYTES
+        columns = inputs[:, -T:], self.tokens, early, self.kept, other  # [B, T, ...] each, or None
+        pieces = [_split(column, drawn, max(1, CHUNK // vocabulary)) for column in columns]
+        parts = []
+        for piece in zip(*pieces, strict=True):
+            if keeps_logits or not torch.is_grad_enabled():
+                parts.append(self._score(head, other_head, *piece))
+            else:  # nothing in it is random; the model's caller may be in a checkpoint of its own
+                how = {"use_reentrant": False, "preserve_rng_state": False}
+                parts.append(checkpoint(self._score, head, other_head, *piece, **how))
+        logprobs, entropy, kl = (
+            torch.zeros_like(drawn, dtype=part[0].dtype).masked_scatter(drawn, torch.cat(part))
+            for part in zip(*parts, strict=True)
+        )
+        return Rescored(logprobs, values, entropy if self.with_entropy else None, None if other is None else kl)
 
-    def _score(self, head, chunk):
+    def _score(self, head, other_head, inputs, tokens, early, kept, other):
         """Log-probability, entropy and KL `[n]` of n drawn tokens; NaN where logits are not finite, 0 if not asked."""
-        logits = head(chunk["inputs"])  # [n, V]
-        how = {"early": chunk["early"], "kept": chunk.get("kept")}
-        scaled = sampling_distribution(logits, self.sampling, **how)
-        normaliser = scaled.logsumexp(-1)
-        logprob = scaled.gather(-1, chunk["tokens"].unsqueeze(-1)).squeeze(-1) - normaliser
-        logprob = logprob.masked_fill(~logits.detach().isfinite().all(-1), math.nan)
+        logits = head(inputs)  # [n, V]
+        scaled = sampling_distribution(logits, self.sampling, early=early, kept=kept)
+        logprobs = scaled.log_softmax(-1)  # [n, V]
+        logprob = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).masked_fill(~are_finite(logits), math.nan)
         entropy = kl = torch.zeros_like(logprob)
-        if self.with_entropy or self.reference is not None:
+        if self.with_entropy or other is not None:
             possible = scaled > -math.inf
-            logprobs = (scaled - normaliser.unsqueeze(-1)).masked_fill(~possible, 0.0)
+            logprobs = logprobs.masked_fill(~possible, 0.0)
             probs = logprobs.exp() * possible
-            if self.with_entropy:
-                entropy = -(probs * logprobs).sum(-1)
-            if self.reference is not None:
-                with torch.no_grad():
-                    other = self.reference()[1](chunk["reference_inputs"]).to(logits.device)
-                    other = sampling_distribution(other, self.sampling, **how).log_softmax(-1)
-                kl = (probs * (logprobs - other.masked_fill(~possible, 0.0))).sum(-1)
+            entropy = -(probs * logprobs).sum(-1)
+        if other is not None:
+            with torch.no_grad():
+                theirs = other_head(other).to(logits.device)
+                theirs = sampling_distribution(theirs, self.sampling, early=early, kept=kept).log_softmax(-1)
+            kl = (probs * (logprobs - theirs.masked_fill(~possible, 0.0))).sum(-1)
         return logprob, entropy, kl
 
 
-def rescore(model, rollout, *, with_entropy=False, reference=None):
-    """Score the rollout's tokens under this model, over the tokens that each draw chose among; differentiable.
+def _split(column, drawn, size):
+    """A column's `[B, T, ...]` drawn tokens in pieces `[size, ...]`; of None, as many times None."""
+    if column is None:
+        return [None] * -(-int(drawn.sum()) // size)
+    return column[drawn.to(column.device)].split(size)
 
-    With the model that made the rollout, the log-probabilities and values are those in it (in float32 within 1e-5, or
-    1e-6 * max |logit| / temperature where that is more). With any other, exp(logprobs - rollout.logprobs) is 1 in the
-    mean, within its error. Dropout is off, whatever mode the model is in; gradient checkpointing stays as it is.
 
-    A `GPT2ValueModel` is called once, in the wrapper that it was passed in; of a `GPT2LMHeadModel`, the body and the
-    output layer. Any other model, or a forward that was replaced or hooked, gives its logits `[B, T, vocabulary]`.
-
-    Args:
-        model: any causal language model of transformers with the rollout's vocabulary.
-        rollout: a `Rollout` of B rows and T response columns.
-        with_entropy: also give the entropy of the sampling distribution at each token.
-        reference: a second model; also give the KL divergence to it at each token. It receives no gradient. Or
-            "disable_adapter": the model is a PeftModel, whose base is run with the adapter off (for all threads).
-
-    Returns `Rescored`. Raises TypeError or ValueError if the rollout does not fit the model, or logits are not finite.
-    """
-    if type(rollout).__name__ != "Rollout" or not hasattr(rollout, "sampling"):
-        # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
-        raise TypeError(f"rescore() got a {type(rollout).__name__}; expected the Rollout of this version.")
-    adapter: Any = next((wrapper for wrapper in unwrapped(model) if hasattr(wrapper, "disable_adapter")), None)
-    asks, inner = isinstance(reference, str), unwrapped(model)[-1]
-    if asks and (reference != "disable_adapter" or adapter is None):
+def _reference_inputs(model, reference, vocabulary, seen, T):
+    """The inputs of the reference's output layer, `[B, T, ...]`, and that layer."""
+    models = unwrapped(model)
+    adapter: Any = next((wrapper for wrapper in models if hasattr(wrapper, "disable_adapter")), None)
+    switches = isinstance(reference, str)
+    if switches and (reference != "disable_adapter" or adapter is None):
         raise ValueError(f'reference={reference!r}; expected a model, or "disable_adapter" with a PeftModel.')
-    if asks:
+    if switches:
         reference = model
-    elif reference is not None and hasattr(inner, "peft_config") and unwrapped(reference)[-1] is inner:
+    elif hasattr(models[-1], "peft_config") and unwrapped(reference)[-1] is models[-1]:
         raise ValueError('the reference is the model itself, whose KL is 0; pass reference="disable_adapter".')
-    vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
-    rollout.sampling.check_vocabulary(vocabulary, rollout.kept)
-    if rollout.kept is None and rollout.sampling.cuts_off(vocabulary):
-        what = f"{rollout.sampling} cuts tokens off, and the rollout does not say which (`kept` is None)"
-        raise ValueError(f"{what}. Pass kept=..., or the rollout of sampler_audit.find_kept_sets(model, rollout).")
-    its = vocabulary if reference is None else check_tokens(reference, rollout.sequences, rollout.attention_mask)
+    tokens, mask, columns = seen
+    its = check_tokens(reference, tokens, mask)
     if its != vocabulary:
         raise ValueError(f"the model's vocabulary has {vocabulary} tokens, the reference's {its}; expected the same.")
-    head = [*getattr(inner, "v_head", nn.Identity()).parameters()] if hasattr(inner, "peft_config") else []
-    if torch.is_grad_enabled() and head and not any(weight.requires_grad or weight.any() for weight in head):
-        what = 'the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it'
-        warnings.warn(what, stacklevel=2)
-    rollout, T = rollout.to(inner.device), rollout.responses.shape[1]
-    tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
-    seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
-    other = None
-    if reference is not None:
-        device = unwrapped(reference)[-1].device
-        with torch.no_grad(), adapter.disable_adapter() if asks else contextlib.nullcontext():
-            other = inputs_and_head(innermost(reference), *(x.to(device) for x in seen[:2]), seen[2], T)[:2]
-    asked, mask = rollout.responses.masked_fill(~rollout.response_mask, 0), rollout.response_mask
-    request = ScoreRequest(asked, mask, rollout.sampling, rollout.kept, with_entropy, other and (lambda: other))
-    if takes_requests(model):
-        scored: Any = Rescored(**run(model, *seen, score=request, use_cache=False)[0])
-    else:
-        scored = request.answer(*inputs_and_head(model, *seen, T))
-    check_finite(scored.logprobs if scored.kl is None else scored.logprobs.where(~scored.kl.isnan(), scored.kl))
-    return scored
+    device = device_of(reference)
+    with torch.no_grad(), adapter.disable_adapter() if switches else contextlib.nullcontext():
+        return inputs_and_head(innermost(reference), tokens.to(device), mask.to(device), columns, T)[:2]
+
+
+# A rollout and a score check themselves: one row, the most likely to be wrong, is computed again by the model's own
+# call. That holds for every model and every version of a library, and needs no list of what is known to work.
+
+EVERY = 16  # calls: one row alone costs 6% of a rollout of 16 rows, so 0.4% in the mean
+MOST_COLUMNS = 256  # of that row: a wrong state stays wrong to its end
+# Of a model: in how many calls since its last check it was used, by how. A model that is gone is forgotten.
+_calls_since: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class SelfCheckError(RuntimeError):
+    """A model gives a row other log-probabilities in a batch than alone: what was drawn is not what would be scored."""
+
+
+def check_itself(doing, model, rollout, logprobs):
+    """Raise SelfCheckError where a row alone has other log-probabilities than `logprobs [B, T]`, if a check is due.
+
+    The row is the one with most padding among those with most drawn tokens, which goes on after others have ended.
+    """
+    drawn, mask = rollout.response_mask, rollout.attention_mask
+    lengths = drawn.sum(1)
+    padding = (mask == 0).sum(1) - (~drawn).sum(1)
+    row = int((lengths * mask.shape[1] + padding).argmax())
+
+    def compare():
+        tokens = rollout.sequences[row][mask[row].bool()]  # [n]
+        is_drawn = nn.functional.pad(drawn[row], (mask.shape[1] - drawn.shape[1], 0))[mask[row].bool()]
+        places = is_drawn.nonzero().squeeze(-1)[-MOST_COLUMNS:]
+        if len(places) == 0:
+            return torch.zeros(1), torch.zeros(1), 0.0
+        steps = drawn[row].nonzero().squeeze(-1)[-MOST_COLUMNS:]
+        first, taken = int(places[0]), tokens[places].unsqueeze(-1)
+        logits = logits_alone(model, tokens[:-1], len(tokens) - first)[places - first]  # [columns, V]
+        kept = None if rollout.kept is None else rollout.kept[row, steps]
+        early = steps < rollout.sampling.min_new_tokens
+        scaled = sampling_distribution(logits, rollout.sampling, early=early, kept=kept)
+        alone = scaled.log_softmax(-1).gather(-1, taken).squeeze(-1)
+        sizes = torch.maximum(logits.amax(-1).abs(), logits.gather(-1, taken).squeeze(-1).abs())
+        bounds = _bounds(model, logits, sizes) / rollout.sampling.temperature
+        return logprobs[row, steps].detach(), alone, bounds
+
+    ragged = bool(padding.any()), bool((lengths != lengths[0]).any())
+    advice = (
+        "pass prompts of one length and eos_token_id=None, set attn_implementation='eager', or remove what changes it"
+    )
+    _check_if_due(model, (doing, *ragged), compare, f"row {row} of this {doing}", advice)
+
+
+def check_prompts(model, prompts, mask, logits):
+    """Raise SelfCheckError where the prompt with most padding alone has other `logits [B, V]`, if a check is due."""
+    row = int(mask.sum(1).argmin())
+
+    def compare():
+        alone = logits_alone(model, prompts[row][mask[row].bool()], 1)[0]
+        found, expected = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (logits[row], alone))
+        return found.log_softmax(-1), expected.log_softmax(-1), _bounds(model, alone, expected.abs())
+
+    advice = "it runs on over padding, as recurrent models do: pass prompts of one length, one call for each length"
+    if anywhere(model, not mask.all()):
+        _check_if_due(model, ("prompts",), compare, f"the padded prompt {row}", advice)
+
+
+def _check_if_due(model, situation, compare, what, advice):
+    """Compare what was found in a batch, the same alone, and bounds for the difference, where that is due.
+
+    That is: at the first call for a model; again when its class, config, dtype, hooks, or numbers kept on its modules
+    have changed, or the situation is another; and at every 16th call. Libraries cannot change within a process.
+    """
+    inner = unwrapped(model)[-1]
+    calls = _calls_since.setdefault(inner, {})
+    key = hash((situation, computation_of(inner)))
+    since = calls.get(key, 0)
+    if anywhere(model, since % EVERY == 0):
+        found, alone, bounds = compare()
+        difference = torch.where(found == alone, 0.0, found - alone).abs()
+        excess = (difference / bounds).square().mean().sqrt()
+        if anywhere(model, not excess <= 1):
+            raise SelfCheckError(
+                f"a {type(inner).__name__} gives {what} log-probabilities that are {difference.max():.3g} nats from "
+                f"those that it has alone, without padding or cache; transformers is {transformers.__version__}. "
+                f"Nothing that was drawn can be trusted: {advice}."
+            )
+    calls[key] = since + 1  # not after an error: the next call is checked again
+
+
+def computation_of(model):
+    """A hash of what decides how a model computes: its classes, forwards, hooks, numbers, config, dtype, precision."""
+    kind = model.device.type
+    parts: list = [
+        str(vars(model.config)),
+        model.dtype,
+        torch.is_autocast_enabled(kind),
+        torch.get_autocast_dtype(kind),
+    ]
+    parts.append(torch.get_float32_matmul_precision())
+    for module in model.modules():
+        numbers = (value for value in vars(module).values() if type(value) in (bool, int, float, str))
+        hooks = *module._forward_pre_hooks, *module._forward_hooks
+        parts.append((type(module), type(module).forward, vars(module).get("forward"), hooks, *numbers))
+    return hash(tuple(parts))
+
+
+def _bounds(model, logits, sizes):
+    """By how much a log-probability may differ that was computed in another order, for logits of these sizes.
+
+    Half of the digits, sqrt(eps), for what layers make of a rounding, and the rounding of a logit itself: float32 sums
+    of thousands of products err by some 64 eps, products of 16 bits are summed in float32 and rounded once, 2 eps.
+    Root mean squares are compared with that: honest models stay below a third of it in float32, bfloat16 and float16;
+    a wrong cache, position, padding or dropout is off by 0.5 to 17 nats. eps is that of the coarsest dtype in use: of
+    the weights, of the logits (which autocast rounds), of TF32.
+    """
+    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    dtypes |= {dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(logits, logits.to(dtype).to(logits))}
+    precision = torch.get_float32_matmul_precision()
+    dtypes.add({"high": torch.float16, "medium": torch.bfloat16}.get(precision, torch.float32))
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes
+
+
+# What a caller passes
+
+
+def check_rollout(rollout):
+    """Raise TypeError or ValueError where this is no `Rollout`, or one whose parts contradict each other."""
+    if type(rollout).__name__ != "Rollout" or not hasattr(rollout, "sampling"):
+        # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
+        raise TypeError(f"got a {type(rollout).__name__}; expected the Rollout of this version.")
+    integers = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+    floats = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    shape, T = [*rollout.sequences.shape], rollout.responses.shape[-1]
+    sets = [*rollout.responses.shape, *([] if rollout.kept is None else rollout.kept.shape[2:3])]
+    for name, dtypes, expected in (
+        ("sequences", integers, [shape[0], max(shape[-1], T + 1)]),
+        ("attention_mask", (*integers, torch.bool), shape),
+        ("responses", integers, [shape[0], T]),
+        ("response_mask", (torch.bool,), [shape[0], T]),
+        ("logprobs", floats, [shape[0], T]),
+        ("values", floats, [shape[0], T]),
+        ("kept", (torch.int32, torch.uint8), sets),
+    ):
+        tensor = getattr(rollout, name)
+        if tensor is None and name in ("logprobs", "values", "kept"):
+            continue
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes:
+            found = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"rollout.{name} is {found}; expected a tensor of {dtypes[0]}.")
+        if [*tensor.shape] != expected:
+            raise ValueError(f"rollout.{name} has the shape {[*tensor.shape]}; expected {expected}.")
+    mask, drawn = rollout.attention_mask, rollout.response_mask
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("rollout.attention_mask holds other numbers than 0 and 1; expected 1 for a token.")
+    wrong = {
+        "is not the one in `sequences`": rollout.responses != rollout.sequences[:, -T:],
+        "is drawn, and masked in `attention_mask`": mask[:, -T:] == 0,
+    }
+    if rollout.kept is not None:
+        taken = rollout.responses.unsqueeze(-1).long()
+        if rollout.kept.dtype == torch.int32:
+            wrong["is not in its kept set of ids"] = ~(rollout.kept == taken).any(-1) | (rollout.kept < -1).any(-1)
+        else:
+            byte = rollout.kept.gather(-1, (taken // 8).clamp(0, rollout.kept.shape[-1] - 1)).squeeze(-1)
+            wrong["is not in its kept set of bits"] = (byte >> (taken % 8).squeeze(-1)) & 1 == 0
+    for what, where in wrong.items():
+        for row, step in (where & drawn).nonzero().tolist():
+            raise ValueError(
+                f"rollout.responses[{row}, {step}], the token {int(rollout.responses[row, step])}, {what}."
+            )
 
 
 def check_finite(logprobs):
     """Raise ValueError where logits were not finite: these `logprobs [B, T]` are NaN."""
     for row, step in logprobs.isnan().nonzero().tolist():
-        what = f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them"
-        raise ValueError(f"{what}. Check the weights (a diverged training step?), or use bfloat16 instead of float16.")
+        raise ValueError(
+            f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them. "
+            "Check the weights (a diverged training step?), or use bfloat16 instead of float16."
+        )
+
+
+def _warn_of_frozen_head(model):
+    head = [*getattr(model, "v_head", nn.Identity()).parameters()] if hasattr(model, "peft_config") else []
+    if torch.is_grad_enabled() and head and not any(weight.requires_grad or weight.any() for weight in head):
+        warn('the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it')

@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from decoding_gpt2_value import check_tokens, innermost, inputs_and_head, unwrapped
-from generation_gpt2_value import Rollout, _aligned
+from generation_gpt2_value import Rollout, aligned
 from sampling_gpt2_value import Sampling, compact, kept_set, sampling_distribution, whole_number
 
 
@@ -46,8 +46,8 @@ def rollout_from_tokens(
     """
     sampling = sampling or Sampling()
     pad = whole_number("pad_token_id", (*sampling.eos_token_id, 0)[0] if pad_token_id is None else pad_token_id, 0)
-    prompts, prompt_mask = _aligned("prompts", prompts, attention_mask, pad=pad)  # [B, P]
-    responses, mask = (x.to(prompts.device) for x in _aligned("responses", responses, pad=pad, right=True))  # [B, T]
+    prompts, prompt_mask = aligned("prompts", prompts, attention_mask, pad=pad)  # [B, P]
+    responses, mask = (x.to(prompts.device) for x in aligned("responses", responses, pad=pad, right=True))  # [B, T]
     drawn, (B, T) = mask.bool(), mask.shape
     if len(prompts) != B or not drawn.any():
         raise ValueError(f"got {len(prompts)} prompts, {B} responses; expected as many, with a token at least.")

@@ -116,7 +116,7 @@ def adapted(model):
 def test_a_model_that_computes_something_else_is_decoded_by_its_own_forward(altered):
     model = altered()
     assert decoder_of(model) is Decoder
-    drawn = model.rollout(RAGGED, max_new_tokens=10)
+    drawn = model.rollout(RAGGED, max_new_tokens=10, eos_token_id=None)
     torch.testing.assert_close(rescore(model, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
     logits = model(drawn.sequences, attention_mask=drawn.attention_mask).logits[:, -11:-1]
     expected = logits.log_softmax(-1).gather(-1, drawn.responses[..., None]).squeeze(-1)

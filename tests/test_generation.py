@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from generation_gpt2_value import Rollout, rescore, respond_to_batch, rollout
-from sampling_gpt2_value import Sampling, _as_mask, compact, draw, kept_set, sampling_distribution
+from sampling_gpt2_value import Sampling, as_mask, compact, draw, kept_set, sampling_distribution
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 EOS = [1, 2, 3, 4, 5, 6, 7, 8]  # several, so that rows of a random model end early
@@ -188,7 +188,8 @@ def test_sampled_sequences_follow_the_enumerated_distribution(settings):
     assert expected.sum() == pytest.approx(1.0)
 
     torch.manual_seed(0)
-    drawn = model.rollout(prompt[None], max_new_tokens=T, num_return_sequences=N, **settings).responses
+    ends = {"eos_token_id": None, **settings}
+    drawn = model.rollout(prompt[None], max_new_tokens=T, num_return_sequences=N, **ends).responses
     index = (drawn * V ** torch.arange(T - 1, -1, -1)).sum(-1)
     counts = torch.bincount(index, minlength=V**T)
     assert chi_square_p(counts, expected * N) > 1e-3
@@ -200,7 +201,7 @@ def test_ids_of_kept_sets_are_those_of_the_bits_however_the_rows_are_parted():
     bits = kept_set(logits, Sampling(top_k=7))
     ids = compact(bits, 50257)
     assert ids.dtype == torch.int32
-    assert torch.equal(_as_mask(ids, 50257), logits == 0)
+    assert torch.equal(as_mask(ids, 50257), logits == 0)
 
 
 @pytest.mark.parametrize("width", [1, 2, 255, 256, 257, 1000, 50257])
@@ -308,7 +309,7 @@ def test_the_masks_say_what_was_drawn():
 
 
 def test_without_an_end_of_text_every_row_is_full_and_truncated():
-    drawn = make_tiny_model().rollout(RAGGED, max_new_tokens=7)
+    drawn = make_tiny_model().rollout(RAGGED, max_new_tokens=7, eos_token_id=None)
     assert drawn.response_mask.all()
     assert drawn.truncated.all()
 
@@ -382,7 +383,7 @@ def test_rescoring_is_differentiable_and_a_plain_gpt2_serves_as_reference():
 def test_gradients_match_a_plain_policy_gradient():
     model = make_tiny_model()
     prompt = RAGGED[0]
-    drawn = model.rollout([prompt], max_new_tokens=5)
+    drawn = model.rollout([prompt], max_new_tokens=5, eos_token_id=None)
     model.rescore(drawn).logprobs.sum().backward()
     ours = model.transformer.h[0].mlp.c_fc.weight.grad.clone()
     model.zero_grad()
@@ -537,7 +538,7 @@ TWO = torch.tensor([[1, 2], [3, 4]])
         (torch.tensor([1, 2]), {}, ValueError, r"shape \[2\]; expected \[batch, tokens\]"),
         (TWO, {"attention_mask": torch.ones(2, 3)}, ValueError, "expected the same"),
         (TWO, {"attention_mask": torch.full((2, 2), 0.5)}, ValueError, "other numbers than 0 and 1"),
-        ([TWO[0]], {"attention_mask": TWO}, ValueError, "a list needs none"),
+        ([TWO[0]], {"attention_mask": TWO}, ValueError, "attention_mask has other lengths"),
         (TWO, {"max_new_tokens": 63}, ValueError, "65 tokens, this model's positions end at 64"),
         (TWO, {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
         (TWO, {"temperature": 0.0}, ValueError, "temperature=0.0"),
@@ -550,7 +551,7 @@ TWO = torch.tensor([[1, 2], [3, 4]])
         (TWO, {"top_k": -1}, ValueError, "top_k=-1"),
         (TWO, {"top_k": 2.5}, ValueError, "top_k=2.5"),
         (TWO, {"min_new_tokens": 30, "eos_token_id": 1}, ValueError, "min_new_tokens=30; expected 0 to"),
-        (TWO, {"min_new_tokens": 3}, ValueError, "no effect without eos_token_id"),
+        (TWO, {"min_new_tokens": 3, "eos_token_id": None}, ValueError, "no effect without eos_token_id"),
         (TWO, {"eos_token_id": 96}, ValueError, "eos_token_id=96 is not in the vocabulary"),
         (TWO, {"pad_token_id": -1}, ValueError, "pad_token_id=-1"),
         (TWO, {"num_return_sequences": 0}, ValueError, "num_return_sequences=0"),
@@ -579,7 +580,7 @@ TWO = torch.tensor([[1, 2], [3, 4]])
         ([TWO[0] > 0], {}, TypeError, "expected token ids"),
         ("a text", {}, TypeError, "not texts"),
         (["two", "texts"], {}, TypeError, "not texts"),
-        ({"input_ids": TWO}, {}, TypeError, "not texts"),
+        ({"tokens": TWO}, {}, TypeError, "expected input_ids"),
         ([None], {}, TypeError, "not texts"),
         ([["two", "texts"]], {}, TypeError, "not texts"),
         ([[[1], [2, 3]]], {}, TypeError, "queries holds no token ids"),
@@ -593,6 +594,57 @@ TWO = torch.tensor([[1, 2], [3, 4]])
 def test_bad_input_is_refused_before_any_compute(unused_model, queries, arguments, error, message):
     with pytest.raises(error, match=message):
         unused_model.rollout(queries, **arguments)
+
+
+def test_what_a_tokenizer_returns_is_taken():
+    model = make_tiny_model()
+    lists = {"input_ids": [[9, 9, 5], [41, 7, 2]], "attention_mask": [[0, 0, 1], [1, 1, 1]]}
+    tensors = {name: torch.tensor(rows) for name, rows in lists.items()}
+    drawn = [
+        model.rollout(queries, max_new_tokens=5, generator=torch.Generator().manual_seed(0))
+        for queries in (lists, tensors, [[5], [41, 7, 2]])
+    ]
+    assert torch.equal(drawn[0].sequences, drawn[1].sequences)
+    assert torch.equal(drawn[0].responses, drawn[2].responses)
+    with pytest.raises(TypeError, match="the prompts are `queries`"):
+        model.rollout(**tensors)
+
+
+def test_the_end_of_text_is_that_of_the_config_unless_told_otherwise():
+    model = make_tiny_model(eos_token_id=[*EOS, 5000])
+    seeded = [torch.Generator().manual_seed(0) for _ in range(2)]
+    drawn = model.rollout(RAGGED, max_new_tokens=12, generator=seeded[0])
+    told = model.rollout(RAGGED, max_new_tokens=12, generator=seeded[1], eos_token_id=EOS)
+    assert drawn.sampling.eos_token_id == tuple(EOS)
+    assert torch.equal(drawn.sequences, told.sequences)
+    assert not drawn.truncated.all()
+    assert model.rollout(RAGGED, max_new_tokens=12, eos_token_id=None).response_mask.all()
+    assert respond_to_batch(model, TWO, txt_len=12).shape == (2, 12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+def test_rollouts_of_different_shapes_are_joined(settings):
+    model = make_tiny_model()
+    parts = [
+        model.rollout([*RAGGED[:2]], max_new_tokens=4, **settings),
+        model.rollout([RAGGED[0][:1]], max_new_tokens=9, **settings),
+        model.rollout(RAGGED, max_new_tokens=6, **settings),
+    ]
+    whole = Rollout.cat(parts)
+    assert len(whole) == 7
+    assert_rescoring_gives_the_rollout_back(model, whole)
+    assert [*whole.response_mask.sum(1)] == [n for part in parts for n in part.response_mask.sum(1)]
+    other = model.rollout(RAGGED, max_new_tokens=2, temperature=0.5)
+    for wrong in ([], [parts[0], other]):
+        with pytest.raises(ValueError, match="same sampling"):
+            Rollout.cat(wrong)
+
+
+def test_a_rollout_is_shown_in_three_lines():
+    shown = repr(make_tiny_model().rollout(RAGGED, max_new_tokens=5))
+    assert len(shown.splitlines()) == 3
+    assert "4 rows" in shown
+    assert "temperature=1.0" in shown
 
 
 def test_a_setting_that_does_not_exist_is_refused(unused_model):

@@ -1,6 +1,7 @@
 """The model: GPT-2's numbers bit for bit, values that padding cannot change, a head that is never lost."""
 
 import copy
+import inspect
 import json
 import pickle
 import re
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from modeling_gpt2_value import (
-    TAKES_HEAD_MASK,
+    CACHE,
     GPT2HeadWithValueModel,
     GPT2ValueModel,
     GPT2ValueOutput,
@@ -66,7 +67,7 @@ def test_every_argument_of_gpt2_gives_what_gpt2_gives(tiny_model):
         assert (ours.loss is None) == (theirs.loss is None)
         if ours.loss is not None:
             assert torch.equal(ours.loss, theirs.loss)
-        assert (ours.past_key_values is None) == (theirs.past_key_values is None)
+        assert (CACHE in ours) == (CACHE in theirs)
         for a, b in zip(ours.hidden_states or (), theirs.hidden_states or (), strict=True):
             assert torch.equal(a, b)
         assert ours.value.shape == IDS.shape
@@ -85,10 +86,11 @@ def test_attentions_are_gpt2s():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_cache_gives_the_same_logits_and_values(tiny_model):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_gives_the_same_logits_and_values(tiny_model, name):
     whole = tiny_model(IDS)
     first = tiny_model(IDS[:, :4], use_cache=True)
-    rest = tiny_model(IDS[:, 4:], past_key_values=first.past_key_values)
+    rest = tiny_model(IDS[:, 4:], **{name: first[CACHE]})
     torch.testing.assert_close(rest.logits, whole.logits[:, 4:], atol=1e-5, rtol=0)
     torch.testing.assert_close(rest.value, whole.value[:, 4:], atol=1e-5, rtol=0)
 
@@ -97,7 +99,7 @@ def test_the_tuple_has_the_outputs_order(tiny_model):
     items = tiny_model(IDS, labels=IDS, output_hidden_states=True, return_dict=False)
     output = tiny_model(IDS, labels=IDS, output_hidden_states=True)
     assert isinstance(output, GPT2ValueOutput)
-    assert list(output) == ["loss", "logits", "past_key_values", "hidden_states", "value"]
+    assert list(output) == ["loss", "logits", CACHE, "hidden_states", "value"]
     assert torch.equal(items[0], output.loss)
     assert torch.equal(items[1], output.logits)
     assert torch.equal(items[-1], output.value)
@@ -136,41 +138,46 @@ def test_padding_changes_nothing_with_a_cache(tiny_model):
     padded = torch.cat([torch.full((2, 3), 95), IDS], 1)
     mask = torch.cat([torch.zeros((2, 3), dtype=torch.long), torch.ones_like(IDS)], 1)
     first = tiny_model(padded[:, :5], attention_mask=mask[:, :5], use_cache=True)
-    rest = tiny_model(padded[:, 5:], attention_mask=mask, past_key_values=first.past_key_values)
+    rest = tiny_model(padded[:, 5:], attention_mask=mask, **{CACHE: first[CACHE]})
     torch.testing.assert_close(rest.value, tiny_model(IDS).value[:, 2:], atol=1e-5, rtol=0)
 
 
-def test_a_mask_of_the_new_tokens_only_is_refused(tiny_model):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_mask_of_the_new_tokens_only_is_refused(tiny_model, name):
     first = tiny_model(IDS[:, :4], use_cache=True)
     with pytest.raises(ValueError, match="2 columns; expected 6"):
-        tiny_model(IDS[:, 4:], attention_mask=torch.ones((2, 2)), past_key_values=first.past_key_values)
+        tiny_model(IDS[:, 4:], attention_mask=torch.ones((2, 2)), **{name: first[CACHE]})
 
 
 # What cannot be honoured
 
 
-@pytest.mark.parametrize("name", ["mc_token_ids", "mc_labels", "attention_masks"])
-def test_an_argument_that_cannot_be_honoured_is_refused_by_name(tiny_model, name):
-    with pytest.raises(TypeError, match=name):
-        tiny_model(IDS, **{name: torch.ones(2)})
-    assert tiny_model(IDS, **{name: None}).value.shape == IDS.shape
+def test_what_is_not_known_here_is_handed_on(tiny_model):
+    """As GPT-2 does: `generate(stop_strings=..., tokenizer=...)` sends such arguments through the model's forward."""
+    labels = IDS.masked_fill(IDS == 7, -100)
+    for arguments in (
+        {"tokenizer": object(), "of_next_year": 3},
+        {"labels": labels, "shift_labels": torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()},
+        {"labels": labels, "num_items_in_batch": 3},
+    ):
+        ours, theirs = tiny_model(IDS, **arguments), plain_twin(tiny_model)(IDS, **arguments)
+        assert torch.equal(ours.logits, theirs.logits)
+        assert ours.loss is theirs.loss is None or torch.equal(ours.loss, theirs.loss)
 
 
-def test_a_head_mask_is_honoured_or_refused_by_name():
-    """transformers 4 can switch attention heads off, transformers 5 cannot: never silence."""
-    model = make_tiny_model(attn_implementation="eager")
-    mask = torch.zeros(2, 4)
-    if TAKES_HEAD_MASK:
-        expected = plain_twin(model)(IDS, head_mask=mask).logits
-        assert torch.equal(model(IDS, head_mask=mask).logits, expected)
-        assert not torch.equal(model(IDS).logits, expected)
-    else:
-        with pytest.raises(TypeError, match="head_mask: transformers 5 removed it"):
-            model(IDS, head_mask=mask)
+def test_arguments_may_be_given_by_position(tiny_model):
+    names = list(inspect.signature(GPT2LMHeadModel.forward).parameters)[1:]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    given = [
+        {"input_ids": IDS, "attention_mask": mask}.get(name) for name in names[: names.index("attention_mask") + 1]
+    ]
+    assert torch.equal(tiny_model(*given).logits, tiny_model(IDS, attention_mask=mask).logits)
+    with pytest.raises(TypeError, match="input_ids twice"):
+        tiny_model(IDS, input_ids=IDS)
 
 
 def test_labels_under_two_names_are_refused(tiny_model):
-    with pytest.raises(TypeError, match="labels and lm_labels"):
+    with pytest.raises(TypeError, match="lm_labels twice, or under two names"):
         tiny_model(IDS, labels=IDS, lm_labels=IDS)
 
 

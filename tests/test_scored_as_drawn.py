@@ -5,6 +5,7 @@ That is: by a policy that has learnt since, by a reference, in another dtype, wr
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -196,7 +197,7 @@ def a_hook_on_every_module():
 def test_a_hook_on_every_module_is_seen_by_both():
     model = make_policy()
     with a_hook_on_every_module():
-        drawn = draw(model, {})
+        drawn = draw(model, {"eos_token_id": None})
         logits = model(drawn.sequences, attention_mask=drawn.attention_mask).logits[:, -25:-1]
         expected = logits.log_softmax(-1).gather(-1, drawn.responses.unsqueeze(-1)).squeeze(-1)
         torch.testing.assert_close(drawn.logprobs, expected, atol=1e-5, rtol=0)
@@ -329,6 +330,8 @@ def test_sets_kept_of_another_vocabulary_are_refused(settings):
     assert drawn.kept.dtype == (torch.uint8 if "top_p" in settings else torch.int32)
     drawn.sequences.remainder_(89)
     drawn.responses.remainder_(89)
+    if drawn.kept.dtype == torch.int32:
+        drawn.kept[drawn.kept >= 0] %= 89
     for fewer in (95, 90, 89):
         with pytest.raises(ValueError, match=f"not of this model's vocabulary of {fewer} tokens"):
             rescore(make_tiny_model(vocab_size=fewer), with_set_of_token_95(drawn))
@@ -346,13 +349,39 @@ def with_set_of_token_95(drawn):
     return changed
 
 
-def test_a_token_that_was_not_kept_has_no_probability():
-    """Only a rollout that somebody changed holds such a token."""
+def spoiled(drawn, name, row, step, number):
+    changed = drawn[:]
+    setattr(changed, name, getattr(drawn, name).clone())
+    getattr(changed, name)[row, step] = number
+    return changed
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 3}], ids=["bits", "ids"])
+def test_a_rollout_that_contradicts_itself_is_refused(settings):
+    """It may come from a file of somebody else, or from a collator of one's own."""
     model = make_policy()
-    drawn = draw(model, {"top_k": 5})
+    drawn = draw(model, {**settings, "eos_token_id": None})
     outside = next(token for token in range(300) if token not in kept_ids(drawn, 0, 0))
-    drawn.responses[0, 0] = outside
-    assert rescore(model, drawn).logprobs[0, 0] == -math.inf
+    token = spoiled(drawn, "responses", 0, 0, outside)
+    token.sequences = drawn.sequences.clone()
+    token.sequences[0, -24] = outside
+    for wrong, error, message in (
+        (token, ValueError, "responses.0, 0., the token .* is not in its kept set"),
+        (spoiled(drawn, "responses", 1, 2, (int(drawn.responses[1, 2]) + 1) % 300), ValueError, "not the one in"),
+        (spoiled(drawn, "attention_mask", 0, 3, 2), ValueError, "other numbers than 0 and 1"),
+        (spoiled(drawn, "attention_mask", 0, -1, 0), ValueError, "masked in `attention_mask`"),
+        (dataclasses.replace(drawn, kept=drawn.kept.float()), TypeError, "kept is torch.float32"),
+        (
+            dataclasses.replace(drawn, response_mask=drawn.response_mask.long()),
+            TypeError,
+            "response_mask is torch.int64",
+        ),
+        (dataclasses.replace(drawn, responses=drawn.responses[:, 1:]), ValueError, "response_mask has the shape"),
+        (dataclasses.replace(drawn, values=drawn.values[:3]), ValueError, "values has the shape"),
+        (dataclasses.replace(drawn, sequences=drawn.sequences.float()), TypeError, "sequences is torch.float32"),
+    ):
+        with pytest.raises(error, match=message):
+            rescore(model, wrong)
 
 
 # Precision
@@ -525,7 +554,7 @@ def test_a_hook_under_a_decorator_of_torch_is_a_hook():
 
 def assert_scored_by_its_own_call(model, **arguments):
     """A rollout and its scores are those of the model's own logits."""
-    drawn = draw(model, {})
+    drawn = draw(model, {"eos_token_id": None})
     with torch.no_grad():
         inputs = {"input_ids": drawn.sequences, "attention_mask": drawn.attention_mask, **arguments}
         positions = (drawn.attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -645,5 +674,5 @@ def test_a_reference_that_is_not_finite_is_an_error():
 @pytest.mark.parametrize("rows", [1, True, torch.tensor(1), (0, 1)], ids=str)
 def test_what_selects_no_rows_is_refused(rows):
     drawn = draw(make_policy(), {})
-    with pytest.raises(TypeError, match="select rows"):
+    with pytest.raises(TypeError, match="selected by a slice, a list"):
         drawn[rows]
