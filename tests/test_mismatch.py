@@ -18,7 +18,11 @@ CLAIMED, PLAIN = "the sampling settings", "temperature 1 over the full vocabular
 
 def draw(model, copies=16, **settings):
     return model.rollout(
-        RAGGED, max_new_tokens=16, num_return_sequences=copies, generator=torch.Generator().manual_seed(0), **settings
+        RAGGED,
+        max_new_tokens=16,
+        num_return_sequences=copies,
+        generator=torch.Generator().manual_seed(0),
+        **{"eos_token_id": None, **settings},
     )
 
 

@@ -58,7 +58,7 @@ def enough(sequences, tokens=4000):
 def test_p_values_of_honest_rollouts_are_uniform(model, settings):
     """Over 200 runs, which are rows of one large draw; and so are the biases in units of their standard errors."""
     torch.manual_seed(0)
-    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=1000, **settings)
+    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=1000, **{"eos_token_id": None, **settings})
     drawn = drawn[torch.randperm(len(drawn))]
     audits = [audit_sampler(model, drawn[run::200], batch_size=64) for run in range(200)]
     assert stats.kstest([audit.p_value for audit in audits], "uniform").pvalue > 1e-3
@@ -79,7 +79,7 @@ def test_p_values_are_uniform_for_any_number_of_tokens():
 
 
 def test_the_p_value_is_that_of_a_g_test(model):
-    audit = audit_sampler(model, model.rollout(EVEN, max_new_tokens=T, num_return_sequences=20))
+    audit = audit_sampler(model, model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=20))
     widths = torch.tensor(audit.edges, dtype=torch.float64).diff()
     expected = widths / widths.sum() * audit.tokens
     g = stats.power_divergence(audit.histogram, expected.numpy(), lambda_="log-likelihood").statistic
@@ -110,7 +110,7 @@ def test_honest_rollouts_in_bfloat16_pass(settings):
     """Sampling and auditing round otherwise, and so cut off otherwise; the rollout keeps what it drew from."""
     model = make_sharp_model().bfloat16()
     torch.manual_seed(0)
-    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=150, **settings)
+    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=150, **{"eos_token_id": None, **settings})
     audits = [audit_sampler(model, drawn[part::12], batch_size=64) for part in range(12)]
     assert [audit.impossible for audit in audits] == [0] * 12
     assert sum(not audit.honest for audit in audits) <= 1, [str(audit) for audit in audits]  # one in a thousand is
@@ -119,7 +119,7 @@ def test_honest_rollouts_in_bfloat16_pass(settings):
 def test_a_rollout_is_audited_over_the_tokens_that_it_drew_from(model):
     """The model learns between drawing and auditing: what is no longer in its top 5 was possible all the same."""
     torch.manual_seed(0)
-    drawn = model.rollout(EVEN, max_new_tokens=T, num_return_sequences=20, top_k=5)
+    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=20, top_k=5)
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for weight in moved.transformer.parameters():
@@ -134,7 +134,7 @@ def test_a_rollout_passes_in_training_mode_and_is_audited_like_its_tokens(model)
     torch.manual_seed(1)
     hot = make_sharp_model(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
     claim = {"temperature": 0.7, "top_k": 30, "eos_token_id": EOS, "min_new_tokens": 4}
-    drawn = hot.rollout(EVEN, max_new_tokens=T, num_return_sequences=60, **claim)
+    drawn = hot.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=60, **claim)
     audit = audit_sampler(hot, drawn, generator=torch.Generator().manual_seed(0))
     assert audit.honest
     assert hot.training
@@ -173,7 +173,7 @@ def test_lists_padding_and_micro_batches_change_nothing(model):
 
 
 def test_logits_in_hand_are_audited_like_the_model(model):
-    drawn = model.rollout(EVEN, max_new_tokens=T, num_return_sequences=5)
+    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
     with torch.no_grad():
         logits = plain_twin(model)(drawn.sequences).logits[:, 2:-1]
     expected = audit_sampler(model, drawn, generator=torch.Generator().manual_seed(0))
@@ -240,7 +240,7 @@ def test_the_hidden_top_k_of_a_generation_config_is_caught(model):
 
 def test_scoring_without_position_ids_and_with_dropout_is_caught(model):
     torch.manual_seed(0)
-    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=50)
+    drawn = model.rollout(RAGGED, max_new_tokens=T, eos_token_id=None, num_return_sequences=50)
     scorer = plain_twin(make_sharp_model(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1))
     with torch.no_grad():
         unplaced = scorer(drawn.sequences, attention_mask=drawn.attention_mask).logits[:, 4:-1]
@@ -294,7 +294,7 @@ def test_banned_ids_of_a_large_vocabulary_are_caught():
 
 def test_another_model_s_tokens_are_caught(model):
     torch.manual_seed(0)
-    drawn = model.rollout(EVEN, max_new_tokens=T, num_return_sequences=50)
+    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=50)
     moved = copy.deepcopy(model)
     with torch.no_grad():
         moved.lm_head.weight.mul_(1.2)
@@ -306,7 +306,7 @@ def test_another_model_s_tokens_are_caught(model):
 
 def test_a_token_of_probability_zero_settles_it(model):
     torch.manual_seed(0)
-    drawn = model.rollout(EVEN, max_new_tokens=T, num_return_sequences=5)
+    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
     audit = audit_sampler(model, drawn.sequences, prompt_length=3, top_k=50)
     assert 0 < audit.impossible < audit.tokens
     assert (audit.p_value, audit.verdict, audit.bias_nats) == (0.0, "dishonest", -math.inf)
@@ -347,7 +347,14 @@ def test_the_bias_is_the_enumerated_one(temperature):
     entropy = -(p.exp() * p).sum(-1)
     expected = (chosen_q.sum(1).exp() * (chosen_p + entropy).sum(1)).sum() / length
     torch.manual_seed(0)
-    drawn = rollout(small, prompt[None], max_new_tokens=length, temperature=temperature, num_return_sequences=20_000)
+    drawn = rollout(
+        small,
+        prompt[None],
+        max_new_tokens=length,
+        eos_token_id=None,
+        temperature=temperature,
+        num_return_sequences=20_000,
+    )
     audit = audit_sampler(small, drawn.sequences, prompt_length=2, batch_size=5000)
     assert abs(audit.bias_nats - expected) < 4 * audit.standard_error
     assert audit.honest == (temperature == 1.0)
@@ -360,7 +367,7 @@ def test_the_bias_is_the_enumerated_one(temperature):
 
 def test_the_picture_is_flat_for_an_honest_sampler(model, tmp_path):
     torch.manual_seed(0)
-    drawn = model.rollout(EVEN, max_new_tokens=T, num_return_sequences=50)
+    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=50)
     audit = audit_sampler(model, drawn)
     axes = audit.plot(tmp_path / "audit.png")
     heights = [bar.get_height() for bar in axes.patches if bar.get_width() < 0.06]
@@ -374,7 +381,7 @@ def test_the_picture_is_flat_for_an_honest_sampler(model, tmp_path):
 def test_the_report_is_plain_json(model):
     import json
 
-    drawn = model.rollout(EVEN, max_new_tokens=T, num_return_sequences=5)
+    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
     for audit in (audit_sampler(model, drawn), audit_sampler(model, drawn.sequences, prompt_length=3, top_k=2)):
         report = json.loads(json.dumps(audit.to_json(), allow_nan=False))
         assert report["verdict"] == audit.verdict
@@ -382,7 +389,7 @@ def test_the_report_is_plain_json(model):
 
 
 def test_the_generator_decides_the_p_value(model):
-    drawn = model.rollout(EVEN, max_new_tokens=T, num_return_sequences=5)
+    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
     first, again, other = (
         audit_sampler(model, drawn, generator=torch.Generator().manual_seed(seed)).p_value for seed in (1, 1, 2)
     )
@@ -393,7 +400,7 @@ def test_the_generator_decides_the_p_value(model):
 
 
 def test_bad_input_is_refused_with_what_to_do(model):
-    drawn = model.rollout(EVEN, max_new_tokens=T, num_return_sequences=5)
+    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
     tokens = drawn.sequences
     mask = torch.ones_like(tokens)
     hidden = mask.clone()
@@ -464,7 +471,7 @@ def test_bad_input_is_refused_with_what_to_do(model):
 
 def test_a_package_s_own_rollout_is_one(model):
     """A model loaded with trust_remote_code returns a Rollout of its package's own module."""
-    drawn = model.rollout(EVEN, max_new_tokens=T, num_return_sequences=5)
+    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
     foreign = dataclasses.make_dataclass("Rollout", [field.name for field in dataclasses.fields(Rollout)])
     theirs = foreign(**{field.name: getattr(drawn, field.name) for field in dataclasses.fields(Rollout)})
     assert audit_sampler(model, theirs).tokens == drawn.response_mask.sum()
