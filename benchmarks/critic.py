@@ -94,7 +94,7 @@ def start(way, seed, iterations, is_small):
     if way == STD:
         nn.init.normal_(head.summary.weight, std=0.02)
     if way == TRL_INIT:
-        head.summary.reset_parameters()  # TRL's head is an nn.Linear as torch makes it
+        head.summary.load_state_dict(torch.nn.Linear(head.summary.weight.shape[1], 1).state_dict())  # as TRL makes it
     if way == DROPOUT:
         head.first_dropout = LearningDropout(0.1)
     run = MeasuredRun(settings, task, Accelerator(cpu=True), rollout)

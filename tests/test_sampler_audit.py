@@ -134,7 +134,7 @@ def test_a_rollout_passes_in_training_mode_and_is_audited_like_its_tokens(model)
     torch.manual_seed(1)
     hot = make_sharp_model(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
     claim = {"temperature": 0.7, "top_k": 30, "eos_token_id": EOS, "min_new_tokens": 4}
-    drawn = hot.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=60, **claim)
+    drawn = hot.rollout(EVEN, max_new_tokens=T, num_return_sequences=60, **{"eos_token_id": None, **claim})
     audit = audit_sampler(hot, drawn, generator=torch.Generator().manual_seed(0))
     assert audit.honest
     assert hot.training
