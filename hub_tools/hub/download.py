@@ -25,7 +25,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from .. import layout, limits
 from ..errors import HubRefusedError, HubUnavailableError, NotAPackageError, PackageError
-from ..files import HEADER_LIMIT, LFS_POINTER, read_json
+from ..files import LFS_POINTER, read_json
 from .ask import Hub, Passing, offline
 
 FIRST_BYTES = 256  # of a file of weights: a pointer of git-lfs is shorter
@@ -378,7 +378,7 @@ def _header(hub: Hub, repository: Repository, name: str) -> bytes:
     _refuse_pointer(repository, name, parts[0].getvalue())
     length = int.from_bytes(parts[0].getvalue()[:8], "little")
     # an impossible length is left to inspection, which names it
-    if first < 8 + length <= min(size, HEADER_LIMIT):
+    if first < 8 + length <= min(size, limits.HEADER_BYTES):
         _get(hub, repository, name, parts[1], first, 8 + length - first)
     return b"".join(part.getvalue() for part in parts)
 
