@@ -169,7 +169,7 @@ def model_without_dropout():
     return make_tiny_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0)
 
 
-@pytest.mark.shows("Trainer", "label smoothing: losses and weights of `GPT2LMHeadModel`")
+@pytest.mark.shows("Trainer", "label smoothing: losses and weights of such a `GPT2LMHeadModel`")
 def test_label_smoothing_does_not_teach_the_model_to_copy_its_input(tmp_path):
     """Trainer shifts the labels itself there, for the models that it takes for language models."""
     ours, plain = model_without_dropout(), plain_model()
