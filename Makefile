@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # The tests of a file share what takes long to make: one process runs them all, files in their order.
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
-.PHONY: help app-test demo test test-oldest test-newest families common-tests check docs bench bench-ppo ppo-evidence matrix \
+.PHONY: help app-test demo test test-oldest test-newest families common-tests launches check docs bench bench-ppo ppo-evidence matrix \
 	audit-power compare-trl faults fuzz release-hashes wheel clean ppo
 .DEFAULT_GOAL := help
 
@@ -88,6 +88,9 @@ families: .venv/.done  ## every causal language model of transformers that build
 
 common-tests: .venv/.done  ## transformers' own common tests, on GPT2ValueModel and on GPT2LMHeadModel
 	$(BIN)/python tests/slow/common_tests.py
+
+launches: .venv/.done  ## every accelerate launch line of docs/many-gpus.md, with two processes (slow)
+	$(BIN)/python tests/slow/launches.py
 
 .trl/.done:
 	$(PYTHON) -m venv .trl

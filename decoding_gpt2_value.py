@@ -324,7 +324,7 @@ def takes_requests(model):
 
 def can_decode_fast(model):
     """Whether `GPT2Decoder` computes what the model does: GPT-2's own modules, functions and weights, no hooks."""
-    if not is_plain(model) or torch.is_autocast_enabled(model.device.type):
+    if not is_plain(model) or torch.is_autocast_enabled(device_of(model).type):
         return False
     config = model.config
     odd = config.scale_attn_by_inverse_layer_idx, config.reorder_and_upcast_attn, config.add_cross_attention

@@ -184,7 +184,7 @@ class ScoreRequest:
 def _split(column, drawn, size):
     """A column's `[B, T, ...]` drawn tokens in pieces `[size, ...]`; of None, as many times None."""
     if column is None:
-        return [None] * -(-int(drawn.sum()) // size)
+        return [None] * max(1, -(-int(drawn.sum()) // size))
     return column[drawn.to(column.device)].split(size)
 
 
@@ -294,7 +294,7 @@ def _check_if_due(model, situation, compare, what, advice):
 
 def computation_of(model):
     """A hash of what decides how a model computes: its classes, forwards, hooks, numbers, config, dtype, precision."""
-    kind = model.device.type
+    kind = device_of(model).type
     parts: list = [
         str(vars(model.config)),
         model.dtype,
@@ -334,6 +334,11 @@ def check_rollout(rollout):
     if type(rollout).__name__ != "Rollout" or not hasattr(rollout, "sampling"):
         # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
         raise TypeError(f"got a {type(rollout).__name__}; expected the Rollout of this version.")
+    if type(rollout.sampling).__name__ != "Sampling":
+        raise TypeError(f"rollout.sampling is a {type(rollout.sampling).__name__}; expected a Sampling.")
+    for name in ("sequences", "responses"):
+        if getattr(getattr(rollout, name), "ndim", 0) != 2:
+            raise TypeError(f"rollout.{name} is no tensor of two dimensions; expected [batch, tokens].")
     integers = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
     floats = torch.float32, torch.float64, torch.bfloat16, torch.float16
     shape, T = [*rollout.sequences.shape], rollout.responses.shape[-1]

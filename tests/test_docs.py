@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ABOUT_PPO = ("ppo.md", "coming-from-trl.md")  # tests/test_docs_ppo.py runs their blocks, with a model that they need
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Commands that take minutes or need a network: of these only the target or the file is checked. What they run is tested
-# by `.ci/run`, tests/test_demo.py, tests/test_generate_quirks.py, tests/test_accelerate_launch.py, and below.
+# by `.ci/run`, tests/test_demo.py, tests/test_generate_quirks.py, tests/test_libraries.py, and below.
 NOT_RUN = ("make", "pip", "python", "accelerate")
 RUN = """
 import importlib.metadata, json, os, shlex, signal, sys

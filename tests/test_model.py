@@ -1,14 +1,16 @@
-"""The model: GPT-2's numbers bit for bit, values that padding cannot change, a head that is never lost."""
+"""The model: GPT-2's arguments and numbers, values that padding cannot change, a head that is never lost."""
 
 import copy
 import inspect
 import json
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
 from conftest import make_tiny_model, plain_twin, write_published_checkpoint
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -16,169 +18,176 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
+    TextIteratorStreamer,
     pipeline,
 )
 
-from modeling_gpt2_value import (
-    CACHE,
-    GPT2HeadWithValueModel,
-    GPT2ValueModel,
-    GPT2ValueOutput,
-    ValueHead,
-)
+from configuration_gpt2_value import AUTO_MAP, GPT2ValueConfig
+from generation_gpt2_value import respond_to_batch
+from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel, GPT2ValueOutput, ValueHead
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9], [7, 7, 2, 64, 33, 12]])
+FORWARD = inspect.signature(GPT2LMHeadModel.forward).parameters
+# transformers 5.24 renames it.
+CACHE = "cache" if "cache" in inspect.signature(GPT2Model.forward).parameters else "past_key_values"
+
+
+def padded(amount, side="left"):
+    """IDS with padding, and the mask."""
+    pad, zero = torch.full((2, amount), 95), torch.zeros((2, amount), dtype=torch.long)
+    pairs = ((pad, zero), (IDS, torch.ones_like(IDS)))
+    ids, masks = zip(*(pairs if side == "left" else pairs[::-1]), strict=True)
+    return torch.cat(ids, 1), torch.cat(masks, 1)
 
 
 # The same numbers as GPT-2
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_argument_of_gpt2_gives_what_gpt2_gives():
+    model = make_tiny_model(attn_implementation="eager", add_cross_attention=True)
+    twin = plain_twin(model)
+    labels, encoder = IDS.masked_fill(IDS == 7, -100), torch.randn(2, 3, 32)
+    each = {
+        "input_ids": {},
+        "inputs_embeds": {"input_ids": None, "inputs_embeds": twin.transformer.wte(IDS)},
+        "attention_mask": {"attention_mask": torch.ones_like(IDS)},
+        "token_type_ids": {"token_type_ids": torch.ones_like(IDS)},
+        "position_ids": {"position_ids": torch.arange(6).flip(0)[None]},
+        "encoder_hidden_states": {"encoder_hidden_states": encoder},
+        "encoder_attention_mask": {
+            "encoder_hidden_states": encoder,
+            "encoder_attention_mask": torch.tensor([[1, 1, 0]] * 2),
+        },
+        "labels": {"labels": labels},
+        "logits_to_keep": {"logits_to_keep": 2},
+        "use_cache": {"use_cache": False},
+        "output_hidden_states": {"output_hidden_states": True},
+        "output_attentions": {"output_attentions": True},
+        "head_mask": {"head_mask": torch.tensor([[1.0, 0, 1, 0]] * 2)} if "head_mask" in FORWARD else {},
+        "return_dict": {"return_dict": False},
+        "some logits": {"logits_to_keep": torch.tensor([0, 3])},
+        "shift_labels": {"labels": labels, "shift_labels": IDS.roll(-1, 1)},
+        "num_items_in_batch": {"labels": labels, "num_items_in_batch": 5},
+        "cache_position": {"cache_position": torch.arange(6)},
+        "everything": {"labels": labels, "output_hidden_states": True, "output_attentions": True},
+    }
+    assert set(FORWARD) - {"self", "kwargs", "past_key_values", "cache"} <= set(each)
+    twin.loss_type = "ForCausalLM"
+    for name, arguments in each.items():
+        ours, theirs = model(**{"input_ids": IDS, **arguments}), twin(**{"input_ids": IDS, **arguments})
+        if name != "return_dict":
+            assert list(ours) == [*theirs, "value"], name
+            assert ours.value.shape == IDS.shape
+            ours, theirs = ours.to_tuple()[:-1], theirs.to_tuple()
+        for a, b in zip(ours, theirs, strict=False):
+            for x, y in zip(*((t if isinstance(t, tuple) else (t,)) for t in (a, b)), strict=True):
+                assert torch.equal(x, y) if isinstance(x, torch.Tensor) else type(x) is type(y), name
+
+
+def test_an_argument_that_nobody_knows_yet_is_handed_on(tiny_model):
+    """As generate(tokenizer=...), outlines and pipelines do; what GPT-2 does with it, it does here."""
+    expected = tiny_model(IDS).logits
+    for arguments in ({"tokenizer": object()}, {"argument_of_next_year": 1}):
+        try:
+            plain_twin(tiny_model)(IDS, **arguments)
+        except TypeError:
+            with pytest.raises(TypeError):
+                tiny_model(IDS, **arguments)
+        else:
+            assert torch.equal(tiny_model(IDS, **arguments).logits, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_gpt2s_bit_for_bit(attention, dtype):
-    model = make_tiny_model(attn_implementation=attention).to(dtype)
-    twin = plain_twin(model).to(dtype)
-    assert model.config._attn_implementation == twin.config._attn_implementation == attention
-    assert torch.equal(model(IDS).logits, twin(IDS).logits)
+def test_logits_are_gpt2s_bit_for_bit(dtype):
+    for attention in ("eager", "sdpa"):
+        model = make_tiny_model(attn_implementation=attention).to(dtype)
+        twin = plain_twin(model).to(dtype)
+        assert model.config._attn_implementation == twin.config._attn_implementation == attention
+        assert torch.equal(model(IDS).logits, twin(IDS).logits)
 
 
-def test_the_state_dict_is_gpt2s_and_the_head(tiny_model):
-    added = set(tiny_model.state_dict()) - set(plain_twin(tiny_model).state_dict())
-    assert added == {"v_head.summary.weight", "v_head.summary.bias"}
-
-
-def test_every_argument_of_gpt2_gives_what_gpt2_gives(tiny_model):
-    model, twin = tiny_model, plain_twin(tiny_model)
-    labels = IDS.masked_fill(IDS == 7, -100)
-    embeds = twin.transformer.wte(IDS)
-    types = torch.ones_like(IDS)
-    for arguments in (
-        {"input_ids": IDS, "labels": labels},
-        {"input_ids": IDS, "logits_to_keep": 2},
-        {"input_ids": IDS, "logits_to_keep": torch.tensor([0, 3])},
-        {"inputs_embeds": embeds},
-        {"input_ids": IDS, "token_type_ids": types},
-        {"input_ids": IDS, "position_ids": torch.arange(6).flip(0)[None]},
-        {"input_ids": IDS, "output_hidden_states": True},
-        {"input_ids": IDS, "use_cache": False},
-    ):
-        ours, theirs = model(**arguments), twin(**arguments)
-        assert torch.equal(ours.logits, theirs.logits)
-        assert (ours.loss is None) == (theirs.loss is None)
-        if ours.loss is not None:
-            assert torch.equal(ours.loss, theirs.loss)
-        assert (CACHE in ours) == (CACHE in theirs)
-        for a, b in zip(ours.hidden_states or (), theirs.hidden_states or (), strict=True):
-            assert torch.equal(a, b)
-        assert ours.value.shape == IDS.shape
-
-
-def test_a_loss_is_computed_without_a_word(tiny_model, transformers_log):
-    tiny_model(IDS, labels=IDS).loss.backward()
-    assert not transformers_log.records
-
-
-def test_attentions_are_gpt2s():
-    model = make_tiny_model(attn_implementation="eager")
-    ours = model(IDS, output_attentions=True).attentions
-    theirs = plain_twin(model)(IDS, output_attentions=True).attentions
-    assert len(ours) == 2
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_a_cache_gives_the_same_logits_and_values(tiny_model, name):
-    whole = tiny_model(IDS)
-    first = tiny_model(IDS[:, :4], use_cache=True)
-    rest = tiny_model(IDS[:, 4:], **{name: first[CACHE]})
-    torch.testing.assert_close(rest.logits, whole.logits[:, 4:], atol=1e-5, rtol=0)
-    torch.testing.assert_close(rest.value, whole.value[:, 4:], atol=1e-5, rtol=0)
+def test_the_state_dict_and_the_seeded_weights_are_gpt2s_and_the_head(tiny_config):
+    torch.manual_seed(3)
+    ours = GPT2ValueModel(tiny_config).state_dict()
+    torch.manual_seed(3)
+    theirs = GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=96, n_positions=64, eos_token_id=0)
+    ).state_dict()
+    assert ours.keys() - theirs.keys() == {"v_head.summary.weight", "v_head.summary.bias"}
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
 
 
 def test_the_tuple_has_the_outputs_order(tiny_model):
     items = tiny_model(IDS, labels=IDS, output_hidden_states=True, return_dict=False)
     output = tiny_model(IDS, labels=IDS, output_hidden_states=True)
     assert isinstance(output, GPT2ValueOutput)
-    assert list(output) == ["loss", "logits", CACHE, "hidden_states", "value"]
     assert torch.equal(items[0], output.loss)
     assert torch.equal(items[1], output.logits)
     assert torch.equal(items[-1], output.value)
-    assert len(items) == 5
+    assert len(items) == len(list(output)) == 5
 
 
-# Padding
+def test_nothing_is_said_and_nothing_of_tomorrow_is_called(tiny_model, transformers_log):
+    """A loss, a cache, a rollout and its score, with every FutureWarning as an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_model(IDS, labels=IDS).loss.backward()
+        tiny_model(IDS[:, 4:], **{CACHE: tiny_model(IDS[:, :4]).past_key_values if CACHE != "cache" else None})
+        tiny_model.rescore(tiny_model.rollout(list(IDS), max_new_tokens=3))
+        tiny_model.generate(IDS, max_new_tokens=2, pad_token_id=0, attention_mask=torch.ones_like(IDS))
+    assert not transformers_log.records
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_labels_under_two_names_are_refused(tiny_model):
+    assert torch.equal(tiny_model(IDS, lm_labels=IDS).loss, tiny_model(IDS, labels=IDS).loss)
+    with pytest.raises(TypeError, match="lm_labels"):
+        tiny_model(IDS, labels=IDS, lm_labels=IDS)
+
+
+# Caches and padding
+
+
+def cache_of(output):
+    return getattr(output, CACHE, None) or output.past_key_values
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("amount", [1, 3, 20])
-def test_padding_changes_nothing(side, amount, attention):
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_changes_nothing(side, attention):
     model = make_tiny_model(attn_implementation=attention)
     alone = model(IDS)
-    pad, zero = torch.full((2, amount), 95), torch.zeros((2, amount), dtype=torch.long)
-    parts, masks = ([pad, IDS], [zero, torch.ones_like(IDS)])
-    if side == "right":
-        parts, masks = parts[::-1], masks[::-1]
-    padded = model(torch.cat(parts, 1), attention_mask=torch.cat(masks, 1))
-    tokens = slice(amount, None) if side == "left" else slice(0, IDS.shape[1])
-    torch.testing.assert_close(padded.logits[:, tokens], alone.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(padded.value[:, tokens], alone.value, atol=1e-5, rtol=0)
-    assert padded.value.isfinite().all()
+    for amount in (1, 20):
+        ids, mask = padded(amount, side)
+        output = model(ids, attention_mask=mask)
+        torch.testing.assert_close(output.logits[mask.bool()], alone.logits.flatten(0, 1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.value[mask.bool()], alone.value.flatten(), atol=1e-5, rtol=0)
+        assert output.value.isfinite().all()
 
 
 def test_plain_gpt2_gets_left_padding_wrong(tiny_model):
     """Why `forward` counts positions by the mask: GPT-2's own, with the same weights, does not."""
-    twin = plain_twin(tiny_model)
-    padded = torch.cat([torch.full((2, 3), 95), IDS], 1)
-    mask = torch.cat([torch.zeros((2, 3), dtype=torch.long), torch.ones_like(IDS)], 1)
-    assert (twin(padded, attention_mask=mask).logits[:, 3:] - twin(IDS).logits).abs().max() > 0.1
+    twin, (ids, mask) = plain_twin(tiny_model), padded(3)
+    assert (twin(ids, attention_mask=mask).logits[:, 3:] - twin(IDS).logits).abs().max() > 0.1
 
 
-def test_padding_changes_nothing_with_a_cache(tiny_model):
-    padded = torch.cat([torch.full((2, 3), 95), IDS], 1)
-    mask = torch.cat([torch.zeros((2, 3), dtype=torch.long), torch.ones_like(IDS)], 1)
-    first = tiny_model(padded[:, :5], attention_mask=mask[:, :5], use_cache=True)
-    rest = tiny_model(padded[:, 5:], attention_mask=mask, **{CACHE: first[CACHE]})
-    torch.testing.assert_close(rest.value, tiny_model(IDS).value[:, 2:], atol=1e-5, rtol=0)
+def test_a_cache_gives_the_same_numbers_with_padding_or_without(tiny_model):
+    whole, (ids, mask) = tiny_model(IDS), padded(3)
+    for tokens, seen, cut in ((IDS, None, 4), (ids, mask, 5)):
+        first = tiny_model(tokens[:, :cut], attention_mask=None if seen is None else seen[:, :cut], use_cache=True)
+        rest = tiny_model(tokens[:, cut:], attention_mask=seen, **{CACHE: cache_of(first)})
+        n = tokens.shape[1] - cut
+        torch.testing.assert_close(rest.logits, whole.logits[:, -n:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(rest.value, whole.value[:, -n:], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_a_mask_of_the_new_tokens_only_is_refused(tiny_model, name):
+def test_a_mask_of_the_new_tokens_only_is_refused_whatever_the_cache_is_called(tiny_model):
     first = tiny_model(IDS[:, :4], use_cache=True)
-    with pytest.raises(ValueError, match="2 columns; expected 6"):
-        tiny_model(IDS[:, 4:], attention_mask=torch.ones((2, 2)), **{name: first[CACHE]})
-
-
-# What cannot be honoured
-
-
-def test_what_is_not_known_here_is_handed_on(tiny_model):
-    """As GPT-2 does: `generate(stop_strings=..., tokenizer=...)` sends such arguments through the model's forward."""
-    labels = IDS.masked_fill(IDS == 7, -100)
-    for arguments in (
-        {"tokenizer": object(), "of_next_year": 3},
-        {"labels": labels, "shift_labels": torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()},
-        {"labels": labels, "num_items_in_batch": 3},
-    ):
-        ours, theirs = tiny_model(IDS, **arguments), plain_twin(tiny_model)(IDS, **arguments)
-        assert torch.equal(ours.logits, theirs.logits)
-        assert ours.loss is theirs.loss is None or torch.equal(ours.loss, theirs.loss)
-
-
-def test_arguments_may_be_given_by_position(tiny_model):
-    names = list(inspect.signature(GPT2LMHeadModel.forward).parameters)[1:]
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    given = [
-        {"input_ids": IDS, "attention_mask": mask}.get(name) for name in names[: names.index("attention_mask") + 1]
-    ]
-    assert torch.equal(tiny_model(*given).logits, tiny_model(IDS, attention_mask=mask).logits)
-    with pytest.raises(TypeError, match="input_ids twice"):
-        tiny_model(IDS, input_ids=IDS)
-
-
-def test_labels_under_two_names_are_refused(tiny_model):
-    with pytest.raises(TypeError, match="lm_labels twice, or under two names"):
-        tiny_model(IDS, labels=IDS, lm_labels=IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers', of the name that goes
+        for name in {CACHE, "past_key_values"}:
+            with pytest.raises(ValueError, match="2 columns; expected 6"):
+                tiny_model(IDS[:, 4:], attention_mask=torch.ones((2, 2)), **{name: cache_of(first)})
 
 
 # The head
@@ -190,14 +199,17 @@ def test_a_new_head_says_exactly_zero(tiny_config):
     assert (value == 0).all()
 
 
-def test_the_head_starts_with_the_configured_spread():
+def test_the_head_starts_with_the_configured_spread(tmp_path):
     model = make_tiny_model(n_embd=256, value_head_initializer_range=0.3)
     assert 0.25 < model.v_head.summary.weight.std() < 0.35
     assert not model.v_head.summary.bias.any()
+    seed = GPT2HeadWithValueModel(GPT2Config(n_layer=1, n_embd=256, n_head=2, vocab_size=50, eos_token_id=0))
+    assert seed.config.model_type == "gpt2_value"  # a plain config is enough
+    assert 0.015 < seed.v_head.summary.weight.std() < 0.025  # as GPT-2's own layers
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_head_computes_in_float32(dtype):
+def test_the_head_computes_in_float32(dtype, tmp_path):
     model = make_tiny_model().to(dtype)
     output = model(IDS, output_hidden_states=True)
     assert output.logits.dtype == dtype
@@ -205,33 +217,23 @@ def test_the_head_computes_in_float32(dtype):
     head = model.v_head.summary
     exact = output.hidden_states[-1].double() @ head.weight.double().T + head.bias.double()
     torch.testing.assert_close(output.value.double(), exact.squeeze(-1), atol=1e-5, rtol=1e-6)
+    # The head of a package, and the new one of a plain GPT-2, are float32 too.
+    make_tiny_model().save_pretrained(tmp_path / "package")
+    write_published_checkpoint(tmp_path / "plain")
+    for name in ("package", "plain"):
+        loaded = GPT2ValueModel.from_pretrained(tmp_path / name, dtype=dtype)
+        assert loaded.v_head.summary.weight.dtype == torch.float32
+        assert loaded.transformer.wte.weight.dtype == dtype
 
 
-def test_autocast_leaves_the_head_in_float32(tiny_model):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = tiny_model(IDS, output_hidden_states=True)
-    assert output.logits.dtype == torch.bfloat16
-    exact = tiny_model.v_head(output.hidden_states[-1].float()).squeeze(-1)
-    assert torch.equal(output.value, exact)
-
-
-def test_a_package_loaded_in_half_precision_keeps_its_head_in_float32(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    model = GPT2ValueModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert model.transformer.wte.weight.dtype == torch.bfloat16
-    assert model.v_head.summary.weight.dtype == torch.float32
-    assert torch.equal(model.v_head.summary.weight, tiny_model.v_head.summary.weight)
-
-
-def test_tanh_bounds_the_values():
-    linear = make_tiny_model()
-    bounded = make_tiny_model(summary_activation="tanh")
-    torch.testing.assert_close(bounded(IDS).value, linear(IDS).value.tanh())
-
-
-def test_a_head_without_projection_to_one_label_gives_hidden_sizes():
+def test_a_head_without_projection_to_one_label_gives_hidden_sizes_and_no_rollout():
+    drawn = make_tiny_model().rollout(list(IDS), max_new_tokens=2)
     for fields in ({"summary_use_proj": False}, {"summary_proj_to_labels": False}):
-        assert make_tiny_model(**fields)(IDS).value.shape == (*IDS.shape, 32)
+        model = make_tiny_model(**fields)
+        assert model(IDS).value.shape == (*IDS.shape, 32)
+        for use in (lambda m=model: m.rollout(list(IDS), max_new_tokens=2), lambda m=model: m.rescore(drawn)):
+            with pytest.raises(ValueError, match="one scalar for each token"):
+                use()
     assert isinstance(make_tiny_model(summary_use_proj=False).v_head.summary, torch.nn.Identity)
 
 
@@ -252,56 +254,45 @@ def test_the_heads_dropouts_act_in_training_only(field):
 
 def body_gradient(model):
     model.zero_grad()
-    model(IDS).value.sum().backward()
+    model(IDS, return_dict=True).value.sum().backward()
     return model.transformer.h[0].mlp.c_fc.weight.grad
 
 
-def test_detaching_stops_the_gradient_at_the_head_and_attaching_lets_it_through(tiny_model):
+def test_detaching_stops_the_gradient_at_the_head_and_is_saved(tiny_model, tmp_path):
     assert body_gradient(tiny_model).abs().sum() > 0
-    tiny_model.detach_value_head()
-    assert tiny_model.config.detach_value_head is True
-    assert body_gradient(tiny_model) is None
-    assert tiny_model.v_head.summary.weight.grad.abs().sum() > 0
-    tiny_model.attach_value_head()
-    assert body_gradient(tiny_model).abs().sum() > 0
-
-
-def test_detaching_survives_save_and_load(tiny_model, tmp_path):
-    tiny_model.detach_value_head()
+    tiny_model.detach_head()  # the seed's word; it is detach_value_head
     tiny_model.save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    assert model.config.detach_value_head is True
-    assert body_gradient(model) is None
-    model.attach_value_head()
-    assert body_gradient(model).abs().sum() > 0
+    for each in (tiny_model, model):
+        assert each.config.detach_value_head is True
+        assert body_gradient(each) is None
+        assert each.v_head.summary.weight.grad.abs().sum() > 0
+        each.attach_value_head()
+        assert body_gradient(each).abs().sum() > 0
+
+
+def test_a_model_can_be_copied_and_pickled(tiny_model):
+    for twin in (copy.deepcopy(tiny_model), pickle.loads(pickle.dumps(tiny_model))):
+        assert torch.equal(twin(IDS).value, tiny_model(IDS).value)
+        twin.detach_value_head()
+        assert body_gradient(twin) is None
+        assert tiny_model.config.detach_value_head is False
 
 
 # Loading
 
 
 @pytest.mark.parametrize("safetensors", [True, False])
-@pytest.mark.parametrize("cls", [GPT2ValueModel, GPT2HeadWithValueModel])
-def test_a_published_checkpoint_loads_without_a_word(tmp_path, safetensors, cls, transformers_log):
-    plain = write_published_checkpoint(tmp_path, safetensors=safetensors)
-    model = cls.from_pretrained(tmp_path)
-    assert not transformers_log.records
-    assert torch.equal(model(IDS, return_dict=True).logits, plain(IDS).logits)
-    assert model.config.n_ctx == 64
-    assert model.config.summary_first_dropout == 0.1
-    assert not model.training
-
-
-def test_our_own_package_loads_without_a_word(tiny_model, tmp_path, transformers_log):
-    tiny_model.save_pretrained(tmp_path)
-    GPT2ValueModel.from_pretrained(tmp_path)
-    AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    assert not transformers_log.records
-
-
-@pytest.mark.parametrize("n_layer", [1, 3])
-def test_a_plain_checkpoint_of_any_size_loads(tmp_path, n_layer):
-    plain = write_published_checkpoint(tmp_path, n_layer=n_layer, n_embd=16 * n_layer)
-    assert torch.equal(GPT2ValueModel.from_pretrained(tmp_path)(IDS).logits, plain(IDS).logits)
+def test_a_published_checkpoint_of_any_size_loads_without_a_word(tmp_path, safetensors, transformers_log):
+    for layers, cls in ((1, GPT2ValueModel), (3, GPT2HeadWithValueModel)):
+        folder = tmp_path / f"{layers}"
+        plain = write_published_checkpoint(folder, safetensors=safetensors, n_layer=layers, n_embd=16 * layers)
+        model = cls.from_pretrained(folder)
+        assert not transformers_log.records
+        assert torch.equal(model(IDS, return_dict=True).logits, plain(IDS).logits)
+        assert model.config.n_ctx == 64
+        assert model.config.summary_first_dropout == 0.1
+        assert not model.training
 
 
 def lose(folder, *keys):
@@ -331,123 +322,114 @@ def test_a_head_of_another_shape_is_refused_even_when_mismatches_are_ignored(tin
         GPT2ValueModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 
-def test_loading_info_is_given_when_asked_for(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    model, info = GPT2ValueModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert isinstance(model, GPT2ValueModel)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-
-
-def test_a_plain_gpt2_config_is_enough_to_build_a_model():
-    model = GPT2HeadWithValueModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, eos_token_id=0))
-    assert model.config.model_type == "gpt2_value"
-    assert model.v_head.summary.weight.shape == (1, 16)
-
-
 # Saving
 
 
-@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
-def test_save_and_load_again_and_again_loses_nothing(tiny_model, tmp_path, auto):
-    expected = tiny_model(IDS)
-    model = tiny_model
-    for generation in range(3):
-        folder = tmp_path / f"generation{generation}"
+def test_save_and_load_again_and_again_loses_nothing(tiny_model, tmp_path, transformers_log):
+    expected, model = tiny_model(IDS), tiny_model
+    for generation, auto in enumerate((AutoModel, AutoModelForCausalLM, AutoModel)):
+        folder = tmp_path / f"{min(generation, 1)}"  # the last is saved over the one that it was loaded from
         model.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        assert config["auto_map"] == {
-            "AutoConfig": "configuration_gpt2_value.GPT2ValueConfig",
-            "AutoModel": "modeling_gpt2_value.GPT2ValueModel",
-            "AutoModelForCausalLM": "modeling_gpt2_value.GPT2ValueModel",
-        }
-        code = {path.name for path in folder.glob("*.py")}
-        assert code == {
-            f"{topic}_gpt2_value.py"
-            for topic in ("configuration", "decoding", "generation", "modeling", "sampling", "scoring")
-        }
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+        topics = ("configuration", "decoding", "generation", "modeling", "sampling", "scoring")
+        assert {path.name for path in folder.glob("*.py")} == {f"{topic}_gpt2_value.py" for topic in topics}
         assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "gpt2_value"
-        model = auto.from_pretrained(folder, trust_remote_code=True)
+        model, info = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
         assert type(model).__module__.startswith("transformers_modules")
-        output = model(IDS)
-        assert torch.equal(output.logits, expected.logits)
-        torch.testing.assert_close(output.value, expected.value, atol=1e-6, rtol=0)
-
-
-def test_a_package_saved_over_itself_stays_whole(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    model.save_pretrained(tmp_path)
-    again = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    assert torch.equal(again(IDS).logits, tiny_model(IDS).logits)
-
-
-def test_the_seeds_class_saves_a_package_that_auto_model_loads(tmp_path):
-    write_published_checkpoint(tmp_path / "plain")
-    seed = GPT2HeadWithValueModel.from_pretrained(tmp_path / "plain")
-    seed.save_pretrained(tmp_path / "package")
-    model = AutoModel.from_pretrained(tmp_path / "package", trust_remote_code=True)
-    assert isinstance(model(IDS), tuple) is False
-    torch.testing.assert_close(model(IDS).value, seed(IDS)[-1], atol=1e-6, rtol=0)
-    again = GPT2HeadWithValueModel.from_pretrained(tmp_path / "package")
-    assert torch.equal(again(IDS)[0], seed(IDS)[0])
-
-
-def test_a_model_can_be_copied_and_pickled(tiny_model):
-    for twin in (copy.deepcopy(tiny_model), pickle.loads(pickle.dumps(tiny_model))):
-        assert torch.equal(twin(IDS).value, tiny_model(IDS).value)
-        twin.detach_value_head()
-        assert body_gradient(twin) is None
-        assert tiny_model.config.detach_value_head is False
-
-
-# A citizen of transformers
+        assert torch.equal(model(IDS).logits, expected.logits)
+        torch.testing.assert_close(model(IDS).value, expected.value, atol=1e-6, rtol=0)
+    assert not transformers_log.records
 
 
 def test_embeddings_stay_tied_through_resizing_and_saving(tiny_model, tmp_path):
     tiny_model.resize_token_embeddings(100)
-    assert tiny_model.lm_head.weight is tiny_model.transformer.wte.weight
-    assert tiny_model(IDS).logits.shape[-1] == 100
     tiny_model.save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
-    assert model.config.vocab_size == 100
+    for each in (tiny_model, model):
+        assert each.lm_head.weight is each.transformer.wte.weight
+        assert each(IDS).logits.shape[-1] == each.config.vocab_size == 100
     torch.testing.assert_close(model(IDS).value, tiny_model(IDS).value, atol=1e-6, rtol=0)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    def gradients(checkpointing):
-        model = make_tiny_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        output = model(IDS, labels=IDS, use_cache=False)
-        (output.loss + output.value.pow(2).mean()).backward()
-        return {name: weight.grad for name, weight in model.named_parameters()}
+# The config
 
-    plain, checkpointed = gradients(False), gradients(True)
-    assert plain.keys() == checkpointed.keys()
-    for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient)
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_embd", 30),
+        ("n_layer", 0),
+        ("vocab_size", 2.5),
+        ("n_inner", 0),
+        ("resid_pdrop", 1.5),
+        ("attn_pdrop", float("nan")),
+        ("summary_last_dropout", 1.0),
+        ("summary_activation", "relu"),
+        ("summary_type", "middle"),
+        ("summary_use_proj", "yes"),
+        ("num_labels", 2),
+        ("detach_value_head", 1),
+        ("value_head_initializer_range", -1.0),
+        ("value_head_initializer_range", "0.1"),
+        ("layer_norm_epsilon", 0.0),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(field, value):
+    with pytest.raises((ValueError, StrictDataclassFieldValidationError), match=field):
+        GPT2ValueConfig(**{"n_head": 4, "n_embd": 32, field: value})
+
+
+def test_every_field_survives_save_and_load(tmp_path):
+    fields = {"n_layer": 3, "n_ctx": 1024, "summary_activation": "tanh", "summary_last_dropout": 0.25}
+    fields |= {"detach_value_head": True, "value_head_initializer_range": 0.1}
+    config = GPT2ValueConfig(**fields)
+    config.auto_map = {"AutoConfig": "somebody/else--configuration_gpt2_value.GPT2ValueConfig"}
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert all((tmp_path / f"{name.split('.')[0]}.py").is_file() for name in AUTO_MAP.values())
+    auto = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    for loaded in (GPT2ValueConfig.from_pretrained(tmp_path), auto):
+        assert {name: getattr(loaded, name) for name in fields} == fields
+        assert loaded.num_labels == 1
+
+
+def test_a_plain_gpt2_config_loses_only_what_says_which_class_it_is_for(tmp_path):
+    plain = GPT2Config(n_layer=3, resid_pdrop=0.0, task_specific_params={"text-generation": {"do_sample": True}})
+    plain.save_pretrained(tmp_path)
+    for config in (GPT2ValueConfig.from_pretrained(tmp_path), GPT2ValueConfig.from_gpt2(plain)):
+        assert (config.num_labels, config.n_layer, config.resid_pdrop) == (1, 3, 0.0)
+        assert config.task_specific_params == plain.task_specific_params
+
+
+def test_what_this_model_cannot_be_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="attention layer of its own"):
+        GPT2ValueConfig(summary_type="attn")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 32}))
+    with pytest.raises(ValueError, match="type 'llama'; expected 'gpt2' or 'gpt2_value'"):
+        GPT2ValueConfig.from_pretrained(tmp_path)
+
+
+# generate() and pipelines, which are transformers' own
 
 
 MODES = {
-    "greedy": {"do_sample": False},
-    "sample": {"do_sample": True, "top_k": 20, "temperature": 0.8},
+    "sample": {"do_sample": True, "top_k": 20, "temperature": 0.8, "num_return_sequences": 2},
     "beams": {"num_beams": 3, "do_sample": False},
     "beam sample": {"num_beams": 2, "do_sample": True},
-    "several": {"do_sample": True, "num_return_sequences": 2},
-    "assisted": {"do_sample": False, "prompt_lookup_num_tokens": 2},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 2},
     "static cache": {"do_sample": False, "cache_implementation": "static"},
+    "stop strings": {"do_sample": False, "stop_strings": ["A"]},
 }
 
 
-@pytest.mark.shows(
-    "transformers", "`generate()`: greedy, sampling, beams, prompt lookup and static cache give GPT-2's tokens"
-)
 @pytest.mark.parametrize("mode", MODES)
-def test_generate_gives_what_gpt2_gives(tiny_model, mode):
-    prompts = IDS[:1] if mode == "assisted" else IDS
+def test_generate_gives_what_gpt2_gives(tiny_model, tiny_tokenizer, mode):
+    prompts = IDS[:1] if mode == "prompt lookup" else IDS
     arguments = {"max_new_tokens": 8, "pad_token_id": 0, "attention_mask": torch.ones_like(prompts), **MODES[mode]}
+    if mode == "stop strings":
+        arguments["tokenizer"] = tiny_tokenizer
     outputs = []
     for model in (tiny_model, plain_twin(tiny_model)):
         torch.manual_seed(1)
@@ -455,30 +437,59 @@ def test_generate_gives_what_gpt2_gives(tiny_model, mode):
     assert torch.equal(*outputs)
 
 
-@pytest.mark.shows("transformers", "`generate()` with left padding")
-def test_generate_with_left_padding_gives_what_the_prompt_alone_gives(tiny_model):
-    alone = tiny_model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    padded = torch.cat([torch.full((2, 3), 95), IDS], 1)
-    mask = torch.cat([torch.zeros((2, 3), dtype=torch.long), torch.ones_like(IDS)], 1)
-    output = tiny_model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert torch.equal(output[:, 3:], alone)
+def test_generate_with_left_padding_a_streamer_or_a_draft_gives_what_the_prompt_alone_gives(tiny_model, tiny_tokenizer):
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 95}
+    alone = tiny_model.generate(IDS, **arguments)
+    ids, mask = padded(3)
+    assert torch.equal(tiny_model.generate(ids, attention_mask=mask, **arguments)[:, 3:], alone)
+    streamer = TextIteratorStreamer(tiny_tokenizer, skip_prompt=True, timeout=10)
+    tiny_model.generate(IDS[:1], streamer=streamer, **arguments)
+    assert "".join(streamer) == tiny_tokenizer.decode(alone[0, 6:])
+    for draft in (plain_twin(tiny_model), make_tiny_model(seed=1)):
+        assert torch.equal(tiny_model.generate(IDS[:1], assistant_model=draft, **arguments), alone[:1])
 
 
-@pytest.mark.shows("transformers", '`pipeline("text-generation")` answers as GPT-2')
 def test_pipelines_answer_as_gpt2(tiny_model, tiny_tokenizer, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    twin = plain_twin(tiny_model)
-    arguments = {"do_sample": False, "max_new_tokens": 5}
-    expected = pipeline("text-generation", model=twin, tokenizer=tiny_tokenizer)("abc", **arguments)
-    from_folder = pipeline("text-generation", model=str(tmp_path), trust_remote_code=True)("abc", **arguments)
-    from_model = pipeline("text-generation", model=tiny_model, tokenizer=tiny_tokenizer)("abc", **arguments)
-    assert from_folder == from_model == expected
+    for how in ({}, {"stop_sequence": "A"}):
+        answers = [
+            pipeline("text-generation", tokenizer=tiny_tokenizer, trust_remote_code=True, model=model)(
+                "abc", do_sample=False, max_new_tokens=5, **how
+            )
+            for model in (plain_twin(tiny_model), tiny_model, str(tmp_path))
+        ]
+        assert answers[0] == answers[1] == answers[2]
 
 
-def test_the_same_seed_gives_the_weights_that_gpt2_would_have(tiny_config):
-    torch.manual_seed(3)
-    model = GPT2ValueModel(tiny_config)
-    torch.manual_seed(3)
-    plain = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=96, n_positions=64, eos_token_id=0))
-    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in plain.state_dict().items())
+# The seed notebook's cells, in order
+
+
+def test_the_cells_in_order(tiny_tokenizer, tmp_path):
+    write_published_checkpoint(tmp_path / "plain")
+    model, tokenizer = GPT2HeadWithValueModel.from_pretrained(tmp_path / "plain"), tiny_tokenizer
+    input_txt = "I liked the movie Transformers!" + tokenizer.eos_token
+    input_ids = tokenizer.encode(input_txt, add_special_tokens=True, return_tensors="pt")
+    logits, _transformer_outputs, values = model(input_ids)
+    tokens = input_ids.shape[1]
+    assert logits.shape == (1, tokens, 96)
+    assert values.shape == (1, tokens)
+    assert [type(item).__name__ for item in model(input_ids, use_cache=False)] == ["Tensor", "Tensor"]
+    assert torch.equal(model(input_ids, lm_labels=input_ids)[0], model(input_ids, labels=input_ids)[0])
+
+    pred_ids = torch.argmax(logits, dim=-1)
+    pairs = [(tokenizer.decode(input_ids[:, i]), tokenizer.decode(pred_ids[:, i])) for i in range(tokens)]
+    assert len(pairs) == tokens
+
+    queries = torch.cat([tokenizer.encode(text, return_tensors="pt") for text in ("My most", "My best")])
+    responses = respond_to_batch(model, queries, txt_len=10)
+    assert responses.shape == (2, 10)
+    assert responses.dtype == torch.long
+    greedy = model(queries[:1])[0][0, -1].argmax()
+    for settings in ({"top_k": 1}, {"top_p": 1e-9}):
+        assert (respond_to_batch(model, queries[:1].repeat(50, 1), txt_len=1, **settings) == greedy).all()
+
+    model.save_pretrained(tmp_path / "package")
+    loaded = AutoModel.from_pretrained(tmp_path / "package", trust_remote_code=True)
+    torch.testing.assert_close(loaded(IDS).value, model(IDS)[-1], atol=1e-6, rtol=0)
+    assert torch.equal(GPT2HeadWithValueModel.from_pretrained(tmp_path / "package")(IDS)[0], model(IDS)[0])

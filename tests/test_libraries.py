@@ -1,0 +1,343 @@
+"""The tools that people train with: PEFT, Trainer, Accelerate, torchao, torch.export, tokenizers."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import make_tiny_model, plain_twin
+from support.settings import RAGGED, seeded
+from support.two_processes import free_port
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+from generation_gpt2_value import rollout
+from hub_tools import inspect_package, save_package
+from hub_tools.errors import UnsavableModelError
+from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueConfig, GPT2ValueModel
+from scoring_gpt2_value import rescore
+
+peft = pytest.importorskip("peft")
+ROOT = Path(__file__).parent.parent
+
+
+def assert_same_numbers(model, drawn, expected=None):
+    """The scores of a rollout are its numbers, and those of another model."""
+    scored = rescore(model, drawn)
+    for name in ("logprobs", "values"):
+        torch.testing.assert_close(getattr(scored, name), getattr(drawn, name), atol=1e-5, rtol=0)
+    if expected is not None:
+        assert_same_numbers(expected, drawn)
+
+
+# PEFT
+
+
+def lora(model, targets=("c_attn",), **fields):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=[*targets], init_lora_weights=False, lora_dropout=0.3, **fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft on fan_in_fan_out, which it sets right
+        return peft.get_peft_model(model, config)
+
+
+def body_gradient(model, drawn):
+    model.zero_grad()
+    rescore(model, drawn).values.sum().backward()
+    return sum(
+        float(w.grad.abs().sum()) for name, w in model.named_parameters() if "lora" in name and w.grad is not None
+    )
+
+
+def test_an_adapted_model_is_sampled_and_scored_and_its_copied_head_is_detached_and_attached_again():
+    model = lora(make_tiny_model(), modules_to_save=["v_head"]).train()
+    drawn = rollout(model, RAGGED, max_new_tokens=4)
+    assert_same_numbers(model, drawn)
+    assert body_gradient(model, drawn) > 0
+    model.base_model.model.detach_value_head()
+    assert body_gradient(model, drawn) == 0
+    model.base_model.model.attach_value_head()
+    assert body_gradient(model, drawn) > 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["v_head"]}, {"targets": ["c_attn", "lm_head"]}], ids=str)
+def test_the_base_of_an_adapter_is_its_reference_without_a_second_copy(fields):
+    base = make_tiny_model(tie_word_embeddings=False)
+    reference = plain_twin(base)
+    model = lora(base, **fields).train()
+    drawn = rollout(model, RAGGED, max_new_tokens=6, top_k=20)
+    scored = rescore(model, drawn, reference="disable_adapter")
+    assert scored.kl.mean() > 1e-3
+    torch.testing.assert_close(scored.kl, rescore(model, drawn, reference=reference).kl, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored.logprobs, drawn.logprobs, atol=1e-5, rtol=0)  # the adapter is on again
+    scored.kl.mean().backward()
+    assert model.base_model.model.transformer.h[0].attn.c_attn.lora_B["default"].weight.grad.abs().sum() > 0
+
+
+def test_an_adapted_model_is_refused_as_its_own_reference():
+    model = lora(make_tiny_model())
+    drawn = rollout(model, RAGGED, max_new_tokens=4)
+    own = 'pass reference="disable_adapter"'
+    for reference in (model, model.base_model.model):
+        for score in (rescore, lambda m, *rest, **more: m.rescore(*rest, **more)):
+            with pytest.raises(ValueError, match=own):
+                score(model, drawn, reference=reference)
+    with model.disable_adapter(), pytest.raises(ValueError, match=own):
+        rescore(model, drawn, reference=model)
+    with pytest.raises(ValueError, match="expected a model, or"):
+        rescore(model, drawn, reference="base")
+    for alone in (make_tiny_model(), model.base_model.model):  # neither knows of a PeftModel
+        with pytest.raises(ValueError, match="with a PeftModel"):
+            rescore(alone, drawn, reference="disable_adapter")
+
+
+def test_an_adapter_that_transformers_added_is_refused_as_its_own_reference():
+    model = make_tiny_model()
+    try:
+        model.add_adapter(peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    except (ImportError, ValueError) as error:
+        pytest.skip(str(error))  # transformers 5.24 asks for a PEFT that is not released yet
+    drawn = rollout(model, RAGGED, max_new_tokens=4)
+    with pytest.raises(ValueError, match='pass reference="disable_adapter"'):
+        rescore(model, drawn, reference=model)
+
+
+def test_a_head_of_zeros_that_nothing_trains_is_named():
+    model = lora(make_tiny_model(value_head_initializer_range=0.0))
+    drawn = rollout(model, RAGGED, max_new_tokens=4)
+    with pytest.warns(UserWarning, match=r'modules_to_save=\["v_head"\]') as said:
+        rescore(model, drawn)
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with torch.no_grad():
+            rescore(model, drawn)
+        rescore(lora(make_tiny_model(value_head_initializer_range=0.0), modules_to_save=["v_head"]), drawn)
+        rescore(lora(make_tiny_model()), drawn)  # a head that has learnt may be frozen
+        without_adapter = make_tiny_model(value_head_initializer_range=0.0)
+        without_adapter.v_head.requires_grad_(False)  # as for a trainer that has no use for values
+        rescore(without_adapter, drawn)
+
+
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_virtual_tokens_are_refused_by_name(kind):
+    config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    with pytest.raises(TypeError, match=f"the virtual tokens of a {kind}"):
+        rollout(peft.get_peft_model(make_tiny_model(), config), RAGGED, max_new_tokens=4)
+
+
+# Trainer
+
+
+def trained(model, folder, **fields):
+    fields = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "seed": 0, **fields}
+    off = {"save_strategy": "no", "logging_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    rows = [(torch.arange(16) + 7 * row) % 90 for row in range(64)]  # each token is followed by the next number
+    texts = [{"input_ids": row, "labels": row.clone()} for row in rows]
+    trainer = Trainer(model, TrainingArguments(str(folder), **fields, **off), train_dataset=texts, eval_dataset=texts)
+    return trainer, trainer.train().training_loss
+
+
+def without_dropout():
+    """The head's dropout draws random numbers too, which would change those of the body's."""
+    return make_tiny_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0)
+
+
+def plain_model():
+    """GPT2LMHeadModel; told that its loss shifts, else Trainer divides by one token too many in each row."""
+    model = plain_twin(without_dropout())
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def test_label_smoothing_does_not_teach_the_model_to_copy_its_input(tmp_path):
+    """Trainer shifts the labels itself there, for the models that it takes for language models."""
+    ours, plain, seed = without_dropout(), plain_model(), GPT2HeadWithValueModel(without_dropout().config)
+    seed.load_state_dict(ours.state_dict())
+    found = [trained(each, tmp_path, label_smoothing_factor=0.1)[1] for each in (ours, seed, plain)]
+    assert found == pytest.approx([found[-1]] * 3, abs=1e-6)
+    for name, weight in plain.named_parameters():
+        for each in (ours, seed):
+            torch.testing.assert_close(each.state_dict()[name], weight, atol=1e-6, rtol=0)
+    adapted, base = (
+        trained(lora(each), tmp_path, label_smoothing_factor=0.1, max_steps=1)[1]
+        for each in (without_dropout(), plain_model())
+    )
+    assert adapted == pytest.approx(base, abs=1e-6)
+
+
+def test_compute_metrics_gets_the_logits_alone(tmp_path):
+    trainer, _ = trained(make_tiny_model(), tmp_path, max_steps=1)
+    shapes = []
+    trainer.compute_metrics = lambda prediction: shapes.append(prediction.predictions.shape) or {}
+    trainer.evaluate()
+    assert shapes == [(64, 16, 96)]
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4.57 batches so on a GPU only")
+def test_generate_batch_answers_as_generate_does():
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model = make_tiny_model()
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # by default its cache fills the memory
+    prompts = [prompt.tolist() for prompt in RAGGED]
+    answers = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+    arguments = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = [model.generate(prompt[None], **arguments)[0, len(prompt) :].tolist() for prompt in RAGGED]
+    assert sorted(answer.generated_tokens for answer in answers.values()) == sorted(expected)
+
+
+# Weights that are not simply in memory
+
+
+ON_DISK = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "lm_head": "cpu", "v_head": "cpu"}
+ON_DISK |= dict.fromkeys(("transformer.h.0", "transformer.h.1", "transformer.ln_f"), "disk")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_map_changes_no_number(saved, dtype):
+    drawn = [
+        rollout(GPT2ValueModel.from_pretrained(saved, dtype=dtype, **how), RAGGED, generator=seeded())
+        for how in ({}, {"device_map": "auto"})
+    ]
+    assert torch.equal(drawn[0].responses, drawn[1].responses)
+    assert torch.equal(drawn[0].logprobs, drawn[1].logprobs)
+
+
+@pytest.mark.parametrize("offload", ["parts on the disk", "cpu_offload", "disk_offload"])
+def test_offloaded_weights_give_the_same_numbers_and_are_not_saved(saved, tmp_path, offload):
+    accelerate, model = pytest.importorskip("accelerate"), make_tiny_model()
+    if offload == "parts on the disk":
+        placed = GPT2ValueModel.from_pretrained(saved, device_map=ON_DISK, offload_folder=tmp_path / "disk")
+    else:
+        placed = GPT2ValueModel.from_pretrained(saved)
+        more = (tmp_path / "disk",) if offload == "disk_offload" else ()
+        getattr(accelerate, offload)(placed, *more, execution_device=torch.device("cpu"))
+    assert placed.transformer.h[1].mlp.c_fc.weight.is_meta
+    assert torch.equal(placed(RAGGED[0][None]).logits, model(RAGGED[0][None]).logits)
+    drawn = rollout(placed, RAGGED, max_new_tokens=12, eos_token_id=[1, 2, 3], top_k=20)
+    assert_same_numbers(placed, drawn, expected=model)
+    for scorer, reference in ((placed, placed), (model, placed), (placed, model)):
+        assert rescore(scorer, drawn, reference=reference).kl.abs().max() < 1e-5
+    with pytest.raises(UnsavableModelError, match="without data"):
+        save_package(placed, tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_model_made_on_the_meta_device_takes_weights(saved):
+    model = make_tiny_model()
+    with torch.device("meta"):
+        empty = GPT2ValueModel(GPT2ValueConfig.from_pretrained(saved)).eval()
+    with pytest.raises(TypeError, match="GPT2ValueModel"):
+        rollout(empty, RAGGED)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    empty.tie_weights()
+    for name, buffer in model.named_buffers():  # in no state dict: transformers 4's causal masks
+        owner, _, attribute = name.rpartition(".")
+        setattr(empty.get_submodule(owner), attribute, buffer)
+    assert_same_numbers(empty, rollout(empty, RAGGED), expected=model)
+
+
+# torchao, which is installed in a folder of its own: wherever transformers finds it, each process prints four lines
+
+
+def test_models_with_quantised_weights_are_sampled_and_scored_as_they_are():
+    folder = Path(sys.prefix) / "torchao"
+    assert folder.is_dir(), "torchao is not installed: run make .venv/.done, or make .oldest/.done"
+    command = [sys.executable, "-m", "pytest", "-q", "tests/slow/quantised.py"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+# torch.export
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["without a cache", "with the default cache"])
+def test_an_exported_model_gives_the_same_logits_and_values_for_other_sizes(tiny_model, cached):
+    if cached:  # transformers' own registration: torch.export does not know its DynamicCache, of any model
+        register_dynamic_cache_export_support()
+    ids, mask = torch.tensor([[5, 17, 3, 9], [41, 9, 7, 2]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    more = {} if cached else {"use_cache": False}
+    sizes = {0: torch.export.Dim("rows", max=64), 1: torch.export.Dim("tokens", max=64)}
+    shapes = {"input_ids": sizes, "attention_mask": sizes, **dict.fromkeys(more)}
+    arguments = {"input_ids": ids, "attention_mask": mask, **more}
+    with torch.no_grad():
+        program = torch.export.export(tiny_model, (), arguments, dynamic_shapes=shapes, strict=False)
+    ids = torch.randint(1, 96, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    found = program.module()(input_ids=ids, attention_mask=mask, **more)
+    expected = tiny_model(ids, attention_mask=mask, use_cache=cached)
+    torch.testing.assert_close(found.logits[mask.bool()], expected.logits[mask.bool()], atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.value[mask.bool()], expected.value[mask.bool()], atol=1e-6, rtol=0)
+    assert ("past_key_values" in found) == cached
+
+
+# The tokenizer of a package
+
+
+def test_a_tokenizer_is_loaded_without_running_code(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """transformers 4 stops at `tokenizer_class`, which we write. 5 reads the model's config first, and asks."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "n")
+    save_package(tiny_model, tmp_path / "package", tiny_tokenizer)
+    loaded = [
+        AutoTokenizer.from_pretrained(tmp_path / "package", trust_remote_code=False),
+        PreTrainedTokenizerFast.from_pretrained(tmp_path / "package"),
+    ]
+    assert asked == []
+    loaded.append(AutoTokenizer.from_pretrained(tmp_path / "package"))
+    assert len(asked) == (0 if transformers.__version__.startswith("4.") else 1)
+    assert all(each("abc").input_ids == tiny_tokenizer("abc").input_ids for each in loaded)
+    assert not any(name.startswith("transformers_modules.package") for name in sys.modules)
+
+
+# The configurations in examples/accelerate; tests/test_two_processes.py shards by them
+
+
+CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
+KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "two-machines": "MULTI_GPU"}
+LINES = re.findall(r"^accelerate launch .*", (ROOT / "docs" / "many-gpus.md").read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_each_configuration(path):
+    import yaml
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == KINDS[path.stem]
+    assert config.num_processes == 8 * config.num_machines
+    options = vars(launch_command_parser().parse_args(["script.py"]))
+    fields = yaml.safe_load(path.read_text(encoding="utf-8")).get("fsdp_config", {})
+    assert set(fields) <= set(options)  # accelerate hands unknown ones on without a word
+    assert any(f"accelerate/{path.name}" in line for line in LINES)
+    launch_command_parser().parse_args(shlex.split(LINES[0])[2:])
+
+
+def test_two_machines_find_each_other_and_save_one_package(tmp_path):
+    """A line of the page, with few steps and one process on each machine; `tests/slow/launches.py` starts them all."""
+    from slow.launches import launch_line
+
+    line = next(line for line in LINES if "--machine_rank 0" in line and "fsdp2" in line)
+    assert line.replace("--machine_rank 0", "--machine_rank 1") in LINES
+    port = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    machines = [launch_line(line, tmp_path / str(rank), *port, "--machine_rank", str(rank)) for rank in (0, 1)]
+    for machine in machines:
+        output = machine.communicate(timeout=200)[0].decode()
+        assert machine.returncode == 0, output
+    report = inspect_package(tmp_path / "0")
+    assert report.record
+    assert not report.missing + report.changed + report.foreign
+    assert not (tmp_path / "1").exists()

@@ -1,0 +1,428 @@
+"""A rollout: exact draws, whatever form the prompts have, and what it says of itself; bad input is refused."""
+
+import dataclasses
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+from conftest import make_tiny_model, plain_twin, sampling_logprobs
+from scipy import stats
+from support.settings import EOS, RAGGED, seeded
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from transformers import AutoModelForCausalLM
+
+from generation_gpt2_value import Rollout, respond_to_batch, rollout
+from sampling_gpt2_value import Sampling, as_mask, compact, draw, kept_set, sampling_distribution
+from scoring_gpt2_value import rescore
+
+# Sampling is exact
+
+
+def chi_square_p(counts, expected):
+    """The p-value; cells that expect fewer than 5 are pooled, and impossible ones must be empty."""
+    assert counts[expected == 0].sum() == 0
+    small = expected < 5
+    observed = torch.cat([counts[~small], counts[small].sum()[None]])
+    wanted = torch.cat([expected[~small], expected[small].sum()[None]])
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    return stats.chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 2.0, "top_k": 4, "top_p": 0.8},
+        {"temperature": 0.5, "eos_token_id": [2, 4], "min_new_tokens": 2},
+    ],
+    ids=str,
+)
+def test_sampled_sequences_follow_the_enumerated_distribution(settings):
+    """Chi-square over 200,000 sequences; probabilities by enumeration, in float64, with code of this test only."""
+    V, T, N = 6, 3, 200_000
+    model = make_tiny_model(vocab_size=V, n_embd=8, n_head=2, n_layer=1)
+    prompt, eos = torch.tensor([1, 3]), settings.get("eos_token_id", [])
+    sequences = torch.tensor(list(itertools.product(range(V), repeat=T)))
+    with torch.no_grad():
+        logits = (
+            plain_twin(model)(torch.cat([prompt.expand(len(sequences), -1), sequences], 1)).logits[:, 1:-1].double()
+        )
+    logprob = torch.zeros(len(sequences), dtype=torch.float64)
+    ended, impossible = torch.zeros((2, len(sequences)), dtype=torch.bool)
+    for t in range(T):
+        step = logits[:, t].clone()
+        if t < settings.get("min_new_tokens", 0):
+            step[:, eos] = -math.inf
+        step /= settings.get("temperature", 1.0)
+        if k := settings.get("top_k"):
+            step[step < step.sort(descending=True).values[:, k - 1 : k]] = -math.inf
+        if p := settings.get("top_p"):
+            ordered, where = step.softmax(-1).sort(descending=True)
+            drop = ordered.cumsum(-1) - ordered >= p
+            step[drop.scatter(-1, where, drop)] = -math.inf
+        token = sequences[:, t]
+        logprob += torch.where(ended, 0.0, step.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1))
+        impossible |= ended & (token != (eos[0] if eos else 0))  # after the end there is only padding
+        ended |= torch.isin(token, torch.tensor(eos))
+    expected = logprob.exp().masked_fill(impossible, 0.0)
+    assert expected.sum() == pytest.approx(1.0)
+
+    settings = {"eos_token_id": None, **settings}
+    drawn = model.rollout(prompt[None], max_new_tokens=T, num_return_sequences=N, generator=seeded(), **settings)
+    index = (drawn.responses * V ** torch.arange(T - 1, -1, -1)).sum(-1)
+    assert chi_square_p(torch.bincount(index, minlength=V**T), expected * N) > 1e-3
+
+
+@pytest.mark.parametrize("width", [1, 2, 255, 256, 257, 50257])
+def test_drawing_is_the_exact_inverse_of_the_distribution_function(width):
+    """Uniforms in the middle of each index's interval give that index; intervals of zero length are never hit."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, width) * 3
+    logits[0, torch.randperm(width)[: width // 3]] = -math.inf
+    weights = (logits[0] - logits.max()).exp().double()
+    edges = weights.cumsum(-1) / weights.sum()
+    possible = (logits[0] > -math.inf).nonzero().squeeze(-1)
+    possible = possible[:: max(1, len(possible) // 500)]
+    middle = (edges[possible] + torch.cat([torch.zeros(1).double(), edges])[possible]) / 2
+    shifted = (logits - logits.max()).expand(len(possible), -1)
+    indices, logprobs = draw(shifted, middle)
+    assert torch.equal(indices, possible)
+    torch.testing.assert_close(logprobs, logits[0].log_softmax(-1)[possible], atol=1e-5, rtol=0)
+
+
+def test_an_impossible_index_is_never_drawn_whatever_the_uniform():
+    for possible in ([0], [255], [256], [700], [999], [3, 512, 998]):
+        logits = torch.full((1, 1000), -math.inf)
+        logits[0, possible] = 0.0
+        uniforms = torch.tensor([0.0, 1e-300, 0.5, 1 - 2**-53, 1.0], dtype=torch.float64)
+        indices, _ = draw(logits.expand(5, -1), uniforms)
+        assert set(indices.tolist()) <= set(possible)
+
+
+def test_a_rare_token_is_drawn_as_often_as_it_should():
+    """Float32 sums over a vocabulary lose a tail of 1e-8; 50,000 such tokens together have the probability 5e-4."""
+    logits = torch.full((1, 50257), math.log(1e-8))
+    logits[0, 0] = 0.0
+    uniforms = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    tail = int((draw(logits.expand(400, -1), uniforms[-400:])[0] > 0).sum())
+    assert tail == pytest.approx(200_000 * 50256e-8 / (1 + 50256e-8), abs=1)
+
+
+# The one distribution, and the sets that draws chose among
+
+
+def test_truncation_keeps_exactly_the_tokens_it_should():
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    for settings, kept in (
+        ({"top_k": 2}, 2),
+        ({"top_p": 0.35}, 1),
+        ({"top_p": 0.4001}, 2),
+        ({"top_p": 0.71}, 3),
+        ({"top_k": 3, "top_p": 0.5}, 2),
+        ({"top_k": 99}, 4),
+        ({}, 4),
+    ):
+        probs = sampling_logprobs(logits, Sampling(**settings)).exp()
+        assert (probs > 0).sum() == kept
+        assert probs.sum() == pytest.approx(1.0)
+        torch.testing.assert_close(probs[:kept] / probs[0], logits[:kept].exp() / 0.4)
+    ties = sampling_logprobs(torch.zeros(5, 100), Sampling(top_k=7)).exp()
+    assert ((ties > 0).sum(-1) == 7).all()
+
+
+@pytest.mark.parametrize("vocabulary", [50, 2000])
+def test_what_was_kept_is_kept_by_whoever_scores_it(vocabulary):
+    """A model that ranks the tokens otherwise gives these tokens a probability, and no others; as ids or as bits."""
+    for settings in ({"top_k": 3}, {"top_k": 40, "top_p": 0.6}, {"top_p": 1e-9}):
+        torch.manual_seed(0)
+        mine, other = torch.randn(2, 5, 4, vocabulary) * 2
+        sampling = Sampling(**settings)
+        possible = sampling_logprobs(mine, sampling) > -math.inf
+        bits = kept_set(sampling_distribution(mine, sampling), sampling)
+        expected = other.double().masked_fill(~possible, -math.inf).log_softmax(-1)
+        for kept in (bits, compact(bits, vocabulary)):
+            found = sampling_logprobs(other, sampling, kept=kept)
+            assert torch.equal(found > -math.inf, possible)
+            torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_ids_of_kept_sets_are_those_of_the_bits_however_the_rows_are_parted():
+    logits = torch.full((5, 40, 50257), -math.inf)  # two rows a part, and one
+    logits.scatter_(-1, torch.randint(50257, (5, 40, 7), generator=seeded()), 0.0)
+    ids = compact(kept_set(logits, Sampling(top_k=7)), 50257)
+    assert ids.dtype == torch.int32
+    assert torch.equal(as_mask(ids, 50257), logits == 0)
+
+
+# What a rollout says of itself
+
+
+def test_the_masks_say_what_was_drawn():
+    model = make_tiny_model()
+    drawn = model.rollout(RAGGED * 20, max_new_tokens=12, eos_token_id=EOS, pad_token_id=90, min_new_tokens=2)
+    P = drawn.sequences.shape[1] - 12
+    assert drawn.sequences.dtype == drawn.attention_mask.dtype == torch.long
+    assert drawn.response_mask.dtype == drawn.truncated.dtype == torch.bool
+    assert drawn.logprobs.dtype == drawn.values.dtype == torch.float32
+    assert torch.equal(drawn.responses, drawn.sequences[:, P:])
+    assert torch.equal(drawn.attention_mask[:, P:].bool(), drawn.response_mask)
+    assert 0 < drawn.truncated.sum() < len(drawn)
+    for row in range(len(drawn)):
+        prompt, length = RAGGED[row % len(RAGGED)], int(drawn.response_mask[row].sum())
+        assert torch.equal(drawn.sequences[row, P - len(prompt) : P], prompt)
+        assert drawn.attention_mask[row, :P].sum() == len(prompt)
+        assert drawn.response_mask[row, :length].all()
+        is_eos = torch.isin(drawn.responses[row, :length], torch.tensor(EOS))
+        assert not is_eos[:-1].any()
+        assert length > 2 or not is_eos.any()
+        assert bool(is_eos[-1]) != bool(drawn.truncated[row])
+        assert (drawn.responses[row, length:] == 90).all()
+        assert not drawn.logprobs[row, length:].any()
+        assert not drawn.values[row, length:].any()
+        assert (drawn.logprobs[row, :length] < 0).all()
+
+
+def test_the_end_of_text_is_the_models_own_unless_it_is_none():
+    model = make_tiny_model(eos_token_id=7)
+    own = model.rollout(RAGGED * 20, max_new_tokens=20)
+    assert own.sampling.eos_token_id == (7,)
+    assert 0 < own.truncated.sum() < len(own)
+    model.config.eos_token_id = [7, 9]
+    assert model.rollout(RAGGED, max_new_tokens=2).sampling.eos_token_id == (7, 9)
+    never = model.rollout(RAGGED, max_new_tokens=7, eos_token_id=None)
+    assert never.sampling.eos_token_id == ()
+    assert never.response_mask.all()
+    assert never.truncated.all()
+    assert respond_to_batch(model, torch.tensor([[5, 6]] * 50), txt_len=20).shape == (50, 20)
+    model.config.eos_token_id = None
+    assert model.rollout(RAGGED, max_new_tokens=3).truncated.all()
+
+
+def test_a_seeded_generator_repeats_the_rollout_and_rows_of_a_prompt_stand_together():
+    model = make_tiny_model()
+    first, second, third = (
+        model.rollout(RAGGED, max_new_tokens=10, num_return_sequences=3, generator=seeded(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.sequences, second.sequences)
+    assert not torch.equal(first.sequences, third.sequences)
+    for row, prompt in enumerate(p for p in RAGGED for _ in range(3)):
+        assert torch.equal(first.sequences[row, 5 - len(prompt) : 5], prompt)
+
+
+def test_rows_can_be_selected_repeated_moved_and_loaded_in_batches():
+    model = make_tiny_model()
+    drawn = model.rollout(RAGGED, max_new_tokens=6, top_p=0.9)
+    whole = rescore(model, drawn).logprobs
+    torch.testing.assert_close(rescore(model, drawn.repeat(3)).logprobs, whole.repeat(3, 1), atol=1e-5, rtol=0)
+    for rows in (slice(1, 3), [3, 0], torch.tensor([2]), torch.tensor([True, False, False, True])):
+        part = drawn[rows]
+        assert isinstance(part, Rollout)
+        torch.testing.assert_close(rescore(model, part).logprobs, whole[rows], atol=1e-5, rtol=0)
+    sampler = BatchSampler(RandomSampler(drawn), batch_size=3, drop_last=False)
+    batches = list(DataLoader(drawn, sampler=sampler, batch_size=None))
+    assert [len(batch) for batch in batches] == [3, 1]
+    assert sorted(row for batch in batches for row in batch.sequences.tolist()) == sorted(drawn.sequences.tolist())
+    for rows in (0, True, torch.tensor(1), (0, 1), range(2)):
+        with pytest.raises(TypeError, match="selected by a slice, a list or a 1-D tensor"):
+            drawn[rows]
+    assert torch.equal(drawn.to("cpu").sequences, drawn.sequences)
+    with pytest.raises(TypeError):
+        drawn.to(torch.float64)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_p": 0.2}], ids=str)
+def test_rollouts_of_other_lengths_and_kept_sets_are_joined(settings):
+    model, settings = make_tiny_model(), {"eos_token_id": EOS, **settings}
+    long, short = (
+        model.rollout(prompts, max_new_tokens=T, generator=seeded(), **settings)
+        for prompts, T in ((RAGGED * 3, 12), (RAGGED[:2], 5))
+    )
+    for parts in ([long, short], [short, long], [long[:0], short, long]):
+        both = Rollout.cat(parts)
+        assert both.responses.shape == (14, 12)
+        scored = rescore(model, both)
+        torch.testing.assert_close(scored.logprobs, both.logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(scored.values, both.values, atol=1e-5, rtol=0)
+        first = 0
+        for part in parts:
+            rows = slice(first, first + len(part))
+            for ours, theirs, masks in (
+                ("responses", "responses", "response_mask"),
+                ("logprobs", "logprobs", "response_mask"),
+                ("sequences", "sequences", "attention_mask"),
+            ):
+                found = getattr(both, ours)[rows][getattr(both, masks)[rows].bool()]
+                assert torch.equal(found, getattr(part, theirs)[getattr(part, masks).bool()])
+            assert torch.equal(both.truncated[rows], part.truncated)
+            first += len(part)
+    for others in ([], [long, model.rollout(RAGGED, max_new_tokens=2, temperature=0.5)]):
+        with pytest.raises((TypeError, ValueError)):
+            Rollout.cat(others)
+
+
+def test_a_repr_is_three_short_lines():
+    drawn = make_tiny_model().rollout(RAGGED * 40, max_new_tokens=12, top_p=0.9)
+    lines = repr(drawn).splitlines()
+    assert len(lines) == 3
+    assert all(len(line) <= 160 for line in lines)
+    assert "160" in lines[0]
+    assert "top_p=0.9" in repr(drawn)
+    mean = drawn.logprobs[drawn.response_mask].mean()
+    assert f"{mean:.2f}"[:4] in repr(drawn)
+    assert repr(drawn[:0])
+
+
+def test_a_rollout_is_read_again_without_unpickling_code(package, tmp_path):
+    drawn = make_tiny_model().rollout(RAGGED, max_new_tokens=4, top_p=0.9)
+    torch.save(drawn, tmp_path / "rollout.pt")
+    again = torch.load(tmp_path / "rollout.pt", weights_only=True)
+    assert again.sampling == drawn.sampling
+    assert torch.equal(again.kept, drawn.kept)
+    # The class of a package's rollout is its own, which another process does not have.
+    model = AutoModelForCausalLM.from_pretrained(package, trust_remote_code=True)
+    theirs = model.rollout(RAGGED, max_new_tokens=4, top_p=0.9)
+    assert type(theirs) is not Rollout
+    torch.save({**vars(theirs), "sampling": dataclasses.asdict(theirs.sampling)}, tmp_path / "rollout.pt")
+    fields = torch.load(tmp_path / "rollout.pt", weights_only=True)
+    ours = Rollout(**{**fields, "sampling": Sampling(**fields["sampling"])})
+    torch.testing.assert_close(rescore(model, ours).logprobs, theirs.logprobs, atol=1e-5, rtol=0)
+
+
+# Prompts of any form
+
+
+def test_every_form_of_prompts_gives_the_same_rollout(tiny_tokenizer):
+    model, lists = make_tiny_model(), [prompt.tolist() for prompt in RAGGED]
+    left, right = torch.full((2, 4, 8), 95), torch.zeros((2, 4, 8), dtype=torch.long)  # ids, masks; columns of padding
+    tensors = {"left": [left[0], right[0]], "right": [left[1], right[1]]}
+    for row, prompt in enumerate(RAGGED):
+        for side, where in (("left", slice(8 - len(prompt), None)), ("right", slice(0, len(prompt)))):
+            tensors[side][0][row, where], tensors[side][1][row, where] = prompt, 1
+    forms = [(RAGGED, None), (lists, None), (tuple(prompt.to(torch.int16) for prompt in RAGGED), None)]
+    forms += [*tensors.values(), (tensors["right"][0].to(torch.uint8), tensors["right"][1].tolist())]
+    forms += [({"input_ids": tensors["left"][0], "attention_mask": tensors["left"][1]}, None)]
+    forms += [(tiny_tokenizer.pad({"input_ids": lists}, return_tensors="pt"), None)]
+    forms += [(tiny_tokenizer.pad({"input_ids": lists}, return_tensors="pt", padding_side="left"), None)]
+    tensors["left"][0][:, 0] = -100  # padding may be any number
+    drawn = [
+        rollout(model, queries, attention_mask=mask, max_new_tokens=10, top_p=0.9, generator=seeded())
+        for queries, mask in forms
+    ]
+    for other in drawn[1:]:
+        assert other.sequences.dtype == torch.int64
+        assert torch.equal(other.responses, drawn[0].responses)
+        torch.testing.assert_close(other.logprobs, drawn[0].logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(other.values, drawn[0].values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(rescore(model, other).logprobs, drawn[0].logprobs, atol=1e-5, rtol=0)
+
+
+def test_what_a_tokenizer_returns_is_a_prompt(tiny_tokenizer):
+    model, texts = make_tiny_model(), ["a text", "b"]
+    batch = tiny_tokenizer(texts, return_tensors="pt", padding=True)
+    expected = rollout(model, tiny_tokenizer(texts).input_ids, max_new_tokens=4, generator=seeded())
+    for queries in (batch, tiny_tokenizer(texts)):
+        drawn = rollout(model, queries, max_new_tokens=4, generator=seeded())
+        assert torch.equal(drawn.responses, expected.responses)
+    with pytest.raises(TypeError, match="input_ids"):
+        rollout(model, input_ids=batch.input_ids)
+    with pytest.raises(TypeError, match="input_ids"):
+        model.rollout(**batch)
+
+
+def test_padding_without_a_mask_is_warned_of_at_the_callers_line():
+    model = make_tiny_model()
+    with_padding = torch.tensor([[9, 9, 5, 17], [41, 9, 7, 2]])
+    for prompts in (with_padding, with_padding.flip(1)):
+        for draw_by in (lambda p: model.rollout(p, eos_token_id=9), lambda p: rollout(model, p, eos_token_id=9)):
+            with pytest.warns(UserWarning, match="9 begins or ends some rows of queries.*attention_mask") as said:
+                draw_by(prompts)
+            assert (said[0].filename, said[0].lineno) == (__file__, draw_by.__code__.co_firstlineno)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mask = (with_padding != 9).long()
+        rollout(model, with_padding, attention_mask=mask, max_new_tokens=2, eos_token_id=9)
+        rollout(model, with_padding[:1], max_new_tokens=2, eos_token_id=9)  # all prompts begin with the end of text
+        rollout(model, list(with_padding), max_new_tokens=2, eos_token_id=9)
+
+
+# Bad input, refused before any compute
+
+
+@pytest.fixture
+def unused_model():
+    model = make_tiny_model()
+
+    def forward(*args, **kwargs):
+        raise AssertionError("the model was run on bad input")
+
+    model.transformer.forward = forward
+    return model
+
+
+TWO = torch.tensor([[1, 2], [3, 4]])
+REFUSED = [
+    ([], {}, ValueError, "at least one prompt"),
+    ([torch.tensor([1]), torch.tensor([])], {}, ValueError, "row 1 has no tokens"),
+    (TWO, {"attention_mask": torch.tensor([[0, 0], [1, 1]])}, ValueError, "row 0 has no tokens"),
+    (torch.zeros((2, 0), dtype=torch.long), {}, ValueError, "row 0 has no tokens"),
+    (torch.zeros((0, 3), dtype=torch.long), {}, ValueError, "there are no rows"),
+    (TWO.float(), {}, TypeError, "float32; expected token ids"),
+    ([torch.tensor([1.0])], {}, TypeError, "float32; expected token ids"),
+    (TWO * 1j, {}, TypeError, "complex64; expected token ids"),
+    (TWO > 0, {}, TypeError, "bool; expected token ids"),
+    (TWO + 95, {}, ValueError, "row 0 holds the id 96, outside the vocabulary of 96"),
+    (TWO - 4, {"attention_mask": torch.ones_like(TWO)}, ValueError, "row 0 holds the id -3"),
+    (torch.tensor([1, 2]), {}, ValueError, r"shape \[2\]; expected \[batch, tokens\]"),
+    (TWO, {"attention_mask": torch.ones(2, 3)}, ValueError, "expected the same"),
+    (TWO, {"attention_mask": [[1, 1]]}, ValueError, "attention_mask has shape"),
+    (TWO, {"attention_mask": torch.full((2, 2), 0.5)}, ValueError, "other numbers than 0 and 1"),
+    ([TWO[0]], {"attention_mask": TWO}, ValueError, "attention_mask has other lengths"),
+    (TWO, {"max_new_tokens": 63}, ValueError, "65 tokens, this model's positions end at 64"),
+    (TWO, {"generator": 5}, TypeError, "generator is a int"),
+    *(
+        (TWO, {name: value}, ValueError, f"{name}={value}".replace("+", r"\+"))
+        for name, values in {
+            "max_new_tokens": (0,),
+            "temperature": (0.0, -1.0, math.nan, math.inf, 1e-320, 1e308, True, 1j),
+            "top_p": (0.0, 1.1, math.nan),
+            "top_k": (-1, 2.5, True),
+            "eos_token_id": (96, 3.0, True, -1),
+            "pad_token_id": (-1, 96, 1.5),
+            "num_return_sequences": (0, 1.5),
+        }.items()
+        for value in values
+    ),
+    (TWO, {"max_new_tokens": "3"}, ValueError, "max_new_tokens='3'"),
+    (TWO, {"eos_token_id": [1, 2.5]}, ValueError, "eos_token_id=2.5"),
+    (TWO, {"min_new_tokens": 30, "eos_token_id": 1}, ValueError, "min_new_tokens=30; expected 0 to"),
+    (TWO, {"min_new_tokens": 3, "eos_token_id": None}, ValueError, "no effect without eos_token_id"),
+    (TWO, {"eos_token_id": list(range(96)), "min_new_tokens": 1}, ValueError, "leaves nothing to draw"),
+    *((texts, {}, TypeError, "texts") for texts in ("a text", ["two", "texts"], [["two", "texts"]])),
+    *((nothing, {}, TypeError, "token ids") for nothing in (None, 5, [None], [[[1], [2, 3]]])),
+    (TWO, {"repetition_penalty": 1.2}, TypeError, "repetition_penalty"),
+]
+
+
+@pytest.mark.parametrize(("queries", "arguments", "error", "message"), REFUSED)
+def test_bad_input_is_refused_before_any_compute(unused_model, queries, arguments, error, message):
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of padding without a mask
+        with pytest.raises(error, match=message):
+            unused_model.rollout(queries, **arguments)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused_with_row_and_step(number):
+    model, reference = make_tiny_model(), make_tiny_model()
+    drawn = model.rollout(RAGGED, max_new_tokens=5, eos_token_id=None)
+    with torch.no_grad():
+        model.transformer.wpe.weight[4, 0] = number  # reached by the prompt of 5 tokens, in row 2
+    with pytest.raises(ValueError, match="row 2 at step 0 are NaN or infinite"):
+        model.rollout(RAGGED, max_new_tokens=5, eos_token_id=None)
+    for scorer, more in ((model, {}), (reference, {"reference": model})):
+        with pytest.raises(ValueError, match="are NaN or infinite"):
+            rescore(scorer, drawn, **more)

@@ -1,0 +1,356 @@
+"""DistributedDataParallel, FSDP2, Trainer and Accelerate in two processes: sampled, scored, trained and saved as one.
+
+One pair of processes runs all checks in turn; each test asks whether its own was passed.
+"""
+
+import copy
+import itertools
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import make_tiny_model
+from slow.fault_sweep import serving, talking_to
+from support.settings import RAGGED, SETTINGS, seeded
+from support.two_processes import LAYOUTS, in_two_processes, sharded
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from generation_gpt2_value import rollout
+from hub_tools import CheckpointPusher, CheckpointPusherCallback, push_to_hub, save_package, verify_package
+from hub_tools.errors import FolderRefusedError, OptionsError, SaveFailedError, UnsavableModelError
+from hub_tools.package import sharded as sharded_saves
+from scoring_gpt2_value import rescore
+
+ROOT = Path(__file__).parent.parent
+CHECKS = []
+pytestmark = pytest.mark.timeout(240)
+
+
+def check(function):
+    """A function of (rank, folder, url and token of the server) that both processes run at the same time."""
+    CHECKS.append(function)
+    return function
+
+
+def run_all(rank, folder, server):
+    for each in CHECKS:
+        (folder / each.__name__).mkdir(exist_ok=True)
+        each(rank, folder / each.__name__, server)
+        (folder / f"{each.__name__}-{rank}").touch()
+        dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory):
+    """The folder in which each check has left a file for each process, and why the last one that began failed."""
+    folder, why = tmp_path_factory.mktemp("pair"), None
+    with serving(xet=False) as hub:
+        try:
+            in_two_processes(run_all, folder, (hub.url, hub.token))
+        except torch.multiprocessing.ProcessException as error:
+            why = error
+        yield folder, why, hub
+
+
+def make_policy(**fields):
+    return make_tiny_model(n_layer=3, n_embd=64, vocab_size=300, **fields)
+
+
+def mine(rank, rows=RAGGED):
+    return rows[2 * rank : 2 * rank + 2]
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# Sampling and learning
+
+
+@check
+def gradients_are_the_mean_of_what_each_has_alone(rank, folder, server):
+    for kind, (training, settings) in itertools.product(
+        (DistributedDataParallel, sharded), zip(itertools.cycle([True, False]), SETTINGS, strict=False)
+    ):
+        plain = make_policy(resid_pdrop=0.3).train(training)
+        wrapped = kind(copy.deepcopy(plain))
+        drawn = rollout(plain, mine(rank), max_new_tokens=8, generator=seeded(rank), **settings)
+        gradients = []
+        for model in (wrapped, plain):  # the wrapped one scores before any forward pass
+            scored = rescore(model, drawn, with_entropy=True, reference=model)
+            torch.testing.assert_close(scored.logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+            assert scored.kl.abs().max() < 1e-5
+            (scored.logprobs.sum() + 0.3 * scored.values.pow(2).sum()).backward()
+            gradients.append([weight.grad for weight in model.parameters()])
+        for found, alone in zip(*gradients, strict=True):
+            dist.all_reduce(alone)
+            torch.testing.assert_close(whole(found), alone / 2, atol=1e-5, rtol=1e-4)
+        drawn = rollout(wrapped, mine(rank), max_new_tokens=4, eos_token_id=None)
+        torch.testing.assert_close(rescore(plain, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+
+
+# Of process 0 and of process 1: new tokens, and how many ids end a text.
+UNEQUAL = [((20, 20), (1, 120)), ((20, 20), (300, 1)), ((3, 30), (1, 40)), ((30, 3), (200, 1))]
+
+
+@check
+def rows_that_end_at_different_times_do_not_stop_the_other_process(rank, folder, server):
+    for number, (layout, (columns, ends)) in enumerate(itertools.product(LAYOUTS, UNEQUAL)):
+        plain = make_policy(resid_pdrop=0.3).train(number % 2 == 0)
+        settings = {"max_new_tokens": columns[rank], "eos_token_id": [*range(ends[rank])], "top_k": 40}
+        drawn, expected = (
+            rollout(each, mine(rank), generator=seeded(rank), **settings) for each in (sharded(plain, layout), plain)
+        )
+        assert torch.equal(drawn.sequences, expected.sequences)
+        torch.testing.assert_close(drawn.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(drawn.values, expected.values, atol=1e-5, rtol=0)
+        steps = [torch.zeros((), dtype=torch.long) for _ in range(2)]
+        dist.all_gather(steps, drawn.response_mask.any(0).sum())
+        assert steps[0] != steps[1]  # else nothing was tested
+
+
+@check
+def in_bfloat16_the_mean_importance_ratio_is_1(rank, folder, server):
+    plain = make_policy(resid_pdrop=0.3).train()
+    model = sharded(plain, "accelerate", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    settings = {"max_new_tokens": 24, "eos_token_id": [*range(1 + 30 * rank)], "num_return_sequences": 32}
+    drawn = rollout(model, RAGGED, generator=seeded(rank), top_p=0.9, **settings)
+    scored = rescore(model, drawn, reference=plain)
+    ratios = (scored.logprobs - drawn.logprobs)[drawn.response_mask].double().exp()
+    assert abs(ratios.mean() - 1) < 5 * ratios.std() / len(ratios) ** 0.5 + 1e-5
+    assert scored.values.dtype == drawn.values.dtype == torch.float32
+    assert scored.kl.min() > -1e-4
+    (scored.logprobs.sum() + scored.values.sum()).backward()
+    assert all(weight.grad.full_tensor().isfinite().all() for weight in model.parameters())
+
+
+@check
+def an_adapter_whose_wrapper_is_sharded_too(rank, folder, server):
+    from peft import LoraConfig, get_peft_model
+
+    fields = {"modules_to_save": ["v_head"], "init_lora_weights": False, "fan_in_fan_out": True}
+    torch.manual_seed(0)
+    model = get_peft_model(make_policy(), LoraConfig(target_modules=["c_attn"], **fields))
+    alone = copy.deepcopy(model)
+    for block in model.get_base_model().transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    drawn = rollout(model, RAGGED, generator=seeded(rank), max_new_tokens=20, eos_token_id=[*range(1 + 120 * rank)])
+    scored, expected = (rescore(each, drawn, reference="disable_adapter") for each in (model, alone))
+    torch.testing.assert_close(drawn.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored.kl, expected.kl, atol=1e-5, rtol=0)
+    assert scored.kl.max() > 0.01
+
+
+@check
+def fsdp1_is_refused_by_name(rank, folder, server):
+    model = FullyShardedDataParallel(make_policy(), device_id=torch.device("cpu"), use_orig_params=True)
+    drawn = rollout(make_policy(), RAGGED, max_new_tokens=2)
+    for call in (lambda: rollout(model, RAGGED), lambda: rescore(model, drawn)):
+        with pytest.raises(TypeError, match="got a FullyShardedDataParallel: use DistributedDataParallel or FSDP2"):
+            call()
+    with pytest.raises(UnsavableModelError, match="FullyShardedDataParallel"):
+        save_package(model, folder / "package")
+
+
+@check
+def a_loss_without_the_value_head_learns_where_ddp_is_told(rank, folder, server):
+    model = make_policy()
+    drawn = rollout(model, RAGGED, max_new_tokens=6, generator=seeded())
+    expected, frozen = copy.deepcopy(model), copy.deepcopy(model)
+    rescore(expected, drawn).logprobs.sum().backward()
+    frozen.v_head.requires_grad_(False)
+    for wrapped in (
+        DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True),
+        DistributedDataParallel(frozen),
+        sharded(model, "accelerate"),
+    ):
+        for _ in range(2):  # what was not told, DistributedDataParallel notices at the second step
+            wrapped.zero_grad()
+            rescore(wrapped, mine(rank, drawn)).logprobs.sum().backward()
+        for found, alone in zip(wrapped.parameters(), expected.parameters(), strict=True):
+            if alone.grad is not None:
+                torch.testing.assert_close(2 * whole(found.grad), alone.grad, atol=1e-5, rtol=1e-5)
+    untold = DistributedDataParallel(copy.deepcopy(model))
+    rescore(untold, mine(rank, drawn)).logprobs.sum().backward()
+    with pytest.raises(RuntimeError, match="find_unused_parameters"):
+        rescore(untold, mine(rank, drawn))
+
+
+# Libraries that train
+
+
+@check
+def trainer_goes_on_though_the_loss_does_not_use_the_head(rank, folder, server):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    rows = [(torch.arange(16) + 7 * row) % 90 for row in range(64)]
+    for checkpointing in (False, True):
+        model = make_tiny_model()
+        fields = {"gradient_checkpointing": checkpointing, "ddp_backend": "gloo", "max_steps": 3, "report_to": []}
+        arguments = TrainingArguments(folder / f"{rank}", save_strategy="no", use_cpu=True, disable_tqdm=True, **fields)
+        Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row.clone()} for row in rows]).train()
+        weight = model.transformer.wte.weight.detach()
+        both = [torch.empty_like(weight) for _ in range(2)]
+        dist.all_gather(both, weight.contiguous())
+        assert torch.equal(*both)
+        assert not torch.equal(weight, make_tiny_model().transformer.wte.weight)
+
+
+def combined_loss(model, drawn, advantages):
+    """PPO's clipped policy loss and the value loss, summed over these rows."""
+    scored, mask = rescore(model, drawn), drawn.response_mask
+    ratio = (scored.logprobs - drawn.logprobs).exp()
+    of_policy = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return (of_policy + 0.5 * (scored.values - drawn.values - advantages).pow(2))[mask].sum()
+
+
+@check
+def what_accelerate_shards_has_the_gradients_of_one_process_and_is_saved(rank, folder, server):
+    """By its own code and our configuration; without a GPU its launcher would leave the FSDP2 settings alone."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = ["--config_file", str(ROOT / "examples/accelerate/fsdp2.yaml"), "script.py"]
+    settings, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    environment = prepare_multi_gpu_env(settings)
+    os.environ.update({name: value for name, value in environment.items() if name.startswith("FSDP_")})
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    accelerator.state.distributed_type = DistributedType.FSDP
+    plain = make_tiny_model()
+    model = copy.deepcopy(plain)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert isinstance(model, FSDPModule)
+    assert all(isinstance(block, FSDPModule) for block in model.transformer.h)
+
+    everything = rollout(plain, RAGGED, max_new_tokens=9, generator=seeded(), eos_token_id=None)
+    advantages = torch.randn(4, 9, generator=seeded())
+    combined_loss(plain, everything, advantages).backward()
+    accelerator.backward(combined_loss(model, mine(rank, everything), mine(rank, advantages)))  # before any forward
+    for (name, part), alone in zip(model.named_parameters(), plain.parameters(), strict=True):
+        # FSDP2 takes the mean of both processes' sums.
+        torch.testing.assert_close(2 * part.grad.full_tensor(), alone.grad, atol=1e-5, rtol=1e-5, msg=name)
+    optimizer.step()
+    optimizer.zero_grad()
+    drawn = rollout(model, mine(rank), generator=seeded(rank), max_new_tokens=20, eos_token_id=[*range(1 + 40 * rank)])
+    torch.testing.assert_close(rescore(model, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+    save_package(accelerator.unwrap_model(model), folder / "package")
+    loaded = type(plain).from_pretrained(folder / "package")
+    torch.testing.assert_close(rescore(loaded, drawn).logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+    for name in [name for name in os.environ if name.startswith("FSDP_")]:
+        del os.environ[name]
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# Saving and pushing
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@check
+def all_processes_write_one_package_equal_to_the_whole_models(rank, folder, server):
+    how = {"license": "mit", "max_shard_size": "50KB"}
+    for layout, dtype in itertools.product(LAYOUTS, (torch.float32, torch.bfloat16)):
+        plain, target = make_tiny_model().to(dtype), folder / layout
+        model, saved = sharded(plain, layout), []
+        for _ in range(2):  # before any forward pass, and after one, which leaves some weights whole
+            saved.append(save_package(model, target, **how))
+            if rank == 0:
+                found = files_of(target)
+                save_package(plain, target, **how)
+                assert found == files_of(target)
+                assert len(found) > 10  # several files of weights among them
+            with torch.no_grad():
+                model(torch.tensor([[1, 2, 3]]))
+        assert [each.replaced for each in saved] == [dtype == torch.bfloat16, True]
+        both = [None, None]
+        dist.all_gather_object(both, saved)
+        assert both[0] == both[1]
+
+
+@check
+def a_call_in_one_process_alone_is_refused_within_seconds(rank, folder, server):
+    model, wait = sharded(make_tiny_model()), sharded_saves.WAIT
+    sharded_saves.WAIT = 1.0
+    for alone in (0, 1):
+        if rank == alone:
+            began = time.monotonic()
+            with pytest.raises(UnsavableModelError, match=f"over 2 processes, and process {1 - alone} did not come"):
+                save_package(model, folder / "package")
+            assert time.monotonic() - began < 10
+        dist.barrier()
+    sharded_saves.WAIT = wait
+    assert not (folder / "package").exists()
+    dist.barrier()
+    save_package(model, folder / "package")  # the attempts that failed do not count
+    assert (folder / "package").exists()
+
+
+@check
+def what_the_first_process_refuses_all_processes_refuse(rank, folder, server):
+    model = sharded(make_tiny_model())
+    (folder / "taken").mkdir(exist_ok=True)
+    (folder / "taken" / "notes.txt").touch()
+    with pytest.raises(FolderRefusedError, match=r"notes\.txt"):
+        save_package(model, folder / "taken")
+    with pytest.raises(OptionsError, match="base_model"):
+        save_package(model, folder / "package", base_model="/a/path")
+    error = ValueError if rank == 0 else SaveFailedError  # what is not ours, only the first process raises
+    with pytest.raises(error):
+        save_package(model, folder / "package", max_shard_size="large")
+    with torch.no_grad():
+        model.v_head.summary.bias.fill_(torch.nan)
+    with pytest.raises(UnsavableModelError, match=r"v_head\.summary\.bias"):
+        save_package(model, folder / "package")
+    assert not (folder / "package").exists()
+
+
+@check
+def a_sharded_model_is_pushed_once(rank, folder, server):
+    os.environ.update(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")  # for workers
+    model = sharded(make_tiny_model())
+    with talking_to(*server, xet=False):
+        assert push_to_hub(model, "alice/pushed").committed
+        with CheckpointPusher("alice/steps") as pusher:
+            pusher.push(model, step=2, metrics={"reward": 2})
+            pusher.flush()
+            dist.barrier()
+            with pytest.raises(OptionsError, match="reward"):
+                pusher.push(model, step=3, metrics={"reward": "much"})
+            assert [each.step for each in pusher.pushed] == ([2] if rank == 0 else [])
+            callback = CheckpointPusherCallback(pusher)
+            state = TrainerState(global_step=4, is_world_process_zero=rank == 0)
+            arguments = TrainingArguments(folder / "trainer", use_cpu=True)
+            callback.on_train_end(arguments, state, TrainerControl(), model=model)
+            assert [each.step for each in pusher.pushed] == ([2, 4] if rank == 0 else [])
+            sharded_saves.WAIT = 2.0
+            if rank == 0:
+                with pytest.raises(UnsavableModelError):
+                    pusher.push(model, step=5)
+            dist.barrier()
+
+
+@pytest.mark.parametrize("name", [each.__name__ for each in CHECKS])
+def test_in_two_processes(passed, name):
+    folder, why, hub = passed
+    if not {f"{name}-0", f"{name}-1"} <= set(os.listdir(folder)):
+        raise AssertionError(f"{name} failed, or one before it") from why
+    if name.startswith("what_accelerate"):
+        assert verify_package(folder / name / "package")
+    if name.startswith("a_sharded_model_is_pushed"):
+        assert len(hub.history("alice/pushed")) == 2
+        titles = [commit.title for commit in hub.history("alice/steps")]
+        assert titles == ["Step 4", "Step 2: reward=2", "initial commit"]
