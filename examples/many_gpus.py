@@ -2,8 +2,8 @@
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/many_gpus.py --out runs/many
 
-REINFORCE with the value head as its baseline, in as few lines as show which call belongs where. examples/ppo.py is the
-whole algorithm.
+REINFORCE with the value head as its baseline, in as few lines as show which call belongs where. The
+whole algorithm is gpt2_value/ppo.py.
 """
 
 from pathlib import Path

@@ -68,7 +68,7 @@ def fit_values(
     def pairs(drawn: Rollout, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The value and the return `[n]` of each drawn token."""
         mask = drawn.response_mask
-        return rescore(model, drawn).values[mask], targets[mask]
+        return rescore(model, drawn, values_only=True).values[mask], targets[mask]
 
     @torch.no_grad()
     def explained() -> float:

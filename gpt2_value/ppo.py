@@ -693,7 +693,7 @@ class Run:
         """Return the values `[B, T]` of a critic of its own, with gradients."""
         from gpt2_value import rescore
 
-        return rescore(self.critic, drawn).values
+        return rescore(self.critic, drawn, values_only=True).values
 
     def collect(self, iteration: int) -> Batch:
         """Draw responses and score them. The weights stay as they are.

@@ -1,8 +1,4 @@
-"""Reading files that may be hostile: bounded sizes, strict JSON, safetensors headers, no links that lead elsewhere.
-
-Imports only the standard library, `errors` and `limits`. Runs nothing and opens no pickle. The weights' format:
-https://github.com/huggingface/safetensors#format.
-"""
+"""Reading files that may be hostile: bounded sizes, strict JSON, no links that lead elsewhere."""
 
 from __future__ import annotations
 
@@ -12,46 +8,28 @@ import math
 import os
 import shlex
 import stat
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import PackageChangedError, PackageError
-from .limits import HEADER_BYTES as HEADER_LIMIT
+from .errors import PackageError
 from .limits import JSON_LEVELS
 from .limits import MIB as MIB
-
-ITEM_SIZES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 
 AGAIN = "download the package again, or write it again with hub_tools.save_package"
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One entry of a safetensors header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
+def in_units(bytes: int) -> str:
+    """Write a number of bytes for people, in decimal units."""
+    number, unit = float(bytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000 or unit == "TB":
+            break
+        number /= 1000
+    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
 
 
 def file_in(folder: Path, name: str) -> Path:
@@ -90,36 +68,21 @@ def file_in(folder: Path, name: str) -> Path:
 
 @contextmanager
 def open_in(folder: Path, name: str) -> Iterator[BinaryIO]:
-    """Open a package's file to read its bytes. What was opened is a file that `file_in` allows, also where somebody
-    puts a link or a pipe in its place meanwhile.
+    """Open a package's file to read its bytes.
 
     Raises:
         PackageError: see `file_in`; or it cannot be read.
-        PackageChangedError: it was replaced just now.
     """
     path = file_in(folder, name)
-    # a pipe that takes the file's place after it was looked at must not make us wait
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags)
+        opened = path.open("rb")
     except OSError as error:
         raise PackageError(
             f"{name!r} cannot be read: {error.strerror}",
             expected="a readable file",
             next_step="check its permissions: " + shlex.join(["ls", "-l", str(path)]),
         ) from error
-    with open(descriptor, "rb") as opened:
-        status = os.fstat(descriptor)
-        try:
-            same = stat.S_ISREG(status.st_mode) and os.path.samestat(status, os.stat(file_in(folder, name)))
-        except (OSError, PackageError):  # by now it leads elsewhere, or nowhere
-            same = False
-        if not same:
-            raise PackageChangedError(
-                f"{name!r} in {folder} was replaced while it was being read",
-                expected="a folder that stays as it is meanwhile",
-                next_step="run the same again when the writing is done",
-            )
+    with opened:
         yield opened
 
 
@@ -147,16 +110,6 @@ def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
             object.
     """
     return parse_json(_read(folder, name, limit), name)
-
-
-def read_bytes(folder: Path, name: str, *, limit: int) -> bytes:
-    """Read a file of at most `limit` bytes.
-
-    Raises:
-        PackageError: see `file_in`.
-        PackageError: too large.
-    """
-    return _read(folder, name, limit)
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
@@ -210,86 +163,6 @@ def _refuse_nesting(value: Any) -> None:
         if not level:
             return
     raise RecursionError
-
-
-def read_safetensors_header(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read the tensors' names, types and shapes from the header of a safetensors file. Its data is not read, but must
-    have exactly the size that the header says.
-
-    Raises:
-        PackageError: see `file_in`.
-        PackageError: the header is truncated, oversized or not valid, or does not describe the file's
-            bytes.
-    """
-
-    def corrupt(found: str, expected: str, next_step: str = AGAIN) -> PackageError:
-        return PackageError(f"{name}: {found}", expected=expected, next_step=next_step)
-
-    with open_in(folder, name) as opened:
-        size = os.fstat(opened.fileno()).st_size
-        start = opened.read(len(LFS_POINTER))
-        opened.seek(0)
-        (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\0"))
-        raw = opened.read(length) if length <= min(size - 8, HEADER_LIMIT) else b""
-    if start == LFS_POINTER:
-        raise corrupt(
-            "a git-lfs pointer, which stands for the weights and is not the weights",
-            "the weights themselves",
-            "fetch them, in the checkout that this is: git lfs pull; or download the repository: hf download",
-        )
-    if size < 8:
-        raise corrupt(
-            f"a file of {size} bytes", "a safetensors file, which begins with the 8-byte length of its header"
-        )
-    if length > min(size - 8, HEADER_LIMIT):
-        raise corrupt(
-            f"its header claims {length:,} bytes; the file has {size:,}",
-            f"a header of at most {HEADER_LIMIT:,} bytes that lies in the file",
-        )
-    if not raw.startswith(b"{"):
-        raise corrupt(f"its header begins with {raw[:8]!r}", "a JSON object")
-    header = parse_json(raw, f"{name} (header)")
-
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or metadata.get("format") != "pt":
-        raise corrupt("its metadata does not say which framework wrote it", "{'format': 'pt'}")
-    if not header:
-        raise corrupt("it holds no tensors", "a model's weights")
-
-    tensors, spans = {}, []
-    for tensor_name, entry in header.items():
-        tensors[tensor_name], span = _tensor(
-            entry,
-            lambda found, t=tensor_name: corrupt(f"tensor {t!r}: {found}", "dtype, shape and data_offsets that agree"),
-        )
-        spans.append(span)
-    position = 0
-    for begin, end in sorted(spans):
-        if begin != position:
-            raise corrupt(f"its tensors overlap or leave a hole at byte {position:,}", "tensors one after the other")
-        position = end
-    if position != size - 8 - length:
-        raise corrupt(f"{size - 8 - length:,} bytes of data", f"the {position:,} bytes that its header describes")
-    return tensors
-
-
-def _tensor(entry: Any, corrupt: Any) -> tuple[Tensor, tuple[int, int]]:
-    """Return one header entry as a `Tensor`, and the bytes that it occupies."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise corrupt("its entry is not complete")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise corrupt(f"dtype {str(dtype)[:40]!r}")
-    # bounds far beyond any GPT-2: Python's integers would follow any nonsense
-    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
-        raise corrupt(f"shape {str(shape)[:80]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise corrupt(f"data_offsets {str(offsets)[:80]}")
-    begin, end = offsets
-    tensor = Tensor(dtype, tuple(shape))
-    if end - begin != tensor.elements * ITEM_SIZES[dtype]:
-        raise corrupt(f"{end - begin:,} bytes for {dtype} of shape {shape}")
-    return tensor, (begin, end)
 
 
 def _read(folder: Path, name: str, limit: int) -> bytes:

@@ -1,6 +1,6 @@
 """The files of a package: which must be there, which may be, and what each of the others is.
 
-Imports only the standard library. Background: https://huggingface.co/docs/transformers/custom_models (code in
+Background: https://huggingface.co/docs/transformers/custom_models (code in
 a repository) and https://huggingface.co/docs/safetensors (the weights' file format).
 """
 
@@ -40,8 +40,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_gpt2_value.GPT2ValueModel",
 }
 
-# What an Inference Endpoint runs in the place of its own pipeline. A package has it only if that was asked for, and
-# loading a package does not run it.
+# What an Inference Endpoint runs in the place of its own pipeline: its owner's (see examples/handler.py). Loading a
+# package does not run it.
 HANDLER = "handler.py"
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -67,7 +67,7 @@ TOKENIZER = frozenset(
 # Those of them that hold settings and a few tokens; the others hold a vocabulary.
 TOKENIZER_SETTINGS = frozenset({TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, "chat_template.jinja"})
 
-CODE_SUFFIXES = (".py", ".pyc", ".so", ".pyd")
+CODE_SUFFIXES = (".py", ".pyc", ".so", ".pyd")  # what Python imports
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 
 # What people and the Hub put beside a package: nothing here is read by a loader.
@@ -86,7 +86,7 @@ def kind_of(name: str) -> Kind:
         return "config"
     if name in (WEIGHTS, WEIGHTS_INDEX) or SHARD.fullmatch(name):
         return "weights"
-    if name in REMOTE_CODE or name == HANDLER:
+    if name in REMOTE_CODE:
         return "code"
     if name in TOKENIZER:
         return "tokenizer"
@@ -98,7 +98,7 @@ def kind_of(name: str) -> Kind:
         return "pickle"
     if name in LITTER:
         return "litter"
-    if _COMPANION.fullmatch(name):
+    if name == HANDLER or _COMPANION.fullmatch(name):
         return "companion"
     return "foreign"
 
@@ -131,19 +131,9 @@ def installed_code() -> dict[str, Path]:
     return {name: home / name for name in REMOTE_CODE}
 
 
-def written_code() -> dict[str, Path]:
-    """Return every file of code that this installed version's `save_package` may write: `installed_code`, and the
-    handler.
-
-    Raises:
-        PackageError: the installation is incomplete.
-    """
-    return {**installed_code(), HANDLER: Path(__file__).resolve().parent / "package" / HANDLER}
-
-
-def written_hashes() -> dict[str, str]:
-    """Return the SHA-256, in hexadecimal, of `written_code`, by file name."""
-    return {name: sha256_of(path) for name, path in written_code().items()}
+def installed_hashes() -> dict[str, str]:
+    """Return the SHA-256, in hexadecimal, of `installed_code`, by file name."""
+    return {name: sha256_of(path) for name, path in installed_code().items()}
 
 
 def sha256_of(path: Path) -> str:

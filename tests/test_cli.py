@@ -107,7 +107,7 @@ def test_inspect_exits_with_3_where_verify_would_refuse(gpt2_value, package):
     assert status == 0
     assert "this version's" in out
     lines = out.splitlines()  # each hash in one piece, to be copied
-    assert all(f"{layout.written_hashes()[name]}  {name}" in lines for name in layout.REMOTE_CODE)
+    assert all(f"{layout.installed_hashes()[name]}  {name}" in lines for name in layout.REMOTE_CODE)
     (package / "optimizer.pt").write_bytes(b"")
     status, out, _ = gpt2_value("inspect", package, "--json")
     assert status == 3

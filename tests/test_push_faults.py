@@ -52,7 +52,7 @@ def test_any_single_failure_leaves_the_old_commit_or_one_whole_new_one(server, p
     """A fixed sample of the grid; `make faults` fails every request of every scenario in every way."""
     bad, seen = [], set()
     for scenario in SCENARIOS:
-        for number, route, fault, outcome in sweep(server, package, scenario, every=7):
+        for number, route, fault, outcome in sweep(server, package, scenario, every=11):
             seen.add(fault)
             if not outcome.good:
                 bad.append(f"{scenario.name}: request {number} ({route}), {fault}: {outcome}")
@@ -199,7 +199,7 @@ def test_a_name_that_does_not_resolve_is_said_at_once(package):
         began = time.monotonic()
         with pytest.raises(HubUnavailableError, match="in 1 attempts") as refused:
             push_verified(package)
-    assert "check the connection" in refused.value.next_step
+    assert "that you have a connection" in refused.value.next_step
     assert time.monotonic() - began < 5
     with talking_to("http://127.0.0.1:9", "hf_any", xet=False), hurried(), mock.patch.object(ask, "PATIENCE", 3.0):
         with pytest.raises(HubUnavailableError, match=r"in [3-9] attempts"):

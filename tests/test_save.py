@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import itertools
 import json
 import os
 import resource
@@ -10,6 +9,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from conftest import make_tiny_model, plain_twin
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -18,8 +18,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import hub_tools
 from configuration_gpt2_value import AUTO_MAP
 from hub_tools import errors, layout
-from hub_tools.files import read_json
-from hub_tools.package import replace as target
 from hub_tools.package.save import save_package
 from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel
 
@@ -88,7 +86,7 @@ def test_the_code_in_a_package_is_this_installation_s(tiny_model, tmp_path):
     other = AutoModel.from_pretrained(tmp_path / "p", trust_remote_code=True)
     save_package(other, tmp_path / "q")
     written = hashes(tmp_path / "q")
-    installed = layout.written_hashes()
+    installed = layout.installed_hashes()
     assert [written[name] for name in layout.REMOTE_CODE] == [installed[name] for name in layout.REMOTE_CODE]
 
 
@@ -180,7 +178,7 @@ def test_saving_changes_nothing_about_the_model(tiny_tokenizer, tmp_path):
     after = state()
     for name in before:
         assert after[name] == before[name], name
-    assert calls == []
+    assert calls == ["embedding", "model"]  # once: the model's own forward is compared with its copy's
 
 
 # Replacing
@@ -226,29 +224,6 @@ def test_parallel_saves_of_one_folder_give_one_whole_package(tmp_path):
     assert failures == []
     assert hashes(tmp_path / "here" / "p") in alone
     assert os.listdir(tmp_path / "here") == ["p"]
-
-
-def test_a_package_that_another_save_replaces_while_it_is_looked_at_is_looked_at_again(
-    tiny_model, tmp_path, monkeypatch
-):
-    save_package(tiny_model, tmp_path / "p")
-    answers = iter(
-        [
-            errors.PackageChangedError("replaced", next_step="wait"),
-            errors.PackageChangedError("replaced", next_step="wait"),
-        ]
-    )
-
-    def read(folder, name):
-        for error in answers:
-            raise error
-        return read_json(folder, name)
-
-    monkeypatch.setattr(target, "read_json", read)
-    assert save_package(tiny_model, tmp_path / "p").replaced
-    answers = itertools.repeat(errors.PackageChangedError("replaced", next_step="wait"))
-    with pytest.raises(errors.FolderRefusedError, match="replaced"):
-        save_package(tiny_model, tmp_path / "p")
 
 
 def test_a_save_that_the_system_refuses_leaves_the_old_package(tiny_model, tmp_path):
@@ -361,7 +336,11 @@ def test_the_way_out_for_adapters_works(tiny_model, tmp_path):
 
 
 def test_the_way_out_for_transformers_own_adapters_works(tiny_model, tmp_path):
+    import peft
     from peft import LoraConfig, PeftModel
+
+    if transformers.__version__ >= "5.24" and peft.__version__ < "0.22":
+        pytest.skip("transformers 5.24 adds adapters with PEFT 0.22 and newer")
 
     tiny_model.save_pretrained(tmp_path / "base")
     tiny_model.add_adapter(LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False))
@@ -466,3 +445,102 @@ def test_hub_tools_offers_what_it_names():
     for name in hub_tools.__all__:
         assert getattr(hub_tools, name) is not None
     assert not hasattr(hub_tools, "no_such_name")
+
+
+# What a save writes is what the model computes
+
+
+class TwiceTheValue(GPT2ValueModel):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.value = 2 * output.value
+        return output
+
+
+def an_activation_in_memory(model):
+    model.v_head.activation = torch.nn.Tanh()
+
+
+def a_hook_on_the_head(model):
+    model.v_head.register_forward_hook(lambda module, args, output: output + 0.01)
+
+
+def a_hook_before_a_layer(model):
+    model.transformer.h[1].register_forward_pre_hook(lambda module, args: (args[0] * 1.01, *args[1:]))
+
+
+def a_subclass(model):
+    model.__class__ = TwiceTheValue
+
+
+def a_forward_replaced(model):
+    plain = model.v_head.forward
+    model.v_head.forward = lambda hidden: plain(hidden) * 3
+
+
+def another_norm(model):
+    model.transformer.ln_f.eps = 1.0
+
+
+def only_padded_rows(model):
+    def hook(module, args, kwargs, output):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not mask.all():
+            output.value = output.value + 1
+        return output
+
+    model.register_forward_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (an_activation_in_memory, "v_head.activation is a Tanh, not a Identity"),
+        (a_hook_on_the_head, "v_head has hooks"),
+        (a_hook_before_a_layer, "transformer.h.1 has hooks"),
+        (a_subclass, "the model is a TwiceTheValue"),
+        (a_forward_replaced, "the forward of v_head was replaced"),
+        (another_norm, "logits differ by"),
+        (only_padded_rows, "the model has hooks"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_computes_otherwise_than_its_copy_is_refused(change, named, dtype, tmp_path):
+    model = make_tiny_model()
+    torch.nn.init.normal_(model.v_head.summary.weight, std=2.0)
+    model.to(dtype)
+    change(model)
+    if dtype == torch.bfloat16 and change in (a_hook_on_the_head, a_hook_before_a_layer):
+        pytest.skip("a change that is within the rounding of bfloat16")
+    with pytest.raises(errors.UnsavableModelError, match=named) as refused:
+        save_package(model, tmp_path / "p")
+    assert "model.config" in refused.value.next_step
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_changes_no_number_can_be_saved(tmp_path):
+    """A subclass with methods of its own, a hook that looks, and dropout in training mode."""
+
+    class Named(GPT2ValueModel):
+        def name(self):
+            return "mine"
+
+    model = Named(make_tiny_model(attn_pdrop=0.5).config).train()
+    model.register_forward_hook(lambda *_: None)
+    assert save_package(model, tmp_path / "p").folder.is_dir()
+
+
+def test_a_model_whose_forward_takes_other_arguments_is_refused(tmp_path):
+    class OfTexts(GPT2ValueModel):
+        def forward(self, texts):
+            return texts
+
+    with pytest.raises(errors.UnsavableModelError, match="batch of tokens"):
+        save_package(OfTexts(make_tiny_model().config), tmp_path / "p")
+
+
+def test_a_saved_package_prints_as_people_read(tiny_model, tmp_path):
+    text = str(save_package(tiny_model, tmp_path / "p"))
+    assert text.startswith(f"{tmp_path / 'p'} written: ")
+    assert "AutoModel.from_pretrained(" in text

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..errors import GPT2ValueHubError
 from ..errors import visible as visible_lines
+from ..files import in_units
 from ..package.record import diff_command
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def show_error(error: GPT2ValueHubError) -> None:
 
 def show_saved(package: SavedPackage) -> None:
     done = "replaced" if package.replaced else "written"
-    summary = f"{package.parameters:,} parameters, {len(package.files)} files, {size(package.size)}"
+    summary = f"{package.parameters:,} parameters, {len(package.files)} files, {in_units(package.size)}"
     out.print(Text.assemble((visible(str(package.folder)), "bold"), f" {done}: {summary}\n"))
     out.print(Text(visible_lines(package.load_lines), "cyan"))
     out.print(Text.assemble("\nnext: ", (command("gpt2-value", "verify", package.folder), "bold")))
@@ -78,7 +79,7 @@ def show_conversion(conversion: Conversion) -> None:
 
 
 def show_exported(exported: ExportedPolicy) -> None:
-    total = size(sum(exported.files.values()))
+    total = in_units(sum(exported.files.values()))
     out.print(
         Text.assemble(
             (visible(str(exported.folder)), "bold"), f" written: {exported.parameters:,} parameters, {total}\n"
@@ -98,7 +99,7 @@ def show_inspection(package: PackageReport, findings: Sequence[str]) -> None:
     )
     table.add_row("embeddings", "tied" if package.tied_embeddings else "not tied")
     table.add_row("value head", package.head.describe() if package.head else Text("missing", "red"))
-    table.add_row("weights", "\n".join(f"{name}  {size(bytes)}" for name, bytes in package.weight_files.items()))
+    table.add_row("weights", "\n".join(f"{name}  {in_units(bytes)}" for name, bytes in package.weight_files.items()))
     table.add_row("tokenizer", visible(package.tokenizer) if package.tokenizer else "none")
     table.add_row("generation config", "yes" if package.has_generation_config else "none")
     for file in package.code:
@@ -132,7 +133,7 @@ def show_verification(report: VerificationReport) -> None:
         table.add_row(what, ", ".join(f"{visible(name)} {visible(version)}" for name, version in versions.items()))
     table.add_row("time", f"{report.seconds:.1f} s, of which loading {report.load_seconds:.1f} s")
     if report.peak_memory_bytes is not None:
-        table.add_row("peak memory", size(report.peak_memory_bytes))
+        table.add_row("peak memory", in_units(report.peak_memory_bytes))
     out.print(Text.assemble((visible(str(report.folder)), "bold"), (" verified", "bold green")))
     out.print(table)
 
@@ -179,16 +180,6 @@ def show_responses(responses: Sequence[dict[str, Any]]) -> None:
         if response["truncated"]:
             out.print(Text("stopped at --max-new-tokens", "dim"))
         out.print()
-
-
-def size(bytes: int) -> str:
-    """Write a number of bytes for people, in decimal units."""
-    number, unit = float(bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 1000 or unit == "TB":
-            break
-        number /= 1000
-    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
 
 
 def visible(text: str) -> str:

@@ -6,7 +6,6 @@ the fields: https://huggingface.co/docs/peft/package_reference/lora.
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,13 +15,12 @@ import torch
 
 from configuration_gpt2_value import GPT2ValueConfig
 
-from ..errors import ConversionError, MissingLibraryError, PackageError, as_ours
+from ..errors import ConversionError, MissingHeadError, MissingLibraryError, PackageError, as_ours
 from ..layout import HEAD_PREFIX
 from ..package.weights import build_model
-from .heads import BODY_DTYPES, Translation, listed, plain_name
+from .heads import BIAS, BODY_DTYPES, WEIGHT, Translation, listed, plain_name
 
 MOST_RANK, MOST_NAMES = 1 << 16, 512
-SAVE_AGAIN = "correct the field, or save the adapter again with its library's save_pretrained"
 MERGE_THERE = "merge it with peft (merge_and_unload), save the result, and convert that"
 # Other initialisations (pissa, olora, loftq, corda, lora_ga) change the base model, and the adapter is what differs.
 KEEPS_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -35,49 +33,38 @@ OF_NO_EFFECT = {
 LITERAL = re.compile(r"\^?(?:[A-Za-z0-9_]|\\?\.)+")  # a name; nothing in it can take long to match
 
 
-def _is_int(value: Any, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST_RANK
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= 1e9
+    return type(value) in (int, float) and abs(value) <= 1e9
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and len(values) <= MOST_NAMES and all(type(value) is kind for value in values)
 
 
 def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= MOST_NAMES and all(isinstance(name, str) for name in value)
+    return isinstance(value, str) or _are(str, value)
 
 
-def _numbers(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and len(value) <= MOST_NAMES and all(map(holds, value.values()))
-
-
-def _is_switch(value: Any) -> bool:
-    return type(value) is bool
-
-
-# What decides how a LoRA is merged: field -> what it may be (or null), in words.
-FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (lambda value: _is_int(value, 1, MOST_RANK), f"a whole number from 1 to {MOST_RANK:,}"),
-    "lora_alpha": (_is_number, "a number"),
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), (_is_switch, "true or false")),
-    "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    **dict.fromkeys(
-        ("target_modules", "exclude_modules"),
-        (lambda value: isinstance(value, str) or _are_names(value), "a list of names, or an expression"),
+# What decides how a LoRA is merged, and what its fields may be.
+FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), lambda value: type(value) is bool),
+    "bias": ("none", "all", "lora_only").__contains__,
+    **dict.fromkeys(("target_modules", "exclude_modules"), _are_names),
+    "modules_to_save": lambda value: _are(str, value),
+    "layers_to_transform": lambda value: _are(int, value if isinstance(value, list) else [value]),
+    "layers_pattern": ("", [], "h", ["h"]).__contains__,
+    "rank_pattern": lambda value: (
+        isinstance(value, dict) and len(value) <= MOST_NAMES and all(map(_is_rank, value.values()))
     ),
-    "modules_to_save": (_are_names, "a list of names"),
-    "layers_to_transform": (
-        lambda value: all(
-            _is_int(each, 0, 1 << 31) for each in (value[:MOST_NAMES] if isinstance(value, list) else [value])
-        ),
-        "numbers of layers",
+    "alpha_pattern": lambda value: (
+        isinstance(value, dict) and len(value) <= MOST_NAMES and all(map(_is_number, value.values()))
     ),
-    "layers_pattern": (lambda value: value in ("", [], "h", ["h"]), "'h', the list of GPT-2's layers"),
-    "rank_pattern": (
-        _numbers(lambda value: _is_int(value, 1, MOST_RANK)),
-        "names of layers, and their ranks",
-    ),
-    "alpha_pattern": (_numbers(_is_number), "names of layers, and numbers"),
 }
 
 
@@ -107,12 +94,11 @@ def lora_settings(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         if name in OF_NO_EFFECT or (value is None and name not in ("r", "lora_alpha", "bias")):
             continue
         if name in FIELDS:
-            holds, expected = FIELDS[name]
-            if not holds(value):
+            if not FIELDS[name](value):
                 raise PackageError(
                     f"{where}/adapter_config.json: {name!r} is {str(value)[:80]!r}",
-                    expected=expected,
-                    next_step=SAVE_AGAIN,
+                    expected=f"what peft.LoraConfig has there; ranks up to {MOST_RANK:,}, {MOST_NAMES} names at most",
+                    next_step="correct the field, or save the adapter again with its library's save_pretrained",
                 )
             settings[name] = value
         elif value:  # false, {} and [] mean that the option is off
@@ -148,6 +134,7 @@ def merge(
     Raises:
         PackageError: the adapter has other tensors, or other shapes, than its settings and the base say.
         ConversionError: integers in it.
+        MissingHeadError: it changes a head of which neither holds the weights.
         MissingLibraryError: PEFT is not installed.
     """
     peft = _peft()
@@ -168,6 +155,12 @@ def merge(
     before = {"lm_head.weight": embeddings, **base.state}
     model = build_model(config, before).float()  # rounded once, at the end
     has_head = any(name.startswith(HEAD_PREFIX) for name in found)
+    if has_head and not {WEIGHT, BIAS} & set(base.mapped.values()) and {WEIGHT, BIAS} - set(found):
+        raise MissingHeadError(
+            f"{where} changes a value head, and its base model {of} has none",
+            expected="a base with that head, or an adapter that holds all of it",
+            next_step='name the base with the head that was trained: base=; or train with modules_to_save=["v_head"]',
+        )
     if not has_head:
         del model.v_head  # it is no part of what was trained, also where all linear layers were
     with warnings.catch_warnings(), as_ours(lambda gist: _does_not_fit(where, of, gist)):

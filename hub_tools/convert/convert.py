@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from ..package.stage import make_loadable, package_file_limit, stage
 from ..package.tokenizer import load_tokenizer
 from ..package.weights import build_model
 from .adapters import lora_settings, merge
-from .heads import FIELDS, HEAD, SourceFormat, listed, plain_name, translate
+from .heads import FIELDS, HEAD, SourceFormat, Translation, listed, plain_name, translate
 from .pickles import read_tensors
 
 PICKLED_WEIGHTS = "pytorch_model.bin"
@@ -45,6 +45,7 @@ HEAD_WEIGHTS = (PICKLED_WEIGHTS, "value_head.safetensors", "value_head.bin")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 _Path = str | os.PathLike[str]
+_Tokenizer = PreTrainedTokenizerBase | _Path | Literal[False] | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Conversion:
     """What was found in a checkpoint, and what became of it: every tensor is in `mapped` or in `dropped`."""
 
     source: str
+    package: SavedPackage  # what was written
     source_format: SourceFormat
     files: tuple[Path, ...]  # the weight files that were read
     adapter: bool  # a LoRA was merged into its base
@@ -60,18 +62,16 @@ class Conversion:
     notes: tuple[str, ...]  # what the source did not specify, and what was chosen
     dtype: torch.dtype  # the body's; the head is float32
     tokenizer: str | None  # the class of the package's tokenizer
-    package: SavedPackage | None = None  # what was written
 
     @property
-    def folder(self) -> Path | None:
+    def folder(self) -> Path:
         """The package's folder."""
-        return self.package.folder if self.package else None
+        return self.package.folder
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
-        package = {"folder": str(self.folder), "files": self.package.files} if self.package else None
-        files, dtype = [str(file) for file in self.files], str(self.dtype).removeprefix("torch.")
-        return {**asdict(replace(self, package=None)), "package": package, "files": files, "dtype": dtype}
+        plain = {"files": [str(file) for file in self.files], "dtype": str(self.dtype).removeprefix("torch.")}
+        return {**asdict(self), **plain, "package": {**asdict(self.package), "folder": str(self.folder)}}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class LoadedCheckpoint:
 
     model: GPT2ValueModel  # in evaluation mode, on the CPU
     tokenizer: PreTrainedTokenizerBase | None
-    conversion: Conversion
 
 
 @dataclass
@@ -92,6 +91,7 @@ class _Checkpoint:
     files: list[Path]
     homes: list[Path]  # where a tokenizer or a generation config may lie, the first that has one counts
     limit: int  # the most bytes that a weight file of this model may have
+    adapter: bool = False
     dropped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -104,7 +104,7 @@ def convert_checkpoint(
     config: _Path | None = None,
     source_format: SourceFormat | None = None,
     base: _Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | _Path | Literal[False] | None = None,
+    tokenizer: _Tokenizer = None,
     summary_first_dropout: float | None = None,
     init_value_head: bool | None = False,
     dtype: torch.dtype | None = None,
@@ -167,54 +167,7 @@ def convert_checkpoint(
             next_step="name a folder that does not exist yet",
         )
     save_target(folder, overwrite=overwrite)  # checked now, before the work that can take minutes
-    loaded = load_checkpoint(
-        source,
-        revision=revision,
-        config=config,
-        source_format=source_format,
-        base=base,
-        tokenizer=tokenizer,
-        summary_first_dropout=summary_first_dropout,
-        init_value_head=init_value_head,
-        dtype=dtype,
-    )
-    package = save_package(
-        loaded.model, folder, loaded.tokenizer, overwrite=overwrite, base_model=base_model, license=license
-    )
-    return replace(loaded.conversion, package=package)
-
-
-def load_checkpoint(
-    source: _Path,
-    *,
-    revision: str | None = None,
-    config: _Path | None = None,
-    source_format: SourceFormat | None = None,
-    base: _Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | _Path | Literal[False] | None = None,
-    summary_first_dropout: float | None = None,
-    init_value_head: bool | None = False,
-    dtype: torch.dtype | None = None,
-) -> LoadedCheckpoint:
-    """Read a checkpoint of any library, or a package, as this model. Arguments and errors are `convert_checkpoint`'s.
-
-    The installed classes are used; no code of the source is run, so a package needs no review.
-    """
-    place = folder_of(source, revision)
-    weights = _weights_of(place)
-    home = weights.parent
-    is_adapter = weights.name == ADAPTER_CONFIG
-    if is_adapter and config is not None:
-        raise OptionsError(
-            f"config= is for a whole model; {home} is an adapter, and its base has a config.json",
-            next_step="leave config out; to name another base: base=",
-        )
-    if base is not None and not is_adapter:
-        raise OptionsError(
-            f"base= is for an adapter; {weights} is a whole model",
-            next_step="leave base out, or pass an adapter's folder",
-        )
-    read = _read_adapter(home, base) if is_adapter else _read_model(weights, config, named=weights == place)
+    read = _read(source, revision, config, base)
     found = translate(
         os.fspath(source),
         read.state,
@@ -223,27 +176,66 @@ def load_checkpoint(
         summary_first_dropout=summary_first_dropout,
         init_value_head=init_value_head,
     )
+    loaded = _build(read, found, tokenizer, dtype)
+    package = save_package(
+        loaded.model, folder, loaded.tokenizer, overwrite=overwrite, base_model=base_model, license=license
+    )
+    return Conversion(
+        source=os.fspath(source),
+        package=package,
+        source_format=found.source_format,
+        files=tuple(read.files),
+        adapter=read.adapter,
+        mapped=found.mapped,
+        dropped={**read.dropped, **found.dropped},
+        notes=(*read.notes, *found.notes),
+        dtype=loaded.model.dtype,
+        tokenizer=None if loaded.tokenizer is None else type(loaded.tokenizer).__name__,
+    )
+
+
+def load_checkpoint(
+    source: _Path,
+    *,
+    revision: str | None = None,
+    tokenizer: _Tokenizer = None,
+    init_value_head: bool | None = None,
+) -> LoadedCheckpoint:
+    """Read a checkpoint of any library, or a package, as this model. Arguments and errors are `convert_checkpoint`'s.
+
+    The installed classes are used; no code of the source is run, so a package needs no review.
+    """
+    read = _read(source, revision, None, None)
+    found = translate(os.fspath(source), read.state, read.fields, init_value_head=init_value_head)
+    return _build(read, found, tokenizer)
+
+
+def _read(source: _Path, revision: str | None, config: _Path | None, base: _Path | None) -> _Checkpoint:
+    place = folder_of(source, revision)
+    weights = _weights_of(place)
+    is_adapter = weights.name == ADAPTER_CONFIG
+    if (config if is_adapter else base) is not None:
+        raise OptionsError(
+            f"config= for {place}, which is an adapter: its base has a config.json"
+            if is_adapter
+            else f"base= for {place}, which is a whole model",
+            expected="base= for an adapter, config= for a whole model",
+            next_step="leave it out",
+        )
+    return _read_adapter(weights.parent, base) if is_adapter else _read_model(weights, config, named=weights == place)
+
+
+def _build(
+    read: _Checkpoint, found: Translation, tokenizer: _Tokenizer, dtype: torch.dtype | None = None
+) -> LoadedCheckpoint:
+    """The model, with the generation config and the tokenizer that lie beside its weights."""
     state = {
         name: tensor if name.startswith(HEAD_PREFIX) else tensor.to(dtype or found.dtype)
         for name, tensor in found.state.items()
     }
     model = build_model(found.config, state)
-    generation_config = _generation_config(read.homes)
-    if generation_config is not None:
-        model.generation_config = generation_config
-    its_tokenizer = _tokenizer(tokenizer, read.homes, vocab_size=found.config.vocab_size)
-    conversion = Conversion(
-        source=os.fspath(source),
-        source_format=found.source_format,
-        files=tuple(read.files),
-        adapter=is_adapter,
-        mapped=found.mapped,
-        dropped={**read.dropped, **found.dropped},
-        notes=(*read.notes, *found.notes),
-        dtype=model.dtype,
-        tokenizer=None if its_tokenizer is None else type(its_tokenizer).__name__,
-    )
-    return LoadedCheckpoint(model, its_tokenizer, conversion)
+    model.generation_config = _generation_config(read.homes) or model.generation_config
+    return LoadedCheckpoint(model, _tokenizer(tokenizer, read.homes, vocab_size=found.config.vocab_size))
 
 
 def folder_of(source: _Path, revision: str | None = None) -> Path:
@@ -355,7 +347,9 @@ def _read_adapter(home: Path, base: _Path | None) -> _Checkpoint:
     if understood.dtype != torch.float32:
         notes += (f"the adapter is merged in {understood.dtype}, which rounds: a float32 base keeps more of it",)
     dropped = {f"{under.name}/{label}": why for label, why in understood.dropped.items()}
-    merged = _Checkpoint(state, {}, [*read.files, file], [home, under], read.limit, dropped, (*read.notes, *notes))
+    merged = _Checkpoint(
+        state, {}, [*read.files, file], [home, under], read.limit, True, dropped, (*read.notes, *notes)
+    )
     _with_head_file(merged, home, HEAD_WEIGHTS)
     beside = any(HEAD.fullmatch(plain_name(label)) for label in merged.state if ":" in label)
     in_base = [label for label, name in understood.mapped.items() if name.startswith(HEAD_PREFIX)]
@@ -383,9 +377,7 @@ def _base_of(home: Path, fields: dict[str, Any]) -> Path:
     return Path(name)
 
 
-def _tokenizer(
-    given: PreTrainedTokenizerBase | _Path | Literal[False] | None, homes: Sequence[Path], *, vocab_size: int
-) -> PreTrainedTokenizerBase | None:
+def _tokenizer(given: _Tokenizer, homes: Sequence[Path], *, vocab_size: int) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was given, or for None the first one in `homes`; None if there is none, and for False."""
     if isinstance(given, PreTrainedTokenizerBase):
         return given

@@ -29,6 +29,7 @@ WRAPPERS = {
 }  # fmt: skip
 # Every head that is one linear layer: its name, and the part of it.
 HEAD = re.compile(r"((?:.+\.)?summary|v_head|value_head|score|classifier)\.(weight|bias)")
+PARTS = {"weight": 2, "bias": 1}  # and their dimensions
 HEADS = ("v_head.", "value_head.", "score.", "classifier.")
 # Whose a head is by its name. Every other name ends in "summary", and the config tells the library.
 FORMATS: Mapping[str, SourceFormat] = {
@@ -120,10 +121,22 @@ def translate(
         if label in mapped or label in dropped:
             continue
         if OLD_MASK.fullmatch(name):
-            _refuse_other_mask(where, label, state[label])
+            if name.endswith(".bias") and not _is_causal(state[label]):
+                raise ConversionError(
+                    f"{where}: {label} is not a causal mask (shape {list(state[label].shape)})",
+                    expected="ones on and below the diagonal: each token sees itself and those before it",
+                    next_step="use the library that wrote it; this attention has no conversion",
+                )
             dropped[label] = "a causal mask, which GPT-2 no longer stores"
         elif name == "lm_head.weight" and name not in shapes:
-            _refuse_other_tie(where, label, state, labels)
+            embeddings = labels.get("transformer.wte.weight", label)  # without them, they are reported as missing
+            if not _same(state[label], state[embeddings]):
+                raise ConversionError(
+                    f"{where}: {label} and {embeddings} differ, and config.json ties them",
+                    expected="the same numbers in both",
+                    next_step='to keep both, set "tie_word_embeddings": false in config.json; to keep the '
+                    f"embeddings, delete {label} from the state dict",
+                )
             dropped[label] = "the same numbers as transformer.wte.weight, to which it is tied"
         elif name in shapes and not name.startswith(HEAD_PREFIX):
             mapped[label] = name
@@ -197,55 +210,58 @@ def _choose_head(
         if match := HEAD.fullmatch(name):
             found.setdefault(match[1], {})[match[2]] = label
     formats = {stem: FORMATS.get(stem) or _summarys_format(where, state, fields, told) for stem in found}
-    if told not in (None, "gpt2", "package") and found and told not in formats.values():
-        raise ConversionError(
-            f"{where} holds a head of {' and '.join(sorted(set(formats.values())))}; source_format says {told!r}",
-            next_step="leave source_format out",
-        )
-    usable: dict[str, dict[str, str]] = {}
-    for stem, parts in found.items():
-        config, _ = _value_config(where, fields, formats[stem], None)
-        rows = 1 if config.summary_proj_to_labels else config.n_embd
-        fits = all(state[label].dim() == (2, 1)[part == "bias"] for part, label in parts.items())
-        fits = fits and all(len(state[label]) == rows for label in parts.values())
-        if fits and "weight" in parts and ("bias" in parts or stem in FORMATS) and config.summary_use_proj:
-            usable[stem] = parts
-    chosen = {stem: parts for stem, parts in usable.items() if told in (None, formats[stem])}
-    if chosen and new:
-        raise OptionsError(
-            f"init_value_head=True, and {where} has a value head that can be kept: "
-            f"{', '.join(label for parts in chosen.values() for label in parts.values())}",
-            next_step="leave init_value_head out",
-        )
+    usable = [stem for stem in found if _is_usable(state, fields, formats[stem], stem, found[stem])]
+    chosen = [stem for stem in usable if told in (None, formats[stem])]
     if not chosen:
         others = [label for name, label in labels.items() if name.startswith(HEADS) or HEAD.fullmatch(name)]
         if others and not new:
-            shown = listed([f"{label} {list(state[label].shape)}" for label in sorted(others)])
             raise ConversionError(
-                f"{where} has a value head that cannot be kept: {shown}",
+                f"{where} has a value head that cannot be kept{f' as {told}' if told else ''}: "
+                f"{listed([f'{label} {list(state[label].shape)}' for label in sorted(others)])}",
                 expected=f"one linear layer to one value, [1, n_embd] and its bias [1]: that is all that {WEIGHT} and "
                 f"{BIAS} can express",
-                next_step="keep the policy alone and start a new head: init_value_head=True",
+                next_step="keep the policy alone and start a new head: init_value_head=True"
+                + (", or leave source_format out" if told else ""),
             )
         dropped |= dict.fromkeys(others, "a value head that is not one linear layer to one value")
-        plain: SourceFormat = told or ("seed" if OBEDIENT & set(fields.get("architectures") or ()) else "gpt2")
-        return next(iter(formats.values()), "package" if fields.get("model_type") == MODEL_TYPE else plain), {}
-    first, *rest = chosen
-    for stem, parts in usable.items():
-        if stem == first:
+        plain: SourceFormat = "seed" if OBEDIENT & set(fields.get("architectures") or ()) else "gpt2"
+        return told or ("package" if fields.get("model_type") == MODEL_TYPE else plain), {}
+    head = found[chosen[0]]
+    if new:
+        raise OptionsError(
+            f"init_value_head=True, and {where} has a value head that can be kept: {', '.join(head.values())}",
+            next_step="leave init_value_head out",
+        )
+    for stem in usable:
+        parts = found[stem]
+        if parts is head:
             continue
-        if stem in rest and not all(
-            _same(*(state[head[part]] if part in head else torch.zeros(1) for head in (chosen[first], parts)))
-            for part in ("weight", "bias")
-        ):
+        pairs = [[state[each[part]] if part in each else torch.zeros(1) for each in (head, parts)] for part in PARTS]
+        if stem in chosen and not all(_same(*pair) for pair in pairs):
             raise ConversionError(
-                f"{where} has two value heads that differ: {chosen[first]['weight']} ({formats[first]}) and "
+                f"{where} has two value heads that differ: {head['weight']} ({formats[chosen[0]]}) and "
                 f"{parts['weight']} ({formats[stem]})",
                 expected="one head",
                 next_step="say which: source_format=, or remove the other from the state dict",
             )
-        dropped |= dict.fromkeys(parts.values(), f"a second value head; {chosen[first]['weight']} is kept")
-    return formats[first], chosen[first]
+        dropped |= dict.fromkeys(parts.values(), f"a second value head; {head['weight']} is kept")
+    return formats[chosen[0]], head
+
+
+def _is_usable(
+    state: Mapping[str, torch.Tensor],
+    fields: Mapping[str, Any],
+    source_format: SourceFormat,
+    stem: str,
+    parts: Mapping[str, str],
+) -> bool:
+    """Whether a head is one linear layer with as many outputs as its library gives it. (`summary` needs its bias.)"""
+    own = fields if source_format in ("seed", "package") else {}
+    rows = 1 if own.get("summary_proj_to_labels", True) else fields["n_embd"]
+    sides = {part: state[label].shape for part, label in parts.items()}
+    whole = set(sides) == set(PARTS) or (stem in FORMATS and "weight" in sides)
+    fits = all(len(side) == PARTS[part] and side[0] == rows for part, side in sides.items())
+    return whole and fits and own.get("summary_use_proj", True)
 
 
 def _summarys_format(
@@ -344,34 +360,10 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool((one == other).all())
 
 
-def _refuse_other_tie(where: str, head: str, state: Mapping[str, torch.Tensor], labels: Mapping[str, str]) -> None:
-    """Refuse an lm_head that the configuration ties to the embeddings, and that has other numbers."""
-    embeddings = labels.get("transformer.wte.weight", head)  # without them, they are reported as missing
-    if not _same(state[head], state[embeddings]):
-        raise ConversionError(
-            f"{where}: {head} and {embeddings} differ, and config.json ties them",
-            expected="the same numbers in both",
-            next_step='to keep both, set "tie_word_embeddings": false in config.json; to keep the '
-            f"embeddings, delete {head} from the state dict",
-        )
-
-
-def _refuse_other_mask(where: str, label: str, mask: torch.Tensor) -> None:
-    """Refuse a mask that is not causal. GPT-2 computes the causal ones itself."""
-    if not label.endswith(".bias"):
-        return  # masked_bias, the number in the place of what is masked
-    side = mask.shape[-1] if mask.dim() == 4 else 0
-    rows = mask[0, 0].split(1024) if mask.shape == (1, 1, side, side) else [torch.empty(0)]
-    causal = mask.dim() == 4 and all(
-        torch.equal(part != 0, torch.ones_like(part, dtype=torch.bool).tril(number * 1024))
-        for number, part in enumerate(rows)
-    )
-    if not causal:
-        raise ConversionError(
-            f"{where}: {label} is not a causal mask (shape {list(mask.shape)})",
-            expected="ones on and below the diagonal: each token sees itself and those before it",
-            next_step="use the library that wrote it; this attention has no conversion",
-        )
+def _is_causal(mask: torch.Tensor) -> bool:
+    """Whether `mask [1, 1, T, T]` is 0 above the diagonal, and nowhere else."""
+    side = mask.shape[-1] if mask.dim() else 0
+    return mask.shape == (1, 1, side, side) and torch.equal(mask[0, 0] != 0, torch.ones(side, side).bool().tril())
 
 
 def _body_dtype(where: str, state: Mapping[str, torch.Tensor]) -> tuple[torch.dtype, list[str]]:

@@ -214,12 +214,15 @@ class Hub:
 
     def _translated(self, what: str, error: Exception, denied: str, seconds: float) -> Exception:
         """Return our error for one of huggingface_hub's."""
-        status, text = status_of(error), f"could not {what}: {self.text(error)}"
-        broken = status is None and any(isinstance(part, _BROKEN_CONNECTION) for part in _chain(error))
+        text = f"could not {what}: {self.text(error)}"
+        parts = _chain(error)
+        responses = [part.response for part in parts if getattr(part, "response", None) is not None]
+        status = int(responses[0].status_code) if responses else None
+        broken = status is None and any(isinstance(part, _BROKEN_CONNECTION) for part in parts)
         passes = status in (408, 409, 412, 425, 429) or ((status or 0) >= 500 and status not in PERMANENT)
         # a gateway's HTML where the client wants JSON
         if passes or broken or (status is None and isinstance(error, json.JSONDecodeError)):
-            return Passing(text, answered=not broken, pause=_retry_after(error), seconds=seconds)
+            return Passing(text, answered=not broken, pause=_retry_after(responses), seconds=seconds)
         if isinstance(error, OfflineModeIsEnabled):
             return HubUnavailableError(text, next_step="unset HF_HUB_OFFLINE and run the same again")
         if isinstance(error, HFValidationError):
@@ -263,15 +266,13 @@ class Hub:
         )
 
     def _given_up(self, what: str, failure: Passing, pause: float, *, attempts: int) -> HubUnavailableError:
-        public = self.api.endpoint.rstrip("/") == PUBLIC_HUB
-        where = "see https://status.huggingface.co" if public else f"make sure that {self.api.endpoint} is well"
-        again = "and run the same again; what is already uploaded is not sent twice, and no commit is made twice"
+        where = self.api.endpoint
+        advice = f"make sure that {where} is well{'' if failure.answered else ', and that you have a connection'}"
+        if where.rstrip("/") == PUBLIC_HUB:
+            advice += " (https://status.huggingface.co)"
+        advice += "; then run the same again: what is uploaded is not sent twice, and no commit is made twice"
         if failure.pause and failure.pause >= pause:
             advice = f"the Hub asks to wait {failure.pause:,.0f} s: run the same again after that"
-        elif failure.answered:
-            advice = f"{where} {again}"
-        else:
-            advice = f"check the connection, and HF_ENDPOINT if you use another Hub; {where} {again}"
         return HubUnavailableError(f"could not {what}, in {attempts} attempts; last: {failure}", next_step=advice)
 
 
@@ -292,31 +293,14 @@ def offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def status_of(error: BaseException) -> int | None:
-    """Return the HTTP status of an error, if it has one."""
-    response = _response(error)
-    return None if response is None else int(response.status_code)
-
-
-def _chain(error: BaseException) -> list[BaseException]:
+def _chain(error: BaseException) -> list[Any]:
     """Return the error and its causes: an upload's failure comes wrapped in a RuntimeError."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        chain.append(cause)
-        cause = cause.__cause__
-    return chain
+    return [error, *([] if error.__cause__ is None else _chain(error.__cause__))]
 
 
-def _response(error: BaseException) -> Any:
-    found = (getattr(part, "response", None) for part in _chain(error) if isinstance(part, _HTTP_ERROR))
-    return next((response for response in found if response is not None), None)
-
-
-def _retry_after(error: BaseException) -> float | None:
+def _retry_after(responses: list[Any]) -> float | None:
     """Return how many seconds the Hub asked us to wait: a number, or a date (RFC 9110, section 10.2.3)."""
-    response = _response(error)
-    value = "" if response is None else response.headers.get("Retry-After", "").strip()
+    value = responses[0].headers.get("Retry-After", "").strip() if responses else ""
     if re.fullmatch("[0-9]{1,9}", value):
         return float(value)
     try:

@@ -25,12 +25,11 @@ from huggingface_hub.utils import build_hf_headers
 
 from .. import layout, limits
 from ..errors import HubRefusedError, HubUnavailableError, NotAPackageError, PackageError
-from ..files import HEADER_LIMIT, LFS_POINTER, read_json
+from ..files import LFS_POINTER, read_json
 from .ask import Hub, Passing, offline
 
 FIRST_BYTES = 256  # of a file of weights: a pointer of git-lfs is shorter
-# The largest GPT-2: an adapter does not say which it is for.
-ADAPTED = {"n_layer": 48, "n_embd": 1600, "vocab_size": 50257, "n_positions": 1024}
+ADAPTER_BYTES = 2 << 30  # of an adapter: a LoRA of rank 256, and new embeddings, for the largest GPT-2
 CHUNK = 10_000_000  # bytes of a download that huggingface_hub collects before it writes them
 
 
@@ -158,16 +157,16 @@ def fetch(
                 return cached
             raise
         wanted = _wanted(repository, checkpoint=checkpoint)
-        weights = [name for name in wanted if _limit(name) is None]
-        for name in [name for name in wanted if name not in weights] + weights:
-            if weights and name == weights[0]:
-                _check_weights(home / "snapshots" / repository.commit, {n: repository.files[n].size for n in weights})
+        folder = home / "snapshots" / repository.commit
+        for name in sorted(wanted, key=lambda name: _limit(name) is None):  # the config before the weights
+            if _limit(name) is None:
+                _check_weights(folder, repository, wanted)
             download_file(hub, repository, name, home)
         if revision != repository.commit:  # for the cache alone, another time
             ref = home / "refs" / (revision or "main")
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(repository.commit)
-        return Snapshot(home / "snapshots" / repository.commit, repository.commit)
+        return Snapshot(folder, repository.commit)
 
     if not (local_files_only or offline()):
         return hub.patiently(f"download {repo_id}", attempt)
@@ -278,25 +277,22 @@ def _wanted(repository: Repository, *, checkpoint: bool = False) -> list[str]:
     return wanted
 
 
-def _check_weights(folder: Path, sizes: dict[str, int]) -> None:
+def _check_weights(folder: Path, repository: Repository, wanted: list[str]) -> None:
     """Refuse weights that have more bytes than the model needs that the config describes."""
-    fields = read_json(folder, layout.CONFIG) if (folder / layout.CONFIG).exists() else ADAPTED
+    fields = read_json(folder, layout.CONFIG) if layout.CONFIG in wanted else {}
     sides = [fields.get(name) for name in ("n_layer", "n_embd", "vocab_size", "n_positions")]
-    inner = fields.get("n_inner") or 0
-    if not all(type(side) is int and 0 <= side < 1 << 24 for side in (*sides, inner)):
-        raise NotAPackageError(
-            f"{layout.CONFIG} has n_layer, n_embd, vocab_size, n_positions {sides}; its weights were not downloaded",
-            expected="the config of a GPT-2",
-            next_step="check the name and the revision",
-        )
-    layers, width, vocabulary, positions = (int(side or 0) for side in sides)
-    numbers = layers * (8 * width + 2 * int(inner) + 16) * width + (2 * vocabulary + positions + 4) * width
-    most = limits.foreign_bytes(numbers + 4 * layers * width * width, layers * positions * positions)
-    if sum(sizes.values()) > most:
+    layers, width, vocabulary, positions = (side if type(side) is int and 0 < side < 1 << 24 else 0 for side in sides)
+    inner = fields.get("n_inner")
+    inner = inner if type(inner) is int and 0 < inner < 1 << 24 else 4 * width
+    numbers = width * (layers * (4 * width + 2 * inner + 16) + 2 * vocabulary + positions + 4)
+    most = limits.foreign_bytes(numbers, layers * positions * positions) if fields else ADAPTER_BYTES
+    size = sum(repository.files[name].size for name in wanted if _limit(name) is None)
+    if size > most:
         raise PackageError(
-            f"{', '.join(list(sizes)[:3])}: {sum(sizes.values()):,} bytes of weights; none were downloaded",
-            expected=f"at most {most:,} for the model in {layout.CONFIG}",
-            next_step="ask its author",
+            f"{repository.repo_id} has {size:,} bytes of weights; none were downloaded",
+            expected=f"at most {most:,} for the GPT-2 in its {layout.CONFIG}, of n_layer, n_embd, vocab_size, "
+            f"n_positions {sides}",
+            next_step="check the name and the revision, or ask its author",
         )
 
 
@@ -378,7 +374,7 @@ def _header(hub: Hub, repository: Repository, name: str) -> bytes:
     _refuse_pointer(repository, name, parts[0].getvalue())
     length = int.from_bytes(parts[0].getvalue()[:8], "little")
     # an impossible length is left to inspection, which names it
-    if first < 8 + length <= min(size, HEADER_LIMIT):
+    if first < 8 + length <= min(size, limits.HEADER_BYTES):
         _get(hub, repository, name, parts[1], first, 8 + length - first)
     return b"".join(part.getvalue() for part in parts)
 

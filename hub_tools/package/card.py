@@ -36,7 +36,6 @@ class CardFacts:
     vocab_size: int
     has_tokenizer: bool
     versions: dict[str, str]
-    has_handler: bool = False
 
 
 def is_hub_id(text: object) -> bool:

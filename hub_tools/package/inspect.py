@@ -1,26 +1,27 @@
 """Read a package without running any of it: JSON and safetensors headers; pickles are never opened.
 
-Imports only the standard library, of hub_tools `errors`, `layout`, `limits`, `files` and the modules of `package` that
-it builds on, and `download` for a repository on the Hub. So it needs neither torch nor transformers. The idea to look
-before loading is from skops: https://skops.readthedocs.io/en/stable/persistence.html.
+Needs neither torch nor transformers. The idea to look before loading is from skops:
+https://skops.readthedocs.io/en/stable/persistence.html.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
+import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import layout, limits
-from ..errors import PackageError
+from ..errors import PackageError, visible
 from ..files import AGAIN, file_in, read_json, sha256_in
 from . import config as config_fields
 from .config import tied
 from .record import Record, read_record, releases, versions_of
-from .stage import HubOptions, Stage, checked_package_config, local_folder, repository_id
+from .stage import Stage, checked_package_config, local_folder, repository_id
 from .weights import FLOATS, Head, check_tensors, package_weights
 
 
@@ -110,30 +111,20 @@ def inspect_package(
         PackageError: tensors that are missing, unknown, or of the wrong shape or dtype.
         PackageError: `auto_map` does not name the package's own classes.
     """
-    options = HubOptions(revision, token, None if cache_dir is None else Path(cache_dir), local_files_only)
-    repo_id = repository_id(source, options)
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    repo_id = repository_id(source, **options)
     if repo_id is None:
         return _inspect(local_folder(source), os.fspath(source), hash_weights=hash_weights)
-    return _inspect_repository(repo_id, options, hash_weights=hash_weights)
-
-
-def _inspect_repository(repo_id: str, options: HubOptions, *, hash_weights: bool) -> PackageReport:
-    """Report on a repository. Downloads only an outline of it, unless the weights are to be hashed. Offline, the cache
-    is used."""
     from ..hub import ask, download
 
-    if hash_weights or options.local_files_only or ask.offline():
-        snapshot = download.fetch(repo_id, **vars(options))
+    options["cache_dir"] = None if cache_dir is None else Path(cache_dir)
+    if hash_weights or local_files_only or ask.offline():
+        snapshot = download.fetch(repo_id, **options)
         report = _inspect(snapshot.folder, repo_id, hash_weights=hash_weights)
     else:
+        del options["local_files_only"]
         with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as outline:
-            snapshot = download.fetch_outline(
-                repo_id,
-                Path(outline),
-                revision=options.revision,
-                token=options.token,
-                cache_dir=options.cache_dir,
-            )
+            snapshot = download.fetch_outline(repo_id, Path(outline), **options)
             report = _inspect(Path(outline), repo_id, hash_weights=False)
     return replace(report, folder=snapshot.folder, commit=snapshot.commit)
 
@@ -141,7 +132,7 @@ def _inspect_repository(repo_id: str, options: HubOptions, *, hash_weights: bool
 def inspect_stage(copy: Stage, source: str) -> PackageReport:
     """Report on a private copy of a package (see `stage_package`), for which the hashes of all files are known."""
     report = _inspect(copy.folder, source, names=copy.names, sha256=copy.sha256)
-    return replace(report, folder=copy.source)
+    return replace(report, folder=copy.source, commit=copy.commit)
 
 
 def _inspect(
@@ -249,19 +240,46 @@ def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tupl
 
 
 def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:
-    """Hash every file of code in the package."""
-    installed, known = layout.written_hashes(), releases()
+    """Hash every file of code in the package, and refuse code that looks otherwise than it runs."""
+    installed, known = layout.installed_hashes(), releases()
     files = []
     for name in names:
-        if name.endswith(layout.CODE_SUFFIXES):
+        if name.endswith(layout.CODE_SUFFIXES) and name != layout.HANDLER:
             size = file_in(folder, name).stat().st_size
             if size > limits.CODE_BYTES:
                 raise PackageError(
                     f"{name!r} has {size:,} bytes", expected=f"at most {limits.CODE_BYTES:,}", next_step=AGAIN
                 )
             digest = sha256_in(folder, name)
+            if name.endswith(".py"):
+                _refuse_disguises(name, (folder / name).read_bytes())
             files.append(CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest, known)))
     return tuple(files)
+
+
+def _refuse_disguises(name: str, code: bytes) -> None:
+    """Refuse code that a person cannot review, because what an editor or a terminal shows is not what Python runs.
+
+    Python reads a file in the encoding that its first lines name (PEP 263), where every viewer shows UTF-8; a terminal
+    obeys control characters, and characters that are not printable can reorder or hide what stands beside them.
+
+    Raises:
+        PackageError.
+    """
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(code).readline)
+        text = code.decode("utf-8")
+    except (SyntaxError, ValueError):
+        encoding, text = "unknown", ""
+    lines = text.replace("\r\n", "\n").replace("\t", " ").split("\n")
+    odd = next((number for number, line in enumerate(lines, 1) if not line.isprintable()), None)
+    if encoding != "utf-8" or odd is not None:
+        what = f"its line {odd}: {visible(lines[odd - 1])[:200]}" if odd is not None else f"its encoding, {encoding!r}"
+        raise PackageError(
+            f"{name!r} cannot be reviewed, since it looks otherwise than it runs, because of {what}",
+            expected="code in UTF-8 with printable characters alone",
+            next_step="do not use this package",
+        )
 
 
 def _versions(config: Mapping[str, Any], record: Record | None) -> dict[str, str]:
@@ -284,8 +302,7 @@ def _changed(
     if record is None:
         return ()
     here = {name for name in names if layout.written_by_save(name)} - {layout.CARD, layout.RECORD}
-    here -= {layout.HANDLER} - set(record.sha256)  # somebody's own: reported as code, and nothing of ours
-    changed = set(record.sha256) ^ here
+    changed = (set(record.sha256) ^ here) - {layout.HANDLER}  # version 0.2.0 recorded its own
     for name in here & set(record.sha256):
         if sha256 is not None:
             found = sha256[name]

@@ -1,17 +1,21 @@
 """Reviewed loading: inspect a package, and load it only if its code is known, or was read by a person.
 
-Imports torch, transformers and this installation's model inside the functions that need them, and of hub_tools
-`download`, `inspection`, `releases`, `stage`, `verify` and what these import. Code is trusted by its bytes, never
-because of its repository. The idea is skops': https://skops.readthedocs.io/en/stable/persistence.html.
+Code is trusted by its bytes, never because of its repository. The idea is skops':
+https://skops.readthedocs.io/en/stable/persistence.html.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import importlib.util
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import sys
+import tempfile
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,20 +32,18 @@ from ..errors import (
     UntrustedCodeError,
     as_ours,
 )
-from ..files import AGAIN
+from ..files import AGAIN, read_json
 from .inspect import PackageReport, inspect_stage
-from .record import Release, diff_command, releases
-from .stage import HubOptions, local_folder, make_loadable, repository_id, stage_package
+from .record import Release, diff_command, release_of
+from .stage import Stage, checked_package_config, make_loadable, stage_package
 from .tokenizer import load_tokenizer
-from .verify import refusals
-from .weights import not_finite
+from .verify import does_not_run, refusals
+from .weights import build_model, not_finite, package_weights, read_weights
 
 if TYPE_CHECKING:
     import torch
 
     from modeling_gpt2_value import GPT2ValueModel
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def load_package(
     No option trusts all code. If the package has a record, the weights must match it.
 
     Everything is read from a private copy (see `stage`), with only the files that belong to a package, and only known
-    JSON fields. Later changes to the folder do not affect the model.
+    JSON fields. Later changes to the folder do not affect the model. The model is run once, on 16 tokens, before it is
+    returned.
 
     Args:
         source: a package's folder, or the id of a repository on the Hub (`owner/name`).
@@ -96,38 +99,129 @@ def load_package(
         MissingHeadError, PackageError: not complete.
         ChangedFileError: a file is not the one that was saved.
         UnsavableModelError: NaN or infinite weights.
-        LoadError: transformers does not load it, or not strictly.
+        LoadError: it does not load, or not strictly; or it does not run here, or gives NaN.
         TokenizerMismatchError: its tokenizer has ids that the model does not have.
-        PackageChangedError: the folder was written to while it was being copied.
         ResourceLimitError: the folder for temporary files has no room for the copy.
         OptionsError: an option that a folder has no use for, or `reviewed_sha256` with something that is no hash.
         And everything that `inspect_package` raises.
     """
-    options = HubOptions(revision, token, None if cache_dir is None else Path(cache_dir), local_files_only)
     reviewed = _checked(reviewed_sha256)
-    repo_id, commit = repository_id(source, options), None
-    if repo_id is None:
-        folder = local_folder(source)
-    else:
-        from ..hub import download
-
-        snapshot = download.fetch(repo_id, **vars(options))
-        folder, commit = snapshot.folder, snapshot.commit
-    with stage_package(folder) as copy:
-        package = replace(inspect_stage(copy, os.fspath(source)), commit=commit)
+    cache = None if cache_dir is None else Path(cache_dir)
+    with stage_package(
+        source, revision=revision, token=token, cache_dir=cache, local_files_only=local_files_only
+    ) as copy:
+        package = inspect_stage(copy, os.fspath(source))
         _refuse(package, MissingHeadError)
         release = _approve(package, reviewed)
         _refuse(replace(package, changed=tuple(sorted(set(package.changed) - set(reviewed)))), ChangedFileError)
-        installed = release is not None and release.sha256 == layout.written_hashes()
-        # what was hashed is what runs: nobody else can write to the copy
-        code = set() if installed else set(release.sha256 if release else package.code_sha256) - {layout.HANDLER}
+        installed = release is not None and release.sha256 == layout.installed_hashes()
+        code = () if installed else tuple(sorted(release.sha256 if release else package.code_sha256))
         loadable = make_loadable(copy, code)
-        model = _load_model(loadable, package, dtype, by_installed_code=installed)
+        stored = max(package.dtypes, key=lambda name: package.dtypes[name])  # the body's: a head may differ
+        if installed:
+            model = load_model(copy, dtype=dtype or stored)
+        else:
+            model = _load_by_its_code(copy, package, code, dtype=dtype or stored)
+        _check_model(model, package, release, dtype)
         tokenizer = None
         if package.tokenizer is not None:
             tokenizer = load_tokenizer(loadable, package.source, config=model.config)
             _refuse_other_vocabulary(package, tokenizer)
-    return LoadedPackage(model, tokenizer, commit, release.version if release else None, package)
+    model.name_or_path = model.config._name_or_path = package.source
+    model.config._commit_hash = package.commit
+    return LoadedPackage(model, tokenizer, package.commit, release.version if release else None, package)
+
+
+def load_model(copy: Stage, *, dtype: torch.dtype | str, init_value_head: bool = False) -> GPT2ValueModel:
+    """Return the model of a package, by this installed version's classes: none of its code is run.
+
+    Args:
+        copy: of an inspected package, which `make_loadable` has reduced.
+        dtype: of the body, or torch's name of it; the head is float32.
+        init_value_head: give a package without its head a new one, whose values are 0.
+
+    Raises:
+        PackageError: what `build_model` raises, or a generation config that transformers refuses.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    main, _ = package_weights(copy.folder, copy.names)
+    # copies: the files that these tensors are views of are removed
+    tensors = {
+        name: tensor.to(torch.float32 if name.startswith(layout.HEAD_PREFIX) else dtype, copy=True)
+        for name, tensor in read_weights(copy.folder, main).items()
+    }
+    fields = checked_package_config(read_json(copy.folder, layout.CONFIG))
+    model = build_model(fields, tensors, init_value_head=init_value_head)
+    model.config.dtype = dtype
+    if layout.GENERATION_CONFIG in copy.names:
+        with as_ours(lambda gist: PackageError(f"{layout.GENERATION_CONFIG}: {gist}", next_step=AGAIN)):
+            model.generation_config = GenerationConfig.from_dict(read_json(copy.folder, layout.GENERATION_CONFIG))
+    return model
+
+
+def _load_by_its_code(copy: Stage, package: PackageReport, code: Collection[str], *, dtype: Any) -> Any:
+    """Return the model of a package, by the package's own code, strictly."""
+    import torch
+
+    with as_ours(lambda gist: _does_not_load(package, gist)):
+        model, info = _imported(copy, code).GPT2ValueModel.from_pretrained(
+            copy.folder,
+            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    lost = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+    if lost:
+        raise LoadError(
+            f"{package.source} loads, but not strictly: {str(lost)[:500]}",
+            expected="no key missing, unknown or of another shape",
+            next_step=AGAIN,
+        )
+    return model.eval()
+
+
+def _imported(copy: Stage, code: Collection[str]) -> Any:
+    """Import the code that was hashed, from a private folder that lives as long as this process; return its model's
+    module. Nothing that lies in transformers' shared cache of modules is read, neither code nor compiled code."""
+    digest = hashlib.sha256(repr([(name, copy.sha256[name]) for name in sorted(code)]).encode()).hexdigest()
+    package = f"gpt2_value_code_{digest[:32]}"
+    if package not in sys.modules:
+        home = tempfile.TemporaryDirectory(prefix="gpt2-value-code-", ignore_cleanup_errors=True)
+        for name in code:
+            shutil.copyfile(copy.folder / name, Path(home.name, name))
+        spec = ModuleSpec(package, None, is_package=True)
+        spec.submodule_search_locations = [home.name]
+        module = importlib.util.module_from_spec(spec)
+        module.__dict__["_home"] = home  # removed when the process ends
+        sys.modules[package] = module
+    return importlib.import_module(f"{package}.{layout.AUTO_MAP['AutoModel'].split('.')[0]}")
+
+
+def _check_model(model: Any, package: PackageReport, release: Release | None, dtype: Any) -> None:
+    """Refuse weights that are not finite, and a model that does not run here, or gives NaN."""
+    from .sharded import computed
+
+    damaged = list(not_finite(model.state_dict()))
+    if damaged:
+        raise UnsavableModelError(
+            f"NaN or infinite values in {', '.join(damaged[:5])} of {package.source}",
+            expected="finite weights",
+            next_step=AGAIN if dtype is None else f"load it without dtype: {dtype} may not hold its numbers",
+        )
+    try:
+        numbers = computed(model)
+    except UnsavableModelError as error:
+        raise does_not_run(package, release, error.found) from error
+    for name in not_finite(numbers):
+        raise LoadError(
+            f"{package.source} gives NaN or infinite {name}, though none of its weights is: some are too large",
+            expected="a model that computes finite numbers",
+            next_step="ask its author for one" if dtype is None else f"load it without dtype: {dtype} overflows",
+        )
 
 
 def _refuse_other_vocabulary(package: PackageReport, tokenizer: Any) -> None:
@@ -177,9 +271,9 @@ def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> Release | N
     """Return the release whose code the package has, or None if its code was reviewed; refuse any other code."""
     code = package.code_sha256
     changed = [name for name, digest in reviewed.items() if code.get(name) != digest]
-    release = next((release for release in releases() if release.is_in(code)), None)
+    release = release_of(code)
     if release is None or changed:
-        installed = layout.written_hashes()
+        installed = layout.installed_hashes()
         unknown = sorted(
             name for name, digest in code.items() if digest not in (reviewed.get(name), installed.get(name))
         )
@@ -217,44 +311,6 @@ def _untrusted(
             else "review the package again: gpt2-value inspect"
         ),
     )
-
-
-def _load_model(stage: Path, package: PackageReport, dtype: torch.dtype | None, *, by_installed_code: bool) -> Any:
-    """Load the model strictly, and refuse weights that are not finite."""
-    import torch
-    from transformers import AutoModel
-
-    from modeling_gpt2_value import GPT2ValueModel
-
-    stored = max(package.dtypes, key=lambda name: package.dtypes[name])  # the body's: a head may differ
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, stored) if dtype is None else dtype,
-        "local_files_only": True,
-        "use_safetensors": True,
-        "output_loading_info": True,
-    }
-    with as_ours(lambda gist: _does_not_load(package, gist)):
-        if by_installed_code:
-            model, info = GPT2ValueModel.from_pretrained(stage, **options)
-        else:
-            model, info = AutoModel.from_pretrained(stage, trust_remote_code=True, **options)
-    lost = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
-    if lost:
-        raise LoadError(
-            f"{package.source} loads, but not strictly: {str(lost)[:500]}",
-            expected="no key missing, unknown or of another shape",
-            next_step=AGAIN,
-        )
-    damaged = list(not_finite(model.state_dict()))
-    if damaged:
-        raise UnsavableModelError(
-            f"NaN or infinite values in {', '.join(damaged[:5])} of {package.source}",
-            expected="finite weights",
-            next_step=AGAIN if dtype is None else f"load it without dtype: {dtype} may not hold its numbers",
-        )
-    model.name_or_path = model.config._name_or_path = package.source
-    model.config._commit_hash = package.commit
-    return model
 
 
 def _does_not_load(package: PackageReport, gist: str) -> GPT2ValueHubError:

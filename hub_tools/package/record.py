@@ -1,6 +1,7 @@
-"""The record of a save: a probe, what the model computed on it, and the hashes of what was written.
+"""The record of a save: a probe, what the model computed on it, and the hashes of what was written. And the releases:
+the hashes of every released version's code (`make release-hashes` adds the version that is about to be released).
 
-Imports only the standard library, `errors`, `files`, `layout` and `limits`. The numbers are float32, computed on the
+The numbers are float32, computed on the
 CPU whatever the model's dtype and device, so that the same weights give the same numbers (to rounding) on
 every machine.
 """
@@ -111,14 +112,14 @@ RELEASES = Path(__file__).with_name("releases.json")
 
 @dataclass(frozen=True)
 class Release:
-    """The code of one version, and its handler where it had one: file name -> SHA-256, in hexadecimal."""
+    """The code of one version: file name -> SHA-256, in hexadecimal."""
 
     version: str
     sha256: dict[str, str]
 
     def is_in(self, code: Mapping[str, str]) -> bool:
         """Whether `code` (name -> SHA-256) has every file of this release that a loader runs, unchanged."""
-        return all(code.get(name) == digest for name, digest in self.sha256.items() if name != layout.HANDLER)
+        return all(code.get(name) == digest for name, digest in self.sha256.items())
 
 
 def releases() -> tuple[Release, ...]:
@@ -129,9 +130,14 @@ def releases() -> tuple[Release, ...]:
     """
     recorded = _recorded(RELEASES)
     return (
-        Release(layout.__version__, layout.written_hashes()),
+        Release(layout.__version__, layout.installed_hashes()),
         *(Release(version, recorded[version]) for version in reversed(recorded)),
     )
+
+
+def release_of(code: Mapping[str, str]) -> Release | None:
+    """Return the version whose code this is (name -> SHA-256), all of it unchanged; None for any other code."""
+    return next((release for release in releases() if release.is_in(code)), None)
 
 
 def versions_of(name: str, sha256: str, among: tuple[Release, ...]) -> tuple[str, ...]:
@@ -142,7 +148,7 @@ def versions_of(name: str, sha256: str, among: tuple[Release, ...]) -> tuple[str
 def diff_command(path: Path) -> str:
     """Return the command that shows a file of code: how it differs from the installed file of its name, where there is
     one."""
-    installed = layout.written_code().get(path.name)
+    installed = layout.installed_code().get(path.name)
     return shlex.join(["diff", "-u", str(installed), str(path)] if installed else ["less", str(path)])
 
 
@@ -152,7 +158,7 @@ def record_release(to: Path = RELEASES) -> dict[str, str]:
     Raises:
         ChangedFileError: this version was released already, with other hashes.
     """
-    recorded, installed = _recorded(to), layout.written_hashes()
+    recorded, installed = _recorded(to), layout.installed_hashes()
     if recorded.get(layout.__version__, installed) != installed:
         raise ChangedFileError(
             f"version {layout.__version__} was released with other code than is here now",

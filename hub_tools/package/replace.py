@@ -1,6 +1,6 @@
 """Replace a folder by another in one step: a process killed at any moment leaves the old or the new one.
 
-Imports the standard library, filelock and `layout`. The new folder is prepared beside the old one, in
+The new folder is prepared beside the old one, in
 `.<name>.saving-xxxxxxxx/package`, synced to the disk, and then exchanged with it: renameat2(2) with RENAME_EXCHANGE on
 Linux, renamex_np(2) with RENAME_SWAP on macOS.
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .. import layout
-from ..errors import FolderRefusedError, GPT2ValueHubError, PackageChangedError, SaveFailedError, gist
+from ..errors import FolderRefusedError, GPT2ValueHubError, SaveFailedError, gist
 from ..files import read_json
 
 LOCK = "lock"  # the file that is locked, in each staging folder
@@ -177,7 +177,8 @@ def left_behind(folders: Iterable[Path]) -> Iterator[tuple[Path, FileLock]]:
     """Yield those of `folders` whose process is dead, each with its lock, which this process then holds: pass both to
     `discard`."""
     for folder in folders:
-        if folder.is_symlink() or not folder.is_dir():
+        # filelock before 3.20 follows a link that somebody put in the lock's place, and empties the file
+        if folder.is_symlink() or not folder.is_dir() or (folder / LOCK).is_symlink():
             continue
         lock = FileLock(folder / LOCK, timeout=0)
         try:
@@ -193,9 +194,6 @@ def discard(folder: Path, lock: FileLock) -> None:
     lock.release()
     if os.name == "nt":  # Windows cannot remove the lock file while it is open
         shutil.rmtree(folder, ignore_errors=True)
-
-
-READS = 100  # of a config.json that other saves replace while it is read
 
 
 def check_target(
@@ -259,14 +257,10 @@ def check_target(
     foreign = [name for name in names if not may_replace(name)]
     if foreign:
         raise refuse(f"holds {foreign[:5]}, which would be lost", "move them elsewhere, or choose another folder")
-    for attempt in range(1, READS + 1):
-        try:
-            found = read_json(target, layout.CONFIG).get("model_type")
-            break
-        except GPT2ValueHubError as error:
-            if isinstance(error, PackageChangedError) and attempt < READS:
-                continue  # another save has put its package there meanwhile: read that one
-            raise refuse(f"is not {what}: {error.found}", "choose another folder, or remove this one") from error
+    try:
+        found = read_json(target, layout.CONFIG).get("model_type")
+    except GPT2ValueHubError as error:
+        raise refuse(f"is not {what}: {error.found}", "choose another folder, or remove this one") from error
     if found != model_type:
         raise refuse(f"holds a model of type {found!r}, which would be lost", "choose another folder")
     return target

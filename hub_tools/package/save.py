@@ -1,8 +1,4 @@
-"""Write a complete package, all or nothing.
-
-Imports the standard library, torch, transformers, the remote code, and of hub_tools `card`, `model`, `record`, `probe`,
-`replace_folder`, `sharded`, `target` and what these import.
-"""
+"""Write a complete package, all or nothing, of a model that is what its weights and its config say."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +19,29 @@ from configuration_gpt2_value import GPT2ValueConfig
 from modeling_gpt2_value import GPT2ValueModel
 
 from .. import layout
-from ..errors import (
-    MissingHeadError,
-    TokenizerMismatchError,
-    UnsavableModelError,
-    as_ours,
-)
+from ..errors import MissingHeadError, TokenizerMismatchError, UnsavableModelError, as_ours
+from ..files import in_units
 from . import config as config_fields
 from .card import CardFacts, load_lines, render_card
 from .probe import measure
-from .record import PROBE_TEXT, Record, probe, releases, versions_of
+from .record import PROBE_TEXT, Record, probe
 from .replace import check_target, staging_folder, writing_to
-from .sharded import State, in_first_process
-from .weights import not_finite
+from .sharded import Numbers, State, Weights, computed, in_first_process
+from .tokenizer import check_tokenizer, write_tokenizer
+from .weights import build_model, not_finite
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Of the largest number, how far the copy's numbers may be from the model's: the same operations on the same machine
+# round alike in float32; half precision, and weights that are gathered from several devices, are computed otherwise.
+CLOSE, COARSE = 1e-5, 2e-2
+WRAPPED = "save the model inside the wrapper"
+# Modules that PEFT puts into a model, or around it, by their last names.
+PEFT_PARTS = {"base_model", "base_layer", "modules_to_save", "prompt_encoder", "token_adapter"}
 
 
 @dataclass(frozen=True)
 class SavedPackage:
-    """A package that was written to the disk."""
+    """A package that was written to the disk. It prints as a summary, with the lines that load it."""
 
     folder: Path
     files: dict[str, int]  # name -> bytes
@@ -53,18 +54,10 @@ class SavedPackage:
         """Bytes of all files."""
         return sum(self.files.values())
 
-
-@dataclass(frozen=True)
-class SaveOptions:
-    """How a package is saved; see `save_package`."""
-
-    base_model: str | None
-    license: str | None
-    tags: Sequence[str]
-    repo_id: str | None
-    max_shard_size: int | str
-    overwrite: bool = True
-    handler: bool = False
+    def __str__(self) -> str:
+        done = "replaced" if self.replaced else "written"
+        summary = f"{self.parameters:,} parameters, {len(self.files)} files, {in_units(self.size)}"
+        return f"{self.folder} {done}: {summary}\n{self.load_lines}"
 
 
 def save_package(
@@ -78,7 +71,6 @@ def save_package(
     tags: Sequence[str] = (),
     repo_id: str | None = None,
     max_shard_size: int | str = "5GB",
-    handler: bool = False,
 ) -> SavedPackage:
     """Write a complete package: weights, config, code, tokenizer, card, and a record to verify it by.
 
@@ -87,9 +79,10 @@ def save_package(
     `folder`. Nothing of a replaced package stays, not even a card that was edited by hand. A reader that opens files
     one after the other during the replacement can see files of both packages.
 
-    The model is not changed: mode, config, device, hooks, gradients and random state stay as they are. Its weights are
-    not copied, unless they are on a GPU. The package gets this installed version's code, even if the model itself was
-    loaded from a package with other code.
+    What the package computes is what the model computes: a copy made of its weights and config is compared with it on a
+    probe, and where they differ the save is refused. The model is not changed: mode, config, device, hooks, gradients
+    and random state stay as they are. Its weights are not copied, unless they are on a GPU. The package gets this
+    installed version's code, even if the model itself was loaded from a package with other code.
 
     A model that FSDP2 shards is saved in all processes by the same call: the first gathers the weights in main
     memory and writes the package, and all return, or raise, what it does. Any other model is saved where this is
@@ -107,55 +100,63 @@ def save_package(
         repo_id: where the package will live on the Hub, for the lines in the card that load it.
         max_shard_size: the weights are split into files of at most this size (bytes, or a string like
             `"5GB"`).
-        handler: also write `handler.py`, by which an Inference Endpoint answers requests: code of ours that runs there
-            and nowhere else. It needs the tokenizer.
 
     Raises:
         UnsavableModelError, MissingHeadError: not a value-head model, or wrapped in something.
         UnsavableModelError: a sharded model, and another process did not call this within 30 s.
-        UnsavableModelError: a model that could not be loaded
-            again.
-        TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code; or none, and
-            a handler.
+        UnsavableModelError: a model that could not be loaded again, or that computes other numbers than its weights
+            give: another forward, an activation set in memory, a hook.
+        TokenizerMismatchError: a tokenizer with ids that the model does not have, or that brings code.
         OptionsError: see `render_card`.
         FolderRefusedError: `folder` holds something else, or cannot be replaced in one step.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
     """
-    options = SaveOptions(base_model, license, tags, repo_id, max_shard_size, overwrite, handler)
-    return in_first_process(model, lambda state: write_package(model, state, folder, tokenizer, options))
+    return in_first_process(
+        model,
+        lambda state: write_package(
+            model,
+            state,
+            folder,
+            tokenizer,
+            overwrite=overwrite,
+            base_model=base_model,
+            license=license,
+            tags=tags,
+            repo_id=repo_id,
+            max_shard_size=max_shard_size,
+        ),
+    )
 
 
 def write_package(
-    model: nn.Module, state: State | None, folder: str | os.PathLike[str], tokenizer: Any, options: SaveOptions
+    model: nn.Module,
+    state: State | None,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = True,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    repo_id: str | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> SavedPackage:
     """What `save_package` does in the process that writes; `state` as `in_first_process` gives it."""
-    target = save_target(folder, overwrite=options.overwrite)
+    target = save_target(folder, overwrite=overwrite)
     installed = installed_copy(model, state)
     if tokenizer is not None:
-        _check_tokenizer(tokenizer, installed.config.vocab_size)
-    elif options.handler:
-        raise TokenizerMismatchError(
-            "a handler, and no tokenizer: an Inference Endpoint is sent texts",
-            next_step="pass the tokenizer as well: save_package(model, FOLDER, tokenizer, handler=True)",
-        )
-    card = render_card(
-        _facts(installed, tokenizer, options.handler),
-        base_model=options.base_model,
-        license=options.license,
-        tags=options.tags,
-        repo_id=options.repo_id,
-    )
+        check_tokenizer(tokenizer, installed.config.vocab_size)
+    facts = _facts(installed, has_tokenizer=tokenizer is not None)
+    card = render_card(facts, base_model=base_model, license=license, tags=tags, repo_id=repo_id)
     with writing_to(target), staging_folder(target) as staging:
-        if options.handler:
-            shutil.copyfile(layout.written_code()[layout.HANDLER], staging.package / layout.HANDLER)
-        _write(staging.package, installed, tokenizer, card, options.max_shard_size)
+        _write(staging.package, installed, tokenizer, str(card), max_shard_size)
         files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
-        save_target(folder, overwrite=options.overwrite)  # writing may have taken minutes: look again
+        save_target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
         replaced = staging.commit()
     return SavedPackage(
         folder=target,
         files=files,
-        parameters=_parameters(installed),
+        parameters=facts.parameters,
         replaced=replaced,
         load_lines=load_lines(str(target), tokenizer=tokenizer is not None),
     )
@@ -167,59 +168,28 @@ def save_target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
     Raises:
         FolderRefusedError: it holds something else, or cannot be replaced in one step.
     """
-
-    def may_replace(name: str) -> bool:
-        if name == layout.HANDLER:  # many write their own
-            path = Path(folder, name)
-            return path.is_file() and bool(versions_of(name, layout.sha256_of(path), releases()))
-        return layout.written_by_save(name)
-
     return check_target(
-        folder, overwrite=overwrite, what="a package", model_type=layout.MODEL_TYPE, may_replace=may_replace
+        folder,
+        overwrite=overwrite,
+        what="a package",
+        model_type=layout.MODEL_TYPE,
+        may_replace=layout.written_by_save,
     )
 
 
-def _check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
-        raise TokenizerMismatchError(
-            f"the tokenizer is a {type(tokenizer).__name__}",
-            expected="a transformers tokenizer",
-            next_step="AutoTokenizer.from_pretrained(...); PreTrainedTokenizerFast wraps one of tokenizers",
-        )
-    vocabulary = tokenizer.get_vocab()
-    if set(vocabulary) <= set(tokenizer.all_special_tokens):
-        raise TokenizerMismatchError(
-            f"the tokenizer has {len(vocabulary)} tokens, none of them an ordinary one",
-            expected="a tokenizer that can read text; transformers 5 makes an empty one where it finds no files",
-            next_step="load it from where its files are, or save without a tokenizer",
-        )
-    largest = max(vocabulary.values())
-    if largest >= vocab_size:
-        raise TokenizerMismatchError(
-            f"the tokenizer has the id {largest}, and the model's vocabulary ends at {vocab_size - 1}",
-            expected="no id that the model has no embedding for",
-            next_step=f"model.resize_token_embeddings({largest + 1}), or remove the tokens that were added",
-        )
-
-
-def _facts(model: GPT2ValueModel, tokenizer: Any, handler: bool) -> CardFacts:
+def _facts(model: GPT2ValueModel, *, has_tokenizer: bool) -> CardFacts:
     config = model.config
     return CardFacts(
-        parameters=_parameters(model),
+        parameters=sum(weight.numel() for weight in model.parameters()),  # a tied weight is one parameter
         dtype=str(model.dtype).removeprefix("torch."),
         n_layer=config.n_layer,
         n_embd=config.n_embd,
         n_head=config.n_head,
         n_positions=config.n_positions,
         vocab_size=config.vocab_size,
-        has_tokenizer=tokenizer is not None,
+        has_tokenizer=has_tokenizer,
         versions=_versions(),
-        has_handler=handler,
     )
-
-
-def _parameters(model: GPT2ValueModel) -> int:
-    return sum(weight.numel() for weight in model.parameters())  # a tied weight is one parameter
 
 
 def _versions() -> dict[str, str]:
@@ -230,19 +200,18 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: Any, max_shard_size: int | str) -> None:
+def _write(folder: Path, model: GPT2ValueModel, tokenizer: Any, card: str, max_shard_size: int | str) -> None:
     """Write every file of the package."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)  # config, weights, this installation's code
+    tokenizer_ids = None
     if tokenizer is not None:
-        _write_tokenizer(folder, tokenizer)
+        write_tokenizer(folder, tokenizer)
+        with as_ours(_cannot_read):
+            tokenizer_ids = tokenizer(PROBE_TEXT)["input_ids"]
     (folder / layout.CARD).write_text(f"{card}\n", encoding="utf-8")
     for path in folder.iterdir():  # safetensors writes files that only their owner can read
         shutil.copymode(folder / layout.CARD, path)
     token_ids, logit_ids = probe(vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
-    tokenizer_ids = None
-    if tokenizer is not None:
-        with as_ours(_cannot_read):
-            tokenizer_ids = tokenizer(PROBE_TEXT)["input_ids"]
     in_float32 = model if all(w.dtype == torch.float32 for w in model.parameters()) else copy.deepcopy(model).float()
     numbers = measure(in_float32, token_ids, logit_ids)
     for name, values in numbers.items():
@@ -270,41 +239,17 @@ def _cannot_read(gist: str) -> TokenizerMismatchError:
     )
 
 
-def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write the tokenizer's files, so that both transformers 4 and 5 can read them.
-
-    Version 5 renames two settings in `tokenizer_config.json`, and still reads the old names, so those are written. It
-    also records how the tokenizer was loaded here, which is removed.
-    """
-    tokenizer.save_pretrained(folder)
-    foreign = sorted(path.name for path in folder.iterdir() if not layout.written_by_save(path.name))
-    if foreign:
-        raise TokenizerMismatchError(
-            f"the tokenizer wrote {foreign}, which have no place in a package",
-            expected=f"some of {sorted(layout.TOKENIZER)}",
-            next_step="use a tokenizer of transformers' own, without code; a fast one: use_fast=True",
-        )
-    path = folder / layout.TOKENIZER_CONFIG
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    for name in ("backend", "is_local", "local_files_only", "name_or_path"):
-        settings.pop(name, None)
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+# From the model that was passed to a copy of this installed version's class
 
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-WRAPPED = "save the model inside the wrapper"
-# Modules that PEFT puts into a model, or around it, by their last names.
-PEFT_PARTS = {"base_model", "base_layer", "modules_to_save", "prompt_encoder", "token_adapter"}
+def installed_copy(model: nn.Module, state: State | None) -> GPT2ValueModel:
+    """Return a model of this installed version's class, in eval mode on the CPU, that computes what `model` computes.
 
+    It shares the model's weights where they are on the CPU, has copies of its configs, and is what a package can hold.
 
-def installed_shell(model: nn.Module, gathered: State | None = None) -> tuple[GPT2ValueModel, State]:
-    """Return an empty model of this installed version's class, on the meta device, with the configs of `model`; and the
-    weights of `model`, or those that were `gathered`, after checking that the empty model takes exactly these. (Whether
-    they are finite is not checked.)
+    Args:
+        model: the model.
+        state: as `in_first_process` gives it: of a sharded model, what was gathered; else None.
 
     Raises:
         UnsavableModelError, MissingHeadError: see `save_package`.
@@ -315,22 +260,64 @@ def installed_shell(model: nn.Module, gathered: State | None = None) -> tuple[GP
         config: Any = GPT2ValueConfig.from_dict(given.to_dict())
         generation_config = copy.deepcopy(getattr(model, "generation_config", None))
         # refuse now what could be written but not loaded again
-        config_fields.reduce(layout.CONFIG, json.loads(config.to_json_string()))
+        fields = config_fields.checked_config(json.loads(config.to_json_string()))
         if generation_config is not None:
             generation_config.validate(strict=True)
             config_fields.reduce(layout.GENERATION_CONFIG, json.loads(generation_config.to_json_string()))
-    state = model.state_dict() if gathered is None else gathered
-    state = {name: tensor.detach() for name, tensor in state.items()}
-    with torch.device("meta"), as_ours(_unsavable):
-        installed = GPT2ValueModel(config)
-        if hasattr(
-            config, "validate"
-        ):  # transformers 5 validates the config when it writes it, after the model has chosen its kernels
+        if hasattr(config, "validate"):  # transformers 5 validates the config when it writes it
             config.validate()
-    _check_state(state, installed)
+    held = model.state_dict() if state is None else state.weights
+    weights = {name: tensor.detach() for name, tensor in held.items()}
+    _check_weights(weights, fields)
+    twin = build_model(config, weights)
+    attention = getattr(given, "_attn_implementation", None)
+    if attention is not None and hasattr(twin, "set_attn_implementation"):
+        twin.set_attn_implementation(attention)
+    _refuse_other_numbers(model, computed(model) if state is None else state.numbers, twin, sharded=state is not None)
+    if any(weight.device.type != "cpu" for weight in twin.parameters()):
+        twin = build_model(config, {name: tensor.cpu() for name, tensor in weights.items()})
     if generation_config is not None:
-        installed.generation_config = generation_config
-    return installed, state
+        twin.generation_config = generation_config
+    return twin
+
+
+def _refuse_other_numbers(model: nn.Module, found: Numbers, twin: GPT2ValueModel, *, sharded: bool) -> None:
+    """Refuse a model that computes other numbers than a copy made of its weights and its config.
+
+    Raises:
+        UnsavableModelError: it names the modules that differ, and by how much the numbers do.
+    """
+    with as_ours(_unsavable):
+        copied = computed(twin)
+    exact = not sharded and all(weight.dtype == torch.float32 for weight in twin.parameters())
+    for name, numbers in found.items():
+        same_shape = numbers.shape == copied[name].shape
+        largest = max(1.0, float(copied[name].nan_to_num(0.0, 0.0, 0.0).abs().max()))
+        tolerance = (CLOSE if exact else COARSE) * largest
+        if same_shape and torch.allclose(numbers, copied[name], rtol=0.0, atol=tolerance, equal_nan=True):
+            continue
+        difference = f"up to {(numbers - copied[name]).abs().max():.3g}" if same_shape else "their shape"
+        raise UnsavableModelError(
+            f"the model's {name} differ by {difference} from those of a copy made of its weights and its config"
+            + (f"; {reasons}" if (reasons := _reasons(model, twin)) else ""),
+            expected="a model whose numbers its weights and its config give: the package holds nothing else",
+            next_step="set what differs in model.config, or in the weights, or remove it, and save again",
+        )
+
+
+def _reasons(model: nn.Module, twin: nn.Module) -> str:
+    """Name what may make a model compute otherwise than its copy."""
+    found = []
+    parts = dict(twin.named_modules())
+    for name, module in model.named_modules():
+        where, part = name or "the model", parts.get(name)
+        if part is None or type(module).__name__.removeprefix("FSDP") != type(part).__name__:
+            found.append(f"{where} is a {type(module).__name__}" + (f", not a {type(part).__name__}" if part else ""))
+        elif "forward" in vars(module):
+            found.append(f"the forward of {where} was replaced")
+        if module._forward_hooks or module._forward_pre_hooks:
+            found.append(f"{where} has hooks")
+    return ", ".join(found[:5])
 
 
 def _unsavable(gist: str) -> UnsavableModelError:
@@ -338,30 +325,6 @@ def _unsavable(gist: str) -> UnsavableModelError:
         f"the model's config or generation_config is not valid: {gist}",
         next_step="correct the field in model.config or model.generation_config, and save again",
     )
-
-
-def installed_copy(model: nn.Module, gathered: State | None) -> GPT2ValueModel:
-    """Return a model of this installed version's class, in eval mode on the CPU, that holds the same weights (shared
-    where they are on the CPU, else copied), after checking that they are complete and finite."""
-    installed, state = installed_shell(model, gathered)
-    body = {name: tensor.cpu() for name, tensor in state.items() if name != "lm_head.weight"}
-    tied = installed.config.tie_word_embeddings
-    body["lm_head.weight"] = body["transformer.wte.weight"] if tied else state["lm_head.weight"].cpu()
-    for name, count in not_finite(body).items():
-        raise UnsavableModelError(
-            f"{name} has {count:,} NaN or infinite values of {body[name].numel():,}",
-            expected="finite weights",
-            next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
-        )
-    installed.load_state_dict(body, assign=True)
-    if tied:
-        installed.tie_weights()
-    # causal masks and the like, which are in no state dict
-    found = dict(model.named_buffers())
-    for name, _ in list(installed.named_buffers()):
-        owner, _, attribute = name.rpartition(".")
-        setattr(installed.get_submodule(owner), attribute, found[name].cpu())
-    return installed.eval()
 
 
 def _check_class(model: nn.Module) -> None:
@@ -404,10 +367,11 @@ def _check_class(model: nn.Module) -> None:
         raise refuse(f"a {name} of model type {model_type!r}", "pass a GPT2ValueModel")
 
 
-def _check_state(state: State, installed: GPT2ValueModel) -> None:
-    """Refuse weights that are not exactly the model's, or that are not here."""
-    expected = {name: tuple(tensor.shape) for name, tensor in installed.state_dict().items()}
-    missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+def _check_weights(weights: Weights, config: Mapping[str, Any]) -> None:
+    """Refuse weights that are not exactly the model's, that are not here, or that are not finite."""
+    expected = config_fields.expected_shapes(config)
+    expected["lm_head.weight"] = expected["transformer.wte.weight"]
+    missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if any(name.startswith(layout.HEAD_PREFIX) for name in missing):
         raise MissingHeadError(
             f"the model has no {', '.join(missing[:2])}",
@@ -424,7 +388,7 @@ def _check_state(state: State, installed: GPT2ValueModel) -> None:
             "exactly the weights of GPT2ValueModel, whose code travels with them",
             "remove what was added to the model (adapters, extra heads), and save again",
         )
-    for name, tensor in state.items():
+    for name, tensor in weights.items():
         if tensor.is_meta:
             raise refuse(
                 f"{name} is on the meta device, without data",
@@ -444,8 +408,14 @@ def _check_state(state: State, installed: GPT2ValueModel) -> None:
                 f"one of {', '.join(map(str, FLOATS))}",
                 "convert it: model.float(); a quantised model must be dequantised first",
             )
-    head, embeddings = state["lm_head.weight"], state["transformer.wte.weight"]
-    if installed.config.tie_word_embeddings and head.data_ptr() != embeddings.data_ptr() and not head.equal(embeddings):
+    for name, count in not_finite(weights).items():
+        raise refuse(
+            f"{name} has {count:,} NaN or infinite values of {weights[name].numel():,}",
+            "finite weights",
+            "go back to a checkpoint from before the run diverged; the folder is untouched",
+        )
+    head, embeddings = weights["lm_head.weight"], weights["transformer.wte.weight"]
+    if config_fields.tied(config) and head.data_ptr() != embeddings.data_ptr() and not head.equal(embeddings):
         raise refuse(
             "lm_head.weight and transformer.wte.weight differ, and config.tie_word_embeddings is True",
             "equal weights, since loading would tie them",

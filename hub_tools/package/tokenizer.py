@@ -1,17 +1,14 @@
-"""Load a tokenizer that somebody else made: tried first in a process of its own, then loaded without running code.
-
-Imports the standard library, of hub_tools `errors`, `limits`, `library_errors` and `limited_process`, and transformers
-inside the functions that need it. `try_tokenizer.py` is run, not imported.
-"""
+"""A package's tokenizer: tried in a process of its own and loaded without running code; checked and written."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from .. import limits
-from ..errors import GPT2ValueHubError, LoadError, ResourceLimitError, as_ours
+from .. import layout, limits
+from ..errors import GPT2ValueHubError, LoadError, ResourceLimitError, TokenizerMismatchError, as_ours
 from ..files import AGAIN
 from ..limited_process import run_limited, search_path_of
 
@@ -30,8 +27,7 @@ def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
         ResourceLimitError: opening it, or using it, took more memory or time than `limits` allows.
         LoadError: its files are not complete, transformers cannot load them, or their class is not a tokenizer's.
     """
-    if (folder / "tokenizer.json").is_file():
-        try_in_a_process(folder, source)
+    try_in_a_process(folder, source)
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     options = {} if config is None else {"config": config}
@@ -44,42 +40,42 @@ def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
 
 
 def try_in_a_process(folder: Path, source: str) -> None:
-    """Open and use `tokenizer.json` in a process with limits; see `try_tokenizer`.
+    """Open and use the tokenizer in a process with limits; see `try_tokenizer`.
 
     Raises:
         ResourceLimitError, LoadError: see `load_tokenizer`.
     """
+    seconds = limits.WAITING * limits.TOKENIZER_SECONDS
     try:
         done = run_limited(
             SCRIPT,
             str(folder),
             str(limits.TOKENS_PER_CHARACTER),
+            str(limits.TOKEN_CHARACTERS),
             *search_path_of("tokenizers"),
             limits={"RLIMIT_AS": limits.TOKENIZER_MEMORY, "RLIMIT_CPU": int(limits.TOKENIZER_SECONDS)},
-            seconds=limits.WAITING * limits.TOKENIZER_SECONDS,
+            seconds=seconds,
             # one thread, because every thread takes address space, and that is limited
             environment={"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
             stdin=subprocess.DEVNULL,
             text=True,
             errors="replace",
         )
-    except subprocess.TimeoutExpired as error:
-        raise _too_much(source, f"that did not end in {error.timeout:g} s") from error
-    if done.returncode == 0:
-        return
-    lines = done.stderr.strip().splitlines() or ["no message"]
-    if done.returncode < 0:
-        raise _too_much(source, f"that was ended by signal {-done.returncode}: {lines[0]}")
-    if "MemoryError" in lines[-1] or "tokens of a text" in lines[-1]:
-        raise _too_much(source, lines[-1])
-    raise _does_not_load(source, lines[-1])
-
-
-def _too_much(source: str, what: str) -> GPT2ValueHubError:
-    return ResourceLimitError(
-        f"the tokenizer of {source} was tried in a process of its own, and {what[:300]}",
+    except subprocess.TimeoutExpired:
+        what = f"that did not end in {seconds:g} s"
+    else:
+        if done.returncode == 0:
+            return
+        what = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if done.returncode < 0:
+            what = f"that was ended by signal {-done.returncode}"
+        elif "MemoryError" not in what and ", too " not in what:
+            raise _does_not_load(source, what)
+    raise ResourceLimitError(
+        f"the tokenizer of {source} was tried in a process of its own: {what[:300]}",
         expected=f"a tokenizer that needs at most {limits.TOKENIZER_MEMORY >> 30} GiB and "
-        f"{limits.TOKENIZER_SECONDS:g} s of processor time",
+        f"{limits.TOKENIZER_SECONDS:g} s of processor time, with tokens of at most {limits.TOKEN_CHARACTERS:,} "
+        "characters",
         next_step="do not use it; load the model without it, or ask its author",
     )
 
@@ -90,3 +86,61 @@ def _does_not_load(source: str, gist: str) -> GPT2ValueHubError:
         expected="a tokenizer that this version of transformers can load",
         next_step=AGAIN,
     )
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Refuse a tokenizer that no package can hold, or that does not fit a vocabulary of this size.
+
+    Raises:
+        TokenizerMismatchError.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TokenizerMismatchError(
+            f"the tokenizer is a {type(tokenizer).__name__}",
+            expected="a transformers tokenizer",
+            next_step="AutoTokenizer.from_pretrained(...); PreTrainedTokenizerFast wraps one of tokenizers",
+        )
+    vocabulary = tokenizer.get_vocab()
+    if set(vocabulary) <= set(tokenizer.all_special_tokens):
+        raise TokenizerMismatchError(
+            f"the tokenizer has {len(vocabulary)} tokens, none of them an ordinary one",
+            expected="a tokenizer that can read text; transformers 5 makes an empty one where it finds no files",
+            next_step="load it from where its files are, or save without a tokenizer",
+        )
+    largest = max(vocabulary.values())
+    if largest >= vocab_size:
+        raise TokenizerMismatchError(
+            f"the tokenizer has the id {largest}, and the model's vocabulary ends at {vocab_size - 1}",
+            expected="no id that the model has no embedding for",
+            next_step=f"model.resize_token_embeddings({largest + 1}), or remove the tokens that were added",
+        )
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write the tokenizer's files, so that both transformers 4 and 5 can read them.
+
+    Version 5 renames two settings in `tokenizer_config.json`, and still reads the old names, so those are written. It
+    also records how the tokenizer was loaded here, which is removed.
+
+    Raises:
+        TokenizerMismatchError: it wrote files that have no place in a package.
+    """
+    tokenizer.save_pretrained(folder)
+    foreign = sorted(path.name for path in folder.iterdir() if not layout.written_by_save(path.name))
+    if foreign:
+        raise TokenizerMismatchError(
+            f"the tokenizer wrote {foreign}, which have no place in a package",
+            expected=f"some of {sorted(layout.TOKENIZER)}",
+            next_step="use a tokenizer of transformers' own, without code; a fast one: use_fast=True",
+        )
+    path = folder / layout.TOKENIZER_CONFIG
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for name in ("backend", "is_local", "local_files_only", "name_or_path"):
+        settings.pop(name, None)
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

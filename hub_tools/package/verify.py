@@ -1,8 +1,7 @@
 """Load a package in a fresh interpreter, strictly, and compare what it computes with its record.
 
-Imports the standard library and of hub_tools `inspection`, `record`, `releases` and what these import;
-`probe.py` is run, not imported. The fresh interpreter is isolated (`python -I`): no checkout, no PYTHONPATH,
-no caches, no token, no network.
+`probe.py` is run, not imported. The fresh interpreter is isolated (`python -I`): no checkout, no PYTHONPATH, no caches,
+no token, no network.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import tempfile
 import time
@@ -34,8 +34,8 @@ from ..errors import (
 from ..files import AGAIN
 from ..limited_process import run_limited, search_path_of
 from .inspect import PackageReport, inspect_stage
-from .record import PROBE_TEXT, Record, diff_command, read_record
-from .stage import local_folder, make_loadable, stage_package
+from .record import PROBE_TEXT, Record, Release, diff_command, read_record, release_of
+from .stage import make_loadable, stage_package
 
 TOLERANCE = 1e-5  # of the largest recorded number, or of 1 if that is larger
 PASSED_ON_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY")
@@ -60,13 +60,25 @@ class VerificationReport:
     peak_memory_bytes: int | None  # of the fresh interpreter, torch included; None where the system does not say
     package: PackageReport
 
+    def __str__(self) -> str:
+        return (
+            f"{self.package.source} verified: logits differ by at most {self.max_logit_difference:.2g} (allowed: "
+            f"{self.logit_tolerance:.2g}), values by {self.max_value_difference:.2g} (allowed: "
+            f"{self.value_tolerance:.2g}); loaded in {self.load_seconds:.1f} s"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return {**asdict(self), "folder": str(self.folder), "package": self.package.to_json()}
 
 
 def verify_package(
-    source: str | os.PathLike[str], *, trust_remote_code: bool = False, timeout: float = limits.VERIFY_SECONDS
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    timeout: float = limits.VERIFY_SECONDS,
+    token: str | None = None,
 ) -> VerificationReport:
     """Check that a package loads, strictly, and computes the same as when it was saved.
 
@@ -77,17 +89,19 @@ def verify_package(
     of the largest recorded number (or of 1, if that is larger). The tolerance is the same for all dtypes, because both
     sides compute in float32, and bfloat16 and float16 weights convert to float32 exactly.
 
-    This *runs the package's code*. Code that is byte-identical to this installed version's is always run. Other code is
-    refused unless you pass `trust_remote_code=True` (as in transformers). The fresh interpreter is no sandbox: it
-    protects from mistakes, not from malicious code.
+    This *runs the package's code*. Code that is byte-identical to a released version's, or to this installed one's, is
+    always run. Other code is refused unless you pass `trust_remote_code=True` (as in transformers). The fresh
+    interpreter is no sandbox: it protects from mistakes, not from malicious code.
 
     Args:
-        source: a package's folder.
-        trust_remote_code: run code that is not this installed version's.
+        source: a package's folder, or the id of a repository on the Hub (`owner/name`), which is downloaded.
+        revision: branch, tag or commit of the repository.
+        trust_remote_code: run code that is no released version's.
         timeout: seconds that the fresh interpreter may take.
+        token: for the Hub, instead of the one that huggingface_hub knows.
 
     Raises:
-        UntrustedCodeError: other code than this version's, and `trust_remote_code` is off.
+        UntrustedCodeError: code that is no released version's, and `trust_remote_code` is off.
         PackageError, MissingHeadError: not complete, or not only a package.
         ChangedFileError: a file is not the one that was saved.
         LoadError: it does not load, or not strictly.
@@ -98,7 +112,7 @@ def verify_package(
     """
     started = time.perf_counter()
     _check_timeout(timeout)
-    with stage_package(local_folder(Path(source))) as copy:  # a path is never a repository's id
+    with stage_package(source, revision=revision, token=token) as copy:
         package = inspect_stage(copy, os.fspath(source))
         for refusal in refusals(package):
             if not (trust_remote_code and isinstance(refusal, UntrustedCodeError)):
@@ -185,11 +199,11 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
             )
         )
     other = [file.name for file in package.code if not file.installed]
-    if other:
+    if other and release_of(package.code_sha256) is None:
         found.append(
             UntrustedCodeError(
-                f"the package's code is not this version's: {_names(other)}; it was not run",
-                expected="code that is byte-identical to the installed version's",
+                f"the package's code is no released version's: {_names(other)}; it was not run",
+                expected="code that is byte-identical to the installed version's, or to a released one's",
                 next_step=f"read it: {diff_command(package.folder / other[0])}; then pass trust_remote_code=True "
                 "(--trust-remote-code)",
             )
@@ -268,14 +282,39 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
         if done.returncode != 0 or not result.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+            what = f"{package.folder} does not load in a fresh interpreter ({ended}): {last[:500]}"
+            if done.returncode >= 0:
+                raise does_not_run(package, release_of(package.code_sha256), what, details=done.stderr)
             raise LoadError(
-                f"{package.folder} does not load in a fresh interpreter ({ended}): {last[:500]}",
+                what,
                 expected="AutoModel.from_pretrained(FOLDER, trust_remote_code=True) to succeed",
-                next_step=AGAIN if done.returncode >= 0 else "make sure that there is enough memory, and try again",
+                next_step="make sure that there is enough memory, and try again",
                 details=done.stderr,
             )
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return found
+
+
+def does_not_run(package: PackageReport, release: Release | None, found: str, *, details: str = "") -> LoadError:
+    """Return the error for a package whose code does not run here; older code of ours has a way out."""
+    older = release is not None and release.sha256 != layout.installed_hashes()
+    if not older or release is None:
+        return LoadError(
+            found,
+            expected="AutoModel.from_pretrained(FOLDER, trust_remote_code=True) to succeed",
+            next_step=AGAIN,
+            details=details,
+        )
+    from importlib.metadata import version
+
+    return LoadError(
+        f"the code of gpt2-value {release.version}, which {package.source} brings, does not run on transformers "
+        f"{version('transformers')}: {found}",
+        expected="a version of transformers that its code knows, or a package with newer code",
+        next_step="write it again with this version's code, with equal values: "
+        + shlex.join(["gpt2-value", "convert", package.source, "NEW_FOLDER"]),
+        details=details,
+    )
 
 
 def _check_loading(found: dict[str, Any]) -> None:

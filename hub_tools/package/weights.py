@@ -232,11 +232,6 @@ def build_model(
     from configuration_gpt2_value import GPT2ValueConfig
     from modeling_gpt2_value import GPT2ValueModel
 
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:  # transformers 4
-        from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef]
-
     def misfit(gist: str) -> PackageError:
         return PackageError(
             f"these weights and this config are not one model: {gist}",
@@ -244,21 +239,28 @@ def build_model(
             next_step=AGAIN,
         )
 
-    with as_ours(misfit), no_init_weights():
+    with as_ours(misfit):
         if isinstance(config, Mapping):
             plain = config.get("model_type") != layout.MODEL_TYPE
             fields = {name: value for name, value in config.items() if not (plain and name == "model_type")}
             config = GPT2ValueConfig.from_dict(fields)
-        model = GPT2ValueModel(config)
+        with torch.device("meta"):
+            model = GPT2ValueModel(config)
         state = dict(tensors)
+        device = state["transformer.wte.weight"].device
         if config.tie_word_embeddings:
             state["lm_head.weight"] = state["transformer.wte.weight"]
         for name, weight in model.v_head.named_parameters(prefix="v_head"):
             if init_value_head and name not in state:
-                state[name] = torch.zeros_like(weight)
+                state[name] = torch.zeros_like(weight, device=device)
         model.load_state_dict(state, assign=True)
         if config.tie_word_embeddings:
             model.tie_weights()
+        for name, buffer in list(model.named_buffers()):  # causal masks, which transformers 4 and 5.0 keep beside them
+            owner, _, attribute = name.rpartition(".")
+            mask = torch.ones(buffer.shape, dtype=torch.bool, device=device).tril() if buffer.dim() else None
+            value = torch.tensor(-1e4, device=device) if mask is None else mask
+            setattr(model.get_submodule(owner), attribute, value)
     return model.eval()
 
 

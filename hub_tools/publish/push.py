@@ -176,7 +176,7 @@ def push_to_hub(
     Raises:
         Everything that `save_package` and `push_package` raise.
     """
-    from ..package.save import SaveOptions, write_package
+    from ..package.save import write_package
     from ..package.sharded import State, in_first_process
 
     def save_and_push(state: State | None) -> PushReport:
@@ -192,8 +192,17 @@ def push_to_hub(
         push.refuse_early()
         with tempfile.TemporaryDirectory(prefix="gpt2-value-push-") as home:
             folder = Path(home, "package")
-            saving = SaveOptions(base_model, license, tags, push.repo_id, max_shard_size)
-            write_package(model, state, folder, tokenizer, saving)
+            write_package(
+                model,
+                state,
+                folder,
+                tokenizer,
+                base_model=base_model,
+                license=license,
+                tags=tags,
+                repo_id=push.repo_id,
+                max_shard_size=max_shard_size,
+            )
             return push.run(folder, dry_run=dry_run)
 
     return in_first_process(model, save_and_push)

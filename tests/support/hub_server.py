@@ -1,6 +1,6 @@
 """A small Hugging Face Hub on 127.0.0.1 for the tests: real HTTP, spoken to by the unmodified clients.
 
-It keeps repositories in memory, answers the routes that huggingface_hub and transformers use for a model or a Space,
+It keeps repositories in memory, answers the routes that huggingface_hub and transformers use for a model,
 counts what it was asked and sent, and fails any request in any way when a `Fault` says so. It has no Xet storage.
 Imports the standard library, PyYAML and `hub_store`. The routes are those of https://huggingface.co/docs/hub/api.
 
@@ -83,20 +83,14 @@ class Call:
     body: bytes
     headers: Any
     repo_id: str = ""
-    kind: str = "models"
     rev: str = "main"
     rest: str = ""
 
     def json(self) -> Any:
         return json.loads(self.body)
 
-    @property
-    def name(self) -> str:
-        """The repository's name among all: a model's is its id."""
-        return self.repo_id if self.kind == "models" else f"{self.kind}/{self.repo_id}"
-
     def repo(self, *, write: bool = False) -> Repo:
-        repo = self.hub.repos.get(self.name)
+        repo = self.hub.repos.get(self.repo_id)
         readable = repo is not None and (not repo.private or self._may_write())
         if repo is None or not readable:
             raise Refused(404 if self.user else 401, "Repository not found", "RepoNotFound")
@@ -122,7 +116,6 @@ _ROUTES: list[tuple[str, re.Pattern[str], str, Callable[[Call], Answer]]] = []
 
 def route(method: str, pattern: str) -> Callable[[Callable[[Call], Answer]], Callable[[Call], Answer]]:
     """Register a handler; the route is called as the function is. {repo}, {rev} and {rest} fill the Call."""
-    pattern = pattern.replace("/api/models/{repo}", "/api/(?P<kind>models|spaces)/{repo}")
     for name, part in (("repo", "repo_id>[^/]+/[^/]+?"), ("rev", "rev>[^/]+"), ("rest", "rest>.+")):
         pattern = pattern.replace("{" + name + "}", f"(?P<{part})")
 
@@ -146,17 +139,15 @@ def whoami(call: Call) -> Answer:
 def create_repo(call: Call) -> Answer:
     asked = call.json()
     owner = asked.get("organization") or (call.user.name if call.user else "")
-    call.repo_id, call.kind = f"{owner}/{asked['name']}", f"{asked.get('type') or 'model'}s"
+    call.repo_id = f"{owner}/{asked['name']}"
     if call.user is None:
         raise Refused(401, "Invalid username or password.")
     if not call._may_write():
         raise Refused(403, f"You don't have the rights to create a model under the namespace {owner}")
-    url = f"{call.hub.url}/{call.name}"
-    if call.kind == "spaces" and asked.get("sdk") not in ("gradio", "docker", "static"):
-        raise Refused(400, "Invalid sdk")
-    if call.name in call.hub.repos:
+    url = f"{call.hub.url}/{call.repo_id}"
+    if call.repo_id in call.hub.repos:
         return Answer(409, {"error": "You already created this model repo", "url": url})
-    call.hub.create(call.name, private=bool(asked.get("private")) or asked.get("visibility") == "private")
+    call.hub.create(call.repo_id, private=bool(asked.get("private")) or asked.get("visibility") == "private")
     return Answer(body={"url": url, "name": call.repo_id})
 
 
@@ -192,27 +183,27 @@ def xet_token(call: Call) -> Answer:
     raise Refused(404, "This Hub has no Xet storage")
 
 
-@route("POST", "/(?:(?P<kind>spaces)/)?{repo}\\.git/info/lfs/objects/batch")
+@route("POST", "/{repo}\\.git/info/lfs/objects/batch")
 def lfs_batch(call: Call) -> Answer:
     asked, objects = call.json(), []
     repo = call.repo(write="ref" in asked)  # a pull request names no branch, and may come from anybody
     for item in asked["objects"]:
-        upload = {"href": f"{call.hub.url}/lfs/{call.name}/{item['oid']}?signature=1"}
-        verify = {"href": f"{call.hub.url}/{call.name}.git/info/lfs/verify"}
+        upload = {"href": f"{call.hub.url}/lfs/{call.repo_id}/{item['oid']}?signature=1"}
+        verify = {"href": f"{call.hub.url}/{call.repo_id}.git/info/lfs/verify"}
         there = item["oid"] in repo.lfs
         objects.append(item if there else item | {"actions": {"upload": upload, "verify": verify}})
     return Answer(body={"transfer": "basic", "objects": objects})
 
 
-@route("PUT", "/lfs/(?:(?P<kind>spaces)/)?{repo}/{rest}")
+@route("PUT", "/lfs/{repo}/{rest}")
 def lfs_upload(call: Call) -> Answer:
     if hashlib.sha256(call.body).hexdigest() != call.rest:
         raise Refused(400, "The content does not have the announced SHA-256")
-    call.hub.repos[call.name].lfs[call.rest] = call.body
+    call.hub.repos[call.repo_id].lfs[call.rest] = call.body
     return Answer(headers={"ETag": f'"{call.rest}"'})
 
 
-@route("POST", "/(?:(?P<kind>spaces)/)?{repo}\\.git/info/lfs/verify")
+@route("POST", "/{repo}\\.git/info/lfs/verify")
 def lfs_verify(call: Call) -> Answer:
     asked = call.json()
     if len(call.repo().lfs.get(asked["oid"], b"")) != asked["size"]:
@@ -249,7 +240,7 @@ def commit(call: Call) -> Answer:
     pull_request = None
     if as_pr:
         number = 1 + sum(name.startswith("refs/pr/") for name in repo.refs)
-        ref, pull_request = f"refs/pr/{number}", f"{call.hub.url}/{call.name}/discussions/{number}"
+        ref, pull_request = f"refs/pr/{number}", f"{call.hub.url}/{call.repo_id}/discussions/{number}"
     made = call.hub.commit(
         repo,
         ref,
@@ -259,7 +250,7 @@ def commit(call: Call) -> Answer:
         description=header["description"],
         author=call.user.name,
     )
-    url = f"{call.hub.url}/{call.name}/commit/{made.oid}"
+    url = f"{call.hub.url}/{call.repo_id}/commit/{made.oid}"
     return Answer(body={"success": True, "commitOid": made.oid, "commitUrl": url, "pullRequestUrl": pull_request})
 
 
@@ -345,7 +336,7 @@ def model_info(call: Call) -> Answer:
     return Answer(body=info | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
 
 
-@route("GET", "/(?:(?P<kind>spaces)/)?{repo}/resolve/{rev}/{rest}")
+@route("GET", "/{repo}/resolve/{rev}/{rest}")
 def resolve(call: Call) -> Answer:
     at = call.commit_at()
     file = at.files.get(call.rest)
