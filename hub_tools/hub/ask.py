@@ -270,10 +270,12 @@ class Hub:
         advice = f"make sure that {where} is well{'' if failure.answered else ', and that you have a connection'}"
         if where.rstrip("/") == PUBLIC_HUB:
             advice += " (https://status.huggingface.co)"
-        advice += "; then run the same again: what is uploaded is not sent twice, and no commit is made twice"
+        advice += "; then run the same again"
         if failure.pause and failure.pause >= pause:
             advice = f"the Hub asks to wait {failure.pause:,.0f} s: run the same again after that"
-        return HubUnavailableError(f"could not {what}, in {attempts} attempts; last: {failure}", next_step=advice)
+        return HubUnavailableError(
+            f"could not {what}, after {attempts} attempt{'s' * (attempts > 1)}: {failure}", next_step=advice
+        )
 
 
 def is_repository_id(text: object) -> bool:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -24,7 +25,14 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
 from .. import layout, limits
-from ..errors import HubRefusedError, HubUnavailableError, NotAPackageError, PackageError
+from ..errors import (
+    GPT2ValueHubError,
+    HubRefusedError,
+    HubUnavailableError,
+    NotAPackageError,
+    PackageError,
+    SaveFailedError,
+)
 from ..files import LFS_POINTER, read_json
 from .ask import Hub, Passing, offline
 
@@ -145,6 +153,7 @@ def fetch(
         AuthenticationError: the Hub does not accept the token, or wants one.
         HubUnavailableError: the Hub cannot be reached, or must not be asked, and the cache does not have it.
         HubRefusedError: the Hub sends other files than it announced.
+        SaveFailedError: the system does not let the cache be written.
     """
     hub = Hub(token)
     home = Path(cache_dir or constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
@@ -169,7 +178,7 @@ def fetch(
         return Snapshot(folder, repository.commit)
 
     if not (local_files_only or offline()):
-        return hub.patiently(f"download {repo_id}", attempt)
+        return _kept(hub, f"download {repo_id}", attempt)
     if (cached := _cached(home, revision)) is None:
         raise HubUnavailableError(
             f"{repo_id} is not in the cache, and the Hub must not be asked",
@@ -219,7 +228,20 @@ def fetch_outline(
                 (into / name).touch()
         return Snapshot(home / "snapshots" / repository.commit, repository.commit)
 
-    return hub.patiently(f"look into {repo_id}", attempt)
+    return _kept(hub, f"look into {repo_id}", attempt)
+
+
+def _kept(hub: Hub, what: str, attempt: Callable[[], Snapshot]) -> Snapshot:
+    try:
+        return hub.patiently(what, attempt)
+    except GPT2ValueHubError:
+        raise
+    except OSError as error:
+        raise SaveFailedError(
+            f"could not {what}: {error}",
+            expected="space, and permission to write, in the cache of the Hub and for temporary files",
+            next_step="free some space, or name another folder: export HF_HOME=FOLDER",
+        ) from error
 
 
 def _limit(name: str) -> int | None:
