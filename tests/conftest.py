@@ -184,9 +184,6 @@ def transformers_log(caplog, monkeypatch):
 def gpt2_value(capsys, monkeypatch):
     """Run the `gpt2-value` command in this process; returns (exit status, stdout, stderr)."""
     from hub_tools import cli
-    from hub_tools.cli import console
-
-    monkeypatch.setattr(console.out, "_color_system", None)
 
     def run(*arguments):
         with pytest.raises(SystemExit) as ended:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_tiny_model, write_published_checkpoint
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from slow.fault_sweep import serving
 from test_verify import record_again
 
@@ -131,7 +132,7 @@ def test_verify_reports_the_differences(gpt2_value, package):
         (["inspect", "/no/such/folder"], 1, "/no/such/folder"),
         (["verify", "/no/such/folder"], 1, "/no/such/folder"),
         (["respond", "no-such-user/no-such-repo", "a"], 1, "no-such-user/no-such-repo is not in the cache"),
-        (["create", "--base", "/no/such/folder", "/tmp/never-written"], 1, "/no/such/folder does not load"),
+        (["create", "--base", "/no/such/folder", "/tmp/never-written"], 1, "no file or folder /no/such/folder"),
         (["create", "/tmp/never-written"], 2, "--base"),
         (["create", "--base", "gpt2", "--dtype", "int3", "/tmp/never-written"], 2, "int3"),
         (["no-such-command"], 2, "no-such-command"),
@@ -180,6 +181,76 @@ def test_what_a_package_says_cannot_command_the_terminal(gpt2_value, package):
     _, out, err = gpt2_value("inspect", package)
     assert "\x1b" not in out + err
     assert r"\x1b[2J[red]Evil[/red]" in out
+
+
+HIDDEN = {
+    "escapes": ("x = 1  # \x1b[2K\x1b[1A\n", r"x = 1  # \x1b[2K\x1b[1A"),
+    "bidi": ("ok = '\u202e'  # \u2066\n", r"ok = '\u202e'  # \u2066"),
+    "a line break that only Python sees": ("# a comment\rimport os\n", r"# a comment\rimport os"),
+    "a line break that only viewers see": ("# a\u2028b\x0cc\n", r"# a\u2028b\x0cc"),
+}
+
+
+@pytest.mark.parametrize("what", HIDDEN)
+def test_a_diff_shows_what_would_hide_from_a_reader(what, gpt2_value, package):
+    hidden, shown = HIDDEN[what]
+    with open(package / "sampling_gpt2_value.py", "a", newline="") as file:
+        file.write(f"{hidden}evil = 1\n")
+    status, out, _ = gpt2_value("inspect", package, "--diff")
+    assert status == 3
+    assert f"+{shown}\n" in out
+    assert "+evil = 1\n" in out
+    assert "DANGER: characters" in out
+    assert not set(out) & set("\x1b\u202e\u2066\r\u2028\x0c")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "danger"),
+    [
+        ("x.py", b"#!/usr/bin/python\n# vim: set fileencoding=utf-7 :\n+AAo-evil\n", "declares an encoding"),
+        ("x.py", b"\n# -*- coding: raw_unicode_escape -*-\n# \\u000aevil\n", "declares an encoding"),
+        ("x.py", "# é".encode("utf-16"), "not UTF-8"),
+        ("x.pyc", b"\x00", "compiled code"),
+        ("x.py", b"#" * 300_000, "more than 200,000 bytes"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_diff_names_what_nobody_can_read(name, data, danger, gpt2_value, package):
+    (package / name).write_bytes(data)
+    _, out, _ = gpt2_value("inspect", package, "--diff")
+    assert f"{name}  sha256 {layout.sha256_of(package / name)}\nDANGER: " in out
+    assert danger in out
+    assert len(out) < 2_000
+
+
+def test_a_diff_of_our_own_code_is_empty(gpt2_value, package):
+    assert gpt2_value("inspect", package, "--diff")[:2] == (0, f"all code is version {layout.__version__}'s\n")
+
+
+def test_weights_that_overflow_are_the_packages_fault(gpt2_value, tiny_tokenizer, tmp_path):
+    model = make_tiny_model()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(3e38)
+    folder = tmp_path / "package"
+    save_package(make_tiny_model(), folder, tiny_tokenizer)
+    save_file(
+        {n: w.contiguous() for n, w in model.state_dict().items() if n != "lm_head.weight"},
+        folder / layout.WEIGHTS,
+        {"format": "pt"},
+    )
+    record_again(folder)
+    for command in ("respond", folder, "a"), ("audit", folder):
+        status, out, err = gpt2_value(*command)
+        assert (status, out) == (1, ""), err
+        assert "finite" in err
+
+
+def test_square_brackets_are_not_markup(gpt2_value, tmp_path):
+    for command in ("--help",), ("app", "--help"), ("ppo", "--help"):
+        assert "[OPTIONS]" in gpt2_value(*command)[1] or command == ("ppo", "--help")
+    status, _, err = gpt2_value("respond", tmp_path, "a", "--html", "/no/[bold]such/page.html")
+    assert status == 2
+    assert "/no/[bold]such" in err
 
 
 @pytest.mark.parametrize("command", [(), ("create",), ("respond",), ("inspect",), ("verify",)])
@@ -236,9 +307,13 @@ def test_inspect_looks_into_a_repository_on_the_hub(gpt2_value, package, tmp_pat
         assert status == 3
         assert f"alice/value at {server.history('alice/value')[0].oid}" in out
         assert "NOT a released version's" in out
-        assert f"read it: diff -u {layout.installed_code()['modeling_gpt2_value.py']}" in out
+        commit = server.history("alice/value")[0].oid
+        assert f"read it: gpt2-value inspect alice/value --diff --revision {commit}" in out
+        status, out, _ = gpt2_value("inspect", "alice/value", "--diff", "--revision", commit)
+        assert "+# another\n" in out
+        assert out.count("\n+") == 2  # the name of the file, and its new line
         status, out, _ = gpt2_value("inspect", "alice/value", "--json")
         assert json.loads(out)["commit"] == server.history("alice/value")[0].oid
         status, out, err = gpt2_value("inspect", "alice/nothing")
         assert (status, out) == (1, "")
-        assert "alice/nothing is not on the Hub" in err
+        assert "alice/nothing" in err

@@ -65,6 +65,9 @@ def test_padding_and_suppression_are_dishonest(audit, package):
         (["--generate", "top_k"], "KEY=VALUE"),
         (["--generate", "do_sample=False"], "false"),
         (["--generate", "top_kk=5"], "top_kk"),
+        (["--generate", "custom_generate=/tmp/x"], "custom_generate"),
+        (["--generate", "trust_remote_code=true"], "trust_remote_code"),
+        (["--generate", "num_beams=1024"], "num_beams=1024"),
         (["--top-p", "3"], "top_p=3"),
         (["--plot", "audit.nonsense"], "nonsense"),
     ],
@@ -79,4 +82,4 @@ def test_wrong_usage_is_status_2_with_the_reason(audit, package, arguments, word
 def test_a_package_that_is_not_there_is_refused(audit, tmp_path):
     status, _, err = audit(tmp_path / "nothing")
     assert status == 1
-    assert "does not load" in err
+    assert "no file or folder" in err

@@ -18,8 +18,9 @@ REMOTE = sorted(ROOT.glob("*_gpt2_value.py"))
 PACKAGES = [
     path for name in ("gpt2_value", "hub_tools", "sampler_audit") for path in sorted((ROOT / name).rglob("*.py"))
 ]
-# Imported where they are found, and not declared as needed: matplotlib only draws, gradio is for the app alone.
-NOT_DECLARED = {"matplotlib", "gradio"}
+# Imported where they are found, and not declared as needed: matplotlib only draws, gradio (and what it needs) is for
+# the app alone.
+NOT_DECLARED = {"matplotlib", "gradio", "fastapi", "starlette", "uvicorn"}
 MODULES = {"PyYAML": "yaml"}  # of distributions with another name
 
 

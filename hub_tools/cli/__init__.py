@@ -14,53 +14,46 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 
 from .. import layout
-from ..errors import GPT2ValueHubError
-from . import audit, console, respond
-from .loading import (
-    DryRun,
+from ..errors import GPT2ValueHubError, SaveFailedError, SourceError, as_ours
+from ..files import in_units
+from . import audit, console
+from .options import (
     Json,
+    Out,
+    Overwrite,
+    Package,
     Reviewed,
+    Revision,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
     TrustRemoteCode,
-    load_base,
-    load_sampler,
+    encode,
+    load,
+    nothing_drawn,
     quiet_transformers,
     refuse_revision_of_a_folder,
 )
 
-if TYPE_CHECKING:
-    from ..package.inspect import PackageReport
-
-EXIT_REFUSED = 1
-EXIT_FINDINGS = 3
+EXIT_REFUSED, EXIT_FINDINGS = 1, 3
 
 app = typer.Typer(
     name="gpt2-value",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # which would take [app] in a help text for a style
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 done; 1 refused or failed, the reason is on stderr; 2 wrong usage; "
     "3 (inspect) readable, but verify would refuse it.",
 )
-
-ExportKind = Literal["policy", "token-classification", "sequence-classification"]
-
-
-class Dtype(str, Enum):
-    """Names of torch dtypes that a package can hold; `auto` is the checkpoint's own."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 def _version(asked: bool) -> None:
@@ -77,7 +70,7 @@ def about(
 ) -> None:
     """GPT-2 with a value head: make a package, inspect it, prove that it loads, and sample from it.
 
-    A [bold]package[/] is a folder that one line of Python loads, wherever torch and transformers are:
+    A package is a folder that one line of Python loads, wherever torch and transformers are:
     AutoModel.from_pretrained(FOLDER, trust_remote_code=True). Start with:
 
       gpt2-value create --base openai-community/gpt2 my-model
@@ -90,14 +83,16 @@ def about(
 
 @app.command()
 def create(
-    out: Annotated[Path, typer.Argument(help="Folder to write the package to: new, empty, or a package.")],
+    out: Out,
     base: Annotated[str, typer.Option(help="A GPT-2 checkpoint or a package: a folder, or an id on the Hub.")],
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Type of the weights in the package.")] = Dtype.auto,
+    revision: Revision = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Of the weights; auto: the base's.")
+    ] = "auto",
     license: Annotated[
         Optional[str], typer.Option(help="License identifier for the card, as apache-2.0; none is assumed.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a package that is there already.")] = True,
+    overwrite: Overwrite = True,
     tokenizer: Annotated[bool, typer.Option(help="Put the base's tokenizer into the package.")] = True,
     json: Json = False,
 ) -> None:
@@ -105,36 +100,104 @@ def create(
 
     The head is new unless the base has one, and starts at zero: every value is exactly 0 until you train it.
     """
+    import torch
+
+    from ..convert.convert import load_checkpoint
     from ..package.card import is_hub_id
     from ..package.save import save_package
 
-    with console.working(f"loading {base}"):
-        loaded = load_base(base, revision=revision, dtype=dtype.value, tokenizer=tokenizer)
-    with console.working(f"writing {out}"):
-        package = save_package(
-            loaded.model,
-            out,
-            loaded.tokenizer,
-            overwrite=overwrite,
-            license=license,
-            base_model=base if is_hub_id(base) else None,
-        )
+    quiet_transformers()
+    refuse_revision_of_a_folder(base, revision)
+    console.working(f"making {out} of {base}")
+    loaded = load_checkpoint(base, revision=revision, tokenizer=None if tokenizer else False)
+    if tokenizer and loaded.tokenizer is None:
+        raise SourceError(f"{base} has no tokenizer", next_step="if it needs none: create --no-tokenizer")
+    model = loaded.model if dtype == "auto" else loaded.model.to(getattr(torch, dtype))
+    base_model = base if is_hub_id(base) else None
+    package = save_package(model, out, loaded.tokenizer, overwrite=overwrite, license=license, base_model=base_model)
     if json:
         console.show_json({**asdict(package), "folder": str(package.folder)})
     else:
-        console.show_saved(package)
+        done = "replaced" if package.replaced else "written"
+        facts = f"{package.parameters:,} parameters, {len(package.files)} files, {in_units(package.size)}"
+        console.show(f"{out} {done}: {facts}", lines=package.load_lines, next=["gpt2-value", "verify", out])
 
 
-app.command()(respond.respond)
+@app.command()
+def respond(
+    package: Package,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to respond to, one text each.")],
+    revision: Revision = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a response, at most.")] = 20,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    reviewed: Reviewed = None,
+    html: Annotated[
+        Optional[Path], typer.Option(help="Write the responses to this file too, as one page for a browser.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Respond to prompts, and show each token's log-probability and the value of the state before it.
+
+    The package's code runs only if it is a released version's, or if you say with --reviewed that you have read it.
+    """
+    import torch
+
+    from gpt2_value.view import TokenTexts, show
+    from sampling_gpt2_value import Sampling
+
+    if html is not None and not html.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--html {html}: there is no folder {html.absolute().parent}")
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    try:
+        Sampling(**settings)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.working(f"loading {package}")
+    loaded = load(package, revision=revision, reviewed=reviewed)
+    queries = encode(loaded, prompts, package, max_new_tokens)
+    settings = {"max_new_tokens": max_new_tokens, **settings}
+    generator = torch.Generator()
+    generator.manual_seed(generator.seed() if seed is None else seed)
+    texts = TokenTexts(loaded.tokenizer)
+    ends = {"eos_token_id": loaded.tokenizer.eos_token_id, "generator": generator}
+    with as_ours(lambda gist: nothing_drawn(package, gist)):
+        rollout = loaded.model.rollout(queries, **settings, **ends)
+        page = None if html is None else show(rollout, loaded.tokenizer, loaded.model)
+    if html is not None and page is not None:
+        try:
+            page.save(html)
+        except OSError as error:
+            raise SaveFailedError(
+                f"{html} cannot be written: {error}", next_step="name another: --html FILE"
+            ) from error
+    responses = []
+    for row, prompt in enumerate(prompts):
+        drawn = rollout.response_mask[row]
+        ids, logprobs = rollout.responses[row][drawn].tolist(), rollout.logprobs[row][drawn].tolist()
+        values = [None] * len(ids) if rollout.values is None else rollout.values[row][drawn].tolist()
+        tokens = [
+            {"id": id, "text": texts[id], "logprob": logprob, "value": value}
+            for id, logprob, value in zip(ids, logprobs, values, strict=True)
+        ]
+        truncated = bool(rollout.truncated[row])
+        responses.append({"prompt": prompt, "text": texts.join(ids), "truncated": truncated, "tokens": tokens})
+    if json:
+        console.show_json({"package": package, **settings, "seed": seed, "responses": responses})
+    else:
+        console.show_responses(responses)
 
 
 @app.command()
 def inspect(
-    package: Annotated[str, typer.Argument(help="A package: a folder, or an id on the Hub.")],
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")] = None,
+    package: Package,
+    revision: Revision = None,
     hash_weights: Annotated[
         bool, typer.Option("--hash-weights", help="Compare the weights with the record too, by SHA-256.")
     ] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Show how its code differs from this version's.")] = False,
     json: Json = False,
 ) -> None:
     """Show what is inside a package, without running any of it.
@@ -143,23 +206,52 @@ def inspect(
     opened. Exits with 3 if the package can be read, but verify would refuse it.
     """
     from ..package.inspect import inspect_package
+    from ..package.review import code_differences
+    from ..package.verify import refusals
 
-    if revision is not None:
-        refuse_revision_of_a_folder(package, revision)
-    with console.working(f"inspecting {package}"):
-        report = inspect_package(package, revision=revision, hash_weights=hash_weights)
-    findings = _findings(report)
+    refuse_revision_of_a_folder(package, revision)
+    console.working(f"inspecting {package}")
+    if diff:
+        lines = list(code_differences(package, revision=revision))
+        for line in lines or [f"all code is version {layout.__version__}'s"]:
+            typer.secho(line, fg={"+": "green", "-": "red", "D": "yellow"}.get(line[:1]))
+        raise typer.Exit(EXIT_FINDINGS if lines else 0)
+    report = inspect_package(package, revision=revision, hash_weights=hash_weights)
+    findings = [refusal.found for refusal in refusals(report)]
     if json:
         console.show_json({**report.to_json(), "findings": findings})
     else:
-        console.show_inspection(report, findings)
+        shape = f"{report.n_layer} layers, {report.n_embd} wide, {report.n_head} heads"
+        rows: list[console.Row] = [
+            ("parameters", f"{report.parameters:,} ({', '.join(report.dtypes)})"),
+            ("body", f"{shape}, {report.n_positions:,} positions, {report.vocab_size:,} tokens"),
+            ("embeddings", "tied" if report.tied_embeddings else "not tied"),
+            ("value head", report.head.describe() if report.head else "missing"),
+            *(("weights", f"{name}  {in_units(bytes)}") for name, bytes in report.weight_files.items()),
+            ("tokenizer", report.tokenizer or "none"),
+            ("generation config", "yes" if report.has_generation_config else "none"),
+            ("written with", console.versions(report.versions) or "not recorded"),
+        ]
+        for file in report.code:
+            whose = f"version {', '.join(file.releases)}'s" if file.releases else "NOT a released version's"
+            rows.append(("code", f"{file.name}  " + ("this version's" if file.installed else whose)))
+        rows += [("not known", f"{file}: {', '.join(names)[:300]}") for file, names in report.unknown_fields.items()]
+        console.show(f"{report.source}{f' at {report.commit}' if report.commit else ''}", rows)
+        for file in report.code:  # as `sha256sum` writes it
+            typer.echo(f"{file.sha256}  {console.visible(file.name)}")
+        for finding in findings:
+            typer.secho(f"! {console.visible(finding)}", fg="yellow")
+        if not all(file.installed for file in report.code):
+            at = ["--revision", report.commit] if report.commit else []
+            typer.echo(f"read it: {console.command('gpt2-value', 'inspect', package, '--diff', *at)}")
     if findings:
         raise typer.Exit(EXIT_FINDINGS)
 
 
 @app.command()
 def verify(
-    package: Annotated[str, typer.Argument(help="A package's folder.")],
+    package: Package,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     timeout: Annotated[
         float, typer.Option(min=1, max=7 * 24 * 3600, help="Seconds that the fresh interpreter may take.")
@@ -171,31 +263,41 @@ def verify(
     Loads it strictly in a fresh interpreter that has torch and transformers and cannot see this installation,
     and compares logits and values on a probe with those recorded at save time.
     """
+    from ..hub.ask import is_repository_id
+    from ..hub.download import fetch
     from ..package.verify import verify_package
 
-    with console.working(f"verifying {package}"):
-        report = verify_package(package, trust_remote_code=trust_remote_code, timeout=timeout)
+    refuse_revision_of_a_folder(package, revision)
+    console.working(f"verifying {package}")
+    on_hub = not Path(package).exists() and "/" in package and is_repository_id(package)
+    folder = fetch(package, revision=revision).folder if on_hub else Path(package)
+    report = verify_package(folder, trust_remote_code=trust_remote_code, timeout=timeout)
     if json:
         console.show_json(report.to_json())
-    else:
-        console.show_verification(report)
+        return
+    rows = [
+        ("logits", f"differ by at most {report.max_logit_difference:.2g} (allowed: {report.logit_tolerance:.2g})"),
+        ("values", f"differ by at most {report.max_value_difference:.2g} (allowed: {report.value_tolerance:.2g})"),
+        ("saved with", console.versions(report.saved_with)),
+        ("loaded with", console.versions(report.loaded_with)),
+        ("time", f"{report.seconds:.1f} s, of which loading {report.load_seconds:.1f} s"),
+        ("peak memory", in_units(report.peak_memory_bytes or 0)),
+    ]
+    console.show(f"{package} verified", rows)
 
 
 @app.command()
 def convert(
-    source: Annotated[
-        Path, typer.Argument(help="Another library's checkpoint: a folder, or a weight file with its config.json.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Folder to write the package to: new, empty, or a package.")],
+    source: Annotated[str, typer.Argument(help="A checkpoint: a folder, a weight file, or an id on the Hub.")],
+    out: Out,
+    revision: Revision = None,
     config: Annotated[
         Optional[Path], typer.Option(help="GPT-2's config.json, or its folder, where none is beside the weights.")
     ] = None,
     source_format: Annotated[
         Optional[str], typer.Option(help="The library that wrote it, where its files do not tell: seed, trl, ...")
     ] = None,
-    base: Annotated[
-        Optional[Path], typer.Option(help="For an adapter: the folder of its base model, instead of the one it names.")
-    ] = None,
+    base: Annotated[Optional[str], typer.Option(help="For an adapter: its base model, not the one it names.")] = None,
     tokenizer: Annotated[
         Optional[Path], typer.Option(help="Folder of a tokenizer, instead of the checkpoint's own.")
     ] = None,
@@ -205,56 +307,76 @@ def convert(
     init_value_head: Annotated[
         bool, typer.Option("--init-value-head", help="Start a new head, at zero, where none can be kept.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a package that is there already.")] = True,
+    overwrite: Overwrite = True,
     json: Json = False,
 ) -> None:
-    """Make a package of a checkpoint of TRL's, trlx's, the seed's or a reward model. It gives the same numbers as
-    there.
+    """Make a package of another library's checkpoint, an adapter or a reward model. It gives the same numbers as there.
 
     No code that comes with the checkpoint is run. What could not be kept is listed.
     """
     from ..convert.convert import convert_checkpoint
 
     quiet_transformers()
-    with console.working(f"converting {source}"):
-        conversion = convert_checkpoint(
-            source,
-            out,
-            config=config,
-            source_format=source_format,  # type: ignore[arg-type]  # checked there, by the list that is kept there
-            base=base,
-            tokenizer=tokenizer,
-            summary_first_dropout=summary_first_dropout,
-            init_value_head=init_value_head,
-            overwrite=overwrite,
-        )
+    refuse_revision_of_a_folder(source, revision)
+    console.working(f"converting {source}")
+    made = convert_checkpoint(
+        source,
+        out,
+        revision=revision,
+        config=config,
+        source_format=source_format,  # type: ignore[arg-type]  # checked there, by the list that is kept there
+        base=base,
+        tokenizer=tokenizer,
+        summary_first_dropout=summary_first_dropout,
+        init_value_head=init_value_head,
+        overwrite=overwrite,
+    )
     if json:
-        console.show_json(conversion.to_json())
-    else:
-        console.show_conversion(conversion)
+        console.show_json(made.to_json())
+        return
+    dropped: dict[str, list[str]] = {}
+    for name, reason in made.dropped.items():
+        dropped.setdefault(reason, []).append(name)
+    rows = [
+        ("read as", made.source_format + (", adapter merged" if made.adapter else "")),
+        ("from", ", ".join(map(str, made.files))),
+        ("dtype", f"{str(made.dtype).removeprefix('torch.')}, the head float32"),
+        ("tokenizer", made.tokenizer or "none"),
+        ("kept", f"{len(made.mapped)} tensors"),
+        *(("not kept", f"{why}: {', '.join(n[:4])}{' ...' * (len(n) > 4)}") for why, n in dropped.items()),
+        *(("note", note) for note in made.notes),
+    ]
+    console.show(f"{out} written", rows, next=["gpt2-value", "verify", out])
 
 
 @app.command()
 def export(
-    package: Annotated[Path, typer.Argument(help="A package's folder.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the plain GPT-2 to: new, or empty.")],
-    kind: Annotated[ExportKind, typer.Option("--as", help="The policy, or the critic as a classifier.")] = "policy",
-    overwrite: Annotated[bool, typer.Option(help="Replace a plain GPT-2 that is there already.")] = False,
+    package: Package,
+    out: Out,
+    kind: Annotated[
+        Literal["policy", "token-classification", "sequence-classification"],
+        typer.Option("--as", help="The policy, or the critic as a classifier."),
+    ] = "policy",
+    revision: Revision = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Write a package's policy as a plain GPT-2 for any runtime, or its critic as a classifier; without code."""
-    from ..convert import export
+    from ..convert.export import export_critic, export_policy
 
     quiet_transformers()
-    with console.working(f"exporting {package}"):
-        if kind == "policy":
-            exported = export.export_policy(package, out, overwrite=overwrite)
-        else:
-            exported = export.export_critic(package, out, head=kind, overwrite=overwrite)
+    refuse_revision_of_a_folder(package, revision)
+    console.working(f"exporting {package}")
+    if kind == "policy":
+        exported = export_policy(package, out, revision=revision, overwrite=overwrite)
+    else:
+        exported = export_critic(package, out, head=kind, revision=revision, overwrite=overwrite)
     if json:
         console.show_json(exported.to_json())
     else:
-        console.show_exported(exported)
+        total = in_units(sum(exported.files.values()))
+        line = f"model = {exported.architecture}.from_pretrained({str(exported.folder)!r})"
+        console.show(f"{out} written: {exported.parameters:,} parameters, {total}", lines=line)
 
 
 @app.command()
@@ -268,7 +390,7 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     tag: Annotated[Optional[str], typer.Option(help="Tag for the commit.")] = None,
     message: Annotated[Optional[str], typer.Option("--message", "-m", help="Title of the commit.")] = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
@@ -279,8 +401,7 @@ def push(
     """
     from ..publish.push import MESSAGE, push_package
 
-    # not a spinner, which would hide the bars of an upload
-    console.err.print(f"verifying and pushing {console.visible(str(package))}")
+    console.working(f"verifying and pushing {package}")
     report = push_package(
         package,
         repo_id,
@@ -295,7 +416,7 @@ def push(
     if json:
         console.show_json(asdict(report))
     else:
-        console.show_push(report)
+        typer.echo(console.visible_lines(str(report)))
 
 
 app.command()(audit.audit)
@@ -303,11 +424,11 @@ app.command()(audit.audit)
 
 @app.command("app")
 def show_app(
-    model: Annotated[str, typer.Argument(help="A package: a folder, or an id on the Hub.")],
+    model: Package,
     compare: Annotated[
         Optional[str], typer.Option(help="A second model with the same tokens: a package or a GPT-2.")
     ] = None,
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    revision: Revision = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0: any that is free.")] = 7860,
     reviewed: Reviewed = None,
 ) -> None:
@@ -319,9 +440,9 @@ def show_app(
     from ..app import listen, serve
 
     place = listen(port)
-    with console.working(f"loading {model}"):
-        mine, tokenizer = load_sampler(model, revision=revision, reviewed=reviewed)
-        other = None if compare is None else load_sampler(compare, revision=None, reviewed=None).model
+    console.working(f"loading {model}")
+    mine, tokenizer = load(model, revision=revision, reviewed=reviewed, plain=True)
+    other = None if compare is None else load(compare, plain=True).model
     serve(place, mine, tokenizer, other, say=typer.echo)
 
 
@@ -343,13 +464,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except GPT2ValueHubError as error:
         console.show_error(error)
         raise SystemExit(EXIT_REFUSED) from None
-
-
-def _findings(report: PackageReport) -> list[str]:
-    """Return why `verify` would refuse a package that can be read."""
-    from ..package.verify import refusals
-
-    return [refusal.found for refusal in refusals(report)]
 
 
 if __name__ == "__main__":

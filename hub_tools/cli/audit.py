@@ -12,7 +12,7 @@ import typer
 
 from ..errors import OptionsError, as_ours
 from . import console
-from .loading import MAX_SEED, Json, Reviewed, encode, load_sampler
+from .options import Json, Package, Reviewed, Revision, Seed, encode, load, nothing_drawn
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ NO_EXTRAS = dict.fromkeys(
 
 
 def audit(
-    package: Annotated[str, typer.Argument(help="A package or a GPT-2: a folder, or an id on the Hub.")],
+    package: Package,
     prompts: Annotated[
         Optional[list[str]], typer.Argument(metavar="[PROMPT...]", help="Texts to go on from; default: end-of-text.")
     ] = None,
@@ -60,8 +60,8 @@ def audit(
     alpha: Annotated[
         float, typer.Option(help="Level of the verdict: honest samplers wrongly called dishonest.")
     ] = 1e-3,
-    seed: Annotated[Optional[int], typer.Option(min=0, max=MAX_SEED, help="Makes the draw repeatable.")] = None,
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a package on the Hub.")] = None,
+    seed: Seed = None,
+    revision: Revision = None,
     plot: Annotated[Optional[Path], typer.Option(help="Write the histogram to this file, a PNG, SVG or PDF.")] = None,
     reviewed: Reviewed = None,
     json: Json = False,
@@ -84,44 +84,47 @@ def audit(
     options = None if generate is None else _options_of(generate)
     if plot is not None and not plot.absolute().parent.is_dir():  # said now, and not after minutes of drawing
         raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.absolute().parent}")
-    with console.working(f"loading {package}"):
-        model, tokenizer = load_sampler(package, revision=revision, reviewed=reviewed)
+    console.working(f"loading {package}")
+    loaded = load(package, revision=revision, reviewed=reviewed, plain=True)
+    model = loaded.model
     if prompts:
-        queries = encode(tokenizer, prompts, package)
+        queries = encode(loaded, prompts, package, 1)
     else:
         start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
         queries = [torch.tensor([0 if start is None else start])]
+    with torch.no_grad():
+        if not model(queries[0][None]).logits.isfinite().all():
+            raise nothing_drawn(package, "its logits are not finite")
     end = (options or {}).get("eos_token_id", model.generation_config.eos_token_id)
     torch.manual_seed(torch.seed() if seed is None else seed)
     try:
         claim = Sampling(temperature, top_k, top_p, min_new_tokens, end)
-        with console.working("drawing"):
-            rows, lengths = _drawn(
-                _by_rollout(model, claim) if options is None else _by_generate(model, claim, options),
-                queries,
-                claim,
-                tokens,
-                copies=_copies(model, options),
-            )
+        console.working("drawing")
+        draw = _by_rollout(model, claim) if options is None else _by_generate(model, claim, options)
+        rows, lengths = _drawn(draw, queries, claim, tokens, copies=_copies(model, options))
         asked: dict[str, Any] = {"prompt_length": lengths}
         if score_padding and claim.eos_token_id:  # with prompt_length, a response would end there
             is_response = [torch.arange(len(row)) >= n for row, n in zip(rows, lengths, strict=True)]
             asked = {"response_mask": torch.nn.utils.rnn.pad_sequence(is_response, batch_first=True)}
-        with console.working("auditing"):
-            found = audit_sampler(model, rows, alpha=alpha, **asked, **asdict(claim))
+        console.working("auditing")
+        found = audit_sampler(model, rows, alpha=alpha, **asked, **asdict(claim))
         if plot is not None:
             found.plot(plot)
     except OptionsError as error:
         raise typer.BadParameter(error.found) from error
     except (TypeError, ValueError, ImportError, OSError) as error:  # every argument above is the user's
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(console.visible(str(error))) from error
     sampler = "rollout" if options is None else f"generate({_shown(options)})"
     if json:
         facts = {"package": package, "sampler": sampler, "claim": {**asdict(claim), "score_padding": score_padding}}
         console.show_json({**facts, **found.to_json()})
     else:
-        settings = _shown(asdict(claim)) + (", padding was drawn" if score_padding else "")
-        console.show_audit(found, sampler=sampler, claim=settings)
+        rows_shown: list[console.Row] = [
+            ("sampler", sampler),
+            ("claim", _shown(asdict(claim)) + (", padding was drawn" if score_padding else "")),
+            *((name, f"p = {t.p_value:.2g}" if t.was_made else "too few tokens") for name, t in found.tests.items()),
+        ]
+        console.show(str(found), rows_shown)
     if not found.honest:
         raise typer.Exit(EXIT_DISHONEST)
 

@@ -305,7 +305,7 @@ def _untrusted(
         f"the code of {where} was not run: {'; '.join(what)}",
         expected="a released version's code, or code that a person has read",
         next_step=(
-            f"read it: {' ; '.join(diff_command(package.folder / name) for name in to_read)} , and if it is good pass "
+            f"read it: {diff_command(package.source, package.commit)} , and if it is good pass "
             f"reviewed_sha256={ {name: code[name] for name in to_read} }"
             if to_read
             else "review the package again: gpt2-value inspect"

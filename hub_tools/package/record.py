@@ -145,11 +145,9 @@ def versions_of(name: str, sha256: str, among: tuple[Release, ...]) -> tuple[str
     return tuple(dict.fromkeys(release.version for release in among if release.sha256.get(name) == sha256))
 
 
-def diff_command(path: Path) -> str:
-    """Return the command that shows a file of code: how it differs from the installed file of its name, where there is
-    one."""
-    installed = layout.installed_code().get(path.name)
-    return shlex.join(["diff", "-u", str(installed), str(path)] if installed else ["less", str(path)])
+def diff_command(source: str, commit: str | None = None) -> str:
+    """Return the command that shows how a package's code differs from the installed version's."""
+    return shlex.join(["gpt2-value", "inspect", source, "--diff", *(["--revision", commit] if commit else [])])
 
 
 def record_release(to: Path = RELEASES) -> dict[str, str]:

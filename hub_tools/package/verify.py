@@ -204,7 +204,7 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
             UntrustedCodeError(
                 f"the package's code is no released version's: {_names(other)}; it was not run",
                 expected="code that is byte-identical to the installed version's, or to a released one's",
-                next_step=f"read it: {diff_command(package.folder / other[0])}; then pass trust_remote_code=True "
+                next_step=f"read it: {diff_command(package.source)}; then pass trust_remote_code=True "
                 "(--trust-remote-code)",
             )
         )

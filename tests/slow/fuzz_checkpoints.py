@@ -81,7 +81,7 @@ def write_bases(home: Path) -> None:
 
 
 def prepare(home: Path) -> Attempt:
-    import hub_tools.cli.loading
+    import hub_tools.cli.options
     import hub_tools.convert.convert
     import hub_tools.convert.export
     import hub_tools.package.save  # noqa: F401  # importing is no part of a case's time
@@ -172,9 +172,9 @@ def create(home: Path, folder: Path, out: Path, reader: str) -> str:
     import numpy
 
     from hub_tools import save_package
-    from hub_tools.cli.loading import load_base
+    from hub_tools.convert.convert import load_checkpoint
 
-    loaded = load_base(str(folder), revision=None, tokenizer=None)
+    loaded = load_checkpoint(folder)
     save_package(loaded.model, out, loaded.tokenizer)
     theirs, ours = weights_in(folder), weights_in(out)
     theirs |= {f"transformer.{name}": data for name, data in theirs.items()}  # the first GPT-2's names
@@ -190,11 +190,11 @@ def respond(home: Path, folder: Path, out: Path, reader: str) -> str:
     """What `gpt2-value respond` does, without printing it."""
     import torch
 
-    from hub_tools.cli.loading import encode, load_reviewed
+    from hub_tools.cli.options import encode, load
 
-    loaded = load_reviewed(str(folder), revision=None, reviewed=None)
+    loaded = load(str(folder))
     if loaded.tokenizer is not None:
-        prompts = encode(loaded.tokenizer, ["abc"], str(folder))
+        prompts = encode(loaded, ["abc"], str(folder), 2)
         rollout = loaded.model.rollout(prompts, max_new_tokens=2, generator=torch.Generator().manual_seed(0))
         if not rollout.logprobs.isfinite().all():
             return "log-probabilities that are not finite"
