@@ -1,9 +1,11 @@
 """Answer requests of an Inference Endpoint by the package's own sampler.
 
-Text comes in; text with log-probabilities and values goes out. A package has this file where
-`save_package(..., handler=True)` wrote it. The endpoint imports it from the package's folder, and so runs the model's
-code that lies beside it; nothing else that loads a package runs it. It imports only torch and transformers. Background:
-https://huggingface.co/docs/inference-endpoints/engines/toolkit
+Text comes in; text with log-probabilities and values goes out. To use it, upload it to the package's repository:
+
+    hf upload OWNER/NAME examples/handler.py handler.py
+
+The endpoint imports it from there, and so runs the model's code that lies beside it. It imports only torch and
+transformers. Background: https://huggingface.co/docs/inference-endpoints/engines/toolkit
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _unpickle(folder: Path, names: Sequence[str], where: str) -> None:
     bounds = {
         "RLIMIT_DATA": limits.PICKLE_MEMORY + 4 * size,
         "RLIMIT_FSIZE": unpickle.TENSORS_PER_FILE * size + limits.HEADER_BYTES,
-        "RLIMIT_CPU": int(limits.PICKLE_SECONDS) + size // limits.COPY_BYTES_PER_SECOND,
+        "RLIMIT_CPU": int(limits.PICKLE_SECONDS) + size // (4 * limits.MIB),
     }
     found = f"{names[0]} could not be read in bounded time"
     try:

@@ -264,8 +264,6 @@ def installed_copy(model: nn.Module, state: State | None) -> GPT2ValueModel:
         if generation_config is not None:
             generation_config.validate(strict=True)
             config_fields.reduce(layout.GENERATION_CONFIG, json.loads(generation_config.to_json_string()))
-        if hasattr(config, "validate"):  # transformers 5 validates the config when it writes it
-            config.validate()
     held = model.state_dict() if state is None else state.weights
     weights = {name: tensor.detach() for name, tensor in held.items()}
     _check_weights(weights, fields)
@@ -273,6 +271,9 @@ def installed_copy(model: nn.Module, state: State | None) -> GPT2ValueModel:
     attention = getattr(given, "_attn_implementation", None)
     if attention is not None and hasattr(twin, "set_attn_implementation"):
         twin.set_attn_implementation(attention)
+    if hasattr(twin.config, "validate"):  # transformers 5 validates the config when it writes it
+        with as_ours(_unsavable):
+            twin.config.validate()
     _refuse_other_numbers(model, computed(model) if state is None else state.numbers, twin, sharded=state is not None)
     if any(weight.device.type != "cpu" for weight in twin.parameters()):
         twin = build_model(config, {name: tensor.cpu() for name, tensor in weights.items()})
