@@ -3,9 +3,10 @@
     python tests/slow/families.py [FAMILY...]    # a table in Markdown; exit status 1 where a number is wrong
 
 A family is right (with the largest difference in nats), or refused by name before or after the draw. It is never wrong
-in silence.
+in silence. One that is right is not refused in 16 bits either, whatever the settings.
 """
 
+import copy
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +16,9 @@ import transformers
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-from support.families import ALL, ENDS, build, difference  # noqa: E402
+from support.families import ALL, COLUMNS, ENDS, PROMPTS, build, difference  # noqa: E402
+
+from generation_gpt2_value import SelfCheckError, rollout  # noqa: E402
 
 BOUND = 1e-4
 
@@ -29,12 +32,31 @@ def outcome(family):
         return "not built", f"{type(error).__name__}: {error}".splitlines()[0]
     try:
         largest = max(difference(model, eos_token_id=ends) for ends in (None, ENDS))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, SelfCheckError) as error:
         named = type(model).__name__ in str(error)
         return "refused" if named else "WRONG", f"{type(error).__name__}: {error}"
     except Exception as error:
         return "WRONG", f"{type(error).__name__}: {error}"
-    return ("right" if largest <= BOUND else "WRONG"), f"{largest:.0e}"
+    if largest > BOUND:
+        return "WRONG", f"{largest:.0e}"
+    refused = refusals(model)
+    return ("WRONG", refused[0]) if refused else ("right", f"{largest:.0e}")
+
+
+def refusals(model):
+    """What an honest model's rollouts in 16 bits were refused for: nothing, if all is well."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float16):
+        model = copy.deepcopy(model).to(dtype)
+        for settings in ({}, {"top_k": 5}, {"top_p": 0.8, "temperature": 0.5}, {"temperature": 2.0}):
+            for ends in (None, ENDS):
+                try:
+                    rollout(model, PROMPTS, max_new_tokens=COLUMNS, eos_token_id=ends, **settings)
+                except SelfCheckError as error:
+                    found.append(f"{dtype}, {settings}, {ends}: {error}")
+                except (RuntimeError, ValueError):  # a layer without this dtype, or numbers that it cannot hold
+                    break
+    return found
 
 
 def main():
