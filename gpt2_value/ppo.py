@@ -577,7 +577,7 @@ class Reward:
             columns = mask[row].nonzero().squeeze(1)[slice(None) if isinstance(reward, list) else slice(-1, None)]
             try:
                 numbers = torch.tensor(reward, dtype=torch.float32).view(-1)
-            except (RuntimeError, TypeError, ValueError):  # None, texts, lists of them
+            except (OverflowError, RuntimeError, TypeError, ValueError):  # None, texts, lists of them
                 numbers = torch.tensor([])
             if numbers.shape != columns.shape or not numbers.isfinite().all():
                 found = f"{repr(reward)[:60]} for response {row}, of {len(ids[row])} tokens"
@@ -665,8 +665,8 @@ class Run:
     def prompts(self, iteration: int) -> list[Tensor]:
         """Return this process's prompts: the list is shuffled, used up, and shuffled again."""
         size, queries, chosen = self.settings.batch_size, self.task.queries, []
-        mine = self.accelerator.process_index
-        for place in range(iteration * size + mine, (iteration + 1) * size, self.accelerator.num_processes):
+        first = iteration * size + self.accelerator.process_index
+        for place in range(first, (iteration + 1) * size, self.accelerator.num_processes):
             lap, position = divmod(place, len(queries))
             generator = torch.Generator().manual_seed(self.settings.seed + 7919 * lap)
             chosen.append(queries[int(torch.randperm(len(queries), generator=generator)[position])])
@@ -728,11 +728,10 @@ class Run:
         )
         told = {"scores": given.sum(1), "kl": kl, "logprobs": drawn.logprobs, "values": values, "returns": returns}
         told = accelerator.gather(told | {"mask": mask, "ended": ~drawn.truncated})
-        nats = (told["kl"] * told["mask"]).sum(1).mean().item()  # a response
         metrics = {
             "iteration": iteration,
             "reward": told["scores"].mean().item(),
-            "kl": nats,
+            "kl": (told["kl"] * told["mask"]).sum(1).mean().item(),  # nats a response
             "kl_coef": self.controller.value,
             # -log p of a draw from p estimates p's entropy without bias, and costs nothing.
             "entropy": -masked_mean(told["logprobs"], told["mask"]).item(),
@@ -740,7 +739,6 @@ class Run:
             "response_length": told["mask"].sum(1).float().mean().item(),
             "ended": told["ended"].float().mean().item(),
         }
-        self.controller.update(nats, settings.batch_size)
         return Batch(drawn, self._whiten(advantages, mask), returns, metrics, started)
 
     @torch.no_grad()
@@ -757,8 +755,9 @@ class Run:
     def learn(self, batch: Batch) -> dict[str, float]:
         """Make all updates on a batch; returns the metrics."""
         settings, iteration = self.settings, int(batch.metrics["iteration"])
+        self.controller.update(batch.metrics["kl"], settings.batch_size)
         left = 1 - iteration / settings.iterations
-        of_critic = settings.value_learning_rate or settings.learning_rate
+        of_critic = settings.learning_rate if settings.value_learning_rate is None else settings.value_learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = left * (of_critic if group["is_critic"] else settings.learning_rate)
         size = settings.minibatch_size // self.accelerator.num_processes
@@ -936,8 +935,8 @@ def draw(metrics: list[dict[str, float]], file: Path) -> None:
     for axes, name in zip(figure.subplots(2, 3).flat, panels, strict=True):
         axes.plot([line["iteration"] for line in metrics], [line[name] for line in metrics])
         axes.set_title(name)
-        axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
+        axes.grid()
+    figure.savefig(file)
 
 
 # The loop
@@ -966,6 +965,7 @@ def train(settings: PPOSettings, sample: Callable[..., Rollout] | None = None) -
     cpu = settings.cpu or not torch.accelerator.is_available()  # where accelerate is not told, it starts no gloo there
     accelerator = Accelerator(cpu=cpu, log_with=settings.tracker, project_dir=settings.out)
     task = make_task(settings, accelerator.device)
+    threads = torch.get_num_threads()
     if sum(weight.numel() for weight in task.model.parameters()) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     run = Run(settings, task, accelerator, sample or rollout)
@@ -1001,6 +1001,7 @@ def train(settings: PPOSettings, sample: Callable[..., Rollout] | None = None) -
     run.model, run.critic = task.model, task.critic
     accelerator.free_memory()
     accelerator.end_training()
+    torch.set_num_threads(threads)
     if is_main and (start < settings.iterations or not (settings.out / "figure.png").exists()):
         run.finish()
     return run
