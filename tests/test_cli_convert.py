@@ -3,7 +3,7 @@
 import json
 
 import torch
-from test_convert import Original, assert_same_numbers, write_safetensors, write_trl
+from test_convert import Original, assert_same_numbers, write_trl
 from transformers import GPT2LMHeadModel
 
 
@@ -19,9 +19,8 @@ def test_convert_writes_a_package_and_says_what_was_kept(gpt2_value, tmp_path):
 
 def test_convert_refuses_with_one_message_and_the_option_it_names_helps(gpt2_value, tmp_path):
     original = Original()
-    original.write_config(tmp_path / "theirs")
     layers = {"v_head.0.weight": torch.ones(64, 32), "v_head.2.weight": torch.ones(1, 64)}  # as trlx's
-    write_safetensors({**original.state("base_model."), **layers}, tmp_path / "theirs" / "model.safetensors")
+    original.write(tmp_path / "theirs", {"model.safetensors": {**original.state("base_model."), **layers}})
     status, out, err = gpt2_value("convert", tmp_path / "theirs", tmp_path / "ours")
     assert (status, out) == (1, "")
     assert err.startswith("error: ")

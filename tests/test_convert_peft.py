@@ -1,92 +1,152 @@
-"""A LoRA with TRL's separate head: merged, with the numbers of the unmerged model; refused where that cannot hold."""
+"""LoRA adapters become packages: with the numbers of the unmerged model, the adapter's own head, or refused by name."""
 
 import json
+import shutil
+import sys
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
+from conftest import TINY, make_tiny_model
 from safetensors.torch import load_file
-from test_convert import Original, Payload, package_numbers, write_safetensors
+from test_convert import PROMPT, Original, package_numbers, write_safetensors
 
-from hub_tools import convert_checkpoint, errors
+from hub_tools import convert_checkpoint, errors, save_package
+from modeling_gpt2_value import GPT2ValueModel
 
+peft = pytest.importorskip("peft")
+SAVES_BIASES = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21)
 MODULES = ["c_attn", "c_proj", "c_fc"]
-PEFT = Version(peft.__version__)
-SAVES_BIASES = pytest.mark.skipif(Version("0.21") > PEFT, reason='before 0.21 PEFT loses biases of "lora_only"')
 
 
 class Adapted:
-    """A base on the disk, an adapter on top of it that is no longer at its initial value, and a value head."""
+    """A base on the disk, and an adapter on top of it that is no longer at its initial value.
 
-    def __init__(self, folder, *, dtype=torch.float32, head=True, **lora):
-        self.original = Original(dtype=dtype)
+    The base is a plain GPT-2 with TRL's head beside the adapter, or (`package=True`) a package of ours.
+    """
+
+    def __init__(self, folder, *, package=False, dtype=torch.float32, head=True, **lora):
         self.base, self.folder = folder / "base", folder / "adapter"
-        self.original.body.save_pretrained(self.base)
-        self.plain_logits = self.original.numbers()[0]
-        self.original.body.name_or_path = str(self.base)
+        self.original = Original(dtype=dtype)
+        if package:
+            save_package(make_tiny_model(summary_activation="tanh"), self.base)
+            model = GPT2ValueModel.from_pretrained(self.base)
+            if "summary" in lora.get("target_modules", ()):  # a linear layer until 0.2.0, which PEFT adapts
+                linear = torch.nn.Linear(TINY["n_embd"], 1)
+                linear.load_state_dict(model.v_head.summary.state_dict())
+                model.v_head.summary = linear
+        else:
+            self.original.body.save_pretrained(self.base)
+            model = self.original.body
+        model.name_or_path = str(self.base)
         config = peft.LoraConfig(**{"r": 4, "target_modules": MODULES, "task_type": "CAUSAL_LM", **lora})
-        self.original.body = peft.get_peft_model(self.original.body, config).eval()
+        torch.manual_seed(2)
+        self.model = peft.get_peft_model(model, config).eval()
         with torch.no_grad():
-            for weight in self.original.body.parameters():
+            for weight in self.model.parameters():
                 if weight.requires_grad:  # whatever the adapter trains
                     weight.add_(0.1 * torch.randn_like(weight))
-        self.original.body.save_pretrained(self.folder)
-        if head:  # as TRL writes it
+        self.model.save_pretrained(self.folder)
+        if not package:
+            self.original.body = self.model
+        if head and not package:  # as TRL writes it
             torch.save(self.original.head_state(), self.folder / "pytorch_model.bin")
+
+    @torch.no_grad()
+    def numbers(self):
+        output = self.model(PROMPT)
+        return output.logits, output.value if "value" in output else self.original.numbers()[1]
 
     def edit(self, **settings):
         file = self.folder / "adapter_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
+    def rename_tensors(self, rename):
+        file = self.folder / "adapter_model.safetensors"
+        state = {rename(name): tensor.clone() for name, tensor in load_file(file).items()}
+        write_safetensors({name: tensor for name, tensor in state.items() if name}, file)
+
+
+def assert_numbers_of(adapted, folder):
+    for ours, theirs in zip(package_numbers(folder), adapted.numbers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+LORAS = {
+    "lora": {},
+    "rslora, one layer": {"use_rslora": True, "lora_alpha": 2, "layers_to_transform": [1]},
+    "dora": {"use_dora": True, "target_modules": ["c_attn"], "modules_to_save": ["ln_f"]},
+    "all-linear": {"target_modules": "all-linear", "exclude_modules": ["c_proj"]},
+    "expressions": {"target_modules": r".*\.(attn\.c_attn|mlp\.c_fc)", "rank_pattern": {r".*attn\.c_.*": 2}},
+    "patterns": {"alpha_pattern": {"attn.c_attn": 32, "^transformer.h.1.mlp.c_fc": 1}, "rank_pattern": {"c_fc": 2}},
+    "biases": {"bias": "all", "init_lora_weights": "orthogonal"},
+    "lora-bias": {"lora_bias": True},
+    "embeddings": {"target_modules": ["c_attn", "wte", "wpe"]},
+    "lm-head": {"target_modules": ["c_attn", "lm_head"], "init_lora_weights": "gaussian"},
+    "whole lm-head": {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]},
+    "whole embeddings": {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+}
+
 
 @pytest.mark.shows("PEFT", "a LoRA folder becomes a package with the adapter's numbers")
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {},
-        {"use_rslora": True, "lora_alpha": 2},
-        {"use_dora": True},
-        {"target_modules": ["c_attn"], "layers_to_transform": [1], "rank_pattern": {"c_attn": 2}},
-        {"target_modules": ["c_attn"], "modules_to_save": ["ln_f"]},
-        {"target_modules": "all-linear", "exclude_modules": ["c_proj"]},
-        {"target_modules": r".*\.h\.1\.(attn\.c_attn|mlp\.c_fc)"},
-        {"alpha_pattern": {"attn.c_attn": 32, "^transformer.h.1.mlp.c_fc": 1}},
-        {"rank_pattern": {r".*attn\.c_.*": 2}},
-        {"bias": "all"},
-        pytest.param({"bias": "lora_only"}, marks=SAVES_BIASES),
-        {"lora_bias": True},
-        {"target_modules": ["c_attn", "wte", "wpe"]},
-        {"target_modules": ["c_attn", "lm_head"]},
-        {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]},
-        {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
-    ],
-    ids=[
-        "lora", "rslora", "dora", "one-layer", "modules-to-save", "all-linear", "expression", "alphas", "ranks",
-        "biases", "biases-of-lora", "lora-bias", "embeddings", "lm-head", "whole-lm-head", "whole-embeddings",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("lora", LORAS)
 def test_a_merged_adapter_gives_the_numbers_of_the_unmerged_one(lora, tmp_path):
-    adapted = Adapted(tmp_path, **lora)
+    adapted = Adapted(tmp_path, **LORAS[lora])
     record = convert_checkpoint(adapted.folder, tmp_path / "ours")
-    logits, values = adapted.original.numbers()
-    assert (logits - adapted.plain_logits).abs().max() > 0.1  # the adapter says something
-    ours = package_numbers(tmp_path / "ours")
-    torch.testing.assert_close(ours[0], logits, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(ours[1], values, rtol=1e-5, atol=1e-4)
-    assert record.adapter
-    assert record.source_format == "trl"
+    assert_numbers_of(adapted, tmp_path / "ours")
+    plain = Original().numbers()[0]
+    assert (plain - package_numbers(tmp_path / "ours")[0]).abs().max() > 0.1  # the adapter says something
+    assert (record.adapter, record.source_format) == (True, "trl")
     names = [file.name for file in record.files]
     assert names == ["model.safetensors", "adapter_model.safetensors", "pytorch_model.bin"]
 
 
+HEADS = {
+    "whole": {"target_modules": ["c_attn"], "modules_to_save": ["v_head"]},
+    "its layer": {"target_modules": ["c_attn"], "modules_to_save": ["summary"]},
+    "adapted": {"target_modules": ["c_attn", "summary"]},
+    "frozen": {"target_modules": ["c_attn"]},
+}
+
+
+@pytest.mark.shows("PEFT", "the head of an adapter is the adapter's, or its base's")
+@pytest.mark.parametrize("head", HEADS)
+def test_the_head_of_an_adapter_is_its_own_or_that_of_its_base(head, tmp_path):
+    adapted = Adapted(tmp_path, package=True, **HEADS[head])
+    assert convert_checkpoint(adapted.folder, tmp_path / "ours").source_format == "package"
+    assert_numbers_of(adapted, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.replace("v_head.", "v_head.modules_to_save."),
+        lambda name: name.replace("v_head.", "v_head.modules_to_save.default.").replace("lora_A.", "lora_A.default."),
+        lambda name: f"module.{name}",
+    ],
+)
+def test_the_tensors_have_any_of_the_names_that_peft_gave_them(rename, tmp_path):
+    adapted = Adapted(tmp_path, package=True, **HEADS["whole"])
+    adapted.rename_tensors(rename)
+    convert_checkpoint(adapted.folder, tmp_path / "ours")
+    assert_numbers_of(adapted, tmp_path / "ours")
+
+
+def test_an_adapter_of_a_head_that_nobody_has_is_refused(tmp_path):
+    adapted = Adapted(tmp_path, package=True, **HEADS["adapted"])
+    Original().body.save_pretrained(tmp_path / "plain")
+    with pytest.raises(errors.MissingHeadError, match="base="):
+        convert_checkpoint(adapted.folder, tmp_path / "ours", base=tmp_path / "plain")
+
+
 @pytest.mark.shows("PEFT", "merged weights are those that PEFT merges")
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
-def test_the_merged_weights_are_those_that_peft_merges(lora, tmp_path):
-    adapted = Adapted(tmp_path, **lora)
+def test_the_merged_weights_are_those_that_peft_merges(tmp_path):
+    adapted = Adapted(tmp_path, use_dora=True)
+    adapted.folder.joinpath("adapter_model.bin").unlink(missing_ok=True)
+    torch.save(load_file(adapted.folder / "adapter_model.safetensors"), adapted.folder / "adapter_model.bin")
+    (adapted.folder / "adapter_model.safetensors").unlink()  # pickled adapters are read, too
     convert_checkpoint(adapted.folder, tmp_path / "ours")
     ours = load_file(tmp_path / "ours" / "model.safetensors")
-    theirs = adapted.original.body.merge_and_unload(safe_merge=True).state_dict()
+    theirs = adapted.model.merge_and_unload(safe_merge=True).state_dict()
     for name in set(ours) - {"v_head.summary.weight", "v_head.summary.bias"}:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
@@ -94,9 +154,10 @@ def test_the_merged_weights_are_those_that_peft_merges(lora, tmp_path):
 def test_trained_biases_that_an_adapter_lost_are_not_made_up(tmp_path):
     """PEFT before 0.21 trains them with `bias="lora_only"`, and does not save them."""
     adapted = Adapted(tmp_path, bias="lora_only")
-    weights = adapted.folder / "adapter_model.safetensors"
-    kept = {name: tensor for name, tensor in load_file(weights).items() if not name.endswith("base_layer.bias")}
-    write_safetensors(kept, weights)
+    if SAVES_BIASES:
+        convert_checkpoint(adapted.folder, tmp_path / "ours")
+        assert_numbers_of(adapted, tmp_path / "ours")
+    adapted.rename_tensors(lambda name: None if name.endswith("base_layer.bias") else name)
     with pytest.raises(errors.PackageError, match=r"lacks .*c_attn\.bias") as refusal:
         convert_checkpoint(adapted.folder, tmp_path / "ours")
     assert '"bias": "none"' in str(refusal.value)
@@ -105,7 +166,7 @@ def test_trained_biases_that_an_adapter_lost_are_not_made_up(tmp_path):
 
 
 def test_the_base_can_be_named_and_its_own_head_gives_way(tmp_path):
-    adapted = Adapted(tmp_path)
+    adapted = Adapted(tmp_path, dtype=torch.bfloat16)
     moved = tmp_path / "moved"
     adapted.base.rename(moved)
     with pytest.raises(errors.PackageError, match="base="):
@@ -113,30 +174,10 @@ def test_the_base_can_be_named_and_its_own_head_gives_way(tmp_path):
     state = {**load_file(moved / "model.safetensors"), **Original(seed=9).head_state()}
     write_safetensors(state, moved / "model.safetensors")
     record = convert_checkpoint(adapted.folder, tmp_path / "ours", base=moved)
-    torch.testing.assert_close(package_numbers(tmp_path / "ours")[1], adapted.original.numbers()[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(package_numbers(tmp_path / "ours")[1], adapted.numbers()[1], rtol=0.1, atol=0.1)
     assert {f"moved/v_head.summary.{name}" for name in ("weight", "bias")} <= set(record.dropped)
-
-
-def test_a_half_precision_base_keeps_its_dtype_and_the_record_says_that_merging_rounds(tmp_path):
-    adapted = Adapted(tmp_path, dtype=torch.bfloat16)
-    record = convert_checkpoint(adapted.folder, tmp_path / "ours")
     assert record.dtype == torch.bfloat16
     assert any("rounds" in note for note in record.notes)
-
-
-@pytest.mark.parametrize("prefix", ["", "pretrained_model."])
-def test_the_dump_of_an_unmerged_model_is_refused_and_the_way_out_is_named(prefix, tmp_path):
-    """What `torch.save(ppo_model.state_dict())` writes while the adapter is on top of the base."""
-    adapted = Adapted(tmp_path)
-    dump = {prefix + name: weight for name, weight in adapted.original.body.state_dict().items()}
-    folder = tmp_path / "dump"
-    folder.mkdir()
-    torch.save({**dump, **adapted.original.head_state()}, folder / "pytorch_model.bin")
-    (folder / "config.json").write_bytes((adapted.base / "config.json").read_bytes())
-    with pytest.raises(errors.PackageError, match="merge_and_unload") as refusal:
-        convert_checkpoint(folder, tmp_path / "ours", source_format="trl")
-    assert "base_layer" in str(refusal.value) or "lora_A" in str(refusal.value)
-    assert not (tmp_path / "ours").exists()
 
 
 def test_an_adapter_without_a_head_needs_a_word(tmp_path):
@@ -147,69 +188,103 @@ def test_an_adapter_without_a_head_needs_a_word(tmp_path):
     assert not package_numbers(tmp_path / "ours")[1].any()
 
 
-def test_an_adapter_of_another_base_is_refused(tmp_path):
-    adapted = Adapted(tmp_path)
-    Original(n_layer=1).body.save_pretrained(tmp_path / "shallow")
-    with pytest.raises(errors.PackageError, match="base="):
-        convert_checkpoint(adapted.folder, tmp_path / "ours", base=tmp_path / "shallow")
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return Adapted(tmp_path_factory.mktemp("adapted"))
 
 
-def test_an_adapter_that_lost_a_layer_is_refused(tmp_path):
-    adapted = Adapted(tmp_path)
-    state = load_file(adapted.folder / "adapter_model.safetensors")
-    lost = sorted(state)[0]
-    del state[lost]
-    write_safetensors(state, adapted.folder / "adapter_model.safetensors")
-    with pytest.raises(errors.PackageError, match=lost.removeprefix("base_model.model.")):
+@pytest.fixture
+def adapted(sound, monkeypatch):
+    """An adapter that is put right again after the test."""
+    kept = sound.folder.with_name("kept")
+    shutil.copytree(sound.folder, kept)
+    yield sound
+    shutil.rmtree(sound.folder)
+    kept.rename(sound.folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, errors.ConversionError),
+        ({"task_type": "SEQ_CLS"}, errors.ConversionError),
+        ({"init_lora_weights": "pissa_niter_4"}, errors.ConversionError),
+        ({"init_lora_weights": {"a": []}}, errors.ConversionError),
+        ({"r": 50_000_000}, errors.PackageError),
+        ({"r": 60_000}, errors.PackageError),
+        ({"r": 5}, errors.PackageError),
+        ({"lora_alpha": None}, errors.PackageError),
+        ({"lora_alpha": 1e308}, errors.PackageError),
+        ({"rank_pattern": {"c_attn": 3}}, errors.PackageError),
+        ({"rank_pattern": dict.fromkeys(map(str, range(9999)), 1)}, errors.PackageError),
+        ({"alpha_pattern": {"(((.*)*)*)*c_attn": 3}}, errors.ConversionError),
+        ({"target_modules": 3}, errors.PackageError),
+        ({"target_modules": ["c_attn"]}, errors.PackageError),
+        ({"layers_to_transform": [0]}, errors.PackageError),
+        ({"layers_pattern": "(h|x)*"}, errors.PackageError),
+        ({"bias": ["most"]}, errors.PackageError),
+        ({"use_dora": 1}, errors.PackageError),
+        ({"use_dora": True}, errors.PackageError),
+        ({"modules_to_save": ["ln_f"]}, errors.PackageError),
+        ({"layer_replication": [[0, 2]]}, errors.ConversionError),
+        ({"an option of 2030": "on"}, errors.ConversionError),
+        ({"base_model_name_or_path": "\0"}, errors.PackageError),
+        ({"base_model_name_or_path": "x" * 5000}, errors.PackageError),
+        ({"base_model_name_or_path": "../nowhere"}, errors.PackageError),
+        ({"base_model_name_or_path": "nobody/nothing"}, errors.HubUnavailableError),
+        ({"base_model_name_or_path": "nobody/nothing", "revision": {"a": 1}}, errors.PackageError),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, error, adapted, tmp_path):
+    adapted.edit(**settings)
+    with pytest.raises(error):
         convert_checkpoint(adapted.folder, tmp_path / "ours")
 
 
-def test_a_base_without_weights_and_an_adapter_without_weights_are_named(tmp_path):
-    adapted = Adapted(tmp_path)
-    (adapted.base / "model.safetensors").rename(tmp_path / "elsewhere")
-    with pytest.raises(errors.PackageError, match="base model"):
+def test_an_adapter_of_another_base_one_that_lost_a_tensor_and_an_option_without_a_use_are_refused(adapted, tmp_path):
+    Original(n_layer=1).body.save_pretrained(tmp_path / "shallow")
+    with pytest.raises(errors.PackageError, match="base="):
+        convert_checkpoint(adapted.folder, tmp_path / "ours", base=tmp_path / "shallow")
+    with pytest.raises(errors.OptionsError, match="config="):
+        convert_checkpoint(adapted.folder, tmp_path / "ours", config=adapted.base)
+    lost = "transformer.h.0.attn.c_attn.lora_A.weight"
+    adapted.rename_tensors(lambda name: None if name.endswith(lost) else name)
+    with pytest.raises(errors.PackageError, match=lost):
         convert_checkpoint(adapted.folder, tmp_path / "ours")
     (adapted.folder / "adapter_model.safetensors").unlink()
     with pytest.raises(errors.PackageError, match="adapter weights"):
         convert_checkpoint(adapted.folder, tmp_path / "ours")
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"peft_type": "PREFIX_TUNING"}, {"task_type": "SEQ_CLS"}, {"init_lora_weights": "pissa"}],
-    ids=["prefix-tuning", "classifier", "pissa"],
-)
-def test_an_adapter_that_cannot_be_merged_faithfully_is_refused(settings, tmp_path):
-    adapted = Adapted(tmp_path)
-    adapted.edit(**settings)
-    with pytest.raises(errors.ConversionError, match=next(iter(settings.values()))):
+def test_expressions_that_do_not_end_are_not_evaluated(adapted, tmp_path):
+    adapted.edit(target_modules="((((((.*)*)*)*)*)*)x", rank_pattern={"((((.*)*)*)*)*x": 3})
+    record = convert_checkpoint(adapted.folder, tmp_path / "ours")
+    assert any("expression" in note for note in record.notes)
+    assert_numbers_of(adapted, tmp_path / "ours")
+
+
+def test_an_adapter_config_imports_no_module_that_it_names(adapted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    armed = tmp_path / "megatron"
+    armed.mkdir()
+    (armed / "payload.py").write_text("open('it-ran', 'w')")
+    adapted.edit(megatron_config={"a": 1}, megatron_core="megatron.payload")
+    with pytest.raises(errors.ConversionError, match="megatron_config"):
         convert_checkpoint(adapted.folder, tmp_path / "ours")
-
-
-def test_config_is_no_option_for_an_adapter(tmp_path):
-    adapted = Adapted(tmp_path)
-    with pytest.raises(errors.OptionsError, match="config="):
-        convert_checkpoint(adapted.folder, tmp_path / "ours", config=adapted.base)
-
-
-@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "base"])
-def test_no_pickle_of_an_adapter_runs_code(name, tmp_path):
-    adapted = Adapted(tmp_path)
-    proof = tmp_path / "it-ran"
-    file = adapted.base / "pytorch_model.bin" if name == "base" else adapted.folder / name
-    for other in (adapted.base if name == "base" else adapted.folder).glob("*model.safetensors"):
-        if name != "pytorch_model.bin":
-            other.unlink()
-    torch.save({"transformer.wte.weight": Payload(proof)}, file)
-    with pytest.raises(errors.PackageError):
-        convert_checkpoint(adapted.folder, tmp_path / "ours")
-    assert not proof.exists()
-
-
-def test_a_pickled_adapter_is_read(tmp_path):
-    adapted = Adapted(tmp_path)
-    state = load_file(adapted.folder / "adapter_model.safetensors")
-    (adapted.folder / "adapter_model.safetensors").unlink()
-    torch.save(state, adapted.folder / "adapter_model.bin")
+    adapted.edit(megatron_config=None, auto_mapping={"base_model_class": "X", "parent_library": "megatron.payload"})
     convert_checkpoint(adapted.folder, tmp_path / "ours")
-    torch.testing.assert_close(package_numbers(tmp_path / "ours")[0], adapted.original.numbers()[0], rtol=0, atol=1e-3)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_an_adapter_that_lies_in_the_base_is_not_loaded(adapted, tmp_path):
+    for name, content in (("adapter_config.json", "{}"), ("adapter_model.safetensors", "no adapter")):
+        (adapted.base / name).write_text(content)
+    convert_checkpoint(adapted.folder, tmp_path / "ours")
+    assert_numbers_of(adapted, tmp_path / "ours")
+
+
+def test_without_peft_the_library_is_named(adapted, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(errors.MissingLibraryError, match="pip install peft"):
+        convert_checkpoint(adapted.folder, tmp_path / "ours")

@@ -161,6 +161,10 @@ def merge(
             expected="a base with that head, or an adapter that holds all of it",
             next_step='name the base with the head that was trained: base=; or train with modules_to_save=["v_head"]',
         )
+    if any(name.startswith(f"{HEAD_PREFIX}summary.lora_") for name in found):  # of 0.2.0, whose head PEFT adapts
+        linear = torch.nn.Linear(*reversed(base.state[WEIGHT].shape))
+        linear.load_state_dict(model.v_head.summary.state_dict())
+        model.v_head.summary = linear
     if not has_head:
         del model.v_head  # it is no part of what was trained, also where all linear layers were
     with warnings.catch_warnings(), as_ours(lambda gist: _does_not_fit(where, of, gist)):

@@ -243,6 +243,12 @@ def folder_of(source: _Path, revision: str | None = None) -> Path:
     name = os.fspath(source)
     if not os.path.exists(name) and "/" in name and is_repository_id(name):
         return fetch(name, revision=revision, checkpoint=True).folder
+    if revision is not None:
+        raise OptionsError(
+            f"revision={revision!r} for {name[:300]!r}",
+            expected="OWNER/NAME of a repository on the Hub: a folder has no revisions",
+            next_step="leave revision out",
+        )
     return Path(source)
 
 

@@ -183,7 +183,7 @@ def compare(folder: Path) -> int:
             for name in ("logits", "value", "training_value")
         ]
         failed += not max(gaps) <= case["bound"]
-        read_as = f"{record.source_format} {record.prefix}{' + adapter' if record.adapter else ''}".strip()
+        read_as = f"{record.source_format}{' + adapter' if record.adapter else ''}".strip()
         cells = [case["name"], read_as, *(f"{gap:.1e}" for gap in gaps), f"{case['bound']:.0e}"]
         print(f"| {' | '.join(cells)} |")
     print(f"\n{failed} of {len(told['cases'])} are too far" if failed else "\nall within their bounds")
