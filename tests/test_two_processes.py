@@ -8,6 +8,7 @@ import itertools
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from generation_gpt2_value import rollout
 from hub_tools import CheckpointPusher, CheckpointPusherCallback, push_to_hub, save_package, verify_package
 from hub_tools.errors import FolderRefusedError, OptionsError, SaveFailedError, UnsavableModelError
 from hub_tools.package import sharded as sharded_saves
+from hub_tools.publish import checkpoints, worker
+from hub_tools.publish import push as push_module
 from scoring_gpt2_value import rescore
 
 ROOT = Path(__file__).parent.parent
@@ -318,11 +321,21 @@ def what_the_first_process_refuses_all_processes_refuse(rank, folder, server):
     assert not (folder / "package").exists()
 
 
+def work_here(pusher, snapshot, folder):
+    """What a worker does, without its interpreter's start."""
+    job = {**pusher._job, "step": snapshot.step, "metrics": snapshot.metrics}
+    torch.save((snapshot.model, snapshot.tokenizer, job), folder / checkpoints.SNAPSHOT)
+    return checkpoints.PushedCheckpoint(snapshot.step, snapshot.metrics, **worker.do(folder))
+
+
 @check
 def a_sharded_model_is_pushed_once(rank, folder, server):
-    os.environ.update(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")  # for workers
     model = sharded(make_tiny_model())
-    with talking_to(*server, xet=False):
+    with (
+        talking_to(*server, xet=False),
+        mock.patch.object(CheckpointPusher, "_work", work_here),
+        mock.patch.object(push_module, "verify_package"),
+    ):
         assert push_to_hub(model, "alice/pushed").committed
         with CheckpointPusher("alice/steps") as pusher:
             pusher.push(model, step=2, metrics={"reward": 2})
@@ -352,5 +365,7 @@ def test_in_two_processes(passed, name):
         assert verify_package(folder / name / "package")
     if name.startswith("a_sharded_model_is_pushed"):
         assert len(hub.history("alice/pushed")) == 2
+        pushed, stepped = (hub.files(repo)["model.safetensors"] for repo in ("alice/pushed", "alice/steps"))
+        assert pushed == stepped, "all of the weights"
         titles = [commit.title for commit in hub.history("alice/steps")]
         assert titles == ["Step 4", "Step 2: reward=2", "initial commit"]
