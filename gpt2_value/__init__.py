@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from sampler_audit import (
         Mismatch,
         SamplerAudit,
-        audit_logits,
         audit_sampler,
         find_kept_sets,
         mismatch,
@@ -87,7 +86,6 @@ __all__ = [
     "VerificationReport",
     "__version__",
     "advantages_and_returns",
-    "audit_logits",
     "audit_sampler",
     "convert_checkpoint",
     "create_reference",
@@ -140,7 +138,6 @@ _NAMES = {
     "sampler_audit": [
         "Mismatch",
         "SamplerAudit",
-        "audit_logits",
         "audit_sampler",
         "find_kept_sets",
         "mismatch",

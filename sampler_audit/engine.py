@@ -6,13 +6,13 @@ Imports torch and the remote code.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from decoding_gpt2_value import check_tokens, innermost, inputs_and_head, unwrapped
+from decoding_gpt2_value import check_tokens, device_of, innermost, inputs_and_head
 from generation_gpt2_value import Rollout, aligned
 from sampling_gpt2_value import Sampling, compact, kept_set, sampling_distribution, whole_number
 
@@ -46,15 +46,15 @@ def rollout_from_tokens(
     """
     sampling = sampling or Sampling()
     pad = whole_number("pad_token_id", (*sampling.eos_token_id, 0)[0] if pad_token_id is None else pad_token_id, 0)
-    prompts, prompt_mask = aligned("prompts", prompts, attention_mask, pad=pad)  # [B, P]
-    responses, mask = (x.to(prompts.device) for x in aligned("responses", responses, pad=pad, right=True))  # [B, T]
+    starts, prompt_mask = aligned("prompts", prompts, attention_mask, pad=pad)  # [B, P]
+    ids, mask = (x.to(starts.device) for x in aligned("responses", responses, pad=pad, right=True))  # [B, T]
     drawn, (B, T) = mask.bool(), mask.shape
-    if len(prompts) != B or not drawn.any():
-        raise ValueError(f"got {len(prompts)} prompts, {B} responses; expected as many, with a token at least.")
+    if len(starts) != B or not drawn.any():
+        raise ValueError(f"got {len(starts)} prompts, {B} responses; expected as many, with a token at least.")
     for name, given in (("logprobs", logprobs), ("kept", kept)):
         if given is not None and [len(row) for row in given] != mask.sum(1).tolist():
             raise ValueError(f"the rows of {name} are not as long as the responses; expected one for each token.")
-    ends = drawn & torch.isin(responses, torch.tensor(sampling.eos_token_id, dtype=torch.long, device=mask.device))
+    ends = drawn & torch.isin(ids, torch.tensor(sampling.eos_token_id, dtype=torch.long, device=mask.device))
     refused = {
         "has no prompt before it; begin with the end-of-text token": ~prompt_mask.any(1, keepdim=True),
         "comes after the row's end; cut the row there": ends.cumsum(1) > ends.long(),
@@ -66,15 +66,15 @@ def rollout_from_tokens(
         numbers = pad_sequence(rows, batch_first=True).detach().to(mask.device)  # [B, T]
         refused["has a log-probability above 0, or not finite"] = ~(numbers < 1e-3) | numbers.isinf()
     if kept is not None:
-        found = [torch.as_tensor([*ids], dtype=torch.int32) for row in kept for ids in row]
-        ids = pad_sequence(found, batch_first=True, padding_value=-1).to(mask.device)  # [tokens, K]
-        sets = ids.new_full((B, T, ids.shape[1]), -1).masked_scatter(drawn[..., None], ids)
-        refused["is not in its kept set of ids"] = ~(sets == responses[..., None]).any(-1) | (sets < -1).any(-1)
+        found = [torch.as_tensor([*step], dtype=torch.int32) for row in kept for step in row]
+        each = pad_sequence(found, batch_first=True, padding_value=-1).to(mask.device)  # [tokens, K]
+        sets = each.new_full((B, T, each.shape[1]), -1).masked_scatter(drawn[..., None], each)
+        refused["is not in its kept set of ids"] = ~(sets == ids[..., None]).any(-1) | (sets < -1).any(-1)
     for what, where in refused.items():
         for row, step in (where & drawn).nonzero().tolist():
-            raise ValueError(f"responses[{row}][{step}], the token {int(responses[row, step])}, {what}.")
-    tokens, seen = torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1)
-    return Rollout(tokens, seen, responses, drawn, numbers, None, ~ends.any(1), sets, sampling)
+            raise ValueError(f"responses[{row}][{step}], the token {int(ids[row, step])}, {what}.")
+    tokens, seen = torch.cat([starts, ids], 1), torch.cat([prompt_mask, mask], 1)
+    return Rollout(tokens, seen, ids, drawn, numbers, None, ~ends.any(1), sets, sampling)
 
 
 @torch.no_grad()
@@ -98,8 +98,7 @@ def find_kept_sets(model: Any, rollout: Rollout, *, batch_size: int = 16) -> Rol
         TypeError, ValueError: the rollout has its sets already, or does not fit the model.
     """
     batch_size = whole_number("batch_size", batch_size, 1)
-    if type(rollout).__name__ != "Rollout":  # by name: a package's own class is another one than the checkout's
-        raise TypeError(f"got a {type(rollout).__name__}; expected a Rollout, as from rollout_from_tokens().")
+    check_is_rollout(rollout)
     if rollout.kept is not None:
         raise ValueError("the rollout says already what each token was drawn from (rollout.kept); use it as it is.")
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
@@ -107,20 +106,30 @@ def find_kept_sets(model: Any, rollout: Rollout, *, batch_size: int = 16) -> Rol
     sampling.check_vocabulary(vocabulary)
     if not sampling.cuts_off(vocabulary):
         return rollout
-    device, T = unwrapped(model)[-1].device, rollout.responses.shape[1]
-    found = []
-    for rows in torch.arange(len(rollout)).split(batch_size):
-        part = rollout[rows].to(device)
-        tokens = part.sequences.masked_fill(part.attention_mask == 0, 0)  # padding may be any number
-        seen = slice(0, tokens.shape[1] - 1)
-        inputs, head, _ = inputs_and_head(innermost(model), tokens, part.attention_mask, seen, T)
-        steps = []
+    T, found = rollout.responses.shape[1], []
+    for part, inputs, head in scoring_inputs(model, rollout, batch_size):
+        steps, drawn = [], part.sequences[:, -T:, None]
         for t in range(T):  # a step at a time: [b, V] logits, never [b, T, V]
-            early = torch.full((len(rows),), t < sampling.min_new_tokens, device=device)
-            steps.append(kept_set(sampling_distribution(head(inputs[:, t]), sampling, early=early), sampling))
-        kept = torch.stack(steps, 1)  # [b, T, ceil(V / 8)]
-        drawn = part.responses.masked_fill(~part.response_mask, 0).unsqueeze(-1)
-        bits = kept.gather(-1, drawn // 8) | (1 << drawn % 8).to(torch.uint8)
-        kept = kept.scatter(-1, drawn // 8, bits).masked_fill(~part.response_mask.unsqueeze(-1), 0)
+            early = torch.tensor(t < sampling.min_new_tokens, device=drawn.device)
+            scaled = sampling_distribution(head(inputs[:, t]), sampling, early=early)
+            steps.append(kept_set(scaled.scatter(-1, drawn[:, t], 0.0), sampling))
+        kept = torch.stack(steps, 1).masked_fill(~part.response_mask[..., None], 0)  # [b, T, ceil(V / 8)]
         found.append(kept.to(rollout.sequences.device))
     return dataclasses.replace(rollout, kept=compact(torch.cat(found), vocabulary))
+
+
+def check_is_rollout(rollout: Any) -> None:
+    """Raise TypeError where it is no `Rollout`, by name: a package's own class is another one than the checkout's."""
+    if type(rollout).__name__ != "Rollout":
+        raise TypeError(f"got a {type(rollout).__name__}; expected a Rollout, as from rollout_from_tokens().")
+
+
+def scoring_inputs(model: Any, rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, torch.Tensor, Any]]:
+    """Some rows at a time, on the model's device: the rows, inputs `[b, T, ...]` of an output layer, that layer."""
+    device, T = device_of(model), rollout.responses.shape[1]
+    for rows in torch.arange(len(rollout.sequences)).split(batch_size):
+        part = rollout[rows].to(device)
+        tokens = part.sequences.masked_fill(part.attention_mask == 0, 0)  # padding may be any number
+        columns = slice(0, tokens.shape[1] - 1)
+        inputs, head, _ = inputs_and_head(innermost(model), tokens, part.attention_mask, columns, T)
+        yield dataclasses.replace(part, sequences=tokens), inputs, head

@@ -1,14 +1,13 @@
 """How far another engine's log-probabilities are from the trainer's, and the weights that correct for it.
 
-Imports torch and the remote code. An engine that serves the same weights computes other log-probabilities, by its
-rounding, its kernels, or by what it means by the word; a trainer that takes its tokens is then slightly off-policy (Yao
-et al., 2025, "Your efficient RL framework secretly brings you off-policy RL training"). With the ratio r = exp(ours -
-the engine's) of each drawn token, whose mean is 1 if the engine's numbers are those that it drew by:
+An engine that serves the same weights computes other log-probabilities, by its rounding, its kernels, or by what it
+means by the word; a trainer that takes its tokens is then slightly off-policy (Yao et al., 2025, "Your efficient RL
+framework secretly brings you off-policy RL training"). With the ratio r = exp(ours - the engine's) of each drawn token,
+whose mean is 1 if the engine's numbers are those that it drew by:
 
-- effective sample size: (sum r)^2 / sum r^2 (Kish, 1965, "Survey Sampling"; Kong, 1992);
-- k1, k2, k3: means of -log r, (log r)^2 / 2 and r - 1 - log r, estimates of KL(engine || ours) (Schulman, 2020,
-  "Approximating KL divergence");
-- chi-square: the mean of r^2 - 1, the divergence that the variance of the weights follows;
+- effective sample size: (sum r)^2 / sum r^2 (Kish, 1965, "Survey Sampling");
+- kl: the mean of r - 1 - log r, an estimate of KL(engine || ours) (k3 of Schulman, 2020, "Approximating KL
+  divergence");
 - weights: min(r, cap), "truncated importance sampling" (Ionides, 2008, Journal of Computational and Graphical
   Statistics 17), of a token, or of a sequence, whose ratio is the product of its tokens'.
 """
@@ -17,25 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
 from generation_gpt2_value import Rescored, Rollout, rescore
-from sampling_gpt2_value import Sampling, number
+from sampling_gpt2_value import Sampling
 
-WORST = 5  # tokens that are named
+from .engine import check_is_rollout
+
 CLAIMED = "the sampling settings"
-
-
-class WorstToken(NamedTuple):
-    """A token with one of the largest differences, and its log-probabilities on either side."""
-
-    row: int
-    step: int
-    token: int
-    engine: float
-    scored: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,9 +38,7 @@ class Mismatch:
         standard_error: of `mean_ratio`. Ratios of one row are uncorrelated too: each has the mean 1, whatever was drawn
             before it.
         effective_sample_size: how many tokens of our own distribution would estimate a mean as well; at most `tokens`.
-        k1, k2, k3: estimates of KL(engine || ours), in nats a token.
-        chi_square: the estimate of the chi-square divergence of ours from the engine's.
-        worst: the tokens with the largest differences, the largest first.
+        kl: an estimate of KL(engine || ours), in nats a token.
         distances: mean absolute difference, in nats, between the engine's numbers and the model's under these readings
             of what the engine meant; None where no model was given.
         log_ratios: `[B, T]` float64 on the CPU, scored - engine's; 0 where masked.
@@ -61,11 +49,7 @@ class Mismatch:
     mean_ratio: float
     standard_error: float
     effective_sample_size: float
-    k1: float
-    k2: float
-    k3: float
-    chi_square: float
-    worst: tuple[WorstToken, ...]
+    kl: float
     distances: dict[str, float] | None
     log_ratios: torch.Tensor = dataclasses.field(repr=False)
     response_mask: torch.Tensor = dataclasses.field(repr=False)
@@ -81,7 +65,7 @@ class Mismatch:
         nearest = min(self.distances, key=self.distances.__getitem__)
         return nearest if 2 * self.distances[nearest] < self.distances[CLAIMED] else CLAIMED
 
-    def weights(self, level: Literal["token", "sequence"] = "token", *, cap: float = 2.0) -> torch.Tensor:
+    def weights(self, level: str = "token", *, cap: float = 2.0) -> torch.Tensor:
         """Truncated importance weights `[B, T]` float32 on the rollout's device, for a loss of the engine's tokens.
 
         Args:
@@ -97,35 +81,26 @@ class Mismatch:
             ValueError: these arguments are others, or `reports` says that the engine's numbers are not what it drew by,
                 so that no weight follows from them.
         """
-        cap = float(number("cap", cap, 1, math.inf))
-        if level not in ("token", "sequence"):
-            raise ValueError(f'level={level!r}; expected "token" or "sequence".')
+        if level not in ("token", "sequence") or not cap >= 1:
+            raise ValueError(f'level={level!r}, cap={cap!r}; expected "token" or "sequence", and a cap of at least 1.')
         if self.reports not in (None, CLAIMED):
-            raise ValueError(f"{self._what_they_are()} No weights follow from them: train on rescore(...).logprobs.")
+            raise ValueError(f"{self._reading()} No weights follow from them: train on rescore(...).logprobs.")
         logs = self.log_ratios if level == "token" else self.log_ratios.sum(1, keepdim=True)
-        weights = logs.clamp(max=math.log(cap)).exp().float().to(self.response_mask.device)
+        weights = logs.exp().clamp(max=cap).float().to(self.response_mask.device)
         return torch.where(self.response_mask, weights, 0.0)
 
     def __str__(self) -> str:
-        share = self.effective_sample_size / self.tokens
-        worst = "; ".join(f"row {w.row} step {w.step} {w.engine:.3f} / {w.scored:.3f}" for w in self.worst)
-        lines = [
-            f"ratio (ours / engine's) {self.mean_ratio:.5f} ± {self.standard_error:.1e} over {self.tokens:,} tokens, "
-            f"effective sample size {self.effective_sample_size:,.0f} ({share:.1%})",
-            f"KL(engine || ours) k1 {self.k1:+.2e}, k2 {self.k2:.2e}, k3 {self.k3:.2e} nats a token; "
-            f"chi-square {self.chi_square:.2e}",
-            f"largest differences (engine / ours): {worst}",
-        ]
-        return "\n".join([*lines, self._what_they_are()] if self.distances is not None else lines)
+        ratio = f"ratio (ours / engine's) {self.mean_ratio:.5f} ± {self.standard_error:.1e} over {self.tokens:,} tokens"
+        size = f"effective sample size {self.effective_sample_size:,.0f}"
+        found = f"{ratio}, {size}, KL(engine || ours) {self.kl:.2e} nats a token"
+        return found if self.distances is None else f"{found}\n{self._reading()}"
 
-    def _what_they_are(self) -> str:
-        distances, reports = self.distances or {}, self.reports
-        if reports == CLAIMED:
-            return f"the engine's numbers are those of the sampling settings, {distances[CLAIMED]:.1e} nats apart."
-        return (
-            f"the engine's numbers are NOT those of the sampling settings ({distances[CLAIMED]:.1e} nats apart) but of "
-            f"{reports} ({distances[str(reports)]:.1e} apart)."
-        )
+    def _reading(self) -> str:
+        distances: Any = self.distances
+        away = f"those of the sampling settings ({distances[CLAIMED]:.1e} nats apart)"
+        if self.reports == CLAIMED:
+            return f"the engine's numbers are {away}."
+        return f"the engine's numbers are NOT {away} but of {self.reports} ({distances[self.reports]:.1e} apart)."
 
 
 @torch.no_grad()
@@ -145,35 +120,23 @@ def mismatch(rollout: Rollout, rescored: Rescored, *, model: Any = None) -> Mism
         TypeError, ValueError: the rollout has no log-probabilities, or none that are finite, or the two do not fit each
             other.
     """
-    if type(rollout).__name__ != "Rollout":  # by name: a package's own class is another one than the checkout's
-        raise TypeError(f"got a {type(rollout).__name__}; expected a Rollout, as from rollout_from_tokens().")
-    if rollout.logprobs is None:
-        raise ValueError("the engine gave no log-probabilities, so there is nothing to compare; train on rescored's.")
+    check_is_rollout(rollout)
     theirs, ours = rollout.logprobs, rescored.logprobs
-    if ours is None or ours.shape != theirs.shape:
-        found = "none" if ours is None else list(ours.shape)
-        raise ValueError(f"rescored has the log-probabilities {found}, the rollout {list(theirs.shape)}; rescore it.")
+    if theirs is None or ours is None or ours.shape != theirs.shape:
+        shapes = [None if numbers is None else [*numbers.shape] for numbers in (theirs, ours)]
+        raise ValueError(f"log-probabilities of the rollout and rescored: {shapes}; expected both, of one shape.")
     mask = rollout.response_mask.cpu()
     engine, scored = (column.detach().cpu()[mask].double() for column in (theirs, ours))  # [n]
     if not len(engine) or not engine.isfinite().all():
         raise ValueError("the rollout has no drawn token, or log-probabilities that are NaN or infinite.")
     logs = scored - engine
-    ratios, places = logs.exp(), mask.nonzero()
-    worst = []
-    for i in logs.abs().argsort(descending=True)[:WORST].tolist():
-        row, step = places[i].tolist()
-        worst.append(WorstToken(row, step, int(rollout.responses[row, step]), float(engine[i]), float(scored[i])))
-    n = len(logs)
+    ratios, n = logs.exp(), len(logs)
     return Mismatch(
         tokens=n,
         mean_ratio=float(ratios.mean()),
         standard_error=float(ratios.std() / math.sqrt(n)),
         effective_sample_size=float(ratios.sum() ** 2 / (ratios**2).sum()),
-        k1=float(-logs.mean()),
-        k2=float((logs**2).mean() / 2),
-        k3=float((ratios - 1 - logs).mean()),
-        chi_square=float((ratios**2).mean() - 1),
-        worst=tuple(worst),
+        kl=float((ratios - 1 - logs).mean()),
         distances=None if model is None else _distances(model, rollout, engine, scored),
         log_ratios=torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, logs),
         response_mask=rollout.response_mask,

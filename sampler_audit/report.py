@@ -1,22 +1,17 @@
-"""What an audit found: `print(audit)` is one line, `audit.plot("audit.png")` the picture.
-
-Imports torch and `statistics`; matplotlib only to plot.
-"""
+"""What an audit found: `print(audit)` is one line, `audit.plot("audit.png")` the picture."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .statistics import Outcome
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+BINS = 20  # of the picture; the test has its own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,9 +19,7 @@ class SamplerAudit:
     """What the audit of some tokens found. `print(audit)` is one line, `audit.plot("audit.png")` the picture.
 
     Attributes:
-        statistic: G of the likelihood-ratio test that the transforms are uniform, with Williams' correction.
-        degrees_of_freedom: of the chi-square distribution that G has for an honest sampler.
-        tests: the four tests by name: `"calibration"` (that G test: are probabilities right?), `"identity"` (is each
+        tests: the four tests by name: `"calibration"` (are probabilities right?), `"identity"` (is each
             token drawn as often as it should be?), `"order"` (does one draw depend on another?), `"spread"` (are all
             rows and all steps drawn alike?). One for which there were too few tokens has 0 degrees of freedom.
         p_value: of the smallest of their p-values, given how many there are: how often an honest sampler does as
@@ -37,14 +30,9 @@ class SamplerAudit:
         standard_error: of `bias_nats`, for honest draws, whose terms are uncorrelated; NaN if one was `impossible`.
         tokens: how many drawn tokens were tested.
         impossible: how many of them have probability zero under the claim.
-        edges: of the bins of the G test, K + 1 numbers from 0 to 1. The last of ten even bins (five below 100 tokens)
-            is halved as often as the number of tokens allows: the rare tokens are where truncation and padding show.
-        histogram: transforms in each bin, K numbers.
         transforms: `[tokens]` float64 on the CPU, in the order of rows and columns; uniform on [0, 1] if honest.
     """
 
-    statistic: float
-    degrees_of_freedom: float
     tests: dict[str, Outcome]
     p_value: float
     alpha: float
@@ -52,8 +40,6 @@ class SamplerAudit:
     standard_error: float
     tokens: int
     impossible: int
-    edges: tuple[float, ...]
-    histogram: tuple[int, ...]
     transforms: torch.Tensor = dataclasses.field(repr=False)
 
     @property
@@ -84,21 +70,18 @@ class SamplerAudit:
 
     def to_json(self) -> dict[str, Any]:
         """The findings without the transforms, as plain JSON values; what is not finite is None."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["transforms"]
-        fields["edges"], fields["histogram"] = list(self.edges), list(self.histogram)
-        fields["tests"] = {name: outcome._asdict() for name, outcome in self.tests.items()}
-        numbers = {
-            name: None for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)
-        }
-        return {"verdict": self.verdict, **fields, **numbers}
+        found: dict[str, Any] = {"verdict": self.verdict}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            found[field.name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        del found["transforms"]
+        return {**found, "tests": {name: outcome._asdict() for name, outcome in self.tests.items()}}
 
-    def plot(self, where: str | os.PathLike[str] | Axes, *, bins: int = 20) -> Axes:
+    def plot(self, where: Any) -> Any:
         """Draw the histogram of the transforms, flat for an honest sampler, with the band that chance allows.
 
         Args:
             where: a file to write (its suffix decides the format), or a matplotlib `Axes` to draw into.
-            bins: even bins of the picture; the test has its own.
 
         Returns:
             The `Axes`.
@@ -106,27 +89,18 @@ class SamplerAudit:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "SamplerAudit.plot() needs matplotlib, which is not installed: pip install matplotlib"
-            ) from error
+        from matplotlib.figure import Figure
 
-        file = Path(where) if isinstance(where, (str, os.PathLike)) else None
-        axes: Any = where if file is None else Figure(figsize=(6, 3.4), layout="constrained").subplots()
-        counts = torch.histc(self.transforms, bins, 0, 1)
-        chance = 2.576 * math.sqrt((bins - 1) / self.tokens)  # 99% of a bin's density: normal approximation
+        to_file = isinstance(where, (str, os.PathLike))
+        axes: Any = Figure(figsize=(6, 3.4), layout="constrained").subplots() if to_file else where
+        heights = (torch.histc(self.transforms, BINS, 0, 1) * BINS / self.tokens).tolist()
+        chance = 2.576 * math.sqrt((BINS - 1) / self.tokens)  # 99% of a bin's density: normal approximation
+        axes.axhspan(max(0.0, 1 - chance), 1 + chance, color="#d9d9d9", label="99% of honest bins")
         color = "#2a78b5" if self.honest else "#c8452f"
-        axes.axhspan(max(0.0, 1 - chance), 1 + chance, color="#d9d9d9", linewidth=0, label="99% of honest bins")
-        centers = [(bin + 0.5) / bins for bin in range(bins)]
-        axes.bar(centers, (counts * bins / self.tokens).tolist(), width=0.92 / bins, color=color, alpha=0.85)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xlim(0, 1)
-        if file is not None:
+        axes.bar((torch.arange(0.5, BINS) / BINS).tolist(), heights, width=0.92 / BINS, color=color)
+        if to_file:
             axes.set_xlabel("probability of the more probable tokens (randomised); 1 = the rarest")
-            axes.set_ylabel("density")
             axes.set_title(str(self), fontsize=9)
             axes.legend(loc="lower left", fontsize=8)
-            axes.figure.savefig(file, dpi=150)
+            axes.figure.savefig(where, dpi=150)
         return axes

@@ -1,6 +1,6 @@
 """The four tests of an audit: calibration, identity, order, spread. Each gives a p-value that is uniform if honest.
 
-Imports torch. For honest draws the transforms are independent and uniform on [0, 1], so their normal scores are
+For honest draws the transforms are independent and uniform on [0, 1], so their normal scores are
 independent standard normal numbers; how often a token is drawn has a known mean and variance.
 """
 
@@ -29,30 +29,26 @@ class Outcome(NamedTuple):
         return self.degrees_of_freedom > 0
 
 
-def calibration(transforms: torch.Tensor) -> tuple[Outcome, torch.Tensor, torch.Tensor]:
+def calibration(transforms: torch.Tensor) -> Outcome:
     """Are probabilities right? A likelihood-ratio test (G-test) that the transforms `[n]` are uniform.
 
     With Williams' correction (1976, "Improved likelihood ratio tests for complete contingency tables", Biometrika 63).
-
-    Returns:
-        the result; the edges of the bins, in each of which at least 10 are expected: ten even ones (five below 100
-        tokens), the last halved as often as possible, since the rare tokens are where truncation and padding show; and
-        the count in each bin.
+    There are ten even bins (five below 100 tokens), the last of which is halved as often as at least 10 are expected in
+    each: the rare tokens are where truncation and padding show.
     """
     n = len(transforms)
     even = 10 if n >= 10 * LEAST_EXPECTED else 5
-    starts = [bin / even for bin in range(even)]
-    tail = 1.0 / even
+    starts, tail = [bin / even for bin in range(even)], 1.0 / even
     while n * tail / 2 >= LEAST_EXPECTED:
         tail /= 2
         starts.append(1.0 - tail)
     edges = torch.tensor([*starts, 1.0], dtype=torch.float64)
-    widths = edges.diff()
-    observed = torch.bincount(torch.bucketize(transforms, edges[1:-1], right=True), minlength=len(widths)).double()
+    widths, freedom = edges.diff(), len(starts) - 1
+    observed = torch.histogram(transforms, edges).hist
     g = 2.0 * torch.special.xlogy(observed, observed / (n * widths)).sum()
-    freedom = len(widths) - 1
-    statistic = (g / (1.0 + ((1.0 / widths).sum() - 1.0) / (6.0 * n * freedom))).clamp(min=0.0)
-    return Outcome(float(statistic), freedom, chi_square_tail(statistic, freedom)), edges, observed
+    williams = 1.0 + ((1.0 / widths).sum() - 1.0) / (6.0 * n * freedom)
+    statistic = float((g / williams).clamp(min=0.0))
+    return Outcome(statistic, freedom, chi_square_tail(statistic, freedom))
 
 
 def identity(observed: torch.Tensor, expected: torch.Tensor, covariance: torch.Tensor) -> Outcome:
@@ -76,14 +72,13 @@ def identity(observed: torch.Tensor, expected: torch.Tensor, covariance: torch.T
 
 
 def order(transforms: torch.Tensor, drawn: torch.Tensor) -> Outcome:
-    """Is each draw independent of the others? Of the transforms `[B, T]` where `drawn [B, T]`, by three tests.
+    """Is each draw independent of the others? Of the transforms `[B, T]` where `drawn [B, T]`, by two tests.
 
     Neighbours: correlations of the first two Legendre polynomials of each transform with those of the next in the row,
     and of the same step in the next row (Neyman, 1937, "Smooth test for goodness of fit"), as self-normalised sums,
     whose tails are no heavier than normal ones for few pairs either (Efron, 1969, "Student's t-test under symmetry
-    conditions"). Patterns: the strongest line in the two-dimensional periodogram of the normal scores (Fisher, 1929,
-    "Tests of significance in harmonic analysis"): alternation, drift, a sequence that repeats from row to row. Repeats:
-    the strongest correlation of each row with the one so many rows later, as of processes that began with one seed.
+    conditions"). Repeats: the strongest correlation of each row with the one so many rows later, as of processes that
+    began with one seed.
     """
     x = 2.0 * transforms - 1.0
     scores = torch.stack([math.sqrt(3.0) * x, math.sqrt(5.0) * (3.0 * x**2 - 1.0) / 2.0], -1)  # [B, T, 2]
@@ -96,31 +91,19 @@ def order(transforms: torch.Tensor, drawn: torch.Tensor) -> Outcome:
             products = here[pairs].unsqueeze(-1) * there[pairs].unsqueeze(-2)  # [pairs, 2, 2]
             squares, terms = squares + (products.sum(0) ** 2 / (products**2).sum(0)).sum(), terms + 4
     neighbours = chi_square_tail(squares, terms) if terms else 1.0
-
-    power = torch.fft.fft2(normal_scores(transforms, drawn)).abs() ** 2 / int(drawn.sum())
-    # Real and imaginary part have the variances (1 +- r) / 2, with r from the mask: P(power > x) <= exp(-x / (1 + r)).
-    mask = torch.fft.fft2(drawn.double()).abs() / int(drawn.sum())
-    rows, steps = (torch.arange(size) * 2 % size for size in drawn.shape)
-    strongest = float((power / (1.0 + mask[rows][:, steps])).amax())
-    lines = (drawn.numel() + 1) // 2  # a real signal has every line twice
-    pattern = -math.expm1(lines * math.log1p(-math.exp(-strongest))) if strongest > 0 else 1.0
-    return Outcome(
-        float(squares), terms, both(neighbours, pattern, _repeats(scores[..., 0].masked_fill(~drawn, 0.0), drawn))
-    )
+    return Outcome(float(squares), terms, both(neighbours, _repeats(scores[..., 0], drawn)))
 
 
 def _repeats(scores, drawn):
     """The p-value of the strongest correlation of `scores [B, T]` with those of the same step some rows later."""
 
-    def of_later_rows(x):
-        spectrum = torch.fft.rfft(x.double(), 2 * len(x), dim=0)  # twice the rows: the last ones do not meet the first
+    def of_later_rows(x):  # [B - 1], by a Fourier transform: a batch may have thousands of rows
+        spectrum = torch.fft.rfft(x, 2 * len(x), dim=0)  # twice the rows: the last ones do not meet the first
         return torch.fft.irfft(spectrum.abs() ** 2, 2 * len(x), dim=0)[1 : len(x)].sum(1)
 
-    used = of_later_rows(drawn) >= LEAST_PAIRS
-    if not used.any():
-        return 1.0
-    strongest = float((of_later_rows(scores)[used] ** 2 / of_later_rows(scores**2)[used]).amax())
-    return both(*[chi_square_tail(strongest, 1)] * int(used.sum()))
+    used = of_later_rows(drawn.double()) >= LEAST_PAIRS
+    strengths = of_later_rows(scores * drawn)[used] ** 2 / of_later_rows(scores**2 * drawn)[used]
+    return both(*(chi_square_tail(strength, 1) for strength in strengths.tolist())) if len(strengths) else 1.0
 
 
 def spread(transforms: torch.Tensor, variances: torch.Tensor, drawn: torch.Tensor, *, evenness: float) -> Outcome:
@@ -135,7 +118,8 @@ def spread(transforms: torch.Tensor, variances: torch.Tensor, drawn: torch.Tenso
         variances: `[B, T]`, of the log-probability of a token that is drawn there.
         evenness: the probability that honest transforms are spread over the unit interval as evenly as these, or more.
     """
-    scores = normal_scores(transforms, drawn) * variances.sqrt()
+    normal = torch.special.ndtri(transforms.clamp(1e-12, 1 - 1e-12))
+    scores = (normal * variances.sqrt()).masked_fill(~drawn, 0.0)
     results = []
     for dim in (1, 0):
         sums, expected = scores.sum(dim), variances.masked_fill(~drawn, 0.0).sum(dim)  # of each row, or step
@@ -151,11 +135,6 @@ def spread(transforms: torch.Tensor, variances: torch.Tensor, drawn: torch.Tenso
     if not results:
         return Outcome(0.0, 0, 1.0)
     return Outcome(*results[0][:2], both(evenness, *(result.p_value for result in results)))
-
-
-def normal_scores(transforms: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers as standard normal ones; 0 where nothing was drawn."""
-    return torch.special.ndtri(transforms.clamp(1e-12, 1 - 1e-12)).masked_fill(~drawn, 0.0)
 
 
 def both(*p_values: float) -> float:

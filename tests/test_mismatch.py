@@ -45,15 +45,9 @@ def test_the_numbers_are_those_of_their_formulas():
     assert found.mean_ratio == pytest.approx(mean, rel=1e-6)
     assert found.standard_error == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in r) / 4 / 5), rel=1e-6)
     assert found.effective_sample_size == pytest.approx(sum(r) ** 2 / sum(x * x for x in r), rel=1e-6)
-    assert found.k1 == pytest.approx(2.1 / 5, rel=1e-6)
-    assert found.k2 == pytest.approx((0.01 + 1 + 9) / 2 / 5, rel=1e-6)
-    assert found.k3 == pytest.approx(sum(x - 1 - math.log(x) for x in r) / 5, rel=1e-6)
-    assert found.chi_square == pytest.approx(sum(x * x for x in r) / 5 - 1, rel=1e-6)
-    assert [(w.row, w.step, w.token) for w in found.worst[:3]] == [(1, 1, 5), (0, 1, 8), (0, 0, 7)]
-    assert found.worst[0][3:] == pytest.approx((-1.5, -4.5))
+    assert found.kl == pytest.approx(sum(x - 1 - math.log(x) for x in r) / 5, rel=1e-6)
     assert found.reports is None
-    assert "row 1 step 1 -1.500 / -4.500" in str(found)
-    assert len(str(found).splitlines()) == 3
+    assert len(str(found).splitlines()) == 1
 
     token = [[r[0], 2.0, 1.0], [1.0, r[4], 0.0]]
     torch.testing.assert_close(found.weights(), torch.tensor(token))
@@ -79,10 +73,7 @@ def test_the_ratio_of_an_engine_that_drew_by_its_own_numbers_is_1_within_its_err
         assert abs(found.mean_ratio - 1) < 4 * found.standard_error
         kl = rescore(engine, drawn, reference=ours).kl[drawn.response_mask].mean().item()  # summed over the vocabulary
         assert kl > 1e-3
-        for estimate in (found.k2, found.k3):
-            assert estimate == pytest.approx(kl, rel=0.25)
-        assert abs(found.k1 - kl) < 4 * math.sqrt(2 * kl / found.tokens)
-        assert found.effective_sample_size == pytest.approx(found.tokens / (1 + found.chi_square), rel=0.05)
+        assert found.kl == pytest.approx(kl, rel=0.25)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +137,9 @@ def test_a_sequence_of_any_length_is_truncated_and_not_infinite():
     ("spoil", "error", "message"),
     [
         (lambda drawn, scored: (drawn.sequences, scored), TypeError, "expected a Rollout"),
-        (lambda drawn, scored: (dataclasses.replace(drawn, logprobs=None), scored), ValueError, "nothing to compare"),
-        (lambda drawn, scored: (drawn, Rescored()), ValueError, "log-probabilities none"),
-        (lambda drawn, scored: (drawn[:2], scored), ValueError, r"\[4, 3\], the rollout \[2, 3\]"),
+        (lambda drawn, scored: (dataclasses.replace(drawn, logprobs=None), scored), ValueError, r"None, \[4, 3\]"),
+        (lambda drawn, scored: (drawn, Rescored()), ValueError, r"\[4, 3\], None"),
+        (lambda drawn, scored: (drawn[:2], scored), ValueError, r"\[\[2, 3\], \[4, 3\]\]"),
         (
             lambda drawn, scored: (dataclasses.replace(drawn, logprobs=drawn.logprobs * math.nan), scored),
             ValueError,

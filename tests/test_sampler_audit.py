@@ -13,12 +13,16 @@ from scipy import stats
 from torch.nn.functional import log_softmax
 
 from generation_gpt2_value import Rollout, rollout
-from sampler_audit import audit_logits, audit_sampler
+from sampler_audit import audit_sampler
+from sampler_audit.audit import judge
+from sampler_audit.evidence import evidence_of
+from sampling_gpt2_value import Sampling
 
 RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 EVEN = torch.tensor([[5, 17, 3], [80, 2, 4], [41, 9, 7], [33, 12, 50]])
 EOS = [1, 2, 3, 4, 5, 6, 7, 8]  # several, so that rows of a random model end early
 T = 20
+DRAWN_PLAINLY = Sampling()
 
 
 def make_sharp_model(**fields):
@@ -32,6 +36,14 @@ def make_sharp_model(**fields):
 @pytest.fixture(scope="module")
 def model():
     return make_sharp_model()
+
+
+def audit_logits(logits, tokens, sampling=DRAWN_PLAINLY, generator=None):
+    """The audit of `tokens [B, T]` or `[n]` with the logits `[..., V]` that they were drawn from, without a model."""
+    shape = (-1, tokens.shape[-1]) if tokens.dim() > 1 else (1, -1)
+    chunks = zip(logits.flatten(0, -2).split(2000), tokens.flatten().split(2000), strict=True)
+    pieces = (evidence_of(*chunk, sampling, generator) for chunk in chunks)
+    return judge(pieces, torch.ones(tokens.shape, dtype=torch.bool).reshape(shape), 1e-3)
 
 
 def generated(model, prompts, *, copies, **settings):
@@ -52,25 +64,26 @@ def enough(sequences, tokens=4000):
 # Honest samplers
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.7, "top_k": 10, "top_p": 0.8, "eos_token_id": EOS, "min_new_tokens": 3}], ids=str
-)
-def test_p_values_of_honest_rollouts_are_uniform(model, settings):
-    """Over 200 runs, which are rows of one large draw; and so are the biases in units of their standard errors."""
+def test_p_values_of_honest_rollouts_are_uniform(model):
+    """Over 100 runs, which are rows of one large draw; and so are the biases in units of their standard errors.
+
+    `make audit-power` does this with other settings, and 12,000 times.
+    """
+    settings = {"temperature": 0.7, "top_k": 10, "top_p": 0.8, "eos_token_id": EOS, "min_new_tokens": 3}
     torch.manual_seed(0)
-    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=1000, **{"eos_token_id": None, **settings})
+    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=500, **settings)
     drawn = drawn[torch.randperm(len(drawn))]
-    audits = [audit_sampler(model, drawn[run::200], batch_size=64) for run in range(200)]
+    audits = [audit_sampler(model, drawn[run::100], batch_size=64) for run in range(100)]
     assert stats.kstest([audit.p_value for audit in audits], "uniform").pvalue > 1e-3
     assert stats.kstest([audit.bias_nats / audit.standard_error for audit in audits], "norm").pvalue > 1e-3
-    assert sum(not audit.honest for audit in audits) <= 2  # one in a thousand is called dishonest
+    assert sum(not audit.honest for audit in audits) <= 1  # one in a thousand is called dishonest
     together = torch.cat([audit.transforms for audit in audits])
     assert stats.kstest(together.numpy(), "uniform").pvalue > 1e-3
 
 
 def test_p_values_are_uniform_for_any_number_of_tokens():
     torch.manual_seed(0)
-    logits = torch.randn(20_000, 7) * 2
+    logits = torch.randn(10_000, 7) * 2
     tokens = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
     for n in (50, 100, 1000):
         pieces = zip(logits.split(n), tokens.split(n), strict=True)
@@ -80,39 +93,40 @@ def test_p_values_are_uniform_for_any_number_of_tokens():
 
 def test_the_p_value_is_that_of_a_g_test(model):
     audit = audit_sampler(model, model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=20))
-    widths = torch.tensor(audit.edges, dtype=torch.float64).diff()
-    expected = widths / widths.sum() * audit.tokens
-    g = stats.power_divergence(audit.histogram, expected.numpy(), lambda_="log-likelihood").statistic
-    williams = 1 + ((1 / widths).sum().item() - 1) / (6 * audit.tokens * audit.degrees_of_freedom)
-    assert audit.statistic == pytest.approx(g / williams, rel=1e-9)
-    p_value = audit.tests["calibration"].p_value
-    assert p_value == pytest.approx(stats.chi2.sf(audit.statistic, audit.degrees_of_freedom), rel=1e-6)
+    tail = [1 - 0.1 / 2**halved for halved in range(1, 5)]  # 1,600 tokens: 10 are expected in the last of these
+    edges = torch.tensor([*(bin / 10 for bin in range(10)), *tail, 1.0], dtype=torch.float64)
+    counts, widths = torch.histogram(audit.transforms, edges).hist, edges.diff()
+    g = stats.power_divergence(counts, (widths / widths.sum() * audit.tokens).numpy(), lambda_="log-likelihood")
+    found = audit.tests["calibration"]
+    williams = 1 + ((1 / widths).sum().item() - 1) / (6 * audit.tokens * found.degrees_of_freedom)
+    assert found.statistic == pytest.approx(g.statistic / williams, rel=1e-9)
+    assert found.p_value == pytest.approx(stats.chi2.sf(found.statistic, found.degrees_of_freedom), rel=1e-6)
     smallest = min(test.p_value for test in audit.tests.values())
     assert audit.p_value == pytest.approx(1 - (1 - smallest) ** 4, rel=1e-6)  # Sidak's of four
-    assert sum(audit.histogram) == audit.tokens == 4 * 20 * T
+    assert audit.tokens == 4 * 20 * T
 
 
-@pytest.mark.parametrize("shape", [(50,), (10, 5), (2, 60), (40, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(50,), (10, 5)], ids=str)
 def test_few_tokens_give_no_more_false_alarms(shape):
-    """Of each test alone: p-values below its share of the level, 1 in 4,000, where 0.4 of 1,500 are expected."""
+    """Of each test alone: p-values below its share of the level, 1 in 4,000, where 0.1 of 400 are expected."""
     torch.manual_seed(0)
     small = Counter()
-    for _ in range(1500):
+    for _ in range(400):
         logits = torch.randn(*shape, 30) * 2
         tokens = torch.multinomial(logits.softmax(-1).view(-1, 30), 1).view(shape)
         audit = audit_logits(logits, tokens)
         small.update(name for name, test in audit.tests.items() if test.p_value < 2.5e-4)
-    assert max(small.values(), default=0) <= 4
+    assert max(small.values(), default=0) <= 2
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 50}, {"top_p": 0.9}, {}], ids=str)
+@pytest.mark.parametrize("settings", [{"top_k": 50}, {"top_p": 0.9}], ids=str)
 def test_honest_rollouts_in_bfloat16_pass(settings):
     """Sampling and auditing round otherwise, and so cut off otherwise; the rollout keeps what it drew from."""
     model = make_sharp_model().bfloat16()
     torch.manual_seed(0)
-    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=150, **{"eos_token_id": None, **settings})
-    audits = [audit_sampler(model, drawn[part::12], batch_size=64) for part in range(12)]
-    assert [audit.impossible for audit in audits] == [0] * 12
+    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=50, eos_token_id=None, **settings)
+    audits = [audit_sampler(model, drawn[part::4], batch_size=64) for part in range(4)]
+    assert [audit.impossible for audit in audits] == [0] * 4
     assert sum(not audit.honest for audit in audits) <= 1, [str(audit) for audit in audits]  # one in a thousand is
 
 
@@ -125,7 +139,7 @@ def test_a_rollout_is_audited_over_the_tokens_that_it_drew_from(model):
         for weight in moved.transformer.parameters():
             weight.add_(0.01 * weight.std() * torch.randn_like(weight))
     assert audit_sampler(moved, drawn).impossible == 0
-    assert audit_sampler(moved, drawn.sequences, prompt_length=3, top_k=5).impossible > 0
+    assert audit_sampler(moved, drawn.sequences, prompt_length=3, sampling=Sampling(top_k=5)).impossible > 0
     spoilt = dataclasses.replace(drawn, kept=~drawn.kept)  # a bit mask of the others
     assert audit_sampler(model, spoilt).impossible == drawn.response_mask.sum()
 
@@ -134,40 +148,24 @@ def test_a_rollout_passes_in_training_mode_and_is_audited_like_its_tokens(model)
     torch.manual_seed(1)
     hot = make_sharp_model(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
     claim = {"temperature": 0.7, "top_k": 30, "eos_token_id": EOS, "min_new_tokens": 4}
-    drawn = hot.rollout(EVEN, max_new_tokens=T, num_return_sequences=60, **{"eos_token_id": None, **claim})
+    drawn = hot.rollout(EVEN, max_new_tokens=T, num_return_sequences=60, **claim)
     audit = audit_sampler(hot, drawn, generator=torch.Generator().manual_seed(0))
     assert audit.honest
     assert hot.training
-    same = audit_sampler(
-        hot,
-        drawn.sequences,
-        prompt_length=3,
-        attention_mask=drawn.attention_mask,
-        generator=torch.Generator().manual_seed(0),
-        **claim,
-    )
+    claim = {"prompt_length": 3, "attention_mask": drawn.attention_mask, "sampling": drawn.sampling}
+    same = audit_sampler(hot, drawn.sequences, generator=torch.Generator().manual_seed(0), **claim)
     torch.testing.assert_close(same.transforms, audit.transforms)
-    masked = audit_sampler(
-        hot,
-        drawn.sequences,
-        response_mask=drawn.response_mask,
-        attention_mask=drawn.attention_mask,
-        generator=torch.Generator().manual_seed(0),
-        **claim,
-    )
-    torch.testing.assert_close(masked.transforms, audit.transforms)
 
 
-def test_lists_padding_and_micro_batches_change_nothing(model):
+def test_padding_and_micro_batches_change_nothing(model):
     torch.manual_seed(2)
     drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=5, eos_token_id=EOS, min_new_tokens=2)
-    lengths = [len(prompt) for prompt in RAGGED for _ in range(5)]
-    rows = [row[mask.bool()] for row, mask in zip(drawn.sequences, drawn.attention_mask, strict=True)]
-    claim = {"eos_token_id": EOS, "min_new_tokens": 2}
     expected = audit_sampler(model, drawn, generator=torch.Generator().manual_seed(0))
+    wider = torch.nn.functional.pad(drawn.sequences, (3, 0), value=77)
+    claim = {"attention_mask": torch.nn.functional.pad(drawn.attention_mask, (3, 0)), "sampling": drawn.sampling}
     for batch_size in (1, 7, 100):
         generator = torch.Generator().manual_seed(0)
-        audit = audit_sampler(model, rows, prompt_length=lengths, generator=generator, batch_size=batch_size, **claim)
+        audit = audit_sampler(model, wider, prompt_length=8, generator=generator, batch_size=batch_size, **claim)
         torch.testing.assert_close(audit.transforms, expected.transforms, atol=1e-5, rtol=0)
         assert audit.bias_nats == pytest.approx(expected.bias_nats, abs=1e-5)
 
@@ -188,26 +186,25 @@ def test_padding_that_is_scored_is_caught(model):
     torch.manual_seed(0)
     sequences = generated(model, EVEN, copies=50)
     assert audit_sampler(model, sequences, prompt_length=3).p_value < 1e-4  # 4 * 50 * 20 columns
-    assert audit_sampler(model, sequences, prompt_length=3, eos_token_id=EOS).honest
+    assert audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS)).honest
 
 
 def test_an_end_that_was_suppressed_is_caught(model):
     torch.manual_seed(0)
     ends = list(range(1, 30))
     sequences = generated(model, EVEN, copies=50, min_new_tokens=T, eos_token_id=ends)
+    claim = Sampling(eos_token_id=ends, min_new_tokens=T)
     assert audit_sampler(model, sequences, prompt_length=3).p_value < 1e-4  # 4 * 50 * 20 columns
-    assert audit_sampler(model, sequences, prompt_length=3, eos_token_id=ends, min_new_tokens=T).honest
+    assert audit_sampler(model, sequences, prompt_length=3, sampling=claim).honest
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"top_k": 50},
-        {"temperature": 0.8},
         {"temperature": 1.2},
         {"top_p": 0.9},
         {"repetition_penalty": 1.5},
-        {"no_repeat_ngram_size": 1},
         {"do_sample": False},
     ],
     ids=str,
@@ -215,19 +212,17 @@ def test_an_end_that_was_suppressed_is_caught(model):
 def test_what_generate_did_and_nobody_claims_is_caught(model, settings):
     torch.manual_seed(0)
     sequences = enough(generated(model, EVEN, copies=350, **settings))
-    audit = audit_sampler(model, sequences, prompt_length=3, eos_token_id=EOS)
+    audit = audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS))
     assert audit.tokens < 4000 + T
     assert audit.p_value < 1e-4
     assert audit.verdict == "dishonest"
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"top_k": 20}, {"temperature": 0.8}, {"top_p": 0.9}, {"min_new_tokens": 5}], ids=str
-)
+@pytest.mark.parametrize("settings", [{"top_k": 20, "temperature": 0.8}, {"top_p": 0.9, "min_new_tokens": 5}], ids=str)
 def test_what_generate_did_and_is_claimed_passes(model, settings):
     torch.manual_seed(0)
     sequences = enough(generated(model, EVEN, copies=350, **settings))
-    assert audit_sampler(model, sequences, prompt_length=3, eos_token_id=EOS, **settings).honest
+    assert audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS, **settings)).honest
 
 
 def test_the_hidden_top_k_of_a_generation_config_is_caught(model):
@@ -235,7 +230,7 @@ def test_the_hidden_top_k_of_a_generation_config_is_caught(model):
     prompts = EVEN.repeat(350, 1)
     always = {"do_sample": True, "max_new_tokens": T, "pad_token_id": 0, "eos_token_id": EOS}
     sequences = enough(model.generate(prompts, attention_mask=torch.ones_like(prompts), **always))
-    assert audit_sampler(model, sequences, prompt_length=3, eos_token_id=EOS).p_value < 1e-4
+    assert audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS)).p_value < 1e-4
 
 
 def test_scoring_without_position_ids_and_with_dropout_is_caught(model):
@@ -255,11 +250,11 @@ def test_scoring_without_position_ids_and_with_dropout_is_caught(model):
 
 @pytest.mark.parametrize("sampler", dishonest_samplers.DISHONEST, ids=lambda sampler: sampler.__name__)
 def test_what_only_some_tokens_or_their_order_show_is_caught(sampler):
-    """At 40 rows of 100 tokens; `make audit-power` counts how often."""
-    model = make_sharp_model(n_positions=128)
+    """At 100 rows of 40 tokens; `make audit-power` counts how often."""
+    model = make_sharp_model(n_layer=1)
     torch.manual_seed(1)
-    prompts = torch.randint(0, 96, (40, 3))
-    sequences = dishonest_samplers.draw(model, prompts, **sampler(40, 100, 96))
+    prompts = torch.randint(0, 96, (100, 3))
+    sequences = dishonest_samplers.draw(model, prompts, **sampler(100, 40, 96))
     audit = audit_sampler(model, sequences, prompt_length=3)
     assert audit.tokens == 4000
     assert not audit.honest
@@ -267,10 +262,10 @@ def test_what_only_some_tokens_or_their_order_show_is_caught(sampler):
 
 
 def test_the_same_draws_pass_where_they_are_random_and_of_one_distribution():
-    model = make_sharp_model(n_positions=128)
+    model = make_sharp_model(n_layer=1)
     torch.manual_seed(1)
-    prompts = torch.randint(0, 96, (40, 3))
-    sequences = dishonest_samplers.draw(model, prompts, **dishonest_samplers.honest(40, 100, 96))
+    prompts = torch.randint(0, 96, (100, 3))
+    sequences = dishonest_samplers.draw(model, prompts, **dishonest_samplers.honest(100, 40, 96))
     audit = audit_sampler(model, sequences, prompt_length=3)
     assert audit.honest
     assert audit.failed == ()
@@ -279,11 +274,11 @@ def test_the_same_draws_pass_where_they_are_random_and_of_one_distribution():
 def test_banned_ids_of_a_large_vocabulary_are_caught():
     """Ids are counted in 512 groups; some tokens are frequent everywhere, as in any language."""
     torch.manual_seed(0)
-    logits = 2 * torch.randn(8192) + 1.5 * torch.randn(100, 8192)
+    logits = 2 * torch.randn(2048) + 1.5 * torch.randn(100, 2048)
     tokens = torch.multinomial(logits.softmax(-1), 40, replacement=True)  # [100, 40]
-    everywhere = logits[:, None].expand(100, 40, 8192)
+    everywhere = logits[:, None].expand(100, 40, 2048)
     assert audit_logits(everywhere, tokens).honest
-    for banned in (slice(4096, None), slice(0, None, 5)):
+    for banned in (slice(1024, None), slice(0, None, 5)):
         fewer = logits.clone()
         fewer[:, banned] = -math.inf
         tokens = torch.multinomial(fewer.softmax(-1), 40, replacement=True)
@@ -307,15 +302,13 @@ def test_another_model_s_tokens_are_caught(model):
 def test_a_token_of_probability_zero_settles_it(model):
     torch.manual_seed(0)
     drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
-    audit = audit_sampler(model, drawn.sequences, prompt_length=3, top_k=50)
+    audit = audit_sampler(model, drawn.sequences, prompt_length=3, sampling=Sampling(top_k=50))
     assert 0 < audit.impossible < audit.tokens
     assert (audit.p_value, audit.verdict, audit.bias_nats) == (0.0, "dishonest", -math.inf)
     assert math.isnan(audit.standard_error)
     assert f"{audit.impossible} of them impossible" in str(audit)
-    ends = list(range(48))
-    early = audit_sampler(
-        model, drawn.sequences, response_mask=drawn.response_mask, eos_token_id=ends, min_new_tokens=T
-    )
+    claim = Sampling(eos_token_id=list(range(48)), min_new_tokens=T)
+    early = audit_sampler(model, dataclasses.replace(drawn, sampling=claim))
     assert early.impossible == (drawn.responses < 48).sum()
 
 
@@ -324,15 +317,15 @@ def test_a_tie_that_another_engine_broke_otherwise_is_not_impossible():
     torch.manual_seed(0)
     first = torch.multinomial(logits[:, :2].softmax(-1), 1).squeeze(-1)  # this engine kept tokens 0 and 1
     other = torch.where(first == 1, 2, first)  # the other one 0 and 2
-    for settings in ({"top_k": 2}, {"top_p": 0.7}):
-        assert audit_logits(logits, first, **settings).honest
-        assert audit_logits(logits, other, **settings).honest
+    for settings in (Sampling(top_k=2), Sampling(top_p=0.7)):
+        assert audit_logits(logits, first, settings).honest
+        assert audit_logits(logits, other, settings).honest
         third = other.clone()
         third[0] = 3
-        assert audit_logits(logits, third, **settings).impossible == 1
+        assert audit_logits(logits, third, settings).impossible == 1
 
 
-@pytest.mark.parametrize("temperature", [0.5, 0.9, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.9, 1.0])
 def test_the_bias_is_the_enumerated_one(temperature):
     """E_q[log p(x)] + H(p) over all sequences that a sampler of another temperature, q, draws; in float64."""
     V, length = 5, 3
@@ -347,19 +340,13 @@ def test_the_bias_is_the_enumerated_one(temperature):
     entropy = -(p.exp() * p).sum(-1)
     expected = (chosen_q.sum(1).exp() * (chosen_p + entropy).sum(1)).sum() / length
     torch.manual_seed(0)
-    drawn = rollout(
-        small,
-        prompt[None],
-        max_new_tokens=length,
-        eos_token_id=None,
-        temperature=temperature,
-        num_return_sequences=20_000,
-    )
+    settings = {"temperature": temperature, "eos_token_id": None, "num_return_sequences": 10_000}
+    drawn = rollout(small, prompt[None], max_new_tokens=length, **settings)
     audit = audit_sampler(small, drawn.sequences, prompt_length=2, batch_size=5000)
     assert abs(audit.bias_nats - expected) < 4 * audit.standard_error
     assert audit.honest == (temperature == 1.0)
     if temperature != 1.0:
-        assert abs(expected) > 10 * audit.standard_error
+        assert abs(expected) > 5 * audit.standard_error
 
 
 # What is shown
@@ -382,7 +369,8 @@ def test_the_report_is_plain_json(model):
     import json
 
     drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
-    for audit in (audit_sampler(model, drawn), audit_sampler(model, drawn.sequences, prompt_length=3, top_k=2)):
+    claim = {"prompt_length": 3, "sampling": Sampling(top_k=2)}
+    for audit in (audit_sampler(model, drawn), audit_sampler(model, drawn.sequences, **claim)):
         report = json.loads(json.dumps(audit.to_json(), allow_nan=False))
         assert report["verdict"] == audit.verdict
         assert report["tokens"] == audit.tokens
@@ -403,68 +391,34 @@ def test_bad_input_is_refused_with_what_to_do(model):
     drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
     tokens = drawn.sequences
     mask = torch.ones_like(tokens)
-    hidden = mask.clone()
-    hidden[:, -1] = 0
-    everything = mask.bool()
     cases = [
-        (TypeError, "neither prompt_length nor", {}),
-        (TypeError, "both prompt_length and", {"prompt_length": 3, "response_mask": everything}),
-        (ValueError, "expected 1 to 23", {"prompt_length": 0}),
-        (ValueError, "expected 1 to 23", {"prompt_length": 24}),
-        (ValueError, "one for each of 20 rows", {"prompt_length": [3, 3]}),
-        (ValueError, "first token", {"response_mask": everything}),
-        (ValueError, "response_mask has shape", {"response_mask": everything[:3]}),
-        (ValueError, "attention_mask has shape", {"prompt_length": 3, "attention_mask": mask[:, 1:]}),
-        (ValueError, "claims column 22 as drawn", {"prompt_length": 3, "attention_mask": hidden}),
-        (ValueError, "temperature=0", {"prompt_length": 3, "temperature": 0.0}),
-        (ValueError, "top_p=1.5", {"prompt_length": 3, "top_p": 1.5}),
-        (ValueError, "top_k=-1", {"prompt_length": 3, "top_k": -1}),
-        (ValueError, "no effect without eos_token_id", {"prompt_length": 3, "min_new_tokens": 2}),
-        (ValueError, "min_new_tokens=-2", {"prompt_length": 3, "min_new_tokens": -2, "eos_token_id": 1}),
-        (ValueError, "eos_token_id=96", {"prompt_length": 3, "eos_token_id": 96}),
+        (ValueError, "prompt_length=None", {"prompt_length": None}),
+        (ValueError, "prompt_length=0", {"prompt_length": 0}),
+        (ValueError, "prompt_length=5.5", {"prompt_length": 5.5}),
         (ValueError, "at least 50", {"prompt_length": 22}),
-        (ValueError, "alpha=2", {"prompt_length": 3, "alpha": 2}),
-        (ValueError, "alpha='1'", {"prompt_length": 3, "alpha": "1"}),
-        (ValueError, "alpha=1", {"prompt_length": 3, "alpha": 1}),
-        (TypeError, "prompt_length=5.5", {"prompt_length": 5.5}),
-        (TypeError, "prompt_length='3'", {"prompt_length": "3"}),
-        (TypeError, "generator is a int", {"prompt_length": 3, "generator": 7}),
-        (ValueError, "attention_mask holds other numbers", {"prompt_length": 3, "attention_mask": mask * 0.5}),
-        (ValueError, "response_mask holds other numbers", {"response_mask": mask * 2}),
-        (ValueError, "batch_size=2.5", {"prompt_length": 3, "batch_size": 2.5}),
-        (ValueError, "attention_mask has shape", {"prompt_length": 3, "attention_mask": [[1, 1]]}),
-        (ValueError, "batch_size=0", {"prompt_length": 3, "batch_size": 0}),
-        (ValueError, "top_k=2.5", {"prompt_length": 3, "top_k": 2.5}),
+        (ValueError, "at least 50", {"prompt_length": 23}),
+        (ValueError, "attention_mask has shape", {"attention_mask": mask[1:]}),
+        (ValueError, "attention_mask holds other numbers", {"attention_mask": mask * 0.5}),
+        (ValueError, "eos_token_id=96", {"sampling": Sampling(eos_token_id=96)}),
+        (ValueError, "alpha=2", {"alpha": 2}),
+        (ValueError, "alpha='1'", {"alpha": "1"}),
+        (ValueError, "alpha=1", {"alpha": 1}),
+        (TypeError, "generator is a int", {"generator": 7}),
+        (ValueError, "batch_size=2.5", {"batch_size": 2.5}),
+        (ValueError, "batch_size=0", {"batch_size": 0}),
+        (ValueError, "outside the vocabulary of 96", {"tokens": tokens + 90}),
+        (TypeError, r"float32 \[20, 23\]; expected a Rollout", {"tokens": tokens.float()}),
+        (TypeError, r"expected a Rollout, as from rollout_from_tokens", {"tokens": tokens[0]}),
+        (TypeError, r"got a list", {"tokens": list(tokens)}),
+        (ValueError, "positions end at 64", {"tokens": tokens.repeat(1, 3)}),
+        (ValueError, "there are no rows", {"tokens": drawn[[]], "prompt_length": None}),
+        (TypeError, "got a Rollout together with", {"tokens": drawn}),
     ]
     for kind, words, claim in cases:
         with pytest.raises(kind, match=words):
-            audit_sampler(model, tokens, **claim)
-    with pytest.raises(TypeError, match="Rollout together with temperature"):
-        audit_sampler(model, drawn, temperature=1.0)
-    with pytest.raises(ValueError, match="outside the vocabulary of 96"):
-        audit_sampler(model, torch.where(everything, tokens + 90, tokens), prompt_length=3)
-    with pytest.raises(TypeError, match=r"try \.long\(\)"):
-        audit_sampler(model, tokens.float(), prompt_length=3)
-    with pytest.raises(ValueError, match=r"expected \[batch, tokens\]"):
-        audit_sampler(model, tokens[0], prompt_length=3)
-    with pytest.raises(ValueError, match="list of 1-D tensors"):
-        audit_sampler(model, [], prompt_length=3)
-    with pytest.raises(TypeError, match="not texts"):
-        audit_sampler(model, ["a text"], prompt_length=3)
-    with pytest.raises(ValueError, match="a list needs none"):
-        audit_sampler(model, list(tokens), prompt_length=3, attention_mask=mask)
-    with pytest.raises(ValueError, match="positions end at 64"):
-        audit_sampler(model, tokens.repeat(1, 3), prompt_length=3)
-    with pytest.raises(ValueError, match="there are no rows"):
-        audit_sampler(model, drawn[[]])
-    with pytest.raises(TypeError, match="logits is a NoneType"):
-        audit_logits(None, None)
-    with pytest.raises(TypeError, match="complex64; expected a float dtype"):
-        audit_logits(torch.zeros(60, 5) * 1j, torch.zeros(60, dtype=torch.long))
-    with pytest.raises(TypeError, match="audit_logits"):
+            audit_sampler(model, **{"tokens": tokens, "prompt_length": 3, **claim})
+    with pytest.raises(TypeError, match="expected a causal language model"):
         audit_sampler(lambda x: x, drawn)
-    with pytest.raises(ValueError, match=r"tokens \[3\]"):
-        audit_logits(torch.zeros(2, 5), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="NaN or infinite"):
         audit_logits(torch.full((60, 5), math.nan), torch.zeros(60, dtype=torch.long))
 
@@ -472,6 +426,5 @@ def test_bad_input_is_refused_with_what_to_do(model):
 def test_a_package_s_own_rollout_is_one(model):
     """A model loaded with trust_remote_code returns a Rollout of its package's own module."""
     drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
-    foreign = dataclasses.make_dataclass("Rollout", [field.name for field in dataclasses.fields(Rollout)])
-    theirs = foreign(**{field.name: getattr(drawn, field.name) for field in dataclasses.fields(Rollout)})
+    theirs = type("Rollout", (Rollout,), {})(**vars(drawn))
     assert audit_sampler(model, theirs).tokens == drawn.response_mask.sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_library
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -78,7 +78,7 @@ def audit(
     """
     import torch
 
-    from sampler_audit import audit_sampler
+    from sampler_audit import audit_sampler, rollout_from_tokens
     from sampling_gpt2_value import Sampling
 
     options = None if generate is None else _options_of(generate)
@@ -102,12 +102,12 @@ def audit(
         console.working("drawing")
         draw = _by_rollout(model, claim) if options is None else _by_generate(model, claim, options)
         rows, lengths = _drawn(draw, queries, claim, tokens, copies=_copies(model, options))
-        asked: dict[str, Any] = {"prompt_length": lengths}
-        if score_padding and claim.eos_token_id:  # with prompt_length, a response would end there
-            is_response = [torch.arange(len(row)) >= n for row, n in zip(rows, lengths, strict=True)]
-            asked = {"response_mask": torch.nn.utils.rnn.pad_sequence(is_response, batch_first=True)}
+        ends = () if score_padding else claim.eos_token_id
+        responses = [_up_to_end(row[n:].tolist(), ends) for row, n in zip(rows, lengths, strict=True)]
+        starts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+        drawn = replace(rollout_from_tokens(starts, responses, sampling=Sampling(eos_token_id=ends)), sampling=claim)
         console.working("auditing")
-        found = audit_sampler(model, rows, alpha=alpha, **asked, **asdict(claim))
+        found = audit_sampler(model, drawn, alpha=alpha)
         if plot is not None:
             found.plot(plot)
     except OptionsError as error:
@@ -127,6 +127,10 @@ def audit(
         console.show(str(found), rows_shown)
     if not found.honest:
         raise typer.Exit(EXIT_DISHONEST)
+
+
+def _up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)
 
 
 def _options_of(pairs: Sequence[str]) -> dict[str, Any]:

@@ -17,9 +17,10 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 import dishonest_samplers  # noqa: E402
 import torch  # noqa: E402
 from conftest import make_tiny_model  # noqa: E402
+from test_sampler_audit import audit_logits  # noqa: E402
 
 from generation_gpt2_value import rollout  # noqa: E402
-from sampler_audit import SamplerAudit, audit_logits, audit_sampler  # noqa: E402
+from sampler_audit import SamplerAudit, audit_sampler  # noqa: E402
 
 SHAPES = ((200, 20), (40, 100))  # rows, steps: 4,000 tokens
 V = 96
