@@ -1,15 +1,12 @@
 """Every code block of the README and of docs/ runs as it stands, and what the pages name is there.
 
 The blocks of a page run in order, in one temporary folder, against the tests' Hub: Python in a fresh namespace for each
-block, so that each can be pasted on its own, and `gpt2-value` by the entry point that is installed. Each page has its
-own process, forked from one that has imported transformers: that takes longer than most blocks.
+block, so that each can be pasted on its own, and `gpt2-value` by its function. Each page has a process of its own.
 """
 
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,36 +23,19 @@ BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # by `.ci/run`, tests/test_demo.py, tests/test_generate_quirks.py, tests/test_libraries.py, and below.
 NOT_RUN = ("make", "pip", "python", "accelerate")
 RUN = """
-import importlib.metadata, json, os, shlex, signal, sys
-from transformers import AutoTokenizer, GPT2LMHeadModel
-
-def run(steps):
-    [command] = importlib.metadata.entry_points(group="console_scripts", name="gpt2-value")
-    for language, name, code in steps:
-        print(code.strip(), flush=True)
-        if language == "python":
-            exec(compile(code, name, "exec"), {"__name__": "__main__"})
-            continue
-        sys.argv = shlex.split(code)
-        try:
-            command.load()()
-        except SystemExit as ended:
-            if ended.code:
-                raise
-
-for line in sys.stdin:
-    page = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(240)  # before pytest's own limit, which would leave this process behind
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        output = os.open(page["output"], os.O_WRONLY)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.chdir(page["folder"])
-        run(page["steps"])
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+import json, shlex, sys
+from hub_tools.cli import main
+for language, name, code in json.load(sys.stdin):
+    print(code.strip(), flush=True)
+    if language == "python":
+        exec(compile(code, name, "exec"), {"__name__": "__main__"})
+        continue
+    sys.argv = shlex.split(code)
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
 """
 
 
@@ -73,37 +53,10 @@ def commands(code):
     return [line for line in lines if line]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A Hub, an interpreter of a user who has a token for it, and the user's cache."""
-    home = tmp_path_factory.mktemp("user") / "home"
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    with HubServer({"hf_me": User("me")}) as hub:
-        own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_me", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        with subprocess.Popen(
-            [sys.executable, "-c", RUN],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            env={**inherited, **own, "OMP_NUM_THREADS": "1"},
-        ) as interpreter:
-            yield hub, interpreter, home
-            os.killpg(interpreter.pid, signal.SIGKILL)  # a page still runs, if its test was interrupted
-
-
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(blocks(page)) and page.name not in ABOUT_PPO], ids=lambda page: page.name
 )
-def test_every_block_runs_as_it_stands(page, place, tmp_path, tiny_tokenizer):
-    hub, interpreter, home = place
-    shutil.rmtree(home, ignore_errors=True)
-    hub.repos.clear()  # another page's
-    base = tmp_path / "gpt2"
-    write_published_checkpoint(base)
-    tiny_tokenizer.save_pretrained(base)
-    hub.create("openai-community/gpt2", {path.name: path.read_bytes() for path in base.iterdir()})
+def test_every_block_runs_as_it_stands(page, tmp_path, tiny_tokenizer):
     steps = []
     for language, code in blocks(page):
         if language == "python":
@@ -111,14 +64,28 @@ def test_every_block_runs_as_it_stands(page, place, tmp_path, tiny_tokenizer):
         else:
             steps += [(language, page.name, line) for line in commands(code) if line.split()[0] not in NOT_RUN]
     assert all(line.startswith("gpt2-value ") for language, _, line in steps if language == "bash")
-    folder, output = tmp_path / "work", tmp_path / "output"
+    if not steps:
+        return
+    base = tmp_path / "gpt2"
+    write_published_checkpoint(base, n_positions=256)
+    tiny_tokenizer.save_pretrained(base)
+    folder, home = tmp_path / "work", tmp_path / "user" / "home"
     folder.mkdir()
-    output.touch()
-    line = json.dumps({"folder": str(folder), "output": str(output), "steps": steps})
-    interpreter.stdin.write(f"{line}\n")
-    interpreter.stdin.flush()
-    status = interpreter.stdout.readline()
-    assert status == "0\n", f"{page.name}: {status}{output.read_text()}"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    with HubServer({"hf_me": User("me")}) as hub:
+        hub.create("openai-community/gpt2", {path.name: path.read_bytes() for path in base.iterdir()})
+        own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_me", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", RUN],
+            input=json.dumps(steps),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=folder,
+            timeout=240,
+            env={**inherited, **own, "OMP_NUM_THREADS": "1"},
+        )
+    assert done.returncode == 0, f"{page.name}: {done.stdout}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

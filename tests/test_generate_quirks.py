@@ -12,6 +12,8 @@ def test_every_quirk_is_caught_and_every_rollout_passes(name):
     model = plain_twin(make_tiny_model(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1))
     with torch.no_grad():
         model.transformer.ln_f.weight.mul_(3)  # as sharp as a trained one's
-    told, drawn = example.audits(model, torch.randint(1, 96, (240, 4)), 7, name, example.QUIRKS[name])
+    prompts = torch.randint(1, 96, (240, 4))
+    end = int(model(prompts).logits.softmax(-1).mean((0, 1)).argmax())  # one that ends many rows
+    told, drawn = example.audits(model, prompts, end, name, example.QUIRKS[name])
     assert told.p_value < 1e-4
     assert drawn.honest
