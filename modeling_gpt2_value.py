@@ -50,8 +50,8 @@ class Projection(nn.Module):
 
     def __init__(self, inputs, outputs):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=torch.float32))
 
     def forward(self, hidden_states):
         weight, bias = self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype)
@@ -164,15 +164,21 @@ class GPT2ValueModel(GPT2LMHeadModel):
         arguments = dict(zip(GPT2_PARAMETERS, args, strict=False))
         twice = [name for name in arguments if name in kwargs]
         arguments.update(kwargs)
-        for name, other in (("lm_labels", "labels"), *((name, CACHE) for name in CACHE_NAMES if name != CACHE)):
+        labels, cache = None, None
+        for name in ("labels", "lm_labels"):
             given = arguments.pop(name, None)
-            if given is not None and arguments.get(other) is not None:
-                twice.append(name)
-            arguments[other] = arguments.get(other) if given is None else given
+            twice += [name] if given is not None and labels is not None else []
+            labels = labels if given is None else given
+        for name in CACHE_NAMES:
+            given = arguments.pop(name, None)
+            twice += [name] if given is not None and cache is not None else []
+            if given is not None:
+                cache = given
+                # Where GPT-2 still takes the old name, it says itself that the name goes.
+                arguments[name if CACHE == "cache" else CACHE] = cache
         if twice:
             raise TypeError(f"{type(self).__name__}.forward() got {', '.join(twice)} twice, or under two names.")
-        labels, logits_to_keep = arguments.pop("labels"), arguments.pop("logits_to_keep", 0)
-        return_dict, cache = arguments.pop("return_dict", None), arguments[CACHE]
+        logits_to_keep, return_dict = arguments.pop("logits_to_keep", 0), arguments.pop("return_dict", None)
         mask, inputs = arguments.get("attention_mask"), arguments.get("input_ids")
         inputs = arguments.get("inputs_embeds") if inputs is None else inputs  # neither: GPT2Model says what is missing
         if arguments.get("position_ids") is None and inputs is not None and mask is not None and mask.dim() == 2:

@@ -48,14 +48,13 @@ def refusals(model):
     found = []
     for dtype in (torch.bfloat16, torch.float16):
         model = copy.deepcopy(model).to(dtype)
-        for settings in ({}, {"top_k": 5}, {"top_p": 0.8, "temperature": 0.5}, {"temperature": 2.0}):
-            for ends in (None, ENDS):
-                try:
-                    rollout(model, PROMPTS, max_new_tokens=COLUMNS, eos_token_id=ends, **settings)
-                except SelfCheckError as error:
-                    found.append(f"{dtype}, {settings}, {ends}: {error}")
-                except (RuntimeError, ValueError):  # a layer without this dtype, or numbers that it cannot hold
-                    break
+        for settings in ({"eos_token_id": None, "top_k": 5}, {"eos_token_id": ENDS, "top_p": 0.8, "temperature": 0.5}):
+            try:
+                rollout(model, PROMPTS, max_new_tokens=COLUMNS, **settings)
+            except SelfCheckError as error:
+                found.append(f"{dtype}, {settings}: {error}")
+            except (RuntimeError, ValueError):  # a layer without this dtype, or numbers that it cannot hold
+                break
     return found
 
 
