@@ -21,21 +21,13 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2B
 from transformers.pytorch_utils import Conv1D
 
 CACHE_NAMES = ("cache", "past_key_values")  # of a forward's argument: transformers 5.24 renamed it
+CACHE = next(
+    name for name in CACHE_NAMES if name in inspect.signature(GPT2LMHeadModel.forward).parameters
+)  # what the installed one calls it
 # What `GPT2Decoder` computes itself, with the forwards that these classes had when this module was imported.
-OWN_FORWARDS = {
-    kind: kind.forward
-    for kind in (
-        GPT2Model,
-        GPT2Block,
-        GPT2Attention,
-        GPT2MLP,
-        Conv1D,
-        nn.Linear,
-        nn.Embedding,
-        nn.LayerNorm,
-        nn.Dropout,
-    )
-}
+PARTS = GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, Conv1D
+PARTS += nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList
+OWN_FORWARDS = {kind: kind.forward for kind in PARTS}
 OWN_LM_FORWARD = GPT2LMHeadModel.forward
 OWN_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -134,10 +126,7 @@ class Decoder:
 
 
 class GPT2Decoder(Decoder):
-    """For a plain GPT-2: keys and values are written into storage of their final size.
-
-    On a CPU the products are oneDNN's (`Products`), in about half the time of torch's default.
-    """
+    """For a plain GPT-2: keys and values are written into storage of their final size."""
 
     def __init__(self, model, tokens, mask):
         super().__init__(model, tokens, mask)
@@ -148,7 +137,7 @@ class GPT2Decoder(Decoder):
         dtype = torch.promote_types(model.dtype, torch.float32) if on_cpu else model.dtype
         self.past = torch.zeros(shape, dtype=dtype, device=tokens.device)
         self.seen = 0  # columns whose keys and values are in `past`
-        self.linear = Products(model.dtype) if on_cpu else plain_product
+        self.linear = Products(model, tokens.device)
         gelu = config.activation_function == "gelu_new"  # transformers computes it in eight steps
         self.activation = nn.GELU(approximate="tanh") if gelu else model.transformer.h[0].mlp.act
 
@@ -236,16 +225,13 @@ def forward_parameters(model):
     names: set = set()
     for kind in type(model).__mro__:
         if kind is nn.Module:  # all classes handed **kwargs on, to a model inside
-            names |= {"position_ids", *(name for name in CACHE_NAMES if name in GPT2_PARAMETERS)}
+            names |= {"position_ids", CACHE}
         elif "forward" in vars(kind):
             parameters = inspect.signature(vars(kind)["forward"]).parameters
             names |= parameters.keys()
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                 break
     return names
-
-
-GPT2_PARAMETERS = tuple(inspect.signature(GPT2LMHeadModel.forward).parameters)[1:]  # without self, in their order
 
 
 def check_tokens(model, tokens, mask, new_tokens=0):
@@ -277,11 +263,10 @@ def are_ids(tokens):
     return not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
 
 
-# Whether a call does what the class says. A hook, or a forward that somebody replaced, would be passed over by
-# `GPT2Decoder`, by a call of the body alone and by a score request; then the model's own call is used instead.
+# Whether a call does what the class says. `GPT2Decoder`, a call of the body alone and a score request would pass over a
+# hook, or a forward that somebody replaced; then the model's own call is used instead.
 
-# Hooks of these hand arguments and outputs through; transformers 5 leaves hooks on every model.
-LIBRARIES = ("torch", "transformers", "accelerate", "peft")
+LIBRARIES = ("torch", "transformers", "accelerate", "peft")  # their hooks hand arguments and outputs through
 
 
 def library_of(function):
@@ -289,37 +274,38 @@ def library_of(function):
     return (getattr(getattr(function, "func", function), "__module__", None) or "").split(".")[0]
 
 
-def has_hooks(module, but_by=("transformers",)):
+def has_hooks(module, but_by):
     """Whether hooks other than these libraries' see a call of the module."""
     everywhere = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks
     groups = module._forward_pre_hooks, module._forward_hooks, *everywhere
     return any(library_of(hook) not in but_by for group in groups for hook in group.values())
 
 
-def is_replaced(module):
-    """Whether the module has a forward of its own, other than Accelerate's, which keeps the one of the class."""
-    fields = vars(module)
-    forward = fields.get("_original_forward", fields.get("_old_forward", fields.get("forward")))
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+def calls_only(module, forward, but_by=("transformers",)):
+    """Whether a call of the module runs this forward of its class, with no hooks but these libraries'.
+
+    transformers 5 leaves hooks on every model. Accelerate puts a forward on a module, and keeps the one of the class.
+    """
+    mine = vars(module).get("forward")
+    if "accelerate" in but_by:
+        mine = vars(module).get("_original_forward", vars(module).get("_old_forward", mine))
+    own = mine is None or getattr(mine, "__func__", None) is forward
+    own_call = type(module).forward is forward and library_of(type(module).__call__) in LIBRARIES
+    return own and own_call and not has_hooks(module, but_by)
 
 
 def is_plain(model):
     """Whether calling the model runs the forward of GPT2LMHeadModel or GPT2ValueModel, and nothing else."""
-    own = type(model).forward is getattr(type(model), "own_forward", OWN_LM_FORWARD)
-    own_call = type(model).__call__ is nn.Module.__call__
-    return own and own_call and "forward" not in vars(model) and not has_hooks(model)
+    return calls_only(model, getattr(type(model), "own_forward", OWN_LM_FORWARD))
 
 
 def takes_requests(model):
     """Whether a call of the model reaches `GPT2ValueModel.forward` with its `score`, and nobody changes its output."""
     *wrappers, inner = unwrapped(model)
-    own = type(inner).forward is getattr(type(inner), "own_forward", None) and not is_replaced(inner)
-    if not own or type(inner).__call__ is not nn.Module.__call__ or has_hooks(inner, LIBRARIES):
-        return False
     forwards = [vars(wrapper).get("forward", type(wrapper).forward) for wrapper in wrappers]
-    return all(library_of(each) in LIBRARIES for each in forwards) and not any(
-        has_hooks(wrapper, LIBRARIES) for wrapper in wrappers
-    )
+    if any(library_of(each) not in LIBRARIES for each in forwards) or any(has_hooks(w, LIBRARIES) for w in wrappers):
+        return False
+    return hasattr(inner, "own_forward") and calls_only(inner, type(inner).own_forward, LIBRARIES)
 
 
 def can_decode_fast(model):
@@ -330,16 +316,15 @@ def can_decode_fast(model):
     odd = config.scale_attn_by_inverse_layer_idx, config.reorder_and_upcast_attn, config.add_cross_attention
     if any(odd) or not config.scale_attn_weights or config._attn_implementation not in ("eager", "sdpa"):
         return False
-    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not OWN_SDPA:
-        return False
-    others = nn.ModuleList, type(ACT2FN[config.activation_function])
+    act = type(ACT2FN[config.activation_function])
+    forwards = {**OWN_FORWARDS, act: act.forward}
     for module in (model.lm_head, *model.transformer.modules()):
-        own = type(module) in others or type(module).forward is OWN_FORWARDS.get(type(module))
         # Quantised weights, sharded ones and pruned heads are of another class or shape.
         plain = all(type(weight) is nn.Parameter for weight in module.parameters(recurse=False))
-        if not (own and plain) or "forward" in vars(module) or has_hooks(module):
+        if not plain or not calls_only(module, forwards.get(type(module))):
             return False
-    return all(block.attn.c_attn.weight.shape[1] == 3 * config.n_embd for block in model.transformer.h)
+    wide = all(block.attn.c_attn.weight.shape[1] == 3 * config.n_embd for block in model.transformer.h)
+    return wide and ALL_ATTENTION_FUNCTIONS["sdpa"] is OWN_SDPA
 
 
 # Weights that FSDP2 spreads over processes: a call gathers them, so all processes have to make the same calls.
@@ -367,8 +352,8 @@ def without_dropout(model, *, checkpointing=False):
     """The model as `eval()` leaves it, without writing to it: copies of its modules, which share weights and hooks.
 
     A hook that keeps state on its module keeps it on the copy, which is thrown away. With `checkpointing`, layers whose
-    activations are checkpointed still are; without, they can use a cache. Raises TypeError where there is dropout that
-    the copy cannot reach.
+    activations are checkpointed still are; without, they can use a cache. Dropout that a function keeps, which somebody
+    put in the place of a forward, is out of reach, and found by `check_itself`.
     """
     if not any(module.training for module in model.modules()):
         return model
@@ -395,11 +380,6 @@ def _bound_to_copies(function, copies, module):
         return functools.partial(function.func, *arguments, **function.keywords)
     if isinstance(function, MethodType) and function.__self__ in copies:
         return MethodType(function.__func__, copies[function.__self__])
-    if any(child.training and any(_dropouts(child)) for child in module.modules()):
-        raise TypeError(
-            f"the forward of a {type(module).__name__} was replaced by a function whose dropout "
-            "cannot be switched off from outside: call model.eval() first."
-        )
     return function
 
 
@@ -411,27 +391,22 @@ def _dropouts(module):
             yield name
 
 
-# Products of a CPU by oneDNN, which torch's own inductor calls so. Weights are packed for one rollout, and so are never
-# older than the model's.
-
-
-def plain_product(x, layer, activation=None):
-    """The layer as it is, and the activation."""
-    return layer(x) if activation is None else activation(layer(x))
+# Products by oneDNN, which torch's own inductor calls so: in half the time of torch's default on a CPU. Weights are
+# packed for one rollout, and so are never older than the model's.
 
 
 class Products:
-    """Linear layers on a CPU: `products(x, layer, activation)` is `activation(layer(x))`, by oneDNN where it can."""
+    """Linear layers: `products(x, layer, activation)` is `activation(layer(x))`, by oneDNN where this processor can."""
 
-    def __init__(self, dtype):
+    def __init__(self, model, device):
         # A processor without products of bfloat16 or float16 takes float32's, which round the same sums.
-        candidates = (dtype, torch.promote_types(dtype, torch.float32)) if torch.backends.mkldnn.enabled else ()
-        self.dtype = next(filter(_can_pack, candidates), None)
+        wanted = (model.dtype, torch.promote_types(model.dtype, torch.float32)) if device.type == "cpu" else ()
+        self.dtype = next(filter(_can_multiply, wanted), None)
         self.packed: dict = {}
 
     def __call__(self, x, layer, activation=None):
         if self.dtype is None:
-            return plain_product(x, layer, activation)
+            return layer(x) if activation is None else activation(layer(x))
         if layer not in self.packed:  # Conv1D keeps its weight as [in, out]; oneDNN wants [out, in]
             weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
             weight, bias = (w if w is None else w.to(self.dtype) for w in (weight, layer.bias))
@@ -445,16 +420,13 @@ class Products:
 
 
 @functools.lru_cache
-def _can_pack(dtype):
-    """Whether this torch has oneDNN's packed linear layers, and they compute the same."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+def _can_multiply(dtype):
+    """Whether this torch and processor have oneDNN's linear layers for a dtype."""
+    x = torch.ones((2, 8), dtype=dtype)
+    if not (torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()):
         return False
-    x, weight = (torch.arange(2048.0).view(32, 64).mul(scale).sin().to(dtype) for scale in (0.7, 1.3))
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-        pairs = (x, packed), (x[:1], weight.t().contiguous().t())  # one row by a weight as Conv1D has it
-        products = [torch.ops.mkldnn._linear_pointwise(*pair, None, "none", [], "") for pair in pairs]
-    except RuntimeError:  # a dtype that this processor has no products for
+        torch.ops.mkldnn._linear_pointwise(x, torch.ops.mkldnn._reorder_linear_weight(x, 2), None, "none", [], "")
+    except (AttributeError, RuntimeError):  # no such function; no such products
         return False
-    expected, bound = F.linear(x, weight), 64 * torch.finfo(dtype).eps
-    return all(torch.allclose(product, expected[: len(product)], rtol=0, atol=bound) for product in products)
+    return True

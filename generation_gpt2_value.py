@@ -10,7 +10,6 @@ from typing import Optional
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 try:
     from .decoding_gpt2_value import are_ids, check_tokens, decoder_for, device_of, keep_pace, unwrapped, vocabulary_of
@@ -26,7 +25,7 @@ try:
         warn,
         whole_number,
     )
-    from .scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, check_prompts, rescore
+    from .scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, rescore
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
@@ -44,7 +43,7 @@ except ImportError:
         warn,
         whole_number,
     )
-    from scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, check_prompts, rescore
+    from scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, rescore
 
 __all__ = ["Rescored", "Rollout", "Sampling", "SelfCheckError", "rescore", "respond_to_batch", "rollout"]
 
@@ -121,15 +120,21 @@ def _draw_responses(model, prompts, prompt_mask, T, vocabulary, pad, sampling, g
     (B, P), device = prompts.shape, prompts.device
     tokens, mask = nn.functional.pad(prompts, (0, T), value=pad), nn.functional.pad(prompt_mask, (0, T))  # [B, P+T]
     decoder = decoder_for(model, tokens, mask)
+    running = torch.ones(B, dtype=torch.bool, device=device)
     logits, value = decoder.logits_and_values(P)  # [B, V], [B]
-    check_prompts(model, prompts, prompt_mask, logits)
+    # Before anything is drawn: the most probable next tokens, as if they had been drawn.
+    top = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).max(-1, keepdim=True)
+    seen, one = torch.cat([prompts, top.indices], 1), torch.ones_like(top.indices)
+    as_drawn = Rollout(
+        seen, torch.cat([prompt_mask, one], 1), top.indices, one > 0, top.values, None, running, None, Sampling()
+    )
+    check_itself("prompt", model, as_drawn, top.values)
 
     # float64, so that rare tokens are drawn as often as they should.
     where = device if generator is None else generator.device
     uniforms = torch.rand((T, B), generator=generator, device=where, dtype=torch.float64).to(device)
     ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
     early = torch.arange(T, device=device) < sampling.min_new_tokens
-    running = torch.ones(B, dtype=torch.bool, device=device)
     logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
     values = None if value is None else value.new_zeros((B, T))
     bits = tokens.new_zeros((B, T, -(-vocabulary // 8)), dtype=torch.uint8) if sampling.cuts_off(vocabulary) else None
@@ -230,30 +235,38 @@ class Rollout:
             raise ValueError(
                 "expected rollouts with the same sampling, one at least: their settings tell how to score."
             )
-        sampling = rollouts[0].sampling
-        for name in ("logprobs", "values", "kept"):
-            if len({getattr(each, name) is None for each in rollouts}) > 1:
-                raise ValueError(f"some of these rollouts have {name} and others not; expected all, or none.")
+        ends = rollouts[0].sampling.eos_token_id
         T = max(each.responses.shape[1] for each in rollouts)
         P = max(each.sequences.shape[1] - each.responses.shape[1] for each in rollouts)
-        pad = (*sampling.eos_token_id, 0)[0]
-        sequences, masks, responses, drawn, logprobs, values, kept = [], [], [], [], [], [], []
-        for each in rollouts:
-            after = T - each.responses.shape[1]
-            before = P + T - after - each.sequences.shape[1]
-            sequences.append(nn.functional.pad(each.sequences, (before, after), value=pad))
-            masks.append(nn.functional.pad(each.attention_mask, (before, after)))
-            responses.append(nn.functional.pad(each.responses, (0, after), value=pad))
-            drawn.append(nn.functional.pad(each.response_mask, (0, after)))
-            if each.logprobs is not None:
-                logprobs.append(nn.functional.pad(each.logprobs, (0, after)))
-            if each.values is not None:
-                values.append(nn.functional.pad(each.values, (0, after)))
-        if rollouts[0].kept is not None:
-            kept = _sets_alike([each.kept for each in rollouts], T)
-        tensors = [torch.cat(part) if part else None for part in (sequences, masks, responses, drawn, logprobs, values)]
-        truncated = torch.cat([each.truncated for each in rollouts])
-        return cls(*tensors, truncated, torch.cat(kept) if kept else None, sampling)
+
+        def joined(name, fill=0, prompts=False):
+            parts = [getattr(each, name) for each in rollouts]
+            if any(part is None for part in parts):
+                if not all(part is None for part in parts):
+                    raise ValueError(f"some of these rollouts have {name} and others not; expected all, or none.")
+                return None
+            if name == "kept":
+                parts = _alike(parts)
+            padded = []
+            for part, each in zip(parts, rollouts, strict=True):
+                after = T - each.responses.shape[1]
+                before = P + T - after - each.sequences.shape[1] if prompts else 0
+                inner = (0, 0) * (part.dim() - 2)
+                padded.append(nn.functional.pad(part, (*inner, before, after), value=fill))
+            return torch.cat(padded)
+
+        pad = (*ends, 0)[0]
+        return cls(
+            joined("sequences", pad, prompts=True),
+            joined("attention_mask", prompts=True),
+            joined("responses", pad),
+            joined("response_mask"),
+            joined("logprobs"),
+            joined("values"),
+            torch.cat([each.truncated for each in rollouts]),
+            joined("kept"),
+            rollouts[0].sampling,
+        )
 
     def repeat(self, times):
         """All rows so many times, one copy after the other."""
@@ -272,14 +285,13 @@ class Rollout:
 torch.serialization.add_safe_globals([Rollout, Sampling])
 
 
-def _sets_alike(sets, T):
-    """Kept sets `[B, T, K]` of several rollouts with columns up to T, as ids of one width, or as bits."""
+def _alike(sets):
+    """Kept sets `[B, T, K]` of several rollouts as ids of one width, or all as bits."""
     packed = [each.shape[-1] for each in sets if each.dtype == torch.uint8]
     if packed:
-        sets = [each if each.dtype == torch.uint8 else as_bits(as_mask(each, 8 * packed[0])) for each in sets]
-        return [nn.functional.pad(each, (0, 0, 0, T - each.shape[1])) for each in sets]
+        return [each if each.dtype == torch.uint8 else as_bits(as_mask(each, 8 * packed[0])) for each in sets]
     K = max(each.shape[-1] for each in sets)
-    return [nn.functional.pad(each, (0, K - each.shape[-1], 0, T - each.shape[1]), value=-1) for each in sets]
+    return [nn.functional.pad(each, (0, K - each.shape[-1]), value=-1) for each in sets]
 
 
 # What a caller passes
@@ -299,36 +311,34 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
             raise TypeError(f"{name} has {sorted(rows)}; expected input_ids, as a tokenizer returns them.")
         attention_mask = rows.get("attention_mask") if attention_mask is None else attention_mask
         rows = rows["input_ids"]
-    if not isinstance(rows, torch.Tensor):
-        try:
-            rows = [torch.as_tensor(row) for row in rows]
-        except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists
-            raise TypeError(f"{name} holds no token ids ({error}); expected tensors of ids, not texts.") from error
-        if not rows:
-            raise ValueError(f"{name} is empty; expected at least one prompt.")
-        for row, ids in enumerate(rows):
-            if ids.dim() != 1 or (len(ids) and not are_ids(ids)):  # torch makes an empty list a float tensor
-                raise TypeError(
-                    f"{name}[{row}] has the shape {[*ids.shape]} and is {ids.dtype}; expected token ids, 1-D and of an "
-                    "integer dtype: one list of ids for each row."
-                )
-        masks = [torch.ones_like(ids) for ids in rows] if attention_mask is None else attention_mask
-        masks = [torch.as_tensor(mask) for mask in masks]
-        if [mask.shape for mask in masks] != [ids.shape for ids in rows]:
-            raise ValueError(f"attention_mask has other lengths than the rows of {name}; expected the same.")
-        attention_mask = pad_sequence([mask.long() for mask in masks], batch_first=True)
-        rows = pad_sequence([ids.long() for ids in rows], batch_first=True)
-    if rows.dim() != 2:
-        raise ValueError(f"{name} has shape {list(rows.shape)}; expected [batch, tokens]: try {name}[None].")
-    if not are_ids(rows):
-        raise TypeError(f"{name} is {rows.dtype}; expected token ids, an integer dtype: try .long().")
-    if attention_mask is None and any(e.any() and not e.all() for e in (rows[:, :1] == pad, rows[:, -1:] == pad)):
-        warn(f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask")
-    mask = torch.ones_like(rows, dtype=torch.long) if attention_mask is None else torch.as_tensor(attention_mask)
-    if mask.shape != rows.shape:
-        raise ValueError(f"attention_mask has shape {[*mask.shape]}, {name} {[*rows.shape]}; expected the same.")
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
-    mask, rows = mask.long().to(rows.device), rows.long()
-    order = mask.argsort(dim=1, stable=True, descending=right)  # tokens stay in their order
-    return rows.masked_fill(mask == 0, pad).gather(1, order), mask.gather(1, order)
+    is_tensor = isinstance(rows, torch.Tensor)
+    try:
+        rows = [torch.as_tensor(row) for row in rows]
+    except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists
+        raise TypeError(f"{name} holds no token ids ({error}); expected rows of ids, not texts.") from error
+    if not rows:
+        raise ValueError(f"{name} is empty, there are no rows; expected at least one prompt.")
+    masks = [torch.ones_like(row) for row in rows] if attention_mask is None else attention_mask
+    masks = [torch.as_tensor(mask, device=row.device) for mask, row in zip(masks, rows, strict=False)]
+    if [mask.shape for mask in masks] != [row.shape for row in rows]:
+        raise ValueError(f"attention_mask has another shape than {name}; expected the same.")
+    for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        if row.dim() != 1 or (len(row) and not are_ids(row)):  # torch makes an empty list a float tensor
+            raise TypeError(
+                f"{name}[{number}] has the shape {[*row.shape]} and is {row.dtype}; expected token ids, 1-D and of an "
+                "integer dtype: a row of ids for each prompt."
+            )
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
+    columns = max(len(row) for row in rows)
+    if is_tensor and attention_mask is None and columns:
+        for edge in ([int(row[0]) for row in rows], [int(row[-1]) for row in rows]):
+            if 0 < edge.count(pad) < len(rows):
+                warn(f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask")
+    tokens = rows[0].new_full((len(rows), columns), pad, dtype=torch.long)  # [B, P]
+    seen = torch.zeros_like(tokens)
+    for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        ids = row[mask.bool()]
+        place = slice(0, len(ids)) if right else slice(columns - len(ids), columns)
+        tokens[number, place], seen[number, place] = ids.long(), 1
+    return tokens, seen

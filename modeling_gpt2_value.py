@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 # transformers 4.57.6 to 5.0.0 copy from a local folder only what is named here: what generation needs must be, too.
 try:
     from .configuration_gpt2_value import GPT2ValueConfig
-    from .decoding_gpt2_value import CACHE_NAMES, GPT2_PARAMETERS, as_scalars, positions, without_dropout
+    from .decoding_gpt2_value import CACHE, CACHE_NAMES, as_scalars, positions, without_dropout
     from .generation_gpt2_value import rollout
     from .sampling_gpt2_value import Sampling
     from .scoring_gpt2_value import rescore
@@ -28,12 +28,12 @@ except ImportError:
         raise
     # In a checkout or a wheel these files are top-level modules.
     from configuration_gpt2_value import GPT2ValueConfig
-    from decoding_gpt2_value import CACHE_NAMES, GPT2_PARAMETERS, as_scalars, positions, without_dropout
+    from decoding_gpt2_value import CACHE, CACHE_NAMES, as_scalars, positions, without_dropout
     from generation_gpt2_value import rollout
     from sampling_gpt2_value import Sampling  # noqa: F401
     from scoring_gpt2_value import rescore
 
-CACHE = next(name for name in CACHE_NAMES if name in GPT2_PARAMETERS)  # what this transformers calls it
+SIGNATURE = inspect.signature(GPT2LMHeadModel.forward)  # of the installed transformers
 # Trainer's label smoothing shifts the labels only for the class names in this registry; the keys are not used.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(gpt2_value="GPT2ValueModel", gpt2_value_seed="GPT2HeadWithValueModel")
 
@@ -150,7 +150,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         """Let the value loss's gradient reach the body again. Saved with the model."""
         self.config.detach_value_head = False
 
-    def forward(self, *args, score=None, **kwargs):
+    def forward(self, *args, **kwargs):
         """`GPT2LMHeadModel.forward` with whatever arguments the installed one takes, plus the value of every token.
 
         The cache may be called `cache` or `past_key_values`, and `labels` `lm_labels`, as in the seed. Arguments that
@@ -161,24 +161,16 @@ class GPT2ValueModel(GPT2LMHeadModel):
         Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises ValueError
         for a mask that leaves out the cache or the input, TypeError for an argument that is given twice.
         """
-        arguments = dict(zip(GPT2_PARAMETERS, args, strict=False))
-        twice = [name for name in arguments if name in kwargs]
-        arguments.update(kwargs)
-        labels, cache = None, None
-        for name in ("labels", "lm_labels"):
-            given = arguments.pop(name, None)
-            twice += [name] if given is not None and labels is not None else []
-            labels = labels if given is None else given
-        for name in CACHE_NAMES:
-            given = arguments.pop(name, None)
-            twice += [name] if given is not None and cache is not None else []
-            if given is not None:
-                cache = given
-                # Where GPT-2 still takes the old name, it says itself that the name goes.
-                arguments[name if CACHE == "cache" else CACHE] = cache
-        if twice:
-            raise TypeError(f"{type(self).__name__}.forward() got {', '.join(twice)} twice, or under two names.")
-        logits_to_keep, return_dict = arguments.pop("logits_to_keep", 0), arguments.pop("return_dict", None)
+        # What is passed by position gets the names of the installed transformers; other names stay.
+        arguments = SIGNATURE.bind_partial(self, *args, **kwargs).arguments
+        arguments.update(arguments.pop("kwargs", {}))
+        del arguments["self"]
+        score, return_dict = arguments.pop("score", None), arguments.pop("return_dict", None)
+        labels, logits_to_keep = _either(arguments, "labels", "lm_labels"), arguments.pop("logits_to_keep", 0)
+        # Where the body still takes an old name of the cache, it says itself that the name goes.
+        named = next((name for name in CACHE_NAMES if arguments.get(name) is not None), CACHE)
+        cache = _either(arguments, *CACHE_NAMES)
+        arguments[named if named in CACHE_NAMES[CACHE_NAMES.index(CACHE) :] else CACHE] = cache
         mask, inputs = arguments.get("attention_mask"), arguments.get("input_ids")
         inputs = arguments.get("inputs_embeds") if inputs is None else inputs  # neither: GPT2Model says what is missing
         if arguments.get("position_ids") is None and inputs is not None and mask is not None and mask.dim() == 2:
@@ -205,7 +197,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         logits = lm_head(hidden_states[:, kept, :])  # [batch, kept, vocabulary]
         loss = None
         if labels is not None:
-            for_loss = {name: given for name, given in arguments.items() if name not in GPT2_PARAMETERS}
+            for_loss = {name: given for name, given in arguments.items() if name not in SIGNATURE.parameters}
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **for_loss)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 loss = loss + 0.0 * value.sum()  # DistributedDataParallel waits for a gradient of every parameter
@@ -216,9 +208,17 @@ class GPT2ValueModel(GPT2LMHeadModel):
         return output if return_dict else output.to_tuple()
 
     # generate() and Trainer read the names of arguments off the signature.
-    forward.__signature__ = inspect.signature(GPT2LMHeadModel.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = SIGNATURE  # type: ignore[attr-defined]
 
     own_forward = forward  # tells a subclass that overrides forward: it is sampled and scored by its own logits
+
+
+def _either(arguments, name, other):
+    """Take out what was given under either name of one argument; TypeError where it was given under both."""
+    given = [arguments.pop(each, None) for each in (name, other)]
+    if None not in given:
+        raise TypeError(f"got {name} and {other}, two names of one argument: pass {name} alone.")
+    return given[0] if given[1] is None else given[1]
 
 
 class GPT2HeadWithValueModel(GPT2ValueModel):

@@ -101,7 +101,9 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     if values_only and (with_entropy or reference is not None):
         raise ValueError("values_only=True runs no output layer; entropy and KL need it: ask for them in another call.")
     inner = unwrapped(model)[-1]
-    _warn_of_frozen_head(inner)
+    head = [*getattr(inner, "v_head", nn.Identity()).parameters()] if hasattr(inner, "peft_config") else []
+    if torch.is_grad_enabled() and head and not any(weight.requires_grad or weight.any() for weight in head):
+        warn('the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it')
     rollout, T = rollout.to(device_of(model)), rollout.responses.shape[1]
     tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
     seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
@@ -213,83 +215,75 @@ def _reference_inputs(model, reference, vocabulary, seen, T):
 
 EVERY = 16  # calls: one row alone costs 6% of a rollout of 16 rows, so 0.4% in the mean
 MOST_COLUMNS = 256  # of that row: a wrong state stays wrong to its end
-# Of a model: in how many calls since its last check it was used, by how. A model that is gone is forgotten.
-_calls_since: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# Of each model, by situation: its calls since the first. A model that is gone is forgotten.
+_calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class SelfCheckError(RuntimeError):
     """A model gives a row other log-probabilities in a batch than alone: what was drawn is not what would be scored."""
 
 
-def check_itself(doing, model, rollout, logprobs):
+def check_itself(what, model, rollout, logprobs):
     """Raise SelfCheckError where a row alone has other log-probabilities than `logprobs [B, T]`, if a check is due.
 
-    The row is the one with most padding among those with most drawn tokens, which goes on after others have ended.
+    It is at the first call for a model; when its class, config, dtype, hooks, or numbers kept on its modules have
+    changed, or rows are padded or end at different times and were not before; and at every 16th call. (Libraries cannot
+    change within a process.) The row is the one with most padding among those with most drawn tokens, which goes on
+    after others have ended.
     """
-    drawn, mask = rollout.response_mask, rollout.attention_mask
+    inner, drawn, mask = unwrapped(model)[-1], rollout.response_mask, rollout.attention_mask
     lengths = drawn.sum(1)
     padding = (mask == 0).sum(1) - (~drawn).sum(1)
+    situation = hash((what, computation_of(inner), bool(padding.any()), bool((lengths != lengths[0]).any())))
+    calls = _calls.setdefault(inner, {})
+    due = anywhere(model, calls.get(situation, 0) % EVERY == 0)
+    difference, bounds = torch.zeros(1), torch.ones(1)
     row = int((lengths * mask.shape[1] + padding).argmax())
-
-    def compare():
-        tokens = rollout.sequences[row][mask[row].bool()]  # [n]
-        is_drawn = nn.functional.pad(drawn[row], (mask.shape[1] - drawn.shape[1], 0))[mask[row].bool()]
-        places = is_drawn.nonzero().squeeze(-1)[-MOST_COLUMNS:]
-        if len(places) == 0:
-            return torch.zeros(1), torch.zeros(1), 0.0
-        steps = drawn[row].nonzero().squeeze(-1)[-MOST_COLUMNS:]
-        first, taken = int(places[0]), tokens[places].unsqueeze(-1)
-        logits = logits_alone(model, tokens[:-1], len(tokens) - first)[places - first]  # [columns, V]
-        kept = None if rollout.kept is None else rollout.kept[row, steps]
-        early = steps < rollout.sampling.min_new_tokens
-        scaled = sampling_distribution(logits, rollout.sampling, early=early, kept=kept)
-        alone = scaled.log_softmax(-1).gather(-1, taken).squeeze(-1)
-        sizes = torch.maximum(logits.amax(-1).abs(), logits.gather(-1, taken).squeeze(-1).abs())
-        bounds = _bounds(model, logits, sizes) / rollout.sampling.temperature
-        return logprobs[row, steps].detach(), alone, bounds
-
-    ragged = bool(padding.any()), bool((lengths != lengths[0]).any())
-    advice = (
-        "pass prompts of one length and eos_token_id=None, set attn_implementation='eager', or remove what changes it"
-    )
-    _check_if_due(model, (doing, *ragged), compare, f"row {row} of this {doing}", advice)
+    if due and lengths[row] > 0:
+        difference, bounds = _difference_alone(model, rollout, logprobs, row)
+    if anywhere(model, not (difference / bounds).square().mean() <= 1):  # NaN is wrong, too
+        raise SelfCheckError(
+            f"a {type(inner).__name__} gives row {row} of this {what} log-probabilities {difference.max():.3g} "
+            "nats from those that it has alone, without padding or cache, in this or another process (transformers "
+            f"{transformers.__version__}). What is drawn so cannot be trusted. Pass prompts of one length, a call for "
+            "each length (recurrent models run on over padding), and eos_token_id=None; set "
+            "attn_implementation='eager'; or remove what changes the model's call."
+        )
+    calls[situation] = calls.get(situation, 0) + 1  # not after an error: the next call is checked again
 
 
-def check_prompts(model, prompts, mask, logits):
-    """Raise SelfCheckError where the prompt with most padding alone has other `logits [B, V]`, if a check is due."""
-    row = int(mask.sum(1).argmin())
+def _difference_alone(model, rollout, logprobs, row):
+    """By how much a row's `logprobs [B, T]` differ from those that it has alone, and may differ: `[columns]` each."""
+    drawn, seen, sampling = rollout.response_mask[row], rollout.attention_mask[row].bool(), rollout.sampling
+    tokens = rollout.sequences[row][seen]  # [n]
+    is_drawn = nn.functional.pad(drawn, (len(seen) - len(drawn), 0))[seen]  # [n]
+    places, steps = (flags.nonzero().squeeze(-1)[-MOST_COLUMNS:] for flags in (is_drawn, drawn))
+    taken = tokens[places].unsqueeze(-1)
+    logits = logits_alone(model, tokens[:-1], len(tokens) - int(places[0]))[places - places[0]]  # [columns, V]
+    kept = None if rollout.kept is None else rollout.kept[row, steps]
+    scaled = sampling_distribution(logits, sampling, early=steps < sampling.min_new_tokens, kept=kept)
+    alone = scaled.log_softmax(-1).gather(-1, taken).squeeze(-1)
+    found = logprobs[row, steps].detach()
+    sizes = torch.maximum(logits.amax(-1).abs(), logits.gather(-1, taken).squeeze(-1).abs())
+    return torch.where(found == alone, 0.0, found - alone).abs(), _bounds(model, logits, sizes) / sampling.temperature
 
-    def compare():
-        alone = logits_alone(model, prompts[row][mask[row].bool()], 1)[0]
-        found, expected = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (logits[row], alone))
-        return found.log_softmax(-1), expected.log_softmax(-1), _bounds(model, alone, expected.abs())
 
-    advice = "it runs on over padding, as recurrent models do: pass prompts of one length, one call for each length"
-    if anywhere(model, not mask.all()):
-        _check_if_due(model, ("prompts",), compare, f"the padded prompt {row}", advice)
+def _bounds(model, logits, sizes):
+    """By how much a log-probability may differ that was computed in another order, for logits of these sizes.
 
-
-def _check_if_due(model, situation, compare, what, advice):
-    """Compare what was found in a batch, the same alone, and bounds for the difference, where that is due.
-
-    That is: at the first call for a model; again when its class, config, dtype, hooks, or numbers kept on its modules
-    have changed, or the situation is another; and at every 16th call. Libraries cannot change within a process.
+    Half of the digits, sqrt(eps), for what layers make of a rounding, and the rounding of a logit itself: float32 sums
+    of thousands of products err by some 64 eps, products of 16 bits are summed in float32 and rounded once, 2 eps.
+    Root mean squares over the row are held against that: those of honest models stay below a third of it in float32,
+    bfloat16 and float16; a wrong cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. eps is that
+    of the coarsest dtype in use: of the weights, of the logits (which autocast rounds), of TF32.
     """
-    inner = unwrapped(model)[-1]
-    calls = _calls_since.setdefault(inner, {})
-    key = hash((situation, computation_of(inner)))
-    since = calls.get(key, 0)
-    if anywhere(model, since % EVERY == 0):
-        found, alone, bounds = compare()
-        difference = torch.where(found == alone, 0.0, found - alone).abs()
-        excess = (difference / bounds).square().mean().sqrt()
-        if anywhere(model, not excess <= 1):
-            raise SelfCheckError(
-                f"a {type(inner).__name__} gives {what} log-probabilities that are {difference.max():.3g} nats from "
-                f"those that it has alone, without padding or cache; transformers is {transformers.__version__}. "
-                f"Nothing that was drawn can be trusted: {advice}."
-            )
-    calls[key] = since + 1  # not after an error: the next call is checked again
+    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    dtypes |= {dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(logits, logits.to(dtype).to(logits))}
+    dtypes.add(
+        {"high": torch.float16, "medium": torch.bfloat16}.get(torch.get_float32_matmul_precision(), torch.float32)
+    )
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes
 
 
 def computation_of(model):
@@ -309,23 +303,6 @@ def computation_of(model):
     return hash(tuple(parts))
 
 
-def _bounds(model, logits, sizes):
-    """By how much a log-probability may differ that was computed in another order, for logits of these sizes.
-
-    Half of the digits, sqrt(eps), for what layers make of a rounding, and the rounding of a logit itself: float32 sums
-    of thousands of products err by some 64 eps, products of 16 bits are summed in float32 and rounded once, 2 eps.
-    Root mean squares are compared with that: honest models stay below a third of it in float32, bfloat16 and float16;
-    a wrong cache, position, padding or dropout is off by 0.5 to 17 nats. eps is that of the coarsest dtype in use: of
-    the weights, of the logits (which autocast rounds), of TF32.
-    """
-    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-    dtypes |= {dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(logits, logits.to(dtype).to(logits))}
-    precision = torch.get_float32_matmul_precision()
-    dtypes.add({"high": torch.float16, "medium": torch.bfloat16}.get(precision, torch.float32))
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    return math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes
-
-
 # What a caller passes
 
 
@@ -334,50 +311,39 @@ def check_rollout(rollout):
     if type(rollout).__name__ != "Rollout" or not hasattr(rollout, "sampling"):
         # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
         raise TypeError(f"got a {type(rollout).__name__}; expected the Rollout of this version.")
-    if type(rollout.sampling).__name__ != "Sampling":
-        raise TypeError(f"rollout.sampling is a {type(rollout.sampling).__name__}; expected a Sampling.")
-    for name in ("sequences", "responses"):
-        if getattr(getattr(rollout, name), "ndim", 0) != 2:
-            raise TypeError(f"rollout.{name} is no tensor of two dimensions; expected [batch, tokens].")
-    integers = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
-    floats = torch.float32, torch.float64, torch.bfloat16, torch.float16
-    shape, T = [*rollout.sequences.shape], rollout.responses.shape[-1]
-    sets = [*rollout.responses.shape, *([] if rollout.kept is None else rollout.kept.shape[2:3])]
-    for name, dtypes, expected in (
-        ("sequences", integers, [shape[0], max(shape[-1], T + 1)]),
-        ("attention_mask", (*integers, torch.bool), shape),
-        ("responses", integers, [shape[0], T]),
-        ("response_mask", (torch.bool,), [shape[0], T]),
-        ("logprobs", floats, [shape[0], T]),
-        ("values", floats, [shape[0], T]),
-        ("kept", (torch.int32, torch.uint8), sets),
+    tensors = rollout.sequences, rollout.attention_mask, rollout.responses, rollout.response_mask
+    tokens, mask, responses, drawn = tensors
+    numbers = [each for each in (rollout.logprobs, rollout.values) if each is not None]
+    if type(rollout.sampling).__name__ != "Sampling" or any(getattr(each, "ndim", 0) != 2 for each in tensors):
+        raise TypeError("a rollout has tensors [batch, tokens], and a Sampling; this one has something else there.")
+    kept = responses.unsqueeze(-1).int() if rollout.kept is None else rollout.kept
+    if not {tokens.dtype, mask.dtype, responses.dtype} <= {torch.int64} or drawn.dtype != torch.bool:
+        raise TypeError("a rollout's sequences, attention_mask and responses are int64, its response_mask is bool.")
+    if kept.dtype not in (torch.int32, torch.uint8) or not all(each.is_floating_point() for each in numbers):
+        raise TypeError("a rollout's logprobs and values are floats, its kept sets int32 ids or uint8 bits.")
+    B, T = responses.shape
+    shapes = [each.shape for each in (drawn, *numbers, kept[..., 0])]
+    if any(shape != (B, T) for shape in shapes) or mask.shape != tokens.shape or tokens[:, -T:].shape != (B, T):
+        raise ValueError(
+            f"a rollout's parts have the shapes {[*tokens.shape]} (sequences), {[*mask.shape]} (attention_mask) and "
+            f"{[[*shape] for shape in (responses.shape, *shapes)]}; expected [{B}, P+{T}] and [{B}, {T}]."
+        )
+    token = responses.unsqueeze(-1)  # [B, T, 1]
+    if kept.dtype == torch.int32:
+        is_kept = (kept == token).any(-1) & (kept >= -1).all(-1)
+    else:
+        byte = kept.gather(-1, (token // 8).clamp(0, kept.shape[-1] - 1))
+        is_kept = (byte >> (token % 8) & 1 > 0).squeeze(-1)
+    for problem, where in (
+        ("an attention_mask with other numbers than 0 and 1", (mask != 0) & (mask != 1)),
+        ("a response that is not the one in sequences", (responses != tokens[:, -T:]) & drawn),
+        ("a drawn token that attention_mask leaves out", (mask[:, -T:] == 0) & drawn),
+        ("a drawn token that is not in its kept set", ~is_kept & drawn),
     ):
-        tensor = getattr(rollout, name)
-        if tensor is None and name in ("logprobs", "values", "kept"):
-            continue
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes:
-            found = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"rollout.{name} is {found}; expected a tensor of {dtypes[0]}.")
-        if [*tensor.shape] != expected:
-            raise ValueError(f"rollout.{name} has the shape {[*tensor.shape]}; expected {expected}.")
-    mask, drawn = rollout.attention_mask, rollout.response_mask
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("rollout.attention_mask holds other numbers than 0 and 1; expected 1 for a token.")
-    wrong = {
-        "is not the one in `sequences`": rollout.responses != rollout.sequences[:, -T:],
-        "is drawn, and masked in `attention_mask`": mask[:, -T:] == 0,
-    }
-    if rollout.kept is not None:
-        taken = rollout.responses.unsqueeze(-1).long()
-        if rollout.kept.dtype == torch.int32:
-            wrong["is not in its kept set of ids"] = ~(rollout.kept == taken).any(-1) | (rollout.kept < -1).any(-1)
-        else:
-            byte = rollout.kept.gather(-1, (taken // 8).clamp(0, rollout.kept.shape[-1] - 1)).squeeze(-1)
-            wrong["is not in its kept set of bits"] = (byte >> (taken % 8).squeeze(-1)) & 1 == 0
-    for what, where in wrong.items():
-        for row, step in (where & drawn).nonzero().tolist():
+        if where.any():
+            row, column = where.nonzero()[0].tolist()
             raise ValueError(
-                f"rollout.responses[{row}, {step}], the token {int(rollout.responses[row, step])}, {what}."
+                f"the rollout has {problem} (row {row}, column {column}); was it changed since it was drawn?"
             )
 
 
@@ -388,9 +354,3 @@ def check_finite(logprobs):
             f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them. "
             "Check the weights (a diverged training step?), or use bfloat16 instead of float16."
         )
-
-
-def _warn_of_frozen_head(model):
-    head = [*getattr(model, "v_head", nn.Identity()).parameters()] if hasattr(model, "peft_config") else []
-    if torch.is_grad_enabled() and head and not any(weight.requires_grad or weight.any() for weight in head):
-        warn('the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it')

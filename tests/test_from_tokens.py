@@ -205,7 +205,7 @@ ENDS = Sampling(eos_token_id=2)
         ({"responses": torch.tensor([7, 8])}, ValueError, r"try responses\[None\]"),
         ({"prompts": [5, 6]}, TypeError, r"prompts\[0\] has the shape \[\]"),
         ({"prompts": [[5], []]}, ValueError, r"the token 6, has no prompt before it"),
-        ({"prompts": [[5], [6]], "attention_mask": [[1], [1, 1]]}, ValueError, "attention_mask has other lengths"),
+        ({"prompts": [[5], [6]], "attention_mask": [[1], [1, 1]]}, ValueError, "attention_mask has another shape"),
         ({"responses": [[7, 2], [6, 2, 2]], "sampling": ENDS}, ValueError, r"\[1\]\[2\], the token 2, comes after"),
         ({"responses": [[7, 2, 9], [6]], "sampling": ENDS}, ValueError, r"\[0\]\[2\], the token 9, comes after"),
         (
