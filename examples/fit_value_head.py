@@ -91,7 +91,7 @@ def fit_value_head(model: GPT2ValueModel, scored: Scored, *, batch_size: int = 3
         ValueError: the head is not one linear layer to one value.
     """
     head = model.v_head
-    if not isinstance(head.summary, torch.nn.Linear) or not isinstance(head.activation, torch.nn.Identity):
+    if isinstance(head.summary, torch.nn.Identity) or not isinstance(head.activation, torch.nn.Identity):
         raise ValueError(
             "the value head is not linear (summary_use_proj is off, or summary_activation is on in config.json); "
             "the fit in closed form needs GPT-2's own settings"
