@@ -73,6 +73,7 @@ def use_forks(*, in_this_process=True):
         server = _real(
             command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env={**clean, "OMP_NUM_THREADS": "1"}
         )
+        listener.close()  # the server has its own
         atexit.register(lambda: (server.kill(), server.wait(), folder.cleanup()))
         os.environ[ADDRESS] = str(path)
     if in_this_process:
@@ -136,6 +137,11 @@ class Forked(subprocess.Popen):
         except BlockingIOError:
             return 0, 0
         return self.pid, status
+
+    def _handle_exitstatus(self, *args, **kwargs):
+        super()._handle_exitstatus(*args, **kwargs)
+        if self._connection is not None:
+            self._connection.close()
 
     def _internal_poll(self, *args, **kwargs):
         if self._connection is None:
