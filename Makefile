@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # The tests of a file share what takes long to make: one process runs them all, files in their order.
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
-.PHONY: help app-test demo test test-oldest test-newest families common-tests launches check docs bench bench-ppo ppo-evidence matrix \
+.PHONY: help app-test pictures demo test test-oldest test-newest families common-tests launches check docs bench bench-ppo ppo-evidence matrix \
 	audit-power compare-trl faults fuzz release-hashes wheel clean ppo
 .DEFAULT_GOAL := help
 
@@ -105,6 +105,9 @@ compare-trl: .venv/.done .trl/.done  ## checkpoints, PPO and an exported critic 
 	$(BIN)/python tests/slow/compare_ppo_with_trl.py compare .trl/ppo
 	$(BIN)/python tests/slow/critic_in_trl.py write .trl/critic
 	.trl/bin/python tests/slow/critic_in_trl.py compare .trl/critic
+
+pictures: demo  ## the README's pictures, from the demo's page and the app in a headless Chromium
+	$(BIN)/python tests/slow/pictures.py
 
 app-test: .venv/.done  ## the app and strangers' pages in a headless Chromium; screenshots in runs/app
 	$(BIN)/python -m pytest -q tests/slow/app_in_browser.py

@@ -106,6 +106,7 @@ def run(base: str | None, folder: Path, seed: int) -> None:
         rollout = model.rollout(
             queries, max_new_tokens=length, eos_token_id=tokenizer.eos_token_id, generator=generator
         )
+        model.name_or_path = Path(checkpoint).name if base else "a small GPT-2"
         show(rollout, tokenizer, model).save(page)
         say("The same tokens, coloured by value, by log-probability or by entropy.")
 

@@ -18,7 +18,7 @@ MOST_CHARACTERS, MOST_RESPONSES, MOST_TOKENS = 2_000, 4, 128
 EXAMPLE = "My most favourite movie is"
 
 model = AutoModel.from_pretrained(MODEL, revision=COMMIT, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=COMMIT)
+tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=COMMIT, trust_remote_code=True)
 
 
 def chip(text: str, logprob: float, value: float, largest: float) -> str:
@@ -75,4 +75,4 @@ with gr.Blocks(title=MODEL, analytics_enabled=False) as page:
 page.queue(max_size=16, default_concurrency_limit=1, api_open=False)
 
 if __name__ == "__main__":
-    page.launch(share=False, max_file_size=0)
+    page.launch(share=False, max_file_size=0, footer_links=["gradio"])
