@@ -229,7 +229,8 @@ def forward_parameters(model):
         elif "forward" in vars(kind):
             parameters = inspect.signature(vars(kind)["forward"]).parameters
             names |= parameters.keys()
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            rest = [each.name for each in parameters.values() if each.kind is each.VAR_KEYWORD]
+            if not rest or rest == ["deprecated_arguments"]:  # BLOOM's, which warns of what it is given
                 break
     return names
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from support.families import ENDS, build, difference
 from support.settings import RAGGED
 
@@ -9,7 +10,10 @@ from generation_gpt2_value import respond_to_batch, rollout
 
 RIGHT = ["llama", "opt", "openai-gpt", "gpt_neo", "bloom"]
 # Recurrent, hybrid, and those that count positions by columns or by ids.
-OTHER = ["rwkv", "recurrent_gemma", "mamba", "mamba2", "falcon_mamba", "jamba", "lfm2", "qwen3_next", "bart", "roberta"]
+OTHER = ["rwkv", "mamba", "mamba2", "falcon_mamba", "jamba", "lfm2", "qwen3_next", "bart", "roberta"]
+STATEFUL = ["rwkv", "mamba", "mamba2", "falcon_mamba", "jamba"]
+if transformers.__version__ >= "5":  # before, its states stay in its modules: its own second call fails
+    OTHER, STATEFUL = [*OTHER, "recurrent_gemma"], [*STATEFUL, "recurrent_gemma"]
 
 
 @pytest.mark.parametrize("family", RIGHT)
@@ -43,7 +47,7 @@ def test_a_recurrent_model_is_right_or_refused_by_name(family):
         assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("family", ["rwkv", "mamba", "mamba2", "falcon_mamba", "recurrent_gemma", "jamba"])
+@pytest.mark.parametrize("family", STATEFUL)
 def test_rows_of_equal_length_that_do_not_end_are_right(family):
     model = build(family)
     prompts = torch.tensor([[5, 17, 3], [80, 2, 9], [41, 9, 7]])

@@ -45,7 +45,7 @@ def padded(amount, side="left"):
 
 
 def test_every_argument_of_gpt2_gives_what_gpt2_gives():
-    model = make_tiny_model(attn_implementation="eager", add_cross_attention=True)
+    model, crossing = (make_tiny_model(attn_implementation="eager", add_cross_attention=c) for c in (False, True))
     twin = plain_twin(model)
     labels, encoder = IDS.masked_fill(IDS == 7, -100), torch.randn(2, 3, 32)
     each = {
@@ -73,9 +73,11 @@ def test_every_argument_of_gpt2_gives_what_gpt2_gives():
         "everything": {"labels": labels, "output_hidden_states": True, "output_attentions": True},
     }
     assert set(FORWARD) - {"self", "kwargs", "past_key_values", "cache"} <= set(each)
-    twin.loss_type = "ForCausalLM"
     for name, arguments in each.items():
-        ours, theirs = model(**{"input_ids": IDS, **arguments}), twin(**{"input_ids": IDS, **arguments})
+        own = crossing if "encoder" in name else model
+        plain = plain_twin(own)
+        plain.loss_type = "ForCausalLM"
+        ours, theirs = own(**{"input_ids": IDS, **arguments}), plain(**{"input_ids": IDS, **arguments})
         if name != "return_dict":
             assert list(ours) == [*theirs, "value"], name
             assert ours.value.shape == IDS.shape
