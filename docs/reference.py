@@ -14,10 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ne
 import pdoc
 import pdoc.render
 
+import gpt2_value
 import hub_tools
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "docs"
 MODULES = (
+    "gpt2_value",
     "modeling_gpt2_value",
     "configuration_gpt2_value",
     "generation_gpt2_value",
@@ -33,8 +35,9 @@ MODULES = (
 
 def build(folder: Path) -> None:
     """Write the reference as HTML; raises UserWarning where pdoc warns."""
-    for name in hub_tools.__all__:  # pdoc reads `vars(module)`, where names that are imported at first use are missing
-        vars(hub_tools)[name] = getattr(hub_tools, name)
+    for package in (hub_tools, gpt2_value):
+        for name in package.__all__:  # pdoc reads `vars(module)`, where names imported at first use are missing
+            vars(package)[name] = getattr(package, name)
     pdoc.render.configure(docformat="google", footer_text=f"gpt2-value {hub_tools.__version__}")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -74,24 +74,20 @@ def identity(observed: torch.Tensor, expected: torch.Tensor, covariance: torch.T
 def order(transforms: torch.Tensor, drawn: torch.Tensor) -> Outcome:
     """Is each draw independent of the others? Of the transforms `[B, T]` where `drawn [B, T]`, by two tests.
 
-    Neighbours: correlations of the first two Legendre polynomials of each transform with those of the next in the row,
-    and of the same step in the next row (Neyman, 1937, "Smooth test for goodness of fit"), as self-normalised sums,
-    whose tails are no heavier than normal ones for few pairs either (Efron, 1969, "Student's t-test under symmetry
-    conditions"). Repeats: the strongest correlation of each row with the one so many rows later, as of processes that
-    began with one seed.
+    Patterns: the strongest line in the two-dimensional periodogram of the normal scores (Fisher, 1929, "Tests of
+    significance in harmonic analysis"): neighbours that are alike, alternation, drift, a sequence that repeats from row
+    to row. Repeats: the strongest correlation of each row with the one so many rows later, as of processes that began
+    with one seed.
     """
-    x = 2.0 * transforms - 1.0
-    scores = torch.stack([math.sqrt(3.0) * x, math.sqrt(5.0) * (3.0 * x**2 - 1.0) / 2.0], -1)  # [B, T, 2]
-    squares, terms = torch.zeros((), dtype=torch.float64), 0
-    for here, there, pairs in (
-        (scores[:, :-1], scores[:, 1:], drawn[:, :-1] & drawn[:, 1:]),
-        (scores[:-1], scores[1:], drawn[:-1] & drawn[1:]),
-    ):
-        if pairs.sum() >= LEAST_PAIRS:
-            products = here[pairs].unsqueeze(-1) * there[pairs].unsqueeze(-2)  # [pairs, 2, 2]
-            squares, terms = squares + (products.sum(0) ** 2 / (products**2).sum(0)).sum(), terms + 4
-    neighbours = chi_square_tail(squares, terms) if terms else 1.0
-    return Outcome(float(squares), terms, both(neighbours, _repeats(scores[..., 0], drawn)))
+    scores = normal_scores(transforms, drawn)
+    power = torch.fft.fft2(scores).abs() ** 2 / int(drawn.sum())
+    # Real and imaginary part have the variances (1 +- r) / 2, with r from the mask: P(power > x) <= exp(-x / (1 + r)).
+    mask = torch.fft.fft2(drawn.double()).abs() / int(drawn.sum())
+    rows, steps = (torch.arange(size) * 2 % size for size in drawn.shape)
+    strongest = float((power / (1.0 + mask[rows][:, steps])).amax())
+    lines = (drawn.numel() + 1) // 2  # a real signal has every line twice
+    pattern = -math.expm1(lines * math.log1p(-math.exp(-strongest))) if strongest > 0 else 1.0
+    return Outcome(strongest, lines, both(pattern, _repeats(2.0 * transforms - 1.0, drawn)))
 
 
 def _repeats(scores, drawn):
@@ -118,8 +114,7 @@ def spread(transforms: torch.Tensor, variances: torch.Tensor, drawn: torch.Tenso
         variances: `[B, T]`, of the log-probability of a token that is drawn there.
         evenness: the probability that honest transforms are spread over the unit interval as evenly as these, or more.
     """
-    normal = torch.special.ndtri(transforms.clamp(1e-12, 1 - 1e-12))
-    scores = (normal * variances.sqrt()).masked_fill(~drawn, 0.0)
+    scores = normal_scores(transforms, drawn) * variances.sqrt()
     results = []
     for dim in (1, 0):
         sums, expected = scores.sum(dim), variances.masked_fill(~drawn, 0.0).sum(dim)  # of each row, or step
@@ -135,6 +130,11 @@ def spread(transforms: torch.Tensor, variances: torch.Tensor, drawn: torch.Tenso
     if not results:
         return Outcome(0.0, 0, 1.0)
     return Outcome(*results[0][:2], both(evenness, *(result.p_value for result in results)))
+
+
+def normal_scores(transforms: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers as standard normal ones; 0 where nothing was drawn."""
+    return torch.special.ndtri(transforms.clamp(1e-12, 1 - 1e-12)).masked_fill(~drawn, 0.0)
 
 
 def both(*p_values: float) -> float:
