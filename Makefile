@@ -7,11 +7,11 @@ BIN := .venv/bin
 PIP := pip install --quiet --disable-pip-version-check
 # Otherwise each of the many interpreters that the tests start compiles the project again.
 unexport PYTHONDONTWRITEBYTECODE
-# The tests of a file share what takes long to make: one process runs them all, files in their order.
+# The tests of a file share what takes long to make: one process runs them all, slow files first (tests/conftest.py).
 BY_FILE := --dist loadscope --no-loadscope-reorder
 
 .PHONY: help app-test pictures demo test test-oldest test-newest families common-tests launches check docs bench bench-ppo ppo-evidence matrix \
-	audit-power compare-trl faults fuzz release-hashes wheel clean ppo
+	audit-power compare-trl faults fuzz quantised sweeps release-hashes wheel clean ppo
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -115,6 +115,11 @@ app-test: .venv/.done  ## the app and strangers' pages in a headless Chromium; s
 audit-power: .venv/.done  ## dishonest samplers that the audit catches, honest ones that it does not pass (slow)
 	$(BIN)/python tests/slow/audit_power.py
 
+quantised: .venv/.done  ## models whose weights torchao has quantised
+	PYTHONPATH=.venv/torchao $(BIN)/python -m pytest -q tests/slow/quantised.py
+
+sweeps: faults fuzz quantised families common-tests launches audit-power app-test matrix  ## every slow target above
+
 faults: .venv/.done  ## fail every request of a push in every way; prints request x fault -> outcome
 	$(BIN)/python tests/slow/fault_sweep.py
 	env -u HF_HUB_DISABLE_XET $(BIN)/python tests/slow/fault_sweep.py --xet
@@ -126,8 +131,8 @@ fuzz: .venv/.done  ## spoil packages, checkpoints and adapters in 10,000 ways; p
 release-hashes: .venv/.done  ## add this version's code to the list of releases, before it is released
 	$(BIN)/python -m hub_tools.package.record
 
-wheel: .venv/.done  ## build dist/*.whl
-	$(BIN)/python -m build --wheel --quiet
+wheel:  ## build dist/*.whl
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:  ## remove what the targets above made
 	rm -rf .venv .oldest .newest .matrix .trl build dist demo runs *.egg-info
