@@ -43,10 +43,23 @@ def pytest_configure(config):
 
 # xdist gives out whole files in this order: with the slow ones first, two processes end together.
 SLOW_FIRST = (
-    "test_ppo test_two_processes test_docs test_scored_as_drawn test_rollout test_sampler_audit test_checkpoints"
-    " test_push_faults test_demo test_undisturbed test_notebook test_self_check test_families test_kill_during_save"
-    " test_corrupt_packages test_cli"
-).split()
+    "test_ppo",
+    "test_two_processes",
+    "test_docs",
+    "test_scored_as_drawn",
+    "test_rollout",
+    "test_sampler_audit",
+    "test_checkpoints",
+    "test_push_faults",
+    "test_demo",
+    "test_undisturbed",
+    "test_notebook",
+    "test_self_check",
+    "test_families",
+    "test_kill_during_save",
+    "test_corrupt_packages",
+    "test_cli",
+)
 
 
 def pytest_collection_modifyitems(items):
