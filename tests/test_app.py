@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,25 @@ def test_a_body_that_is_too_large_is_not_read(page):
     for headers in ({"Content_Length": "20000000"}, {"Transfer_Encoding": "chunked"}, {"Content_Length": "9" * 30}):
         status, _ = ask(port, f"{path}/gradio_api/queue/join", "POST", **headers)
         assert status in (400, 403)
+
+
+def test_there_are_only_a_few_sessions_at_a_time(page):
+    port, path = page
+    open_ones = []
+    for number in range(app.MOST_OPEN + 1):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", f"{path}/gradio_api/heartbeat/{number}")
+        open_ones.append((connection, connection.getresponse()))
+    statuses = [answer.status for _, answer in open_ones]
+    assert statuses.count(200) <= app.MOST_OPEN
+    assert statuses[-1] == 403
+    for connection, answer in open_ones:
+        answer.close()
+        connection.close()
+    waited = time.monotonic() + 20
+    while ask(port, f"{path}/")[0] != 200:
+        assert time.monotonic() < waited
+        time.sleep(0.2)
 
 
 def test_the_page_may_load_nothing_from_elsewhere(page):
