@@ -18,7 +18,6 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import json
