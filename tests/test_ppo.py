@@ -342,7 +342,7 @@ def test_the_kl_of_an_untrained_policy_is_zero_by_every_estimator_and_setting(qu
 def test_estimators_agree_on_a_trained_policy(quick):
     """k1 and k3 are estimates of the exact KL; after some training all three are of the same size."""
     found = {}
-    larger = {"batch_size": 64, "minibatch_size": 16, "kl_coef": 0.0, "iterations": 4, "learning_rate": 3e-3}
+    larger = {"batch_size": 48, "minibatch_size": 12, "kl_coef": 0.0, "iterations": 3, "learning_rate": 5e-3}
     for kind in ("k1", "k3", "exact"):
         found[kind] = trained(elsewhere(quick, kind, kl_estimator=kind, **larger))[-1]["kl"]
     assert found["exact"] > 0.2
@@ -542,16 +542,14 @@ def writer(tmp_path_factory):
         return demo_settings(Recipe(vocab_size=768, n_embd=64, n_layer=1, steps=200))
 
 
-@pytest.mark.parametrize("lora_rank", [0, 8])
-def test_the_sentiment_of_a_lexicon_rises(writer, tmp_path, lora_rank):
+def test_the_sentiment_of_a_lexicon_rises(writer, tmp_path):
     settings = PPOSettings(
         **writer,
         out=tmp_path,
         iterations=12,
         batch_size=48,
         max_new_tokens=24,
-        learning_rate=1e-2 if lora_rank else 1e-3,
-        lora_rank=lora_rank,
+        learning_rate=1e-3,
         cpu=True,
     )
     metrics = trained(settings)
