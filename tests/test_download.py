@@ -142,11 +142,16 @@ def test_a_file_larger_than_a_model_needs_is_not_downloaded(server, tmp_path, ou
 @pytest.mark.parametrize("way", ["an endless body", "more than announced", "less", "other bytes"])
 def test_what_is_not_as_announced_is_not_kept(server, tmp_path, outline, files, way):
     server.create(REPO, files)
+
+    class OfTheConfig(Fault):
+        def strikes(self, request):
+            return request.path.endswith("/config.json")
+
     size = {"an endless body": 0, "more than announced": 50_000_000, "less": 1}.get(way, len(files["config.json"]))
-    server.faults.append(Fault(route="resolve", body=bytes(size), endless=way == "an endless body"))
+    server.faults.append(OfTheConfig(body=bytes(size), endless=way == "an endless body"))
     with pytest.raises(HubRefusedError):
         fetch(REPO, cache_dir=tmp_path / "cache")
-    assert not sizes_in(tmp_path / "cache")
+    assert not {"config.json", "model.safetensors"} & set(sizes_in(tmp_path / "cache"))
 
 
 def test_a_server_that_knows_no_ranges_does_not_make_inspection_read_all(server, tmp_path, files):
@@ -181,10 +186,16 @@ ODD = [
 def test_nothing_that_a_hub_says_leads_out_of_the_cache(server, tmp_path, outline, files, route, body):
     server.create(REPO, files)
     server.faults.append(Fault(route=route, body=body))
+    if route == "model_info":  # and the rest is as ever
+        oid = "9e26dfeeb6e641a33dae4961196235bdb965b21b"
+        listing = [{"type": "file", "path": "config.json", "size": 2, "oid": oid}]
+        server.faults.append(Fault(route="tree", body=json.dumps(listing).encode()))
+        server.faults.append(Fault(route="resolve", body=b"{}"))
     for look in (lambda: fetch(REPO, cache_dir=tmp_path / "cache"), lambda: fetch_outline(REPO, outline)):
         with pytest.raises(GPT2ValueHubError):
             look()
     assert not sizes_in(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"outline", "cache"}
 
 
 def test_the_base_that_an_adapter_names_is_fetched_within_bounds(server, tmp_path, monkeypatch):
