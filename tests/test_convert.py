@@ -474,9 +474,11 @@ def test_the_source_is_left_as_it_is_and_cannot_be_the_target(tmp_path):
     before = contents()
     convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     for source in (tmp_path / "theirs", tmp_path / "theirs" / "model.safetensors"):
-        with pytest.raises(errors.FolderRefusedError, match="to be converted"):
+        with pytest.raises(errors.FolderRefusedError, match="would be lost"):
             convert_checkpoint(source, tmp_path / "theirs")
     assert contents() == before
+    convert_checkpoint(tmp_path / "ours", tmp_path / "ours")  # a package may be
+    verify_package(tmp_path / "ours")
 
 
 def test_the_tokenizer_and_the_generation_config_travel(tiny_tokenizer, tmp_path):

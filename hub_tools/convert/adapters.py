@@ -18,53 +18,38 @@ from configuration_gpt2_value import GPT2ValueConfig
 from ..errors import ConversionError, MissingHeadError, MissingLibraryError, PackageError, as_ours
 from ..layout import HEAD_PREFIX
 from ..package.weights import build_model
-from .heads import BIAS, BODY_DTYPES, WEIGHT, Translation, listed, plain_name
+from .heads import BIAS, BODY_DTYPES, WEIGHT, Translation, listed, plain_name, same
 
-MOST_RANK, MOST_NAMES = 1 << 16, 512
+MOST_NAMES = 512
 MERGE_THERE = "merge it with peft (merge_and_unload), save the result, and convert that"
 # Other initialisations (pissa, olora, loftq, corda, lora_ga) change the base model, and the adapter is what differs.
 KEEPS_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
-# Fields that do not change how the adapter is merged: those of its training, its base, and its initialisation.
+# Fields that do not change how the adapter is merged: those of its training, its base, its initialisation; and those
+# that say which layers it has, of which rank. Some of these are expressions, and the tensors say it as well.
 OF_NO_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "peft_type", "task_type", "init_lora_weights",
+    "runtime_config", "peft_type", "task_type", "init_lora_weights", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "r",
 }  # fmt: skip
 LITERAL = re.compile(r"\^?(?:[A-Za-z0-9_]|\\?\.)+")  # a name; nothing in it can take long to match
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MOST_RANK
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e9
 
 
-def _are(kind: type, values: Any) -> bool:
-    return isinstance(values, list) and len(values) <= MOST_NAMES and all(type(value) is kind for value in values)
+def _is_switch(value: Any) -> bool:
+    return type(value) is bool
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, str) or _are(str, value)
-
-
-# What decides how a LoRA is merged, and what its fields may be.
+# What decides how a LoRA is merged, and what it may be.
 FIELDS: Mapping[str, Callable[[Any], bool]] = {
-    "r": _is_rank,
     "lora_alpha": _is_number,
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), lambda value: type(value) is bool),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), _is_switch),
     "bias": ("none", "all", "lora_only").__contains__,
-    **dict.fromkeys(("target_modules", "exclude_modules"), _are_names),
-    "modules_to_save": lambda value: _are(str, value),
-    "layers_to_transform": lambda value: _are(int, value if isinstance(value, list) else [value]),
-    "layers_pattern": ("", [], "h", ["h"]).__contains__,
-    "rank_pattern": lambda value: (
-        isinstance(value, dict) and len(value) <= MOST_NAMES and all(map(_is_rank, value.values()))
-    ),
-    "alpha_pattern": lambda value: (
-        isinstance(value, dict) and len(value) <= MOST_NAMES and all(map(_is_number, value.values()))
-    ),
+    "modules_to_save": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
+    "alpha_pattern": lambda alphas: isinstance(alphas, dict) and all(map(_is_number, alphas.values())),
 }
 
 
@@ -91,13 +76,13 @@ def lora_settings(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         )
     settings = {}
     for name, value in fields.items():
-        if name in OF_NO_EFFECT or (value is None and name not in ("r", "lora_alpha", "bias")):
+        if name in OF_NO_EFFECT or (value is None and name not in ("lora_alpha", "bias")):
             continue
         if name in FIELDS:
-            if not FIELDS[name](value):
+            if not FIELDS[name](value) or (isinstance(value, (list, dict)) and len(value) > MOST_NAMES):
                 raise PackageError(
                     f"{where}/adapter_config.json: {name!r} is {str(value)[:80]!r}",
-                    expected=f"what peft.LoraConfig has there; ranks up to {MOST_RANK:,}, {MOST_NAMES} names at most",
+                    expected=f"what peft.LoraConfig has there, and {MOST_NAMES} names at most",
                     next_step="correct the field, or save the adapter again with its library's save_pretrained",
                 )
             settings[name] = value
@@ -137,7 +122,12 @@ def merge(
         MissingHeadError: it changes a head of which neither holds the weights.
         MissingLibraryError: PEFT is not installed.
     """
-    peft = _peft()
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingLibraryError(
+            "PEFT, which merges adapters, is not installed", next_step="pip install peft"
+        ) from error
     found = {_saved_name(key): tensor for key, tensor in adapter.items()}
     if len(found) < len(adapter):
         raise _does_not_fit(where, of, "it has two tensors for one place")
@@ -148,7 +138,9 @@ def merge(
                 expected="float32, float16 or bfloat16",
                 next_step="save the adapter in one of these dtypes in its own library, and convert that",
             )
-    settings, notes = _without_expressions(settings, found)
+    parts = {re.fullmatch(r"(.+)\.lora_(?:embedding_)?A(?:\.weight)?", name): tensor for name, tensor in found.items()}
+    ranks = {part[1]: len(tensor) if tensor.dim() else 0 for part, tensor in parts.items() if part}
+    layers = {"target_modules": [*ranks], "rank_pattern": {re.escape(module): rank for module, rank in ranks.items()}}
     # Untied, so that an adapter of the embeddings leaves lm_head alone, as it does while it is not merged.
     config = GPT2ValueConfig.from_dict({**base.config.to_dict(), "tie_word_embeddings": False})
     embeddings = base.state["transformer.wte.weight"]
@@ -169,13 +161,15 @@ def merge(
         del model.v_head  # it is no part of what was trained, also where all linear layers were
     with warnings.catch_warnings(), as_ours(lambda gist: _does_not_fit(where, of, gist)):
         warnings.simplefilter("ignore")  # that GPT-2's layers are transposed
-        adapted = peft.PeftModel(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings), low_cpu_mem_usage=True)
+        adapted = peft.PeftModel(
+            model, peft.LoraConfig(task_type="CAUSAL_LM", **layers, **settings), low_cpu_mem_usage=True
+        )
         wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
         if settings.get("bias") == "lora_only":  # PEFT before 0.21 did not save these
             wanted |= {name for name, _ in adapted.named_parameters() if name.endswith(".base_layer.bias")}
         places = {_saved_name(name): name for name in wanted}
         # Embeddings may lie beside their adapter, as they are in the base.
-        odd = {name for name in set(found) - set(places) if not _is_unchanged(found[name], before.get(name))}
+        odd = {name for name in set(found) - set(places) if name not in before or not same(found[name], before[name])}
         lost = set(places) - set(found)
         if settings.get("bias") == "lora_only" and lost and all(name.endswith(".bias") for name in lost):
             raise PackageError(
@@ -189,6 +183,7 @@ def merge(
         weights = {places[name]: found[name].float() for name in places}
         peft.set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=True)
         merged = adapted.merge_and_unload(safe_merge=True).state_dict()
+    notes = []
     state = {name: merged[name].detach().to(weight.dtype) for name, weight in base.state.items() if name in merged}
     lm_head = merged["lm_head.weight"].to(embeddings.dtype)
     if base.config.tie_word_embeddings and not torch.equal(lm_head, state["transformer.wte.weight"]):
@@ -197,44 +192,10 @@ def merge(
     return {**base.state, **state}, has_head, tuple(notes)
 
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingLibraryError(
-            "peft, which merges adapters, is not installed", next_step="pip install peft"
-        ) from error
-    return peft
-
-
 def _saved_name(key: str) -> str:
     """The name of an adapter's tensor, whichever version of PEFT wrote it, and through which wrappers."""
     parts = [part for part in plain_name(key).split(".") if part not in ("base_layer", "modules_to_save", "default")]
     return ".".join(parts).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-
-
-def _without_expressions(
-    settings: Mapping[str, Any], found: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, Any], list[str]]:
-    """Settings in which the tensors tell which layers are adapted, and their ranks, where expressions would; notes."""
-    settings, notes = dict(settings), []
-    parts = {re.fullmatch(r"(.+)\.lora_(?:embedding_)?A(?:\.weight)?", name): tensor for name, tensor in found.items()}
-    ranks = {part[1]: tensor.shape[0] if tensor.dim() else 0 for part, tensor in parts.items() if part}
-    excluded = settings.get("exclude_modules")
-    if not isinstance(settings.get("target_modules"), list) and settings.get("target_modules") != "all-linear":
-        excluded = "an expression as well"
-    if isinstance(excluded, str) and excluded:
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            settings.pop(name, None)
-        settings["target_modules"] = sorted(ranks)
-        notes.append("which layers the adapter has is an expression in its settings, which was not evaluated")
-    if not all(map(LITERAL.fullmatch, settings.get("rank_pattern", ()))):
-        settings["rank_pattern"] = {re.escape(module): rank for module, rank in ranks.items()}
-    return settings, notes
-
-
-def _is_unchanged(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
-    return before is not None and tensor.shape == before.shape and torch.equal(tensor, before.to(tensor.dtype))
 
 
 def _does_not_fit(where: str, of: str, gist: str) -> PackageError:

@@ -16,7 +16,6 @@ from modeling_gpt2_value import GPT2ValueModel
 from .. import limits
 from ..errors import (
     ConversionError,
-    FolderRefusedError,
     LoadError,
     NotAPackageError,
     OptionsError,
@@ -132,7 +131,7 @@ def convert_checkpoint(
     Args:
         source: a folder, a repository on the Hub, or a weight file: `*.safetensors`, the `*.index.json` of shards, or
             else a pickle.
-        folder: where the package goes, as for `save_package`.
+        folder: where the package goes, as for `save_package`. A package may be rewritten in its place.
         revision: branch, tag or commit of the repository.
         config: GPT-2's `config.json`, or the folder that holds it; by default the one beside the weights.
         source_format: the library that wrote the head, if the files do not show it, or hold two.
@@ -160,12 +159,6 @@ def convert_checkpoint(
         OptionsError: an argument that this source has no use for.
         And what `save_package` raises.
     """
-    if _is_same(folder, source) or _is_same(folder, Path(source).parent):
-        raise FolderRefusedError(
-            f"{folder} holds the checkpoint that is to be converted",
-            expected="another folder for the package",
-            next_step="name a folder that does not exist yet",
-        )
     save_target(folder, overwrite=overwrite)  # checked now, before the work that can take minutes
     read = _read(source, revision, config, base)
     found = translate(
@@ -241,7 +234,7 @@ def _build(
 def folder_of(source: _Path, revision: str | None = None) -> Path:
     """A source on this disk: the path itself, or the folder into which a repository of the Hub was downloaded."""
     name = os.fspath(source)
-    if not os.path.exists(name) and "/" in name and is_repository_id(name):
+    if not os.path.exists(name) and is_repository_id(name):
         return fetch(name, revision=revision, checkpoint=True).folder
     if revision is not None:
         raise OptionsError(
@@ -250,13 +243,6 @@ def folder_of(source: _Path, revision: str | None = None) -> Path:
             next_step="leave revision out",
         )
     return Path(source)
-
-
-def _is_same(one: _Path, other: _Path) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except (OSError, TypeError, ValueError):  # one of them is not there, or cannot be
-        return False
 
 
 def _only_one(folder: Path, names: Sequence[str]) -> Path | None:
@@ -378,9 +364,7 @@ def _base_of(home: Path, fields: dict[str, Any]) -> Path:
             expected="a folder, or a repository on the Hub and its branch, tag or commit",
             next_step="name the base model's folder: base=",
         )
-    if not os.path.exists(name) and is_repository_id(name):  # `gpt2` is one, too
-        return fetch(name, revision=revision, checkpoint=True).folder
-    return Path(name)
+    return folder_of(name, revision if is_repository_id(name) else None)
 
 
 def _tokenizer(given: _Tokenizer, homes: Sequence[Path], *, vocab_size: int) -> PreTrainedTokenizerBase | None:

@@ -9,7 +9,6 @@ layout.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +91,7 @@ def export_policy(
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
         And what `convert_checkpoint` raises for a package that is not whole.
     """
-    return _write(_plain_gpt2, model, folder, revision, tokenizer, overwrite=overwrite, needs_head=False)
+    return _write(model, folder, revision, tokenizer, overwrite=overwrite, head=None)
 
 
 def export_critic(
@@ -132,26 +131,34 @@ def export_critic(
             expected="token-classification or sequence-classification",
             next_step="for verl the first, for TRL and OpenRLHF the second",
         )
-    make = _token_classifier if head == "token-classification" else _sequence_classifier
-    return _write(make, model, folder, revision, tokenizer, overwrite=overwrite, needs_head=True)
+    return _write(model, folder, revision, tokenizer, overwrite=overwrite, head=head)
 
 
 def _write(
-    as_plain: Callable[[GPT2ValueModel], GPT2PreTrainedModel],
     model: GPT2ValueModel | str | os.PathLike[str],
     folder: str | os.PathLike[str],
     revision: str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     overwrite: bool,
-    needs_head: bool,
+    head: CriticHead | None,
 ) -> ExportedPolicy:
-    """Write the model that `as_plain` returns, and the tokenizer."""
-    target = _target(folder, overwrite=overwrite)
+    """Write the policy, or the critic with that head, and the tokenizer."""
+
+    def checked_target() -> Path:
+        return check_target(
+            folder,
+            overwrite=overwrite,
+            what="a plain GPT-2",
+            model_type=GPT2Config.model_type,
+            may_replace=lambda name: kind_of(name) in ("config", "weights", "tokenizer"),
+        )
+
+    target = checked_target()
     if isinstance(model, (str, os.PathLike)):
         # a package without its head still has its policy
-        head = False if needs_head else None
-        loaded = load_checkpoint(model, revision=revision, tokenizer=tokenizer, init_value_head=head)
+        new = False if head else None
+        loaded = load_checkpoint(model, revision=revision, tokenizer=tokenizer, init_value_head=new)
         model, tokenizer = loaded.model, loaded.tokenizer
     elif revision is not None:
         raise OptionsError(f"revision={revision!r} for a model in memory", next_step="leave revision out")
@@ -161,8 +168,13 @@ def _write(
             expected="a GPT2ValueModel, unwrapped, or a package",
             next_step="save it with save_package, and export that folder",
         )
-    with as_ours(_not_savable):
-        plain = as_plain(model)
+    with as_ours(
+        lambda gist: UnsavableModelError(
+            f"the model's config or generation_config is not valid: {gist}",
+            next_step="correct the field in model.config or model.generation_config, and export again",
+        )
+    ):
+        plain = _as_plain(model, head)
         if hasattr(plain.config, "validate"):  # transformers 5, which does it when it writes
             plain.config.validate()
     with writing_to(target), staging_folder(target) as staging:
@@ -170,7 +182,7 @@ def _write(
         if tokenizer is not None:
             tokenizer.save_pretrained(staging.package)
         files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
-        _target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+        checked_target()  # writing may have taken minutes: look again
         staging.commit()
     return ExportedPolicy(
         architecture=type(plain).__name__,
@@ -182,96 +194,53 @@ def _write(
     )
 
 
-def _gpt2_fields(model: GPT2ValueModel) -> dict[str, Any]:
-    """The fields of the model's config that GPT-2's own has."""
-    return {name: value for name, value in model.config.to_dict().items() if name not in NOT_GPT2}
-
-
-def _plain_gpt2(model: GPT2ValueModel) -> GPT2LMHeadModel:
-    """A `GPT2LMHeadModel` that shares the model's weights if they are on the CPU, or else has copies.
+def _as_plain(model: GPT2ValueModel, head: CriticHead | None) -> GPT2PreTrainedModel:
+    """A model of transformers' own that shares the model's weights if they are on the CPU, or else has copies.
 
     It can only be saved, not run: buffers that are not in the state dict stay on the meta device.
     """
+    config = model.config
+    fields = {name: value for name, value in config.to_dict().items() if name not in NOT_GPT2}
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    weight, bias = (state.pop(f"{HEAD_PREFIX}summary.{part}", None) for part in ("weight", "bias"))
+    kind: type[GPT2PreTrainedModel] = GPT2LMHeadModel
+    if head is not None:
+        if weight is None or not config.summary_proj_to_labels or config.summary_activation is not None:
+            raise ConversionError(
+                f"a value head with summary_use_proj={config.summary_use_proj}, summary_proj_to_labels="
+                f"{config.summary_proj_to_labels}, summary_activation={config.summary_activation!r}",
+                expected="one linear layer to one value: that is all that a classifier's head can express",
+                next_step="load the package itself, with trust_remote_code=True",
+            )
+        del state["lm_head.weight"]
+        dropout = config.summary_first_dropout
+        fields |= {"num_labels": 1, "classifier_dropout": dropout, "num_key_value_heads": config.n_head}
+        weight, bias = weight.to(model.dtype), bias.to(model.dtype)
+    if head == "token-classification":
+        kind = GPT2ForTokenClassification
+        state |= {"classifier.weight": weight, "classifier.bias": bias}
+    elif head == "sequence-classification":
+        kind = GPT2ForSequenceClassification
+        state["score.weight"] = weight
+        state[LAST_BIAS] = _shifted(state[LAST_BIAS], weight[0].double(), bias.double())
     with torch.device("meta"):
-        plain = GPT2LMHeadModel(GPT2Config.from_dict(_gpt2_fields(model)))
-    state = {
-        name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if not name.startswith(HEAD_PREFIX)
-    }
+        plain = kind(GPT2Config.from_dict(fields))
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
-    if model.generation_config is not None:
+    if head is None and model.generation_config is not None:
         plain.generation_config = model.generation_config
         plain.generation_config.validate(strict=True)
     return plain
 
 
-def _not_savable(gist: str) -> UnsavableModelError:
-    return UnsavableModelError(
-        f"the model's config or generation_config is not valid: {gist}",
-        next_step="correct the field in model.config or model.generation_config, and export again",
-    )
-
-
-def _target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    return check_target(
-        folder,
-        overwrite=overwrite,
-        what="a plain GPT-2",
-        model_type=GPT2Config.model_type,
-        may_replace=lambda name: kind_of(name) in ("config", "weights", "tokenizer"),
-    )
-
-
-def _token_classifier(model: GPT2ValueModel) -> GPT2ForTokenClassification:
-    weight, bias = _linear_head(model)
-    state = {**_body(model), "classifier.weight": weight, "classifier.bias": bias}
-    with torch.device("meta"):
-        plain = GPT2ForTokenClassification(_config(model))
-    plain.load_state_dict(state, assign=True)
-    return plain
-
-
-def _sequence_classifier(model: GPT2ValueModel) -> GPT2ForSequenceClassification:
-    weight, bias = _linear_head(model)
-    state = {**_body(model), "score.weight": weight}
-    if bias:
-        direction, last_bias = weight[0].double(), state[LAST_BIAS]
-        if not direction.any():
-            raise ConversionError(
-                f"a value head whose weights are all 0, with the bias {bias.item():.3g}",
-                expected="weights, into whose direction the bias can go: score has no bias",
-                next_step='export it with head="token-classification"',
-            )
-        shift = bias.double() * direction / direction.square().sum()
-        state[LAST_BIAS] = (last_bias.double() + shift).to(last_bias.dtype)
-    with torch.device("meta"):
-        plain = GPT2ForSequenceClassification(_config(model))
-    plain.load_state_dict(state, assign=True)
-    return plain
-
-
-def _linear_head(model: GPT2ValueModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """The head's weight `[1, n_embd]` and bias `[1]`, in the dtype of the body."""
-    config = model.config
-    if not (config.summary_use_proj and config.summary_proj_to_labels) or config.summary_activation is not None:
+def _shifted(last: torch.Tensor, direction: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The last layer norm's bias `[n_embd]`, by which the head's weights `[n_embd]` alone add the head's `bias [1]`."""
+    if not bias:
+        return last
+    if not direction.any():
         raise ConversionError(
-            f"a value head with summary_use_proj={config.summary_use_proj}, summary_proj_to_labels="
-            f"{config.summary_proj_to_labels}, summary_activation={config.summary_activation!r}",
-            expected="one linear layer to one value: that is all that a classifier's head can express",
-            next_step="load the package itself, with trust_remote_code=True",
+            f"a value head whose weights are all 0, with the bias {bias.item():.3g}",
+            expected="weights, into whose direction the bias can go: score has no bias",
+            next_step='export it with head="token-classification"',
         )
-    state = {name: model.state_dict()[f"{HEAD_PREFIX}summary.{name}"] for name in ("weight", "bias")}
-    weight, bias = (tensor.detach().cpu().to(model.dtype) for tensor in state.values())
-    return weight, bias
-
-
-def _body(model: GPT2ValueModel) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name.startswith("transformer.")
-    }
-
-
-def _config(model: GPT2ValueModel) -> GPT2Config:
-    dropout = model.config.summary_first_dropout
-    fields = {"num_labels": 1, "classifier_dropout": dropout, "num_key_value_heads": model.config.n_head}
-    return GPT2Config.from_dict({**_gpt2_fields(model), **fields})
+    return (last.double() + bias * direction / direction.square().sum()).to(last.dtype)

@@ -130,7 +130,7 @@ def translate(
             dropped[label] = "a causal mask, which GPT-2 no longer stores"
         elif name == "lm_head.weight" and name not in shapes:
             embeddings = labels.get("transformer.wte.weight", label)  # without them, they are reported as missing
-            if not _same(state[label], state[embeddings]):
+            if not same(state[label], state[embeddings]):
                 raise ConversionError(
                     f"{where}: {label} and {embeddings} differ, and config.json ties them",
                     expected="the same numbers in both",
@@ -180,7 +180,7 @@ def _by_name(where: str, state: Mapping[str, torch.Tensor], dropped: dict[str, s
         first = labels.setdefault(name, label)
         if first == label:
             continue
-        if not _same(state[first], state[label]):
+        if not same(state[first], state[label]):
             raise ConversionError(
                 f"{where} holds {first} and {label}, which differ, and are one tensor without their wrappers' names",
                 expected="one of them",
@@ -237,7 +237,7 @@ def _choose_head(
         if parts is head:
             continue
         pairs = [[state[each[part]] if part in each else torch.zeros(1) for each in (head, parts)] for part in PARTS]
-        if stem in chosen and not all(_same(*pair) for pair in pairs):
+        if stem in chosen and not all(same(*pair) for pair in pairs):
             raise ConversionError(
                 f"{where} has two value heads that differ: {head['weight']} ({formats[chosen[0]]}) and "
                 f"{parts['weight']} ({formats[stem]})",
@@ -356,7 +356,8 @@ def _refuse_mismatch(
             )
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers, in whichever types."""
     return one.shape == other.shape and bool((one == other).all())
 
 

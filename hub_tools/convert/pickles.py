@@ -81,7 +81,10 @@ def _unpickle(folder: Path, names: Sequence[str], where: str) -> None:
             text=True,
             errors="replace",
         )
-        found = done.stdout.strip() or (f"{names[0]} ended its reader ({done.returncode})" if done.returncode else "")
+        found = done.stdout.strip()
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+            found = f"{names[0]} is no file that torch.load reads: {reason[:300]}"
     except subprocess.TimeoutExpired:
         pass  # the process was killed
     if found:

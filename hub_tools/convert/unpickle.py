@@ -14,13 +14,11 @@ import pickle
 import re
 import sys
 
-MOST_TENSORS, LONGEST_NAME = 100_000, 512
 TENSORS_PER_FILE = 2  # a tied lm_head is stored once; a larger factor is an attack on the memory
-DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def unpickle(source: str) -> str:
-    """Write `SOURCE.safetensors`, or return what is wrong with `source`."""
+    """Write `SOURCE.safetensors`, or return what is wrong with `source`. Whatever torch raises ends the process."""
     import torch
     from safetensors.torch import save_file
 
@@ -31,27 +29,12 @@ def unpickle(source: str) -> str:
         found = re.search(r"WeightsUnpickler error: (.{1,200}?)(?:\. | \n|\n|$)", str(error))
         gist = found[1] if found else "no state dict"
         return f"a pickle that asks for more than tensors and plain containers ({gist}). Nothing of it was run"
-    except MemoryError:
-        return "a pickle that takes more memory than its tensors"
-    except (
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as err:
-        return f"no file that torch.load reads: {' '.join(str(err).split())[:300] or type(err).__name__}"
-    if not isinstance(state, dict) or len(state) > MOST_TENSORS:
+    if not isinstance(state, dict):
         return f"a {type(state).__name__} and no state dict"
     for name, tensor in state.items():
         plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not isinstance(name, str) or len(name) > LONGEST_NAME or not plain:
+        if not isinstance(name, str) or not plain:
             return f"{str(name)[:120]!r}: a {type(tensor).__name__} that is no plain tensor"
-        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
-            return f"{name[:120]!r} of type {tensor.dtype}"
     held, size = sum(tensor.nbytes for tensor in state.values()), os.path.getsize(source)
     if held > TENSORS_PER_FILE * size:
         return f"tensors of {held:,} bytes in a file of {size:,}: each tensor has to lie in the file for itself"

@@ -143,7 +143,11 @@ def pickled(home: Path, folder: Path, out: Path, reader: str) -> str:
     from hub_tools.convert.unpickle import unpickle
     from hub_tools.errors import PackageError
 
-    if refusal := unpickle(str(folder / "pytorch_model.bin")):
+    try:
+        refusal = unpickle(str(folder / "pytorch_model.bin"))
+    except Exception as error:  # whatever it is, it ends the process that does this for users
+        refusal = repr(error)
+    if refusal:
         raise PackageError(refusal, next_step="")
     (folder / "pytorch_model.bin.safetensors").rename(folder / "model.safetensors")
     return convert(home, folder, out, reader)
