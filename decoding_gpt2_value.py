@@ -25,7 +25,7 @@ CACHE = next(
     name for name in CACHE_NAMES if name in inspect.signature(GPT2LMHeadModel.forward).parameters
 )  # what the installed one calls it
 # What `GPT2Decoder` computes itself, with the forwards that these classes had when this module was imported.
-PARTS = GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, Conv1D
+PARTS: tuple = GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, Conv1D
 PARTS += nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList
 OWN_FORWARDS = {kind: kind.forward for kind in PARTS}
 OWN_LM_FORWARD = GPT2LMHeadModel.forward

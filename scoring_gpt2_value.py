@@ -155,7 +155,7 @@ class ScoreRequest:
             if keeps_logits or not torch.is_grad_enabled():
                 parts.append(self._score(head, other_head, *piece))
             else:  # nothing in it is random; the model's caller may be in a checkpoint of its own
-                how = {"use_reentrant": False, "preserve_rng_state": False}
+                how: dict = {"use_reentrant": False, "preserve_rng_state": False}
                 parts.append(checkpoint(self._score, head, other_head, *piece, **how))
         logprobs, entropy, kl = (
             torch.zeros_like(drawn, dtype=part[0].dtype).masked_scatter(drawn, torch.cat(part))

@@ -111,7 +111,8 @@ def inspect_package(
         PackageError: tensors that are missing, unknown, or of the wrong shape or dtype.
         PackageError: `auto_map` does not name the package's own classes.
     """
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    options["local_files_only"] = local_files_only
     repo_id = repository_id(source, **options)
     if repo_id is None:
         return _inspect(local_folder(source), os.fspath(source), hash_weights=hash_weights)

@@ -246,15 +246,16 @@ def build_model(
             config = GPT2ValueConfig.from_dict(fields)
         with torch.device("meta"):
             model = GPT2ValueModel(config)
+        tied = model.config.tie_word_embeddings
         state = dict(tensors)
         device = state["transformer.wte.weight"].device
-        if config.tie_word_embeddings:
+        if tied:
             state["lm_head.weight"] = state["transformer.wte.weight"]
         for name, weight in model.v_head.named_parameters(prefix="v_head"):
             if init_value_head and name not in state:
                 state[name] = torch.zeros_like(weight, device=device)
         model.load_state_dict(state, assign=True)
-        if config.tie_word_embeddings:
+        if tied:
             model.tie_weights()
         for name, buffer in list(model.named_buffers()):  # causal masks, which transformers 4 and 5.0 keep beside them
             owner, _, attribute = name.rpartition(".")
