@@ -251,7 +251,7 @@ def check_tokens(model, tokens, mask, new_tokens=0):
         )
     places = getattr(unwrapped(model)[-1].config, "max_position_embeddings", None)
     longest = int(lengths.max()) + new_tokens
-    if places is not None and longest > places:
+    if places is not None and 0 < places < longest:  # XLNet's is -1: any length
         raise ValueError(
             f"the longest row, new tokens included, has {longest} tokens, this model's positions end at {places}; "
             "shorten the prompts, or draw fewer tokens (max_new_tokens)."
