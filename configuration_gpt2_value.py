@@ -1,6 +1,28 @@
 """Configuration of a GPT-2 with a value head: GPT-2's own fields plus those of the head, checked when built.
 
-Remote code: this file is copied into every package, so it imports only the standard library and transformers.
+This is the first of the six files that are copied into every package (the remote code). Read them in this order:
+
+    configuration_   GPT2ValueConfig: the fields of the head
+    sampling_        Sampling, and logits -> distribution -> draw; float32 at least, sums in float64
+    decoding_        running any causal LM as it is scored; a plain GPT-2 a column at a time in half the time
+    scoring_         rescore, and the check of a rollout or a score against one row alone
+    generation_      rollout and its record, Rollout
+    modeling_        ValueHead (float32), GPT2ValueModel
+
+    rollout ─ decoder_for ─ Decoder.logits_and_values    logits [b, V] in the model's dtype, values [b] float32
+       │      sampling_distribution                      [b, V] float32: temperature, top-k, top-p, minimum length
+       │      draw                                       tokens [b] int64, log-probabilities [b] float32
+       └───── check_itself ─ logits_alone                one row by the model's own call
+    rescore ─ GPT2ValueModel.forward(score=...)          or inputs_and_head, for any other model
+       │      ScoreRequest.answer ─ _score               logits [n, V] ─ sampling_distribution ─ log_softmax: float32
+       └───── check_itself
+
+What touches anything outside: `save_pretrained` (below) copies these files and writes `config.json`; `from_pretrained`
+(modeling) reads a checkpoint through transformers, which may download it. On import, modeling adds two names to a
+registry of transformers, generation two classes to torch's safe globals; both say why. Each model's number of checked
+calls is kept beside it, in scoring. Nothing else is written: no file, no network, no other module, no state of a model.
+
+This file imports only the standard library and transformers.
 """
 
 import math

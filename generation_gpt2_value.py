@@ -235,38 +235,33 @@ class Rollout:
             raise ValueError(
                 "expected rollouts with the same sampling, one at least: their settings tell how to score."
             )
-        ends = rollouts[0].sampling.eos_token_id
+        sampling = rollouts[0].sampling
         T = max(each.responses.shape[1] for each in rollouts)
         P = max(each.sequences.shape[1] - each.responses.shape[1] for each in rollouts)
+        wide = [vars(each._widened(P, T)) for each in rollouts]
+        tensors = {}
+        for name in wide[0].keys() - {"sampling"}:
+            parts = [each[name] for each in wide if each[name] is not None]
+            if 0 < len(parts) < len(wide):
+                raise ValueError(f"some of these rollouts have {name} and others not; expected all, or none.")
+            tensors[name] = torch.cat(_alike(parts) if name == "kept" else parts) if parts else None
+        whole = cls(**tensors, sampling=sampling)
+        pad = (*sampling.eos_token_id, 0)[0]
+        whole.sequences.masked_fill_(whole.attention_mask == 0, pad)
+        whole.responses.masked_fill_(~whole.response_mask, pad)
+        return whole
 
-        def joined(name, fill=0, prompts=False):
-            parts = [getattr(each, name) for each in rollouts]
-            if any(part is None for part in parts):
-                if not all(part is None for part in parts):
-                    raise ValueError(f"some of these rollouts have {name} and others not; expected all, or none.")
-                return None
-            if name == "kept":
-                parts = _alike(parts)
-            padded = []
-            for part, each in zip(parts, rollouts, strict=True):
-                after = T - each.responses.shape[1]
-                before = P + T - after - each.sequences.shape[1] if prompts else 0
-                inner = (0, 0) * (part.dim() - 2)
-                padded.append(nn.functional.pad(part, (*inner, before, after), value=fill))
-            return torch.cat(padded)
+    def _widened(self, P, T):
+        """The same rows with P columns of prompts and T of responses; what is added is 0, and masked."""
+        columns, more = self.sequences.shape[1], T - self.responses.shape[1]
 
-        pad = (*ends, 0)[0]
-        return cls(
-            joined("sequences", pad, prompts=True),
-            joined("attention_mask", prompts=True),
-            joined("responses", pad),
-            joined("response_mask"),
-            joined("logprobs"),
-            joined("values"),
-            torch.cat([each.truncated for each in rollouts]),
-            joined("kept"),
-            rollouts[0].sampling,
-        )
+        def widen(tensor):
+            if tensor.dim() == 1:
+                return tensor
+            left = P + T - more - columns if tensor.shape[1] == columns else 0
+            return nn.functional.pad(tensor, (*(0, 0) * (tensor.dim() - 2), left, more))
+
+        return self._map(widen)
 
     def repeat(self, times):
         """All rows so many times, one copy after the other."""

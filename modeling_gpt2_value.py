@@ -2,8 +2,7 @@
 
 The head is a linear layer on GPT-2's last hidden state, as in "Fine-Tuning Language Models from Human Preferences"
 (Ziegler et al., 2019, arXiv:1909.08593). Six files are copied into every package. In the order in which to read them:
-`configuration_`, `sampling_`, `decoding_`, `scoring_`, `generation_` and `modeling_gpt2_value.py`. A log-probability
-comes from `draw` in a rollout and from `_score` in `rescore`, both over `sampling_distribution`.
+`configuration_`, which has a map of them all, `sampling_`, `decoding_`, `scoring_`, `generation_`, `modeling_`.
 """
 
 import inspect
@@ -34,7 +33,8 @@ except ImportError:
     from scoring_gpt2_value import rescore
 
 SIGNATURE = inspect.signature(GPT2LMHeadModel.forward)  # of the installed transformers
-# Trainer's label smoothing shifts the labels only for the class names in this registry; the keys are not used.
+# Trainer's label smoothing shifts the labels only for the class names in this registry of transformers, and has no
+# other way to be told; the keys are not used.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(gpt2_value="GPT2ValueModel", gpt2_value_seed="GPT2HeadWithValueModel")
 
 
