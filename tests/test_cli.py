@@ -90,7 +90,7 @@ def test_respond_gives_a_script_numbers_that_rescoring_gives_too(gpt2_value, pac
 def test_respond_runs_only_code_that_is_known_or_was_reviewed(gpt2_value, package, tmp_path):
     name = "configuration_gpt2_value.py"
     with open(package / name, "a") as file:
-        file.write(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        file.write(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     record_again(package)
     respond = ("respond", package, "a", "--max-new-tokens", 1)
     status, out, err = gpt2_value(*respond)
@@ -305,7 +305,7 @@ def test_inspect_looks_into_a_repository_on_the_hub(gpt2_value, package, tmp_pat
         server.create("alice/value", {path.name: path.read_bytes() for path in package.iterdir()})
         status, out, _ = gpt2_value("inspect", "alice/value", "--revision", "main")
         assert status == 3
-        assert f"alice/value at {server.history('alice/value')[0].oid}" in out
+        assert server.history("alice/value")[0].oid in out
         assert "NOT a released version's" in out
         commit = server.history("alice/value")[0].oid
         assert f"read it: gpt2-value inspect alice/value --diff --revision {commit}" in out

@@ -21,7 +21,6 @@ import typer
 
 from .. import layout
 from ..errors import GPT2ValueHubError, SaveFailedError, SourceError, as_ours
-from ..files import in_units
 from . import audit, console
 from .options import (
     Json,
@@ -115,12 +114,8 @@ def create(
     model = loaded.model if dtype == "auto" else loaded.model.to(getattr(torch, dtype))
     base_model = base if is_hub_id(base) else None
     package = save_package(model, out, loaded.tokenizer, overwrite=overwrite, license=license, base_model=base_model)
-    if json:
-        console.show_json({**asdict(package), "folder": str(package.folder)})
-    else:
-        done = "replaced" if package.replaced else "written"
-        facts = f"{package.parameters:,} parameters, {len(package.files)} files, {in_units(package.size)}"
-        console.show(f"{out} {done}: {facts}", lines=package.load_lines, next=["gpt2-value", "verify", out])
+    value = {**asdict(package), "folder": str(package.folder)}
+    console.show(json, value, str(package), next=["gpt2-value", "verify", out])
 
 
 @app.command()
@@ -185,7 +180,7 @@ def respond(
         truncated = bool(rollout.truncated[row])
         responses.append({"prompt": prompt, "text": texts.join(ids), "truncated": truncated, "tokens": tokens})
     if json:
-        console.show_json({"package": package, **settings, "seed": seed, "responses": responses})
+        console.show(json, {"package": package, **settings, "seed": seed, "responses": responses})
     else:
         console.show_responses(responses)
 
@@ -206,6 +201,7 @@ def inspect(
     opened. Exits with 3 if the package can be read, but verify would refuse it.
     """
     from ..package.inspect import inspect_package
+    from ..package.record import diff_command
     from ..package.review import code_differences
     from ..package.verify import refusals
 
@@ -218,32 +214,23 @@ def inspect(
         raise typer.Exit(EXIT_FINDINGS if lines else 0)
     report = inspect_package(package, revision=revision, hash_weights=hash_weights)
     findings = [refusal.found for refusal in refusals(report)]
-    if json:
-        console.show_json({**report.to_json(), "findings": findings})
-    else:
-        shape = f"{report.n_layer} layers, {report.n_embd} wide, {report.n_head} heads"
-        rows: list[console.Row] = [
-            ("parameters", f"{report.parameters:,} ({', '.join(report.dtypes)})"),
-            ("body", f"{shape}, {report.n_positions:,} positions, {report.vocab_size:,} tokens"),
-            ("embeddings", "tied" if report.tied_embeddings else "not tied"),
-            ("value head", report.head.describe() if report.head else "missing"),
-            *(("weights", f"{name}  {in_units(bytes)}") for name, bytes in report.weight_files.items()),
-            ("tokenizer", report.tokenizer or "none"),
-            ("generation config", "yes" if report.has_generation_config else "none"),
-            ("written with", console.versions(report.versions) or "not recorded"),
-        ]
-        for file in report.code:
-            whose = f"version {', '.join(file.releases)}'s" if file.releases else "NOT a released version's"
-            rows.append(("code", f"{file.name}  " + ("this version's" if file.installed else whose)))
-        rows += [("not known", f"{file}: {', '.join(names)[:300]}") for file, names in report.unknown_fields.items()]
-        console.show(f"{report.source}{f' at {report.commit}' if report.commit else ''}", rows)
-        for file in report.code:  # as `sha256sum` writes it
-            typer.echo(f"{file.sha256}  {console.visible(file.name)}")
-        for finding in findings:
-            typer.secho(f"! {console.visible(finding)}", fg="yellow")
-        if not all(file.installed for file in report.code):
-            at = ["--revision", report.commit] if report.commit else []
-            typer.echo(f"read it: {console.command('gpt2-value', 'inspect', package, '--diff', *at)}")
+    value = {**report.to_json(), "findings": findings}
+    known = {file.name: file.installed or bool(file.releases) for file in report.code}
+    unknown = ", ".join(name for name, is_known in known.items() if not is_known)
+    lines = [
+        console.facts(
+            {
+                **value,
+                "code": "" if unknown else "this version's or a released one's",
+                "findings": None,
+                "NOT a released version's": unknown,
+            }
+        )
+    ]
+    lines += [f"{file.sha256}  {file.name}" for file in report.code]  # as `sha256sum` writes it
+    lines += [f"! {console.visible(finding)}" for finding in findings]
+    lines += [f"read it: {diff_command(package, report.commit)}"] if unknown else []
+    console.show(json, value, "\n".join(lines))
     if findings:
         raise typer.Exit(EXIT_FINDINGS)
 
@@ -272,18 +259,7 @@ def verify(
     on_hub = not Path(package).exists() and "/" in package and is_repository_id(package)
     folder = fetch(package, revision=revision).folder if on_hub else Path(package)
     report = verify_package(folder, trust_remote_code=trust_remote_code, timeout=timeout)
-    if json:
-        console.show_json(report.to_json())
-        return
-    rows = [
-        ("logits", f"differ by at most {report.max_logit_difference:.2g} (allowed: {report.logit_tolerance:.2g})"),
-        ("values", f"differ by at most {report.max_value_difference:.2g} (allowed: {report.value_tolerance:.2g})"),
-        ("saved with", console.versions(report.saved_with)),
-        ("loaded with", console.versions(report.loaded_with)),
-        ("time", f"{report.seconds:.1f} s, of which loading {report.load_seconds:.1f} s"),
-        ("peak memory", in_units(report.peak_memory_bytes or 0)),
-    ]
-    console.show(f"{package} verified", rows)
+    console.show(json, report.to_json(), str(report))
 
 
 @app.command()
@@ -331,22 +307,7 @@ def convert(
         init_value_head=init_value_head,
         overwrite=overwrite,
     )
-    if json:
-        console.show_json(made.to_json())
-        return
-    dropped: dict[str, list[str]] = {}
-    for name, reason in made.dropped.items():
-        dropped.setdefault(reason, []).append(name)
-    rows = [
-        ("read as", made.source_format + (", adapter merged" if made.adapter else "")),
-        ("from", ", ".join(map(str, made.files))),
-        ("dtype", f"{str(made.dtype).removeprefix('torch.')}, the head float32"),
-        ("tokenizer", made.tokenizer or "none"),
-        ("kept", f"{len(made.mapped)} tensors"),
-        *(("not kept", f"{why}: {', '.join(n[:4])}{' ...' * (len(n) > 4)}") for why, n in dropped.items()),
-        *(("note", note) for note in made.notes),
-    ]
-    console.show(f"{out} written", rows, next=["gpt2-value", "verify", out])
+    console.show(json, made.to_json(), next=["gpt2-value", "verify", out])
 
 
 @app.command()
@@ -371,12 +332,7 @@ def export(
         exported = export_policy(package, out, revision=revision, overwrite=overwrite)
     else:
         exported = export_critic(package, out, head=kind, revision=revision, overwrite=overwrite)
-    if json:
-        console.show_json(exported.to_json())
-    else:
-        total = in_units(sum(exported.files.values()))
-        line = f"model = {exported.architecture}.from_pretrained({str(exported.folder)!r})"
-        console.show(f"{out} written: {exported.parameters:,} parameters, {total}", lines=line)
+    console.show(json, exported.to_json())
 
 
 @app.command()
@@ -413,10 +369,7 @@ def push(
         dry_run=dry_run,
         trust_remote_code=trust_remote_code,
     )
-    if json:
-        console.show_json(asdict(report))
-    else:
-        typer.echo(console.visible_lines(str(report)))
+    console.show(json, asdict(report), str(report))
 
 
 app.command()(audit.audit)

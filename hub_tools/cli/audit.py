@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from sampling_gpt2_value import Sampling
 
+Draw = Callable[[Any], Any]  # one prompt, `[1, P]`, to `[rows, P+T]`
+
 EXIT_DISHONEST = 1
 NEW_TOKENS = 32  # of a response, where nothing else is said
 ROWS = 64  # drawn at a time
@@ -101,10 +103,8 @@ def audit(
         claim = Sampling(temperature, top_k, top_p, min_new_tokens, end)
         console.working("drawing")
         draw = _by_rollout(model, claim) if options is None else _by_generate(model, claim, options)
-        rows, lengths = _drawn(draw, queries, claim, tokens, copies=_copies(model, options))
         ends = () if score_padding else claim.eos_token_id
-        responses = [_up_to_end(row[n:].tolist(), ends) for row, n in zip(rows, lengths, strict=True)]
-        starts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+        starts, responses = _drawn(draw, queries, ends, tokens)
         drawn = replace(rollout_from_tokens(starts, responses, sampling=Sampling(eos_token_id=ends)), sampling=claim)
         console.working("auditing")
         found = audit_sampler(model, drawn, alpha=alpha)
@@ -114,23 +114,14 @@ def audit(
         raise typer.BadParameter(error.found) from error
     except (TypeError, ValueError, ImportError, OSError) as error:  # every argument above is the user's
         raise typer.BadParameter(console.visible(str(error))) from error
-    sampler = "rollout" if options is None else f"generate({_shown(options)})"
-    if json:
-        facts = {"package": package, "sampler": sampler, "claim": {**asdict(claim), "score_padding": score_padding}}
-        console.show_json({**facts, **found.to_json()})
-    else:
-        rows_shown: list[console.Row] = [
-            ("sampler", sampler),
-            ("claim", _shown(asdict(claim)) + (", padding was drawn" if score_padding else "")),
-            *((name, f"p = {t.p_value:.2g}" if t.was_made else "too few tokens") for name, t in found.tests.items()),
-        ]
-        console.show(str(found), rows_shown)
+    facts = {
+        "package": package,
+        "sampler": "rollout" if options is None else f"generate({_shown(options)})",
+        "claim": {**asdict(claim), "score_padding": score_padding},
+    }
+    console.show(json, {**facts, **found.to_json()}, f"{found}\n{console.facts(facts)}")
     if not found.honest:
         raise typer.Exit(EXIT_DISHONEST)
-
-
-def _up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)
 
 
 def _options_of(pairs: Sequence[str]) -> dict[str, Any]:
@@ -149,83 +140,57 @@ def _options_of(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _copies(model: Any, options: dict[str, Any] | None) -> int:
-    """How many rows `generate()` computes for each prompt.
-
-    Raises:
-        OptionsError: more than are drawn at a time.
-    """
-    if options is None:
-        return 1
-    asked = {
-        name: options.get(name, getattr(model.generation_config, name, None)) or 1
-        for name in ("num_beams", "num_return_sequences")
-    }
-    for name, number in asked.items():
-        if not isinstance(number, int) or not 1 <= number <= ROWS:
-            whose = "--generate" if name in options else "the package's generation_config"
-            raise OptionsError(
-                f"{whose} asks for {name}={number}; expected 1 to {ROWS}: --generate {name}=1",
-                next_step=f"--generate {name}=1",
-            )
-    return max(asked.values())
-
-
-def _by_rollout(model: Any, claim: Sampling) -> Callable[[Any, Any], torch.Tensor]:
+def _by_rollout(model: Any, claim: Sampling) -> Draw:
     from generation_gpt2_value import rollout
 
-    settings = {**asdict(claim), "max_new_tokens": NEW_TOKENS}
-    return lambda prompts, mask: rollout(model, prompts, attention_mask=mask, **settings).sequences
+    settings = {**asdict(claim), "max_new_tokens": NEW_TOKENS, "num_return_sequences": ROWS}
+    return lambda prompt: rollout(model, prompt, **settings).sequences
 
 
-def _by_generate(model: Any, claim: Sampling, options: dict[str, Any]) -> Callable[[Any, Any], torch.Tensor]:
-    """Sample with transformers' `generate()`. What it says of its arguments is an error of ours."""
+def _by_generate(model: Any, claim: Sampling, options: dict[str, Any]) -> Draw:
+    """Sample with transformers' `generate()`, no more than `ROWS` at a time.
+
+    Raises:
+        OptionsError: it computes more rows for one prompt, or says so of one of its arguments when it draws.
+    """
+    copies = 1
+    for name in ("num_beams", "num_return_sequences"):
+        number = options.get(name, getattr(model.generation_config, name, None)) or 1
+        if not isinstance(number, int) or not 1 <= number <= ROWS:
+            raise OptionsError(f"{name}={number}; expected 1 to {ROWS}", next_step=f"--generate {name}=1")
+        copies = max(copies, number)
     settings = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "pad_token_id": (*claim.eos_token_id, 0)[0]}
     settings |= {**options, **NO_EXTRAS, "trust_remote_code": False}
 
     def fails(gist: str) -> OptionsError:
         return OptionsError(f"generate({_shown(options)}) fails: {gist}", next_step="correct --generate KEY=VALUE")
 
-    def draw(prompts: Any, mask: Any) -> Any:
+    def draw(prompt: torch.Tensor) -> torch.Tensor:
+        prompts = prompt.repeat(ROWS // copies, 1)
         with as_ours(fails):
-            return model.generate(prompts, attention_mask=mask, **settings)
+            drawn: torch.Tensor = model.generate(prompts, attention_mask=prompts.new_ones(prompts.shape), **settings)
+        return drawn
 
     return draw
 
 
 def _drawn(
-    draw: Callable[[Any, Any], torch.Tensor],
-    queries: Sequence[torch.Tensor],
-    claim: Sampling,
-    tokens: int,
-    *,
-    copies: int,
-) -> tuple[list[torch.Tensor], list[int]]:
-    """Draw until there are so many tokens, padding after an end not counted.
-
-    Returns prompts with their responses, without the prompts' padding, and the prompts' lengths.
-    """
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    ends, pad = torch.tensor(claim.eos_token_id, dtype=torch.long), (*claim.eos_token_id, 0)[0]
-    size = max(1, ROWS // copies)
-    rows: list[torch.Tensor] = []
-    lengths: list[int] = []
+    draw: Draw, queries: Sequence[torch.Tensor], ends: Sequence[int], tokens: int
+) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """Draw until there are so many tokens, from one prompt after the other: prompts, and responses up to their ends."""
+    starts: list[torch.Tensor] = []
+    responses: list[list[int]] = []
     count = turn = 0
     while count < tokens or turn < len(queries):
-        batch = [queries[(turn + place) % len(queries)] for place in range(size)]
-        turn += size
-        prompts = pad_sequence(batch, batch_first=True, padding_value=pad, padding_side="left")  # [size, longest]
-        mask = pad_sequence([torch.ones_like(query) for query in batch], batch_first=True, padding_side="left")
-        sequences, P = draw(prompts, mask), prompts.shape[1]
-        for row, sequence in enumerate(sequences):
-            length = len(batch[row * size // len(sequences)])
-            rows.append(sequence[P - length :])
-            lengths.append(length)
-        is_end = torch.isin(sequences[:, P:], ends).long()
-        count += int((is_end.cumsum(-1) - is_end == 0).sum())
-    return rows, lengths
+        query = queries[turn % len(queries)]
+        turn += 1
+        for sequence in draw(query[None]).tolist():
+            ids = sequence[len(query) :]
+            end = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+            starts.append(query)
+            responses.append(ids[:end])
+            count += end
+    return starts, responses
 
 
 def _shown(settings: dict[str, Any]) -> str:

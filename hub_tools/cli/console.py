@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
 
 from ..errors import GPT2ValueHubError
 from ..errors import visible as visible_lines
-
-Row = tuple[str, object]
 
 
 def working(what: str) -> None:
@@ -25,9 +23,33 @@ def working(what: str) -> None:
         typer.secho(f"{visible(what)} ...", err=True, dim=True)
 
 
-def show_json(value: Any) -> None:
-    """Print a result for a script, alone on stdout."""
-    print(json.dumps(value, indent=2))
+def show(as_json: bool, value: dict[str, Any], text: str | None = None, *, next: Sequence[object] = ()) -> None:
+    """Print a result: one JSON object, alone on stdout, for a script; else for people.
+
+    Args:
+        value: as plain JSON values.
+        text: the same for people; by default its `facts`.
+        next: the command to type next.
+    """
+    if as_json:
+        print(json.dumps(value, indent=2))
+        return
+    typer.echo(visible_lines(facts(value) if text is None else text))
+    if next:
+        typer.echo(f"next: {visible(shlex.join(map(str, next)))}")
+
+
+def facts(value: Mapping[str, Any]) -> str:
+    """Write a record for people: a line for each entry that says something."""
+    return "\n".join(f"  {name.replace('_', ' '):<18}  {_plain(fact)}" for name, fact in value.items() if fact)
+
+
+def _plain(fact: Any) -> str:
+    if isinstance(fact, dict):
+        return ", ".join(f"{name} {_plain(entry)}" for name, entry in fact.items())
+    if isinstance(fact, (list, tuple)):
+        return ", ".join(map(_plain, fact))
+    return f"{fact:,}" if type(fact) is int else visible(str(fact))
 
 
 def show_error(error: GPT2ValueHubError) -> None:
@@ -36,18 +58,6 @@ def show_error(error: GPT2ValueHubError) -> None:
     if error.expected:
         typer.echo(f"expected: {error.expected}", err=True)
     typer.echo(f"next: {error.next_step}", err=True)
-
-
-def show(heading: str, rows: Iterable[Row] = (), *, lines: str = "", next: Sequence[object] = ()) -> None:
-    """Print a heading, facts that have a value as a table, lines to copy, and the command to type next."""
-    typer.secho(visible(heading), bold=True)
-    for name, fact in rows:
-        if fact:
-            typer.echo(f"  {visible(name):<18}  {visible(str(fact))}")
-    if lines:
-        typer.secho(f"\n{visible_lines(lines)}", fg="cyan")
-    if next:
-        typer.echo(f"\nnext: {command(*next)}")
 
 
 def show_responses(responses: Sequence[dict[str, Any]]) -> None:
@@ -66,15 +76,6 @@ def show_responses(responses: Sequence[dict[str, Any]]) -> None:
         typer.echo()
 
 
-def versions(libraries: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in libraries.items())
-
-
 def visible(text: str) -> str:
     """Return `text` as it may be printed on one line: what a terminal would obey is written as its escape."""
     return visible_lines(text).replace("\n", "\\n")
-
-
-def command(*words: object) -> str:
-    """Return a line to type into a shell, quoted whatever is in the words."""
-    return visible(shlex.join(map(str, words)))
