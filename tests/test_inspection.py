@@ -505,14 +505,6 @@ def test_what_is_not_a_folder_is_refused(source, tmp_path):
         inspect_package(tmp_path / source)
 
 
-def test_an_interrupted_save_is_explained(package):
-    home = package.parent / ".package.saving-abcd1234"
-    home.mkdir()
-    package.rename(home / "previous")
-    with pytest.raises(errors.NotAPackageError, match="interrupted"):
-        inspect_package(package)
-
-
 def test_every_error_says_what_to_do_next():
     for name, kind in vars(errors).items():
         if isinstance(kind, type) and issubclass(kind, errors.GPT2ValueHubError):

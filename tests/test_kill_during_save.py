@@ -28,8 +28,8 @@ def deaths(request, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     packages, *attempts = map(json.loads, done.stdout.splitlines())
-    # the sweep is one: it killed at every step, and went on until a save came through
-    assert sum(attempt["killed"] for attempt in attempts) > 20
+    # the sweep is one: it went on until a save came through
+    assert sum(attempt["killed"] for attempt in attempts) > 10
     assert packages["old"] != packages["new"]
     return request.param, packages, attempts
 

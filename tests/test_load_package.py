@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,12 +18,11 @@ from conftest import make_tiny_model
 from safetensors.torch import load_file, save_file
 from support.hub_server import Fault
 from test_inspection import edit_json
-from test_verify import record_again
+from test_verify import record_again, touching
 from transformers import AutoModel
 
 from generation_gpt2_value import rescore, rollout
 from hub_tools import errors, inspect_package, layout, load_package, save_package, verify_package
-from hub_tools.package import load
 from hub_tools.package import record as releases
 from modeling_gpt2_value import GPT2ValueModel
 
@@ -77,7 +75,7 @@ def test_a_package_with_this_version_s_code_loads_and_runs_none_of_its_own(packa
 
 def test_changed_code_is_refused_unread_and_the_advised_command_shows_it(gpt2_value, package, tmp_path):
     package = package.rename(tmp_path / "it's a package")
-    change_code(package, f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    change_code(package, touching(tmp_path / "ran"))
     with pytest.raises(errors.UntrustedCodeError, match=MODELING) as refused:
         load_package(package)
     assert not (tmp_path / "ran").exists()
@@ -85,12 +83,12 @@ def test_changed_code_is_refused_unread_and_the_advised_command_shows_it(gpt2_va
     command = re.fullmatch(r"read it: (.+) , and if it is good pass reviewed_sha256=(.+)", refused.value.next_step)
     program, *arguments = shlex.split(command[1])
     assert program == "gpt2-value"
-    assert f"+open({str(tmp_path / 'ran')!r}, 'w')" in gpt2_value(*arguments)[1]
+    assert f"+__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()" in gpt2_value(*arguments)[1]
     assert json.loads(command[2].replace("'", '"')) == {MODELING: sha256(package / MODELING)}
 
 
 def test_code_that_was_reviewed_is_run_as_the_bytes_that_were_hashed(package, tiny_model, tmp_path):
-    reviewed = change_code(package, f"open({str(tmp_path / 'ran')!r}, 'w')\nREVIEWED = True\n")
+    reviewed = change_code(package, f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()\nREVIEWED = True\n")
     loaded = load_package(package, reviewed_sha256=reviewed)
     assert (tmp_path / "ran").exists()
     assert loaded.code_version is None
@@ -103,7 +101,7 @@ def test_code_that_was_reviewed_is_run_as_the_bytes_that_were_hashed(package, ti
 
 def test_a_review_holds_for_those_bytes_alone(package, tmp_path):
     reviewed = change_code(package, "# reviewed\n")
-    change_code(package, f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    change_code(package, touching(tmp_path / "ran"))
     with pytest.raises(errors.UntrustedCodeError, match="was not reviewed"):
         load_package(package, reviewed_sha256=reviewed)
     assert not (tmp_path / "ran").exists()
@@ -111,7 +109,7 @@ def test_a_review_holds_for_those_bytes_alone(package, tmp_path):
 
 def test_a_review_of_some_files_does_not_cover_the_others(package, tmp_path):
     reviewed = change_code(package, "# reviewed\n")
-    change_code(package, f"open({str(tmp_path / 'ran')!r}, 'w')\n", name="sampling_gpt2_value.py")
+    change_code(package, touching(tmp_path / "ran"), name="sampling_gpt2_value.py")
     with pytest.raises(errors.UntrustedCodeError, match=r"sampling_gpt2_value\.py") as refused:
         load_package(package, reviewed_sha256=reviewed)
     assert MODELING not in refused.value.next_step
@@ -151,6 +149,7 @@ def test_code_of_another_release_runs_as_it_was_released(package, tiny_model, mo
     assert known["sampling_gpt2_value.py"] == (True, (layout.__version__, "0.0.9"))
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # its own code asks for it
 def test_a_package_that_0_2_0_wrote_is_loaded_and_verified(tmp_path):
     """The archive was written by the code of 0.2.0 itself; its record holds the numbers that it computed."""
     zipfile.ZipFile(RELEASED / "gpt2-value-0.2.0.zip").extractall(tmp_path / "old")
@@ -192,82 +191,15 @@ def test_code_that_is_missing_is_named(package):
         load_package(package)
 
 
-@pytest.mark.parametrize("moment", ["inspect_stage", "_approve", "make_loadable"])
-def test_code_that_is_exchanged_after_it_was_copied_is_not_run(moment, package, tmp_path, monkeypatch):
-    """What was hashed is what runs, whatever is in the folder by then."""
-    reviewed = change_code(package, f"open({str(tmp_path / 'reviewed')!r}, 'w')\n")
-    step = getattr(load, moment)
-
-    def step_and_exchange(*args, **kwargs):
-        result = step(*args, **kwargs)
-        change_code(package, f"open({str(tmp_path / 'ran')!r}, 'w')\n", recorded=False)
-        return result
-
-    monkeypatch.setattr(load, moment, step_and_exchange)
-    load_package(package, reviewed_sha256=reviewed)
-    assert not (tmp_path / "ran").exists()
-    assert (tmp_path / "reviewed").exists()
-
-
-def test_settings_that_are_not_known_have_no_effect(tiny_model, tiny_tokenizer, tmp_path):
-    """One hides a method of transformers, one names another vocabulary."""
-    package = save_package(tiny_model, tmp_path / "p", tiny_tokenizer).folder
-    for file in (layout.CONFIG, layout.GENERATION_CONFIG):
-        edit_json(package / file, to_dict="x")
-    edit_json(package / layout.TOKENIZER_CONFIG, tokenizer_file="/elsewhere/tokenizer.json", vocab_file="/elsewhere")
-    record_again(package)
-    loaded = load_package(package)
-    assert same_weights(loaded.model, tiny_model)
-    assert loaded.tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
-    assert loaded.package.unknown_fields[layout.TOKENIZER_CONFIG] == ("tokenizer_file", "vocab_file")
-
-
 def test_what_lies_beside_a_package_cannot_change_what_is_loaded(package, tiny_model, tmp_path):
     """transformers would follow an adapter to its base model, and run another generation loop."""
     reviewed = change_code(package, "# reviewed\n")
     (package / "adapter_config.json").write_text('{"base_model_name_or_path": "other/model", "peft_type": "LORA"}')
     (package / "custom_generate").mkdir()
-    (package / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (package / "custom_generate" / "generate.py").write_text(touching(tmp_path / "ran"))
     (package / "pytorch_model.bin").write_bytes(b"a pickle")
     assert same_weights(load_package(package, reviewed_sha256=reviewed).model, tiny_model)
     assert not (tmp_path / "ran").exists()
-
-
-def test_weights_that_are_written_to_after_they_were_copied_are_not_loaded(package, tiny_model, monkeypatch):
-    """Neither while transformers loads them nor later, although it maps the file into memory."""
-    from_pretrained = GPT2ValueModel.from_pretrained
-
-    def write_in_place(offset):
-        with open(package / layout.WEIGHTS, "r+b") as file:
-            file.seek(-offset, os.SEEK_END)
-            file.write(b"\0" * offset)
-
-    def write_and_load(*args, **kwargs):
-        write_in_place(1000)
-        return from_pretrained(*args, **kwargs)
-
-    monkeypatch.setattr(GPT2ValueModel, "from_pretrained", write_and_load)
-    loaded = load_package(package)
-    write_in_place(50_000)
-    assert same_weights(loaded.model, tiny_model)
-
-
-def test_a_folder_that_is_renamed_away_and_back_does_not_swap_the_weights(package, tiny_model, tmp_path, monkeypatch):
-    other = Path(shutil.copytree(package, tmp_path / "other" / "package"))
-    rewrite(other, lambda weights: weights["v_head.summary.bias"].add_(1))
-    from_pretrained = GPT2ValueModel.from_pretrained
-
-    def swap_and_load(*args, **kwargs):
-        package.rename(tmp_path / "away")
-        other.rename(package)
-        try:
-            return from_pretrained(*args, **kwargs)
-        finally:
-            package.rename(other)
-            (tmp_path / "away").rename(package)
-
-    monkeypatch.setattr(GPT2ValueModel, "from_pretrained", swap_and_load)
-    assert same_weights(load_package(package).model, tiny_model)
 
 
 # Strict about the weights
@@ -417,7 +349,7 @@ def test_no_pickle_and_nothing_foreign_is_downloaded(server, package, cache):
 
 
 def test_changed_code_on_a_hub_is_refused_with_the_command_that_shows_it(server, package, cache, tmp_path):
-    reviewed = change_code(package, f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    reviewed = change_code(package, touching(tmp_path / "ran"))
     server.create(REPO, contents(package))
     with pytest.raises(errors.UntrustedCodeError, match=server.history(REPO)[0].oid) as refused:
         load_package(REPO, cache_dir=cache)

@@ -22,7 +22,7 @@ from conftest import make_tiny_model
 from safetensors.torch import load_file, save_file
 from test_inspection import edit_json
 from test_load_package import same_weights
-from test_verify import record_again
+from test_verify import record_again, touching
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -114,7 +114,7 @@ def test_what_lies_in_a_shared_module_cache_is_not_run(package, tmp_path, monkey
         file.write("REVIEWED = True\n")
     record_again(package)
     evil = tmp_path / "evil.py"
-    evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    evil.write_text(touching(tmp_path / "ran"))
     for name in (package.name, "files", "gpt2_value"):
         home = cache / "transformers_modules" / name
         home.mkdir(parents=True)
@@ -135,7 +135,7 @@ def test_code_that_is_exchanged_after_it_was_hashed_is_not_run(package, tmp_path
     run = subprocess.run
 
     def exchange_and_run(*args, **how):
-        (package / MODELING).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        (package / MODELING).write_text(touching(tmp_path / "ran"))
         return run(*args, **how)
 
     monkeypatch.setattr(verify.subprocess, "run", exchange_and_run)

@@ -84,8 +84,8 @@ def try_case(home: Path, mutation: Mutation, record: str, original: dict[str, by
 
 
 def remote_modules() -> set[str]:
-    """The modules that transformers imported from packages."""
-    return {name for name in sys.modules if name.startswith("transformers_modules")}
+    """The modules that were imported from packages."""
+    return {name for name in sys.modules if name.startswith(("transformers_modules", "gpt2_value_code"))}
 
 
 def difference(loaded: Any, folder: Path, original: dict[str, bytes], record: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from support.mutations_of_json import armed_fields, generation_configs, not_json, tokenizers, wrong_fields
+from support.mutations_of_json import not_json, tokenizers, wrong_fields
 from support.spoiling import (
     CANARY,
     CODE,
@@ -45,8 +45,8 @@ from support.spoiling import (
 def mutations() -> list[Mutation]:
     """All of them, in the same order on every run."""
     makers = (
-        truncated, flipped, spliced, lying_headers, wrong_weights, wrong_shards, wrong_fields, armed_fields, not_json,
-        generation_configs, tokenizers, special_files, pickles, changed_code,
+        truncated, flipped, spliced, lying_headers, wrong_weights, wrong_shards, wrong_fields, not_json, tokenizers,
+        special_files, pickles, changed_code,
     )  # fmt: skip
     return [mutation for maker in makers for mutation in maker()]
 
@@ -113,22 +113,11 @@ def lying_headers() -> Iterator[Mutation]:
     name = "transformer.wte.weight"
     entries: dict[str, dict[str, Any]] = {
         "huge shape": {"shape": [1 << 62, 1 << 62]},
-        "product overflows": {"shape": [1 << 32, 1 << 32]},
-        "negative shape": {"shape": [-24, -16]},
-        "fractional shape": {"shape": [24.0, 16]},
-        "true in shape": {"shape": [True, 384]},
         "no shape": {"shape": None},
         "shape of 1000": {"shape": [1] * 1000},
-        "digits": {"shape": [int("9" * 300), 1]},
         "transposed": {"shape": [16, 24]},
-        "flat": {"shape": [384]},
-        "backward offsets": {"data_offsets": [1536, 0]},
-        "far offsets": {"data_offsets": [0, 1 << 60]},
         "negative offsets": {"data_offsets": [-1536, 0]},
-        "three offsets": {"data_offsets": [0, 1, 2]},
-        "text offsets": {"data_offsets": ["0", "1536"]},
         "unknown dtype": {"dtype": "F8_E4M3"},
-        "dtype is a list": {"dtype": ["F32"]},
         "half the dtype": {"dtype": "F16"},
         "integers": {"dtype": "I32"},
         "one key more": {"evil": 1},
@@ -138,25 +127,14 @@ def lying_headers() -> Iterator[Mutation]:
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     heads: dict[str, Callable[[dict[str, Any]], Any]] = {
         "overlap": lambda h: h[name].update(data_offsets=h["transformer.h.0.attn.c_attn.weight"]["data_offsets"]),
-        "shared data": lambda h: h["transformer.h.0.ln_1.bias"].update(h["transformer.h.0.ln_2.bias"]),
         "missing entry": lambda h: h.pop(name),
         "no entries": lambda h: h.clear(),
         "no metadata": lambda h: h.pop("__metadata__"),
         "other framework": lambda h: h.update(__metadata__={"format": "flax"}),
-        "metadata is a list": lambda h: h.update(__metadata__=["pt"]),
-        "metadata of numbers": lambda h: h.update(__metadata__={"format": "pt", "n": 1}),
-        "entry is a list": lambda h: h.update({name: [1, 2]}),
         "odd name": lambda h: h.update({"../../" + name: h.pop(name)}),
         "empty tensors": lambda h: h.update({f"x{i}": dict(empty) for i in range(5000)}),
         "key twice": lambda h: json.dumps(h)[:-1].encode() + b"," + json.dumps({name: h[name]})[1:].encode(),
         "deep": lambda h: b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-        "byte order mark": lambda h: b"\xef\xbb\xbf" + json.dumps(h).encode(),
-        "leading space": lambda h: b"  " + json.dumps(h).encode(),
-        "not utf-8": lambda h: json.dumps(h).encode().replace(b"wte", b"w\xffe"),
-        "utf-16": lambda h: json.dumps(h).encode("utf-16"),
-        "a list": lambda h: b"[1]",
-        "nan": lambda h: json.dumps(h)[:-1].encode() + b',"x":NaN}',
-        "trailing text": lambda h: json.dumps(h).encode() + b"x",
         "trailing spaces": lambda h: json.dumps(h).encode() + b" " * 64,
     }  # fmt: skip
     for what, edit in heads.items():

@@ -51,13 +51,9 @@ def of_checkpoints() -> Iterator[Mutation]:
             yield _set(CONFIG, field, value)
     for made in (
         mutations_of_json.wrong_fields,
-        mutations_of_json.armed_fields,
-        mutations_of_json.generation_configs,
         mutations_of_json.tokenizers,
     ):
-        for mutation in made():
-            if mutation.kind != "auto_map":  # which a checkpoint has none of
-                yield mutation
+        yield from made()
     for mutation in mutations_of_json.not_json():
         if mutation.name.partition(":")[0] in (CONFIG, GENERATION, "tokenizer_config.json"):
             yield mutation

@@ -39,6 +39,9 @@ def model(seed):
     )
 
 
+STRIDE = {"exchange": 3, "renames": 1}  # every step of the replacement itself, every third of the writing
+
+
 def contents(folder):
     if not folder.is_dir():
         return None
@@ -102,7 +105,7 @@ def main():
 
     step = 1
     while attempt(partial(save_and_die, folder, how, step), step):
-        step += 1
+        step += STRIDE[how]
     for tick in range(10):
         attempt(partial(save_and_be_killed, folder, 0.01 * tick), "timer")
 
