@@ -17,12 +17,12 @@ from hub_tools.package.save import save_package
 from hub_tools.package.verify import TOLERANCE, verify_package
 
 
-@pytest.fixture(scope="module")
 def touching(path):
     """A line of code that shows that it ran."""
     return f"__import__('pathlib').Path({str(path)!r}).touch()\n"
 
 
+@pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "package"
     save_package(make_tiny_model().to(torch.bfloat16), folder)
