@@ -1,4 +1,4 @@
-"""`export_policy`: a plain GPT-2 that knows nothing of us, with the policy's logits bit for bit."""
+"""`export_policy` and `export_critic`: plain models of transformers, which know nothing of us, with equal numbers."""
 
 import copy
 import json
@@ -9,9 +9,15 @@ import pytest
 import torch
 from conftest import make_tiny_model, plain_twin
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+)
 
-from hub_tools import convert_checkpoint, errors, export_policy, save_package
+from hub_tools import convert_checkpoint, errors, export_critic, export_policy, save_package
 from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel
 
 PROMPT = torch.tensor([[5, 7, 11, 13, 17], [3, 1, 4, 1, 5]])
@@ -21,10 +27,9 @@ STRANGER = """
 import sys
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 folder, out = sys.argv[1:]
-torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 assert type(model) is GPT2LMHeadModel, type(model)
 prompt = torch.tensor([[5, 7, 11, 13, 17], [3, 1, 4, 1, 5]])
@@ -35,18 +40,13 @@ assert not ours, ours
 """
 
 
-def stranger_logits(folder, tmp_path):
-    """The logits in a fresh, isolated interpreter, in another folder, without `trust_remote_code`."""
-    out = tmp_path / "logits.safetensors"
-    command = [sys.executable, "-I", "-c", STRANGER, str(folder), str(out)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    return load_file(out)["logits"]
-
-
 @torch.no_grad()
 def logits_of(model):
     return model(PROMPT, return_dict=True).logits
+
+
+def policy_in(folder):
+    return GPT2LMHeadModel.from_pretrained(folder, dtype="auto").eval()
 
 
 @pytest.mark.shows(
@@ -60,138 +60,181 @@ def logits_of(model):
 def test_a_stranger_loads_the_export_and_gets_the_same_logits_bit_for_bit(fields, dtype, tmp_path):
     save_package(make_tiny_model(**fields).to(dtype), tmp_path / "package")
     model = GPT2ValueModel.from_pretrained(tmp_path / "package", dtype="auto").eval()
-    exported = export_policy(model, tmp_path / "policy")
-    assert exported.dtype == dtype
-    logits = stranger_logits(tmp_path / "policy", tmp_path)
-    assert logits.dtype == dtype
-    assert torch.equal(logits, logits_of(model))
+    assert export_policy(model, tmp_path / "policy").dtype == dtype
+    command = [sys.executable, "-I", "-c", STRANGER, str(tmp_path / "policy"), str(tmp_path / "logits")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(load_file(tmp_path / "logits")["logits"], logits_of(model))
 
 
-def test_the_export_is_what_a_plain_gpt2_would_have_saved(tiny_model, tmp_path):
+def test_the_export_is_what_a_plain_gpt2_would_have_saved_and_the_model_is_left_as_it_is(tiny_model, tmp_path):
+    tiny_model.train()
+    tiny_model.generation_config.max_new_tokens = 9
+    before = copy.deepcopy(
+        [tiny_model.config.to_dict(), tiny_model.generation_config.to_dict(), tiny_model.state_dict()]
+    )
     export_policy(tiny_model, tmp_path / "policy")
+    after = [tiny_model.config.to_dict(), tiny_model.generation_config.to_dict(), tiny_model.state_dict()]
+    assert tiny_model.training
+    assert before[:2] == after[:2]
+    assert all(torch.equal(weight, before[2][name]) for name, weight in after[2].items())
     plain_twin(tiny_model).save_pretrained(tmp_path / "plain")
-
     exported, plain = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("policy", "plain"))
     for ours in ("summary_last_dropout", "detach_value_head", "value_head_initializer_range"):
         del plain[ours]  # the twin keeps what it was built from
     assert exported == plain
-    assert exported["model_type"] == "gpt2"
-    assert exported["architectures"] == ["GPT2LMHeadModel"]
     assert not [name for name in exported if "value" in name or name in ("auto_map", "num_labels", "id2label")]
-    assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    ]
+    names = sorted(path.name for path in (tmp_path / "policy").iterdir())
+    assert names == ["config.json", "generation_config.json", "model.safetensors"]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("policy", "plain"))
     assert set(ours) == set(theirs)
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    assert policy_in(tmp_path / "policy").generation_config.max_new_tokens == 9
 
 
-def test_a_packages_folder_exports_like_its_model_and_with_its_tokenizer(tiny_model, tiny_tokenizer, tmp_path):
+def test_a_package_exports_like_its_model_and_with_its_tokenizer_also_without_its_head(
+    tiny_model, tiny_tokenizer, tmp_path
+):
     save_package(tiny_model, tmp_path / "package", tiny_tokenizer)
     exported = export_policy(tmp_path / "package", tmp_path / "policy")
     assert exported.tokenizer is not None
     assert {"tokenizer.json", "tokenizer_config.json"} <= set(exported.files)
-    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "policy").eval()
-    assert torch.equal(logits_of(loaded), logits_of(GPT2ValueModel.from_pretrained(tmp_path / "package").eval()))
-
-
-def test_a_package_that_lost_its_head_still_gives_its_policy(tiny_model, tmp_path):
-    save_package(tiny_model, tmp_path / "package")
-    weights = load_file(tmp_path / "package" / "model.safetensors")
-    # Copies, since the file is mapped, and replaced here.
-    body = {name: weight.clone() for name, weight in weights.items() if not name.startswith("v_head.")}
-    save_file(body, tmp_path / "package" / "model.safetensors", metadata={"format": "pt"})
-    export_policy(tmp_path / "package", tmp_path / "policy")
-    exported = load_file(tmp_path / "policy" / "model.safetensors")
-    assert set(exported) == set(body)
-    assert all(torch.equal(weight, body[name]) for name, weight in exported.items())
-
-
-def test_a_package_with_damaged_weights_is_refused(tiny_model, tmp_path):
-    save_package(tiny_model, tmp_path / "package")
+    assert torch.equal(logits_of(policy_in(tmp_path / "policy")), logits_of(tiny_model))
     weights = tmp_path / "package" / "model.safetensors"
+    # Copies, since the file is mapped, and replaced here.
+    body = {name: weight.clone() for name, weight in load_file(weights).items() if not name.startswith("v_head.")}
+    save_file(body, weights, metadata={"format": "pt"})
+    export_policy(tmp_path / "package", tmp_path / "headless")
+    assert torch.equal(logits_of(policy_in(tmp_path / "headless")), logits_of(tiny_model))
+    with pytest.raises(errors.MissingHeadError):
+        export_critic(tmp_path / "package", tmp_path / "critic")
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(errors.PackageError):
-        export_policy(tmp_path / "package", tmp_path / "policy")
-    assert not (tmp_path / "policy").exists()
+        export_policy(tmp_path / "package", tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
 
 
-def test_the_generation_config_travels(tiny_model, tmp_path):
-    tiny_model.generation_config.max_new_tokens = 9
-    export_policy(tiny_model, tmp_path / "policy")
-    assert GPT2LMHeadModel.from_pretrained(tmp_path / "policy").generation_config.max_new_tokens == 9
-
-
-def test_the_seeds_class_exports_too(tmp_path):
+def test_the_seeds_class_exports_too_and_becomes_a_package_again(tmp_path):
     model = GPT2HeadWithValueModel(make_tiny_model().config).eval()
     export_policy(model, tmp_path / "policy")
-    assert torch.equal(logits_of(GPT2LMHeadModel.from_pretrained(tmp_path / "policy").eval()), logits_of(model))
-
-
-def test_the_model_is_left_as_it_is(tiny_model, tmp_path):
-    tiny_model.train()
-    config, weights = tiny_model.config.to_dict(), copy.deepcopy(tiny_model.state_dict())
-    generation_config = tiny_model.generation_config.to_dict()
-    export_policy(tiny_model, tmp_path / "policy")
-    assert tiny_model.training
-    assert tiny_model.config.to_dict() == config
-    assert tiny_model.generation_config.to_dict() == generation_config
-    assert all(torch.equal(weight, weights[name]) for name, weight in tiny_model.state_dict().items())
-    assert all(weight.requires_grad for weight in tiny_model.parameters())
-
-
-def test_an_export_becomes_a_package_again(tiny_model, tmp_path):
-    export_policy(tiny_model, tmp_path / "policy")
+    assert torch.equal(logits_of(policy_in(tmp_path / "policy")), logits_of(model))
     convert_checkpoint(tmp_path / "policy", tmp_path / "package", init_value_head=True)
-    assert torch.equal(logits_of(GPT2ValueModel.from_pretrained(tmp_path / "package").eval()), logits_of(tiny_model))
+    assert torch.equal(logits_of(GPT2ValueModel.from_pretrained(tmp_path / "package").eval()), logits_of(model))
+
+
+# The critic
+
+TOKENS = torch.tensor([[0, 0, 5, 7, 11, 13, 17], [3, 1, 4, 1, 5, 9, 2]])
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+POSITIONS = (MASK.cumsum(-1) - 1).clamp(min=0)
+
+
+def model_with_bias(**fields):
+    model = make_tiny_model(**fields)
+    with torch.no_grad():
+        model.v_head.summary.bias.fill_(-1.7)
+    return model
+
+
+@torch.no_grad()
+def values_of(model):
+    return model.eval()(TOKENS, attention_mask=MASK).value
+
+
+@torch.no_grad()
+def read_as_verl_does(folder):
+    """`DataParallelPPOCritic`: one logit a token; flash attention's sharding asks for the number of key-value heads."""
+    critic = AutoModelForTokenClassification.from_pretrained(folder).eval()
+    assert type(critic) is GPT2ForTokenClassification
+    assert critic.config.num_key_value_heads == critic.config.num_attention_heads
+    return critic(TOKENS, attention_mask=MASK, position_ids=POSITIONS).logits.squeeze(-1)
+
+
+@torch.no_grad()
+def read_as_trl_and_openrlhf_do(folder):
+    """TRL's `get_reward`: the body is the attribute `base_model_prefix`, `score` is applied to its last states."""
+    critic = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    assert type(critic) is GPT2ForSequenceClassification
+    body = getattr(critic, critic.base_model_prefix)
+    output = body(
+        input_ids=TOKENS, attention_mask=MASK, position_ids=POSITIONS, output_hidden_states=True, use_cache=False
+    )
+    return critic.score(output.hidden_states[-1]).squeeze(-1)
+
+
+READERS = {"token-classification": read_as_verl_does, "sequence-classification": read_as_trl_and_openrlhf_do}
+
+
+@pytest.mark.shows("verl, OpenRLHF, TRL", "`export_critic`: values as their code reads them, and back again")
+@pytest.mark.parametrize("head", READERS)
+def test_other_trainers_read_the_model_s_own_values_and_it_becomes_a_package_again(head, tmp_path, tiny_tokenizer):
+    model = model_with_bias()
+    expected, before = values_of(model), {name: w.clone() for name, w in model.state_dict().items()}
+    save_package(model, tmp_path / "package", tiny_tokenizer)
+    for source, name in ((model, "of-model"), (tmp_path / "package", "of-package")):
+        exported = export_critic(source, tmp_path / name, head=head)
+        assert exported.architecture.startswith("GPT2For")
+        assert (exported.tokenizer is None) == (name == "of-model")
+        found = READERS[head](tmp_path / name)
+        torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], atol=1e-6, rtol=1e-6)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    fields = json.loads((tmp_path / "of-model" / "config.json").read_text())
+    assert "auto_map" not in fields
+    assert fields["model_type"] == "gpt2"
+    convert_checkpoint(tmp_path / "of-package", tmp_path / "back")
+    back = GPT2ValueModel.from_pretrained(tmp_path / "back")
+    torch.testing.assert_close(values_of(back), expected, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", READERS)
+def test_a_critic_keeps_its_type_and_may_start_at_zero(head, tmp_path):
+    export_critic(make_tiny_model(value_head_initializer_range=0.0), tmp_path / "zero", head=head)
+    assert not READERS[head](tmp_path / "zero").any()
+    model = model_with_bias().to(torch.bfloat16)
+    assert export_critic(model, tmp_path / "critic", head=head).dtype == torch.bfloat16
+    found = READERS[head](tmp_path / "critic").float()
+    torch.testing.assert_close(found[MASK == 1], values_of(model)[MASK == 1], atol=0.1, rtol=0.05)
+
+
+def test_what_a_classifier_cannot_express_is_refused(tmp_path):
+    for fields in ({"summary_activation": "tanh"}, {"summary_use_proj": False}, {"summary_proj_to_labels": False}):
+        with pytest.raises(errors.ConversionError, match="one linear layer"):
+            export_critic(make_tiny_model(**fields), tmp_path / "critic")
+    model = model_with_bias(value_head_initializer_range=0.0)
+    with pytest.raises(errors.ConversionError, match="score has no bias"):
+        export_critic(model, tmp_path / "critic", head="sequence-classification")
+    export_critic(model, tmp_path / "constant")
+    assert (read_as_verl_does(tmp_path / "constant") == -1.7).all()
+    with pytest.raises(errors.OptionsError, match="token-classification or sequence-classification"):
+        export_critic(model, tmp_path / "critic", head="causal-lm")
 
 
 # What must not be lost
 
 
-def test_a_folder_that_holds_something_is_refused_unless_it_is_an_older_export(tiny_model, tmp_path):
-    export_policy(tiny_model, tmp_path / "policy")
+def test_a_folder_that_holds_something_is_refused_unless_it_is_an_older_export(tiny_model, tmp_path, monkeypatch):
+    policy = tmp_path / "policy"
+    export_policy(tiny_model, policy)
     with pytest.raises(errors.FolderRefusedError, match="overwrite=True"):
-        export_policy(tiny_model, tmp_path / "policy")
+        export_policy(tiny_model, policy)
     other = make_tiny_model(seed=1)
-    export_policy(other, tmp_path / "policy", overwrite=True)
-    assert torch.equal(logits_of(GPT2LMHeadModel.from_pretrained(tmp_path / "policy").eval()), logits_of(other))
-
-
-def test_a_package_is_never_overwritten_by_its_own_policy(tiny_model, tmp_path):
+    export_policy(other, policy, overwrite=True)
+    assert torch.equal(logits_of(policy_in(policy)), logits_of(other))
+    for name, match in ((".git", "git checkout"), ("training.py", r"training\.py"), ("old.bin", r"old\.bin")):
+        (policy / name).write_text("mine")
+        with pytest.raises(errors.FolderRefusedError, match=match):
+            export_policy(tiny_model, policy, overwrite=True)
+        assert (policy / name).read_text() == "mine"
+        (policy / name).unlink()
+    monkeypatch.chdir(policy)
+    with pytest.raises(errors.FolderRefusedError, match="current directory"):
+        export_policy(tiny_model, policy, overwrite=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(errors.FolderRefusedError, match="is a file"):
+        export_policy(tiny_model, tmp_path / "file")
     save_package(tiny_model, tmp_path / "package")
     with pytest.raises(errors.FolderRefusedError, match="would be lost"):
         export_policy(tmp_path / "package", tmp_path / "package", overwrite=True)
-    assert torch.equal(logits_of(GPT2ValueModel.from_pretrained(tmp_path / "package").eval()), logits_of(tiny_model))
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "pytorch_model.bin", "training.py"])
-def test_a_foreign_file_is_never_overwritten(name, tiny_model, tmp_path):
-    export_policy(tiny_model, tmp_path / "policy")
-    (tmp_path / "policy" / name).write_text("mine")
-    with pytest.raises(errors.FolderRefusedError, match=name):
-        export_policy(tiny_model, tmp_path / "policy", overwrite=True)
-    assert (tmp_path / "policy" / name).read_text() == "mine"
-
-
-def test_a_file_in_the_folders_place_is_refused(tiny_model, tmp_path):
-    (tmp_path / "policy").write_text("mine")
-    with pytest.raises(errors.FolderRefusedError, match="is a file"):
-        export_policy(tiny_model, tmp_path / "policy")
-
-
-def test_a_git_checkout_and_the_current_directory_are_never_replaced(tiny_model, tmp_path, monkeypatch):
-    export_policy(tiny_model, tmp_path / "policy")
-    monkeypatch.chdir(tmp_path / "policy")
-    with pytest.raises(errors.FolderRefusedError, match="current directory"):
-        export_policy(tiny_model, tmp_path / "policy", overwrite=True)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "policy" / ".git").mkdir()
-    with pytest.raises(errors.FolderRefusedError, match="git checkout"):
-        export_policy(tiny_model, tmp_path / "policy", overwrite=True)
-    assert (tmp_path / "policy" / ".git").is_dir()
 
 
 def test_a_write_that_the_system_refuses_is_a_save_that_failed(tiny_model, tmp_path, monkeypatch):
@@ -210,3 +253,7 @@ def test_what_is_not_a_value_head_model_is_refused(tiny_model, tmp_path):
             export_policy(other, tmp_path / "policy")
     with pytest.raises(errors.NotAPackageError):
         export_policy(tmp_path / "nowhere", tmp_path / "policy")
+    with pytest.raises(errors.OptionsError, match="revision"):
+        export_policy(tiny_model, tmp_path / "policy", revision="main")
+    with pytest.raises(errors.HubUnavailableError, match="nobody/nothing"):
+        export_critic("nobody/nothing", tmp_path / "critic")
