@@ -146,6 +146,7 @@ class CheckpointPusher:
             # the worker then imports the same modules as this process, wherever the training script is
             "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
             "HF_ENDPOINT": hub.api.endpoint,
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             **({} if token is None else {"HF_TOKEN": token}),
