@@ -250,15 +250,11 @@ def verify(
     Loads it strictly in a fresh interpreter that has torch and transformers and cannot see this installation,
     and compares logits and values on a probe with those recorded at save time.
     """
-    from ..hub.ask import is_repository_id
-    from ..hub.download import fetch
     from ..package.verify import verify_package
 
     refuse_revision_of_a_folder(package, revision)
     console.working(f"verifying {package}")
-    on_hub = not Path(package).exists() and "/" in package and is_repository_id(package)
-    folder = fetch(package, revision=revision).folder if on_hub else Path(package)
-    report = verify_package(folder, trust_remote_code=trust_remote_code, timeout=timeout)
+    report = verify_package(package, revision=revision, trust_remote_code=trust_remote_code, timeout=timeout)
     console.show(json, report.to_json(), str(report))
 
 
