@@ -41,7 +41,7 @@ def show(as_json: bool, value: dict[str, Any], text: str | None = None, *, next:
 
 def facts(value: Mapping[str, Any]) -> str:
     """Write a record for people: a line for each entry that says something."""
-    return "\n".join(f"  {name.replace('_', ' '):<18}  {_plain(fact)}" for name, fact in value.items() if fact)
+    return "\n".join(f"  {name.replace('_', ' '):<24}  {_plain(fact)}" for name, fact in value.items() if fact)
 
 
 def _plain(fact: Any) -> str:
