@@ -124,7 +124,7 @@ faults: .venv/.done  ## fail every request of a push in every way; prints reques
 	$(BIN)/python tests/slow/fault_sweep.py
 	env -u HF_HUB_DISABLE_XET $(BIN)/python tests/slow/fault_sweep.py --xet
 
-fuzz: .venv/.done  ## spoil packages, checkpoints and adapters in 10,000 ways; prints mutation x outcome
+fuzz: .venv/.done  ## spoil packages, checkpoints and adapters in 14,000 ways; prints mutation x outcome
 	$(BIN)/python tests/slow/fuzz_packages.py
 	$(BIN)/python tests/slow/fuzz_checkpoints.py
 

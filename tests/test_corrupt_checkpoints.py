@@ -5,7 +5,7 @@ from slow.fuzz_checkpoints import HUNT, READERS, cases, convert, try_case, write
 from slow.fuzz_runner import GROWTH, LOADED, Watch, run_all
 from support.spoiling import CANARY, Mutation
 
-EVERY = 97  # of the cases, a prime: each reader and each kind of mutation takes its turns
+EVERY = 127  # of the cases, a prime: each reader and each kind of mutation takes its turns
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_no_spoiled_checkpoint_eats_the_memory(outcomes):
 
 
 def test_there_are_as_many_cases_as_the_documents_say():
-    assert len(cases()) >= 4500
+    assert len(cases()) >= 9000
 
 
 def test_the_hunt_sees_other_numbers_other_errors_and_code_that_ran(tmp_path, monkeypatch):

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hub_tools.convert import adapters, heads
+from hub_tools.package import config
 from support import mutations, mutations_of_json
 from support.spoiling import CANARY, CODE, CONFIG, GENERATION, INDEX, RECORD, Edit, Mutation, header_edit, json_edit
 
@@ -27,20 +29,12 @@ HOSTILE: tuple[Any, ...] = (
     {"x" * 1000: 1}, [[1]], False,
 )  # fmt: skip
 CONFIG_FIELDS = (
-    "activation_function", "architectures", "attribute_map", "dtype", "n_embd", "n_head", "n_inner", "n_layer",
-    "n_positions", "vocab_size", "num_labels", "id2label", "label2id", "summary_type", "summary_activation",
-    "summary_use_proj", "summary_first_dropout", "summary_dropout_prob", "classifier_dropout", "tie_word_embeddings",
-    "torch_dtype", "model_type", "eos_token_id", "pad_token_id", "layer_norm_epsilon", "initializer_range",
-    "quantization_config", "pruned_heads", "hidden_size", "num_hidden_layers", "watermarking_config", "to_dict",
-    "auto_map", "add_cross_attention", "scale_attn_weights", "resid_pdrop", "is_encoder_decoder", "__class__",
+    *config.CONFIG, *heads.FIELDS, *config.ALIASES, "attribute_map", "quantization_config", "pruned_heads", "to_dict",
+    "__class__",
 )  # fmt: skip
 ADAPTER_FIELDS = (
-    "peft_type", "task_type", "r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "bias",
-    "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
-    "init_lora_weights", "base_model_name_or_path", "revision", "megatron_config", "megatron_core", "auto_mapping",
-    "fan_in_fan_out", "inference_mode", "lora_dropout", "loftq_config", "layer_replication", "target_parameters",
-    "trainable_token_indices", "use_qalora", "runtime_config", "alora_invocation_tokens", "ensure_weight_tying",
-    "arrow_config", "an_option_of_tomorrow", "__class__",
+    *adapters.FIELDS, *sorted(adapters.OF_NO_EFFECT), "megatron_config", "layer_replication", "target_parameters",
+    "an_option_of_tomorrow", "__class__",
 )  # fmt: skip
 
 
