@@ -109,7 +109,8 @@ class Decoder:
         keep_pace(self.model, self.tokens, ended=False)
         new = slice(0 if self.cache is None else columns - 1, columns)
         cached = {} if self.cache_name is None else {self.cache_name: self.cache}
-        tokens, mask = self.tokens[self.rows], self.mask[self.rows]
+        tokens = self.tokens[self.rows]
+        mask = self.mask[self.rows]
         output, values = run(self.model, tokens, mask, new, logits_to_keep=1, use_cache=bool(cached), **cached)
         cache = None if self.cache_name is None else vars(output).get(self.cache_name)
         self.cache = cache if isinstance(cache, Cache) else None  # without one, all columns are run again
@@ -130,7 +131,8 @@ class GPT2Decoder(Decoder):
 
     def __init__(self, model, tokens, mask):
         super().__init__(model, tokens, mask)
-        config, on_cpu = model.config, tokens.device.type == "cpu"
+        config = model.config
+        on_cpu = tokens.device.type == "cpu"
         shape = (len(model.transformer.h), 2, len(mask), config.n_head, mask.shape[1], config.n_embd // config.n_head)
         # Zeros and not empty: what is masked is still multiplied by 0, and must not be NaN.
         # On a CPU attention is faster in float32, whatever the weights are.
@@ -142,11 +144,14 @@ class GPT2Decoder(Decoder):
         self.activation = nn.GELU(approximate="tanh") if gelu else model.transformer.h[0].mlp.act
 
     def keep(self, rows):
-        self.past, self.rows = self.past[:, :, rows], self.rows[rows]
+        self.past = self.past[:, :, rows]
+        self.rows = self.rows[rows]
 
     def logits_and_values(self, columns):
-        new, self.seen = slice(self.seen, columns), columns
-        body, mask = self.model.transformer, self.mask[self.rows, :columns]
+        new = slice(self.seen, columns)
+        self.seen = columns
+        body = self.model.transformer
+        mask = self.mask[self.rows, :columns]
         x = body.wte(self.tokens[self.rows, new]) + body.wpe(positions(mask)[:, new])  # [b, n, n_embd]
         b, n, _ = x.shape
         allowed = mask.bool()[:, None, None]  # [b, 1, 1, columns]

@@ -94,7 +94,8 @@ def rollout(
         raise TypeError(
             f"rollout() got {', '.join(unknown)}; the prompts are `queries`, as in rollout(model, queries)."
         )
-    vocabulary, device = vocabulary_of(model), device_of(model)
+    vocabulary = vocabulary_of(model)
+    device = device_of(model)
     if isinstance(eos_token_id, str) and eos_token_id == FROM_CONFIG:
         eos_token_id = _ends_of(unwrapped(model)[-1].config, vocabulary)
     sampling = Sampling(temperature, top_k, top_p, min_new_tokens, eos_token_id)
@@ -117,14 +118,17 @@ def rollout(
 
 def _draw_responses(model, prompts, prompt_mask, T, vocabulary, pad, sampling, generator):
     """The `Rollout` of T columns after prompts `[B, P]`, padded at the left."""
-    (B, P), device = prompts.shape, prompts.device
-    tokens, mask = nn.functional.pad(prompts, (0, T), value=pad), nn.functional.pad(prompt_mask, (0, T))  # [B, P+T]
+    B, P = prompts.shape
+    device = prompts.device
+    tokens = nn.functional.pad(prompts, (0, T), value=pad)  # [B, P+T]
+    mask = nn.functional.pad(prompt_mask, (0, T))  # [B, P+T]
     decoder = decoder_for(model, tokens, mask)
     running = torch.ones(B, dtype=torch.bool, device=device)
     logits, value = decoder.logits_and_values(P)  # [B, V], [B]
     # Before anything is drawn: the most probable next tokens, as if they had been drawn.
     top = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).max(-1, keepdim=True)
-    seen, one = torch.cat([prompts, top.indices], 1), torch.ones_like(top.indices)
+    seen = torch.cat([prompts, top.indices], 1)
+    one = torch.ones_like(top.indices)
     as_drawn = Rollout(
         seen, torch.cat([prompt_mask, one], 1), top.indices, one > 0, top.values, None, running, None, Sampling()
     )
@@ -145,7 +149,8 @@ def _draw_responses(model, prompts, prompt_mask, T, vocabulary, pad, sampling, g
         step = sampling_distribution(logits, sampling, early=early[t])  # [b, V]
         token, logprob = draw(step, uniforms[t, rows])
         logprob = logprob.masked_fill(~are_finite(logits), math.nan)
-        tokens[rows, P + t], mask[rows, P + t] = torch.where(now, token, pad), now.long()
+        tokens[rows, P + t] = torch.where(now, token, pad)
+        mask[rows, P + t] = now.long()
         logprobs[rows, t] = logprob.where(now, 0)
         if values is not None:
             values[rows, t] = value.where(now, 0)
@@ -253,7 +258,8 @@ class Rollout:
 
     def _widened(self, P, T):
         """The same rows with P columns of prompts and T of responses; what is added is 0, and masked."""
-        columns, more = self.sequences.shape[1], T - self.responses.shape[1]
+        columns = self.sequences.shape[1]
+        more = T - self.responses.shape[1]
 
         def widen(tensor):
             if tensor.dim() == 1:
@@ -335,5 +341,6 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
         ids = row[mask.bool()]
         place = slice(0, len(ids)) if right else slice(columns - len(ids), columns)
-        tokens[number, place], seen[number, place] = ids.long(), 1
+        tokens[number, place] = ids.long()
+        seen[number, place] = 1
     return tokens, seen

@@ -54,7 +54,8 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs, dtype=torch.float32))
 
     def forward(self, hidden_states):
-        weight, bias = self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype)
+        weight = self.weight.to(hidden_states.dtype)
+        bias = self.bias.to(hidden_states.dtype)
         return nn.functional.linear(hidden_states, weight, bias)
 
 
@@ -165,13 +166,16 @@ class GPT2ValueModel(GPT2LMHeadModel):
         arguments = SIGNATURE.bind_partial(self, *args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
         del arguments["self"]
-        score, return_dict = arguments.pop("score", None), arguments.pop("return_dict", None)
-        labels, logits_to_keep = _either(arguments, "labels", "lm_labels"), arguments.pop("logits_to_keep", 0)
+        score = arguments.pop("score", None)
+        return_dict = arguments.pop("return_dict", None)
+        logits_to_keep = arguments.pop("logits_to_keep", 0)
+        labels = _either(arguments, "labels", "lm_labels")
         # Where the body still takes an old name of the cache, it says itself that the name goes.
         named = next((name for name in CACHE_NAMES if arguments.get(name) is not None), CACHE)
         cache = _either(arguments, *CACHE_NAMES)
         arguments[named if named in CACHE_NAMES[CACHE_NAMES.index(CACHE) :] else CACHE] = cache
-        mask, inputs = arguments.get("attention_mask"), arguments.get("input_ids")
+        mask = arguments.get("attention_mask")
+        inputs = arguments.get("input_ids")
         inputs = arguments.get("inputs_embeds") if inputs is None else inputs  # neither: GPT2Model says what is missing
         if arguments.get("position_ids") is None and inputs is not None and mask is not None and mask.dim() == 2:
             tokens = inputs.shape[1]

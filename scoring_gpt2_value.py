@@ -104,11 +104,13 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     head = [*getattr(inner, "v_head", nn.Identity()).parameters()] if hasattr(inner, "peft_config") else []
     if torch.is_grad_enabled() and head and not any(weight.requires_grad or weight.any() for weight in head):
         warn('the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it')
-    rollout, T = rollout.to(device_of(model)), rollout.responses.shape[1]
+    rollout = rollout.to(device_of(model))
+    T = rollout.responses.shape[1]
     tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
     seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
     other = None if reference is None else _reference_inputs(model, reference, vocabulary, seen, T)
-    asked, mask = rollout.responses.masked_fill(~rollout.response_mask, 0), rollout.response_mask
+    mask = rollout.response_mask
+    asked = rollout.responses.masked_fill(~mask, 0)
     request = ScoreRequest(asked, mask, rollout.sampling, rollout.kept, with_entropy, values_only, lambda: other)
     if takes_requests(model):
         scored: Any = Rescored(**run(model, *seen, score=request, use_cache=False)[0])
@@ -231,7 +233,9 @@ def check_itself(what, model, rollout, logprobs):
     change within a process.) The row is the one with most padding among those with most drawn tokens, which goes on
     after others have ended.
     """
-    inner, drawn, mask = unwrapped(model)[-1], rollout.response_mask, rollout.attention_mask
+    inner = unwrapped(model)[-1]
+    drawn = rollout.response_mask
+    mask = rollout.attention_mask
     lengths = drawn.sum(1)
     padding = (mask == 0).sum(1) - (~drawn).sum(1)
     situation = hash((what, computation_of(inner), bool(padding.any()), bool((lengths != lengths[0]).any())))
