@@ -13,7 +13,6 @@ import torch
 import transformers
 from conftest import make_tiny_model, plain_twin
 from support.settings import RAGGED, seeded
-from support.two_processes import free_port
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.integrations.executorch import register_dynamic_cache_export_support
 
@@ -326,18 +325,12 @@ def test_accelerate_reads_each_configuration(path):
     launch_command_parser().parse_args(shlex.split(LINES[0])[2:])
 
 
-def test_two_machines_find_each_other_and_save_one_package(tmp_path):
-    """A line of the page, with few steps and one process on each machine; `tests/slow/launches.py` starts them all."""
-    from slow.launches import launch_line
-
-    line = next(line for line in LINES if "--machine_rank 0" in line and "fsdp2" in line)
-    assert line.replace("--machine_rank 0", "--machine_rank 1") in LINES
-    port = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    machines = [launch_line(line, tmp_path / str(rank), *port, "--machine_rank", str(rank)) for rank in (0, 1)]
-    for machine in machines:
-        output = machine.communicate(timeout=200)[0].decode()
-        assert machine.returncode == 0, output
-    report = inspect_package(tmp_path / "0")
+def test_the_script_of_the_page_saves_a_package(tmp_path):
+    """As one process; `make launches` starts every line of the page with two, on one machine and as two."""
+    command = [sys.executable, "examples/many_gpus.py", "--out", tmp_path / "package", "--steps", "1", "--rows", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = inspect_package(tmp_path / "package")
     assert report.record
     assert not report.missing + report.changed + report.foreign
-    assert not (tmp_path / "1").exists()
