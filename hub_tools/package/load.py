@@ -158,7 +158,7 @@ def load_model(copy: Stage, *, dtype: torch.dtype | str, init_value_head: bool =
     model.config.dtype = dtype
     if layout.GENERATION_CONFIG in copy.names:
         with as_ours(lambda gist: PackageError(f"{layout.GENERATION_CONFIG}: {gist}", next_step=AGAIN)):
-            model.generation_config = GenerationConfig.from_dict(read_json(copy.folder, layout.GENERATION_CONFIG))
+            model.generation_config = GenerationConfig.from_pretrained(copy.folder, local_files_only=True)
     return model
 
 
