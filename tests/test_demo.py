@@ -239,11 +239,11 @@ def test_the_stranger_reports_the_rollout_of_the_package(model, tokenizer, tmp_p
         generator=torch.Generator().manual_seed(5),
     )
     for row, tokens in enumerate(answers):
-        drawn = [token for token in tokens if token.logprob is not None]
+        drawn = [token for token in tokens if "logprob" in token]
         mask = rollout.response_mask[row]
-        assert [token.logprob for token in drawn] == pytest.approx(rollout.logprobs[row][mask].tolist(), abs=1e-5)
-        assert [token.value_before for token in drawn] == pytest.approx(rollout.values[row][mask].tolist(), abs=1e-5)
+        assert [token["logprob"] for token in drawn] == pytest.approx(rollout.logprobs[row][mask].tolist(), abs=1e-5)
+        assert [token["value_before"] for token in drawn] == pytest.approx(rollout.values[row][mask].tolist(), abs=1e-5)
         # The value after a token is the value before the next one.
-        befores = [token.value_before for token in drawn[1:]]
-        assert [token.value for token in drawn[:-1]] == pytest.approx(befores, abs=1e-5)
-        assert "".join(token.text for token in tokens).startswith(demo.PROMPTS[row])
+        befores = [token["value_before"] for token in drawn[1:]]
+        assert [token["value"] for token in drawn[:-1]] == pytest.approx(befores, abs=1e-5)
+        assert "".join(token["text"] for token in tokens).startswith(demo.PROMPTS[row])

@@ -102,7 +102,7 @@ def test_what_is_not_run_is_there(page):
                 assert (ROOT / arguments[0]).is_file(), line
             if program == "accelerate":
                 files = [name for name in arguments if name.startswith("examples/")]
-                assert files, line
+                assert files or "-m" in arguments, line
                 assert all((ROOT / name).is_file() for name in files), line
 
 
@@ -110,7 +110,7 @@ def test_what_is_not_run_is_there(page):
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
     for link in links:
-        assert link.startswith("https://") or (page.parent / link).is_file(), link
+        assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
 def test_the_index_lists_every_page():
