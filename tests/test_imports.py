@@ -18,9 +18,13 @@ REMOTE = sorted(ROOT.glob("*_gpt2_value.py"))
 PACKAGES = [
     path for name in ("gpt2_value", "hub_tools", "sampler_audit") for path in sorted((ROOT / name).rglob("*.py"))
 ]
-# Imported where they are found, and not declared as needed: matplotlib only draws, gradio (and what it needs) is for
-# the app alone.
-NOT_DECLARED = {"matplotlib", "gradio", "fastapi", "starlette", "uvicorn"}
+# Imported where they are found, and declared by an extra, or needed by what one declares.
+NOT_DECLARED = {"matplotlib", "gradio", "fastapi", "starlette", "uvicorn", "peft", "accelerate", "tensorboard"}
+# Names at first use; a user's reward function; the reviewed code of a package.
+BY_NAME = [
+    ROOT / name
+    for name in ("gpt2_value/__init__.py", "hub_tools/__init__.py", "gpt2_value/ppo.py", "hub_tools/package/load.py")
+]
 MODULES = {"PyYAML": "yaml"}  # of distributions with another name
 
 
