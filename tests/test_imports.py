@@ -18,8 +18,19 @@ REMOTE = sorted(ROOT.glob("*_gpt2_value.py"))
 PACKAGES = [
     path for name in ("gpt2_value", "hub_tools", "sampler_audit") for path in sorted((ROOT / name).rglob("*.py"))
 ]
-# Imported where they are found, and declared by an extra, or needed by what one declares.
-NOT_DECLARED = {"matplotlib", "gradio", "fastapi", "starlette", "uvicorn", "peft", "accelerate", "tensorboard"}
+# Imported where they are found: an extra declares them, or what is declared needs them itself.
+NOT_DECLARED = {
+    "matplotlib",
+    "gradio",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "peft",
+    "accelerate",
+    "tensorboard",
+    "numpy",
+    "tqdm",
+}
 # Names at first use; a user's reward function; the reviewed code of a package.
 BY_NAME = [
     ROOT / name
