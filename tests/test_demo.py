@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import demo
 import pytest
 import torch
 import typer
@@ -17,7 +18,6 @@ from review_grammar import judge
 from train_small_gpt2 import Recipe, small_gpt2
 from transformers import AutoTokenizer, BertConfig, GPT2LMHeadModel
 
-import demo
 from hub_tools import inspect_package
 from hub_tools.errors import SourceError
 from modeling_gpt2_value import GPT2ValueModel
