@@ -140,7 +140,10 @@ def merge(
             )
     parts = {re.fullmatch(r"(.+)\.lora_(?:embedding_)?A(?:\.weight)?", name): tensor for name, tensor in found.items()}
     ranks = {part[1]: len(tensor) if tensor.dim() else 0 for part, tensor in parts.items() if part}
-    layers = {"target_modules": [*ranks], "rank_pattern": {re.escape(module): rank for module, rank in ranks.items()}}
+    layers: dict[str, Any] = {
+        "target_modules": [*ranks],
+        "rank_pattern": {re.escape(module): rank for module, rank in ranks.items()},
+    }
     # Untied, so that an adapter of the embeddings leaves lm_head alone, as it does while it is not merged.
     config = GPT2ValueConfig.from_dict({**base.config.to_dict(), "tie_word_embeddings": False})
     embeddings = base.state["transformer.wte.weight"]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ HEAD_WEIGHTS = (PICKLED_WEIGHTS, "value_head.safetensors", "value_head.bin")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 _Path = str | os.PathLike[str]
-_Tokenizer = PreTrainedTokenizerBase | _Path | Literal[False] | None
+_Tokenizer: TypeAlias = PreTrainedTokenizerBase | _Path | Literal[False] | None
 
 
 @dataclass(frozen=True)
