@@ -157,7 +157,8 @@ def merge(
             next_step='name the base with the head that was trained: base=; or train with modules_to_save=["v_head"]',
         )
     if any(name.startswith(f"{HEAD_PREFIX}summary.lora_") for name in found):  # of 0.2.0, whose head PEFT adapts
-        linear = torch.nn.Linear(*reversed(base.state[WEIGHT].shape))
+        outputs, inputs = base.state[WEIGHT].shape
+        linear = torch.nn.Linear(inputs, outputs)
         linear.load_state_dict(model.v_head.summary.state_dict())
         model.v_head.summary = linear
     if not has_head:
