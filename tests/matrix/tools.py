@@ -109,4 +109,5 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", FutureWarning)
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # PEFT's own call
     print(json.dumps({"PEFT": adapted(sys.argv[2]), "Trainer": trained(sys.argv[2]), "version": peft.__version__}))
