@@ -244,7 +244,7 @@ class Rollout:
         T = max(each.responses.shape[1] for each in rollouts)
         P = max(each.sequences.shape[1] - each.responses.shape[1] for each in rollouts)
         wide = [vars(each._widened(P, T)) for each in rollouts]
-        tensors = {}
+        tensors: dict = {}
         for name in wide[0].keys() - {"sampling"}:
             parts = [each[name] for each in wide if each[name] is not None]
             if 0 < len(parts) < len(wide):
