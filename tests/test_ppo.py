@@ -291,7 +291,7 @@ def test_a_classifier_gives_the_logit_of_its_label_and_gets_a_pad_token(quick, b
         ({"top_p": 2.0}, "no response can be drawn: .*top_p"),
         ({"out": Path("/dev/null/run")}, "cannot be written to"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_cannot_be_is_refused_before_the_first_iteration(quick, wrong, said):
     with pytest.raises(SettingsError, match=said):
