@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+torch.set_num_threads(1)  # in make.py, too: sums in another order differ by 1e-6
+
 
 def numbers(model):
     """What must be the same everywhere: logits, values, rollout, rescored rollout, greedy generation."""
@@ -44,7 +46,6 @@ def measured(package, again):
 
 
 def main():
-    torch.set_num_threads(1)
     warnings.simplefilter("error", FutureWarning)
     again, packages = None, sys.argv[1:]
     if packages[0] == "--again":
