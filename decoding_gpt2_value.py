@@ -30,6 +30,7 @@ PARTS += nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList
 OWN_FORWARDS = {kind: kind.forward for kind in PARTS}
 OWN_LM_FORWARD = GPT2LMHeadModel.forward
 OWN_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
+LIBRARIES = ("torch", "transformers", "accelerate", "peft")  # what they put around a call hands it through
 
 
 def positions(mask):
@@ -79,7 +80,7 @@ def inputs_and_head(model, tokens, mask, columns, T):
     A plain GPT-2's inputs are its hidden states, so that nobody has to hold all logits; any other's are the logits.
     """
     quiet = without_dropout(model, checkpointing=True)
-    if is_plain(model) and type(model.lm_head) is nn.Linear:
+    if runs(model, own_forward(model)) and type(model.lm_head) is nn.Linear:
         body, _ = run(quiet.transformer, tokens, mask, columns, use_cache=False)
         return body.last_hidden_state[:, -T:], quiet.lm_head, None
     output, values = run(quiet, tokens, mask, columns, logits_to_keep=T, use_cache=False)
@@ -203,7 +204,8 @@ def innermost(model):
     """The model to run where no gradient is wanted: without wrappers that then change nothing (no hook, no FSDP2)."""
     for outer in unwrapped(model):
         thin = isinstance(outer, nn.parallel.DistributedDataParallel) or hasattr(outer, "get_base_model")
-        if hasattr(outer, "unshard") or not (thin or "_orig_mod" in outer._modules) or has_hooks(outer, LIBRARIES):
+        thin = thin or "_orig_mod" in outer._modules
+        if hasattr(outer, "unshard") or not thin or not runs(outer, type(outer).forward, LIBRARIES):
             return outer
 
 
@@ -272,7 +274,21 @@ def are_ids(tokens):
 # Whether a call does what the class says. `GPT2Decoder`, a call of the body alone and a score request would pass over a
 # hook, or a forward that somebody replaced; then the model's own call is used instead.
 
-LIBRARIES = ("torch", "transformers", "accelerate", "peft")  # their hooks hand arguments and outputs through
+
+def runs(module, forward, libraries=("transformers",)):
+    """Whether a call of the module runs this forward, and besides only what these libraries put around it.
+
+    transformers 5 leaves hooks on every model, which hand arguments and outputs through. So do the forwards that
+    Accelerate puts on a module.
+    """
+    everywhere = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks
+    groups = module._forward_pre_hooks, module._forward_hooks, *everywhere
+    around = [hook for group in groups for hook in group.values()]
+    own = vars(module).get("forward")
+    if own is not None and getattr(own, "__func__", None) is not forward:
+        around.append(own)
+    is_own_call = library_of(type(module).__call__) in LIBRARIES
+    return type(module).forward is forward and is_own_call and all(library_of(each) in libraries for each in around)
 
 
 def library_of(function):
@@ -280,43 +296,24 @@ def library_of(function):
     return (getattr(getattr(function, "func", function), "__module__", None) or "").split(".")[0]
 
 
-def has_hooks(module, but_by):
-    """Whether hooks other than these libraries' see a call of the module."""
-    everywhere = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks
-    groups = module._forward_pre_hooks, module._forward_hooks, *everywhere
-    return any(library_of(hook) not in but_by for group in groups for hook in group.values())
-
-
-def calls_only(module, forward, but_by=("transformers",)):
-    """Whether a call of the module runs this forward of its class, with no hooks but these libraries'.
-
-    transformers 5 leaves hooks on every model. Accelerate puts a forward on a module, and keeps the one of the class.
-    """
-    mine = vars(module).get("forward")
-    if "accelerate" in but_by:
-        mine = vars(module).get("_original_forward", vars(module).get("_old_forward", mine))
-    own = mine is None or getattr(mine, "__func__", None) is forward
-    own_call = type(module).forward is forward and library_of(type(module).__call__) in LIBRARIES
-    return own and own_call and not has_hooks(module, but_by)
-
-
-def is_plain(model):
-    """Whether calling the model runs the forward of GPT2LMHeadModel or GPT2ValueModel, and nothing else."""
-    return calls_only(model, getattr(type(model), "own_forward", OWN_LM_FORWARD))
+def own_forward(model):
+    """The forward of GPT2LMHeadModel or GPT2ValueModel, as it was when it was imported."""
+    return getattr(type(model), "own_forward", OWN_LM_FORWARD)
 
 
 def takes_requests(model):
     """Whether a call of the model reaches `GPT2ValueModel.forward` with its `score`, and nobody changes its output."""
     *wrappers, inner = unwrapped(model)
-    forwards = [vars(wrapper).get("forward", type(wrapper).forward) for wrapper in wrappers]
-    if any(library_of(each) not in LIBRARIES for each in forwards) or any(has_hooks(w, LIBRARIES) for w in wrappers):
-        return False
-    return hasattr(inner, "own_forward") and calls_only(inner, type(inner).own_forward, LIBRARIES)
+    for wrapper in wrappers:
+        forward = type(wrapper).forward
+        if library_of(forward) not in LIBRARIES or not runs(wrapper, forward, LIBRARIES):
+            return False
+    return hasattr(inner, "own_forward") and runs(inner, own_forward(inner), LIBRARIES)
 
 
 def can_decode_fast(model):
     """Whether `GPT2Decoder` computes what the model does: GPT-2's own modules, functions and weights, no hooks."""
-    if not is_plain(model) or torch.is_autocast_enabled(device_of(model).type):
+    if not runs(model, own_forward(model)) or torch.is_autocast_enabled(device_of(model).type):
         return False
     config = model.config
     odd = config.scale_attn_by_inverse_layer_idx, config.reorder_and_upcast_attn, config.add_cross_attention
@@ -327,7 +324,7 @@ def can_decode_fast(model):
     for module in (model.lm_head, *model.transformer.modules()):
         # Quantised weights, sharded ones and pruned heads are of another class or shape.
         plain = all(type(weight) is nn.Parameter for weight in module.parameters(recurse=False))
-        if not plain or not calls_only(module, forwards.get(type(module))):
+        if not plain or not runs(module, forwards.get(type(module))):
             return False
     wide = all(block.attn.c_attn.weight.shape[1] == 3 * config.n_embd for block in model.transformer.h)
     return wide and ALL_ATTENTION_FUNCTIONS["sdpa"] is OWN_SDPA
@@ -372,7 +369,7 @@ def without_dropout(model, *, checkpointing=False):
         # transformers checkpoints a layer in training mode only, so there its own dropouts are set to 0 instead.
         fields["training"] = module.training and checkpointing and bool(fields.get("gradient_checkpointing"))
         fields["_compiled_call_impl"] = None  # it is bound to the module
-        fields.update(dict.fromkeys(_dropouts(module), 0.0))
+        fields.update({name: 0.0 for name, value in fields.items() if "drop" in name and type(value) is float})
         for name in {"forward", "_old_forward", "_original_forward"} & set(fields):  # Accelerate's
             fields[name] = _bound_to_copies(fields[name], copies, module)
         copied.__dict__ = fields
@@ -387,14 +384,6 @@ def _bound_to_copies(function, copies, module):
     if isinstance(function, MethodType) and function.__self__ in copies:
         return MethodType(function.__func__, copies[function.__self__])
     return function
-
-
-def _dropouts(module):
-    """Names of a module's own dropout probabilities above 0: `nn.Dropout.p`, and numbers kept for `F.dropout`."""
-    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    for name, value in vars(module).items():
-        if type(value) in (int, float) and value > 0 and ("drop" in name or (is_dropout and name == "p")):
-            yield name
 
 
 # Products by oneDNN, which torch's own inductor calls so: in half the time of torch's default on a CPU. Weights are

@@ -97,7 +97,10 @@ def rollout(
     vocabulary = vocabulary_of(model)
     device = device_of(model)
     if isinstance(eos_token_id, str) and eos_token_id == FROM_CONFIG:
-        eos_token_id = _ends_of(unwrapped(model)[-1].config, vocabulary)
+        eos = getattr(unwrapped(model)[-1].config, "eos_token_id", None)
+        ids = eos if isinstance(eos, (list, tuple)) else [eos]
+        # Nobody can draw an id outside the vocabulary.
+        eos_token_id = tuple(id for id in ids if id is not None and 0 <= id < vocabulary)
     sampling = Sampling(temperature, top_k, top_p, min_new_tokens, eos_token_id)
     T = whole_number("max_new_tokens", max_new_tokens, 1)
     copies = whole_number("num_return_sequences", num_return_sequences, 1)
@@ -241,33 +244,35 @@ class Rollout:
                 "expected rollouts with the same sampling, one at least: their settings tell how to score."
             )
         sampling = rollouts[0].sampling
+        pad = (*sampling.eos_token_id, 0)[0]
         T = max(each.responses.shape[1] for each in rollouts)
         P = max(each.sequences.shape[1] - each.responses.shape[1] for each in rollouts)
-        wide = [vars(each._widened(P, T)) for each in rollouts]
-        tensors: dict = {}
-        for name in wide[0].keys() - {"sampling"}:
-            parts = [each[name] for each in wide if each[name] is not None]
-            if 0 < len(parts) < len(wide):
+
+        def join(name, fill=0, whole=False):
+            """A field's rows, with T columns, or P + T."""
+            parts = [getattr(each, name) for each in rollouts]
+            if all(part is None for part in parts):
+                return None
+            if any(part is None for part in parts):
                 raise ValueError(f"some of these rollouts have {name} and others not; expected all, or none.")
-            tensors[name] = torch.cat(_alike(parts) if name == "kept" else parts) if parts else None
-        whole = cls(**tensors, sampling=sampling)
-        pad = (*sampling.eos_token_id, 0)[0]
-        whole.sequences.masked_fill_(whole.attention_mask == 0, pad)
-        whole.responses.masked_fill_(~whole.response_mask, pad)
-        return whole
+            wide = []
+            for each, part in zip(rollouts, _alike(parts) if name == "kept" else parts, strict=True):
+                after = T - each.responses.shape[1]
+                before = P + T - after - part.shape[1] if whole else 0
+                wide.append(nn.functional.pad(part, (*(0, 0) * (part.dim() - 2), before, after), value=fill))
+            return torch.cat(wide)
 
-    def _widened(self, P, T):
-        """The same rows with P columns of prompts and T of responses; what is added is 0, and masked."""
-        columns = self.sequences.shape[1]
-        more = T - self.responses.shape[1]
-
-        def widen(tensor):
-            if tensor.dim() == 1:
-                return tensor
-            left = P + T - more - columns if tensor.shape[1] == columns else 0
-            return nn.functional.pad(tensor, (*(0, 0) * (tensor.dim() - 2), left, more))
-
-        return self._map(widen)
+        return cls(
+            join("sequences", pad, whole=True),
+            join("attention_mask", whole=True),
+            join("responses", pad),
+            join("response_mask"),
+            join("logprobs"),
+            join("values"),
+            torch.cat([each.truncated for each in rollouts]),
+            join("kept"),
+            sampling,
+        )
 
     def repeat(self, times):
         """All rows so many times, one copy after the other."""
@@ -298,13 +303,6 @@ def _alike(sets):
 # What a caller passes
 
 
-def _ends_of(config, vocabulary):
-    """The end-of-text tokens of a model's config, without those outside the vocabulary, which nobody can draw."""
-    ids = getattr(config, "eos_token_id", None)
-    ids = ids if isinstance(ids, (list, tuple)) else [ids]
-    return tuple(token for token in ids if token is not None and 0 <= token < vocabulary)
-
-
 def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     """Token ids `[B, P]`, padded at the left (or `right`), and their mask, from a tensor, lists, or a tokenizer's."""
     if hasattr(rows, "keys"):  # what a tokenizer returns
@@ -323,6 +321,9 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     masks = [torch.as_tensor(mask, device=row.device) for mask, row in zip(masks, rows, strict=False)]
     if [mask.shape for mask in masks] != [row.shape for row in rows]:
         raise ValueError(f"attention_mask has another shape than {name}; expected the same.")
+    columns = max(row.numel() for row in rows)
+    tokens = rows[0].new_full((len(rows), columns), pad, dtype=torch.long)  # [B, P]
+    seen = torch.zeros_like(tokens)
     for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
         if row.dim() != 1 or (len(row) and not are_ids(row)):  # torch makes an empty list a float tensor
             raise TypeError(
@@ -331,16 +332,12 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
             )
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
-    columns = max(len(row) for row in rows)
-    if is_tensor and attention_mask is None and columns:
-        for edge in ([int(row[0]) for row in rows], [int(row[-1]) for row in rows]):
-            if 0 < edge.count(pad) < len(rows):
-                warn(f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask")
-    tokens = rows[0].new_full((len(rows), columns), pad, dtype=torch.long)  # [B, P]
-    seen = torch.zeros_like(tokens)
-    for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
         ids = row[mask.bool()]
         place = slice(0, len(ids)) if right else slice(columns - len(ids), columns)
         tokens[number, place] = ids.long()
         seen[number, place] = 1
+    if is_tensor and attention_mask is None and columns:
+        for edge in (tokens[:, 0], tokens[:, -1]):
+            if 0 < (edge == pad).sum() < len(rows):
+                warn(f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask")
     return tokens, seen

@@ -65,10 +65,8 @@ class Sampling:
             what = f"min_new_tokens={self.min_new_tokens} leaves nothing to draw: eos_token_id names every token"
             raise ValueError(f"{what}. Pass fewer end-of-text tokens, or min_new_tokens=0.")
         if kept is not None and kept.numel():
-            low, high = int(kept.max()) + 1, vocabulary
-            if kept.dtype == torch.uint8:  # up to the last bit that is set, up to the last byte
-                low, high = 8 * (kept.shape[-1] - 1) + int(kept[..., -1].max()).bit_length(), 8 * kept.shape[-1]
-            if not low <= vocabulary <= high:
+            of_bits = kept.dtype == torch.uint8
+            if (kept.shape[-1] != -(-vocabulary // 8)) if of_bits else int(kept.max()) >= vocabulary:
                 raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
 
 
@@ -190,10 +188,8 @@ def number(name, value, low, high, kind=numbers.Real):
 
 
 def warn(message):
-    """Warn at the caller's line: frames of these files and of torch are passed over."""
+    """Warn at the caller's line: frames of these files are passed over."""
     frame, level = sys._getframe(), 1
-    while frame.f_back and (
-        frame.f_code.co_filename.endswith("_gpt2_value.py") or frame.f_globals.get("__name__", "").startswith("torch.")
-    ):
+    while frame.f_back and frame.f_code.co_filename.endswith("_gpt2_value.py"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)

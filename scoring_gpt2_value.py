@@ -7,19 +7,21 @@ Cost", 2016, arXiv:1604.06174).
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import weakref
 from typing import Any, Optional
 
 import torch
 import transformers
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 try:
     from .decoding_gpt2_value import (
         anywhere,
+        can_decode_fast,
         check_tokens,
         device_of,
         innermost,
@@ -29,13 +31,14 @@ try:
         takes_requests,
         unwrapped,
     )
-    from .sampling_gpt2_value import Sampling, are_finite, sampling_distribution, warn
+    from .sampling_gpt2_value import are_finite, sampling_distribution, warn
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
     # In a checkout or a wheel these files are top-level modules.
     from decoding_gpt2_value import (
         anywhere,
+        can_decode_fast,
         check_tokens,
         device_of,
         innermost,
@@ -45,7 +48,7 @@ except ImportError:
         takes_requests,
         unwrapped,
     )
-    from sampling_gpt2_value import Sampling, are_finite, sampling_distribution, warn
+    from sampling_gpt2_value import are_finite, sampling_distribution, warn
 
 KEPT_BYTES = 2**28  # up to so many bytes of float32 logits are kept for the backward pass
 CHUNK = 2**24  # above, so many (token, vocabulary) logits are held at a time: 64 MiB in float32
@@ -101,7 +104,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     if values_only and (with_entropy or reference is not None):
         raise ValueError("values_only=True runs no output layer; entropy and KL need it: ask for them in another call.")
     inner = unwrapped(model)[-1]
-    head = [*getattr(inner, "v_head", nn.Identity()).parameters()] if hasattr(inner, "peft_config") else []
+    head = [*inner.v_head.parameters()] if hasattr(inner, "peft_config") and hasattr(inner, "v_head") else []
     if torch.is_grad_enabled() and head and not any(weight.requires_grad or weight.any() for weight in head):
         warn('the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it')
     rollout = rollout.to(device_of(model))
@@ -109,16 +112,12 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
     seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
     other = None if reference is None else _reference_inputs(model, reference, vocabulary, seen, T)
-    mask = rollout.response_mask
-    asked = rollout.responses.masked_fill(~mask, 0)
-    request = ScoreRequest(asked, mask, rollout.sampling, rollout.kept, with_entropy, values_only, lambda: other)
+    score = functools.partial(_scores, rollout, other, with_entropy, values_only)
     if takes_requests(model):
-        scored: Any = Rescored(**run(model, *seen, score=request, use_cache=False)[0])
-    elif values_only:
-        _, values = run(model, *seen, logits_to_keep=1, use_cache=False)
-        scored = request.answer(None, None, values)
+        answer, _ = run(model, *seen, score=score, use_cache=False)
     else:
-        scored = request.answer(*inputs_and_head(model, *seen, T))
+        answer = score(*inputs_and_head(model, *seen, T))
+    scored = Rescored(*answer)
     if values_only:
         if scored.values is None:
             raise ValueError(f"a {type(inner).__name__} gives no values; expected a model with a value head.")
@@ -128,68 +127,56 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     return scored
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ScoreRequest:
-    """What `forward(score=...)` is asked: the scores of T tokens, the first of which follows column -T of the input."""
+def _scores(rollout, other, with_entropy, values_only, inputs, head, values):
+    """Log-probabilities, values, entropy and KL `[B, T]`, or None, for the logits `head(inputs [B, >= T, ...])`.
 
-    tokens: torch.Tensor  # [B, T] int64
-    drawn: torch.Tensor  # [B, T] bool, which of them to score
-    sampling: Sampling
-    kept: Optional[torch.Tensor]  # as in the rollout
-    with_entropy: bool
-    values_only: bool
-    reference: Any  # () -> its inputs [B, T, ...] and output layer, or None; FSDP2 would cast tensors that it sees
-
-    def answer(self, inputs, head, values):
-        """The `Rescored` of a model with the logits `head(inputs [B, >= T, ...])`, and such `values` or None."""
-        drawn, T = self.drawn, self.drawn.shape[1]
-        values = None if values is None else torch.where(drawn, values[:, -T:], 0.0)
-        if self.values_only:
-            return Rescored(values=values)
-        early = (torch.arange(T, device=drawn.device) < self.sampling.min_new_tokens).expand_as(drawn)
-        other, other_head = self.reference() or (None, None)
-        vocabulary = getattr(head, "out_features", inputs.shape[-1])
-        keeps_logits = 4 * vocabulary * int(drawn.sum()) <= KEPT_BYTES
-        columns = inputs[:, -T:], self.tokens, early, self.kept, other  # [B, T, ...] each, or None
-        pieces = [_split(column, drawn, max(1, CHUNK // vocabulary)) for column in columns]
-        parts = []
-        for piece in zip(*pieces, strict=True):
-            if keeps_logits or not torch.is_grad_enabled():
-                parts.append(self._score(head, other_head, *piece))
-            else:  # nothing in it is random; the model's caller may be in a checkpoint of its own
-                how: dict = {"use_reentrant": False, "preserve_rng_state": False}
-                parts.append(checkpoint(self._score, head, other_head, *piece, **how))
-        logprobs, entropy, kl = (
-            torch.zeros_like(drawn, dtype=part[0].dtype).masked_scatter(drawn, torch.cat(part))
-            for part in zip(*parts, strict=True)
-        )
-        return Rescored(logprobs, values, entropy if self.with_entropy else None, None if other is None else kl)
-
-    def _score(self, head, other_head, inputs, tokens, early, kept, other):
-        """Log-probability, entropy and KL `[n]` of n drawn tokens; NaN where logits are not finite, 0 if not asked."""
-        logits = head(inputs)  # [n, V]
-        scaled = sampling_distribution(logits, self.sampling, early=early, kept=kept)
-        logprobs = scaled.log_softmax(-1)  # [n, V]
-        logprob = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).masked_fill(~are_finite(logits), math.nan)
-        entropy = kl = torch.zeros_like(logprob)
-        if self.with_entropy or other is not None:
-            possible = scaled > -math.inf
-            logprobs = logprobs.masked_fill(~possible, 0.0)
-            probs = logprobs.exp() * possible
-            entropy = -(probs * logprobs).sum(-1)
-        if other is not None:
-            with torch.no_grad():
-                theirs = other_head(other).to(logits.device)
-                theirs = sampling_distribution(theirs, self.sampling, early=early, kept=kept).log_softmax(-1)
-            kl = (probs * (logprobs - theirs.masked_fill(~possible, 0.0))).sum(-1)
-        return logprob, entropy, kl
+    `rescore` hands this to `GPT2ValueModel.forward`, with its own arguments filled in. So the output layer runs inside
+    a call of the model, where FSDP2 and DistributedDataParallel expect it, and they see none of these tensors, which
+    FSDP2 would cast. `other` is the reference's inputs `[B, T, ...]` and output layer, or None.
+    """
+    drawn, sampling = rollout.response_mask, rollout.sampling
+    T = drawn.shape[1]
+    values = None if values is None else torch.where(drawn, values[:, -T:], 0.0)
+    if values_only:
+        return None, values, None, None
+    early = (torch.arange(T, device=drawn.device) < sampling.min_new_tokens).expand_as(drawn)
+    other, other_head = other or (None, None)
+    score = functools.partial(_score_chunk, sampling, with_entropy, head, other_head)
+    vocabulary = getattr(head, "out_features", inputs.shape[-1])
+    if torch.is_grad_enabled() and 4 * vocabulary * int(drawn.sum()) > KEPT_BYTES:
+        # Nothing in it is random, and the caller may be in a checkpoint of its own.
+        score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
+    columns = inputs[:, -T:], rollout.responses, early, rollout.kept, other  # [B, T, ...] each, or None
+    chunks = [
+        itertools.repeat(None) if column is None else column[drawn.to(column.device)].split(max(1, CHUNK // vocabulary))
+        for column in columns
+    ]
+    parts = [score(*chunk) for chunk in zip(*chunks, strict=False)]
+    logprobs, entropy, kl = (
+        torch.zeros_like(drawn, dtype=part[0].dtype).masked_scatter(drawn, torch.cat(part))
+        for part in zip(*parts, strict=True)
+    )
+    return logprobs, values, entropy if with_entropy else None, None if other is None else kl
 
 
-def _split(column, drawn, size):
-    """A column's `[B, T, ...]` drawn tokens in pieces `[size, ...]`; of None, as many times None."""
-    if column is None:
-        return [None] * max(1, -(-int(drawn.sum()) // size))
-    return column[drawn.to(column.device)].split(size)
+def _score_chunk(sampling, with_entropy, head, other_head, inputs, tokens, early, kept, other):
+    """Log-probability, entropy and KL `[n]` of n drawn tokens; NaN where logits are not finite, 0 if not asked."""
+    logits = head(inputs)  # [n, V]
+    scaled = sampling_distribution(logits, sampling, early=early, kept=kept)
+    logprobs = scaled.log_softmax(-1)  # [n, V]
+    logprob = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).masked_fill(~are_finite(logits), math.nan)
+    entropy = kl = torch.zeros_like(logprob)
+    if with_entropy or other is not None:
+        possible = scaled > -math.inf
+        logprobs = logprobs.masked_fill(~possible, 0.0)
+        probs = logprobs.exp() * possible
+        entropy = -(probs * logprobs).sum(-1)
+    if other is not None:
+        with torch.no_grad():
+            theirs = other_head(other).to(logits.device)
+            theirs = sampling_distribution(theirs, sampling, early=early, kept=kept).log_softmax(-1)
+        kl = (probs * (logprobs - theirs.masked_fill(~possible, 0.0))).sum(-1)
+    return logprob, entropy, kl
 
 
 def _reference_inputs(model, reference, vocabulary, seen, T):
@@ -216,6 +203,7 @@ def _reference_inputs(model, reference, vocabulary, seen, T):
 # call. That holds for every model and every version of a library, and needs no list of what is known to work.
 
 EVERY = 16  # calls: one row alone costs 6% of a rollout of 16 rows, so 0.4% in the mean
+MAY_BE_NONE = ("logprobs", "values", "kept")  # of a rollout
 MOST_COLUMNS = 256  # of that row: a wrong state stays wrong to its end
 # Of each model, by situation: its calls since the first. A model that is gone is forgotten.
 _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -228,22 +216,20 @@ class SelfCheckError(RuntimeError):
 def check_itself(what, model, rollout, logprobs):
     """Raise SelfCheckError where a row alone has other log-probabilities than `logprobs [B, T]`, if a check is due.
 
-    It is at the first call for a model; when its class, config, dtype, hooks, or numbers kept on its modules have
-    changed, or rows are padded or end at different times and were not before; and at every 16th call. (Libraries cannot
-    change within a process.) The row is the one with most padding among those with most drawn tokens, which goes on
-    after others have ended.
+    It is at the first call for a model, and at every 16th; again from the first when the model's class, config, dtype
+    or mode has changed, it is no longer a plain GPT-2 (`can_decode_fast`), or rows are padded or end at different times
+    and were not before. (Libraries cannot change within a process.) The row is the one with most padding among those
+    with most drawn tokens, which goes on after others have ended.
     """
     inner = unwrapped(model)[-1]
-    drawn = rollout.response_mask
-    mask = rollout.attention_mask
-    lengths = drawn.sum(1)
-    padding = (mask == 0).sum(1) - (~drawn).sum(1)
-    situation = hash((what, computation_of(inner), bool(padding.any()), bool((lengths != lengths[0]).any())))
+    lengths = rollout.response_mask.sum(1)
+    padding = (rollout.attention_mask == 0).sum(1) - (~rollout.response_mask).sum(1)
+    row = int((lengths * rollout.sequences.shape[1] + padding).argmax())
+    situation = what, type(inner), str(vars(inner.config)), inner.dtype, inner.training
+    situation += can_decode_fast(inner), bool(padding.any()), len(lengths.unique()) > 1
     calls = _calls.setdefault(inner, {})
-    due = anywhere(model, calls.get(situation, 0) % EVERY == 0)
     difference, bounds = torch.zeros(1), torch.ones(1)
-    row = int((lengths * mask.shape[1] + padding).argmax())
-    if due and lengths[row] > 0:
+    if anywhere(model, calls.get(situation, 0) % EVERY == 0) and lengths[row] > 0:
         difference, bounds = _difference_alone(model, rollout, logprobs, row)
     if anywhere(model, not (difference / bounds).square().mean() <= 1):  # NaN is wrong, too
         raise SelfCheckError(
@@ -258,18 +244,19 @@ def check_itself(what, model, rollout, logprobs):
 
 def _difference_alone(model, rollout, logprobs, row):
     """By how much a row's `logprobs [B, T]` differ from those that it has alone, and may differ: `[columns]` each."""
-    drawn, seen, sampling = rollout.response_mask[row], rollout.attention_mask[row].bool(), rollout.sampling
-    tokens = rollout.sequences[row][seen]  # [n]
-    is_drawn = nn.functional.pad(drawn, (len(seen) - len(drawn), 0))[seen]  # [n]
-    places, steps = (flags.nonzero().squeeze(-1)[-MOST_COLUMNS:] for flags in (is_drawn, drawn))
-    taken = tokens[places].unsqueeze(-1)
+    sampling, seen = rollout.sampling, rollout.attention_mask[row]
+    tokens = rollout.sequences[row][seen.bool()]  # [n], without padding
+    steps = rollout.response_mask[row].nonzero().squeeze(-1)[-MOST_COLUMNS:]  # [columns]
+    places = seen.cumsum(0)[steps - logprobs.shape[1]] - 1  # [columns], where in `tokens` they are
     logits = logits_alone(model, tokens[:-1], len(tokens) - int(places[0]))[places - places[0]]  # [columns, V]
     kept = None if rollout.kept is None else rollout.kept[row, steps]
     scaled = sampling_distribution(logits, sampling, early=steps < sampling.min_new_tokens, kept=kept)
+    taken = tokens[places].unsqueeze(-1)
     alone = scaled.log_softmax(-1).gather(-1, taken).squeeze(-1)
-    found = logprobs[row, steps].detach()
+    recorded = logprobs[row, steps].detach()
     sizes = torch.maximum(logits.amax(-1).abs(), logits.gather(-1, taken).squeeze(-1).abs())
-    return torch.where(found == alone, 0.0, found - alone).abs(), _bounds(model, logits, sizes) / sampling.temperature
+    difference = torch.where(recorded == alone, 0.0, recorded - alone).abs()  # both may be -inf
+    return difference, _bounds(model, logits, sizes) / sampling.temperature
 
 
 def _bounds(model, logits, sizes):
@@ -290,23 +277,6 @@ def _bounds(model, logits, sizes):
     return math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes
 
 
-def computation_of(model):
-    """A hash of what decides how a model computes: its classes, forwards, hooks, numbers, config, dtype, precision."""
-    kind = device_of(model).type
-    parts: list = [
-        str(vars(model.config)),
-        model.dtype,
-        torch.is_autocast_enabled(kind),
-        torch.get_autocast_dtype(kind),
-    ]
-    parts.append(torch.get_float32_matmul_precision())
-    for module in model.modules():
-        numbers = (value for value in vars(module).values() if type(value) in (bool, int, float, str))
-        hooks = *module._forward_pre_hooks, *module._forward_hooks
-        parts.append((type(module), type(module).forward, vars(module).get("forward"), hooks, *numbers))
-    return hash(tuple(parts))
-
-
 # What a caller passes
 
 
@@ -315,28 +285,34 @@ def check_rollout(rollout):
     if type(rollout).__name__ != "Rollout" or not hasattr(rollout, "sampling"):
         # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
         raise TypeError(f"got a {type(rollout).__name__}; expected the Rollout of this version.")
-    tensors = rollout.sequences, rollout.attention_mask, rollout.responses, rollout.response_mask
-    tokens, mask, responses, drawn = tensors
-    numbers = [each for each in (rollout.logprobs, rollout.values) if each is not None]
-    if type(rollout.sampling).__name__ != "Sampling" or any(getattr(each, "ndim", 0) != 2 for each in tensors):
+    tokens, mask, responses, drawn = rollout.sequences, rollout.attention_mask, rollout.responses, rollout.response_mask
+    if type(rollout.sampling).__name__ != "Sampling" or any(getattr(x, "ndim", 0) != 2 for x in (tokens, responses)):
         raise TypeError("a rollout has tensors [batch, tokens], and a Sampling; this one has something else there.")
-    kept = responses.unsqueeze(-1).int() if rollout.kept is None else rollout.kept
-    if not {tokens.dtype, mask.dtype, responses.dtype} <= {torch.int64} or drawn.dtype != torch.bool:
-        raise TypeError("a rollout's sequences, attention_mask and responses are int64, its response_mask is bool.")
-    if kept.dtype not in (torch.int32, torch.uint8) or not all(each.is_floating_point() for each in numbers):
-        raise TypeError("a rollout's logprobs and values are floats, its kept sets int32 ids or uint8 bits.")
     B, T = responses.shape
-    shapes = [each.shape for each in (drawn, *numbers, kept[..., 0])]
-    if any(shape != (B, T) for shape in shapes) or mask.shape != tokens.shape or tokens[:, -T:].shape != (B, T):
-        raise ValueError(
-            f"a rollout's parts have the shapes {[*tokens.shape]} (sequences), {[*mask.shape]} (attention_mask) and "
-            f"{[[*shape] for shape in (responses.shape, *shapes)]}; expected [{B}, P+{T}] and [{B}, {T}]."
-        )
+    whole, each = (B, max(tokens.shape[1], T)), (B, T)
+    floats = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    for name, dtypes, shape in (
+        ("sequences", [torch.int64], whole),
+        ("attention_mask", [torch.int64], whole),
+        ("responses", [torch.int64], each),
+        ("response_mask", [torch.bool], each),
+        ("logprobs", floats, each),
+        ("values", floats, each),
+        ("kept", [torch.int32, torch.uint8], (*each, *getattr(rollout.kept, "shape", ())[-1:])),
+    ):
+        part = getattr(rollout, name)
+        found = getattr(part, "dtype", None), getattr(part, "shape", None)
+        if (found[0] not in dtypes or found[1] != shape) and (part is not None or name not in MAY_BE_NONE):
+            raise TypeError(
+                f"the rollout's {name} is a {type(part).__name__} {found}; expected {dtypes[0]} {[*shape]}, a row for "
+                "each response and a column for each token."
+            )
     token = responses.unsqueeze(-1)  # [B, T, 1]
-    if kept.dtype == torch.int32:
-        is_kept = (kept == token).any(-1) & (kept >= -1).all(-1)
-    else:
-        byte = kept.gather(-1, (token // 8).clamp(0, kept.shape[-1] - 1))
+    is_kept = drawn
+    if rollout.kept is not None and rollout.kept.dtype == torch.int32:
+        is_kept = (rollout.kept == token).any(-1) & (rollout.kept >= -1).all(-1)
+    elif rollout.kept is not None:
+        byte = rollout.kept.gather(-1, (token // 8).clamp(0, rollout.kept.shape[-1] - 1))
         is_kept = (byte >> (token % 8) & 1 > 0).squeeze(-1)
     for problem, where in (
         ("an attention_mask with other numbers than 0 and 1", (mask != 0) & (mask != 1)),
