@@ -117,7 +117,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
         answer, _ = run(model, *seen, score=score, use_cache=False)
     else:
         answer = score(*inputs_and_head(model, *seen, T))
-    scored = Rescored(*answer)
+    scored: Any = Rescored(*answer)
     if values_only:
         if scored.values is None:
             raise ValueError(f"a {type(inner).__name__} gives no values; expected a model with a value head.")
@@ -225,8 +225,8 @@ def check_itself(what, model, rollout, logprobs):
     lengths = rollout.response_mask.sum(1)
     padding = (rollout.attention_mask == 0).sum(1) - (~rollout.response_mask).sum(1)
     row = int((lengths * rollout.sequences.shape[1] + padding).argmax())
-    situation = what, type(inner), str(vars(inner.config)), inner.dtype, inner.training
-    situation += can_decode_fast(inner), bool(padding.any()), len(lengths.unique()) > 1
+    kind = type(inner), str(vars(inner.config)), inner.dtype, inner.training, can_decode_fast(inner)
+    situation = what, kind, bool(padding.any()), len(lengths.unique()) > 1
     calls = _calls.setdefault(inner, {})
     difference, bounds = torch.zeros(1), torch.ones(1)
     if anywhere(model, calls.get(situation, 0) % EVERY == 0) and lengths[row] > 0:

@@ -397,7 +397,7 @@ def test_bad_input_is_refused_with_what_to_do(model):
         (ValueError, "prompt_length=5.5", {"prompt_length": 5.5}),
         (ValueError, "at least 50", {"prompt_length": 22}),
         (ValueError, "at least 50", {"prompt_length": 23}),
-        (ValueError, "attention_mask has shape", {"attention_mask": mask[1:]}),
+        (ValueError, "attention_mask has another shape", {"attention_mask": mask[1:]}),
         (ValueError, "attention_mask holds other numbers", {"attention_mask": mask * 0.5}),
         (ValueError, "eos_token_id=96", {"sampling": Sampling(eos_token_id=96)}),
         (ValueError, "alpha=2", {"alpha": 2}),
