@@ -71,29 +71,31 @@ class GPT2ValueConfig(GPT2Config):
         self._check()
 
     def _check(self):
-        def expect(name, holds, expected):
-            if not holds(getattr(self, name)):
-                raise ValueError(f"GPT2ValueConfig: {name}={getattr(self, name)!r}; expected {expected}.")
+        def expect(holds, expected, *names):
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"GPT2ValueConfig: {name}={getattr(self, name)!r}; expected {expected}.")
+
+        def is_size(value):
+            return type(value) is int and value > 0
 
         def is_number(value):
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            expect(name, lambda v: type(v) is int and v > 0, "a positive int")
-        expect("n_embd", lambda v: v % self.n_head == 0, f"a multiple of n_head={self.n_head}")
-        expect("n_inner", lambda v: v is None or (type(v) is int and v > 0), "a positive int, or None for 4 * n_embd")
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout"):
-            expect(name, lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)")
-        expect("layer_norm_epsilon", lambda v: is_number(v) and v > 0, "a positive number")
-        for name in ("initializer_range", "value_head_initializer_range"):
-            expect(name, lambda v: is_number(v) and v >= 0, "a standard deviation: a finite number >= 0")
-        for name in ("summary_use_proj", "summary_proj_to_labels", "detach_value_head", "tie_word_embeddings"):
-            expect(name, lambda v: isinstance(v, bool), "True or False")
-        expect("num_labels", lambda v: v == 1, "1: the head gives one value for each token")
-        expect("summary_activation", lambda v: v in (None, "tanh"), 'None or "tanh"')
+        expect(is_size, "a positive int", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        expect(lambda v: v % self.n_head == 0, f"a multiple of n_head={self.n_head}", "n_embd")
+        expect(lambda v: v is None or is_size(v), "a positive int, or None for 4 * n_embd", "n_inner")
+        dropouts = "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout"
+        expect(lambda v: is_number(v) and v < 1, "a number in [0, 1)", *dropouts)
+        expect(lambda v: is_number(v) and v > 0, "a positive number", "layer_norm_epsilon")
+        expect(is_number, "a finite number >= 0", "initializer_range", "value_head_initializer_range")
+        flags = "summary_use_proj", "summary_proj_to_labels", "detach_value_head", "tie_word_embeddings"
+        expect(lambda v: isinstance(v, bool), "True or False", *flags)
+        expect(lambda v: v == 1, "1: the head gives one value for each token", "num_labels")
+        expect(lambda v: v in (None, "tanh"), 'None or "tanh"', "summary_activation")
         known_types = ("last", "first", "mean", "cls_index")
         reason = f'one of {known_types}: "attn" would need an attention layer of its own, which GPT-2 never had'
-        expect("summary_type", lambda v: v in known_types, reason)
+        expect(lambda v: v in known_types, reason, "summary_type")
 
     @classmethod
     def from_gpt2(cls, config):

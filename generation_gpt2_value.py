@@ -116,63 +116,61 @@ def rollout(
         raise TypeError(f"generator is a {type(generator).__name__}; expected torch.Generator().manual_seed(...).")
     with torch.inference_mode(False), torch.no_grad():
         prompts, prompt_mask = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
-        return _draw_responses(model, prompts, prompt_mask, T, vocabulary, pad, sampling, generator)
+        B, P = prompts.shape
+        tokens = nn.functional.pad(prompts, (0, T), value=pad)  # [B, P+T]
+        mask = nn.functional.pad(prompt_mask, (0, T))  # [B, P+T]
+        decoder = decoder_for(model, tokens, mask)
+        logits, value = decoder.logits_and_values(P)  # [B, V], [B]
+        _check_prompt(model, prompts, prompt_mask, logits)
+
+        # float64, so that rare tokens are drawn as often as they should.
+        where = device if generator is None else generator.device
+        uniforms = torch.rand((T, B), generator=generator, device=where, dtype=torch.float64).to(device)
+        running = torch.ones(B, dtype=torch.bool, device=device)
+        ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
+        early = torch.arange(T, device=device) < sampling.min_new_tokens
+        logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
+        values = None if value is None else value.new_zeros((B, T))
+        bits = None
+        if sampling.cuts_off(vocabulary):
+            bits = tokens.new_zeros((B, T, -(-vocabulary // 8)), dtype=torch.uint8)
+        for t in range(T):
+            if t > 0:
+                logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
+            rows, now = decoder.rows, running[decoder.rows]  # [b], those still computed, and which have not ended
+            step = sampling_distribution(logits, sampling, early=early[t])  # [b, V]
+            token, logprob = draw(step, uniforms[t, rows])
+            logprob = logprob.masked_fill(~are_finite(logits), math.nan)
+            tokens[rows, P + t] = torch.where(now, token, pad)
+            mask[rows, P + t] = now.long()
+            logprobs[rows, t] = logprob.where(now, 0)
+            if values is not None:
+                values[rows, t] = value.where(now, 0)
+            if bits is not None:
+                bits[rows, t] = kept_set(step, sampling).where(now.unsqueeze(-1), 0)
+            running[rows] = now & ~torch.isin(token, ends)
+            # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
+            if device.type == "cpu" or t % 16 == 15 or t == T - 1:
+                check_finite(logprobs)
+                left = running[rows].nonzero().squeeze(-1)
+                if len(left) == 0:
+                    break
+                if 2 * len(left) <= len(rows):
+                    decoder.keep(left)
+        keep_pace(decoder.model, tokens, ended=True)
+        kept = None if bits is None else compact(bits, vocabulary)
+        drawn = Rollout(tokens, mask, tokens[:, P:], mask[:, P:].bool(), logprobs, values, running, kept, sampling)
+        check_itself("rollout", model, drawn, logprobs)
+        return drawn
 
 
-def _draw_responses(model, prompts, prompt_mask, T, vocabulary, pad, sampling, generator):
-    """The `Rollout` of T columns after prompts `[B, P]`, padded at the left."""
-    B, P = prompts.shape
-    device = prompts.device
-    tokens = nn.functional.pad(prompts, (0, T), value=pad)  # [B, P+T]
-    mask = nn.functional.pad(prompt_mask, (0, T))  # [B, P+T]
-    decoder = decoder_for(model, tokens, mask)
-    running = torch.ones(B, dtype=torch.bool, device=device)
-    logits, value = decoder.logits_and_values(P)  # [B, V], [B]
-    # Before anything is drawn: the most probable next tokens, as if they had been drawn.
+def _check_prompt(model, prompts, mask, logits):
+    """Check `logits [B, V]` after `prompts [B, P]` before anything is drawn, as if the most probable tokens had been."""
     top = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).max(-1, keepdim=True)
-    seen = torch.cat([prompts, top.indices], 1)
-    one = torch.ones_like(top.indices)
-    as_drawn = Rollout(
-        seen, torch.cat([prompt_mask, one], 1), top.indices, one > 0, top.values, None, running, None, Sampling()
-    )
-    check_itself("prompt", model, as_drawn, top.values)
-
-    # float64, so that rare tokens are drawn as often as they should.
-    where = device if generator is None else generator.device
-    uniforms = torch.rand((T, B), generator=generator, device=where, dtype=torch.float64).to(device)
-    ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
-    early = torch.arange(T, device=device) < sampling.min_new_tokens
-    logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
-    values = None if value is None else value.new_zeros((B, T))
-    bits = tokens.new_zeros((B, T, -(-vocabulary // 8)), dtype=torch.uint8) if sampling.cuts_off(vocabulary) else None
-    for t in range(T):
-        if t > 0:
-            logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
-        rows, now = decoder.rows, running[decoder.rows]  # [b], those still computed, and which have not ended
-        step = sampling_distribution(logits, sampling, early=early[t])  # [b, V]
-        token, logprob = draw(step, uniforms[t, rows])
-        logprob = logprob.masked_fill(~are_finite(logits), math.nan)
-        tokens[rows, P + t] = torch.where(now, token, pad)
-        mask[rows, P + t] = now.long()
-        logprobs[rows, t] = logprob.where(now, 0)
-        if values is not None:
-            values[rows, t] = value.where(now, 0)
-        if bits is not None:
-            bits[rows, t] = kept_set(step, sampling).where(now.unsqueeze(-1), 0)
-        running[rows] = now & ~torch.isin(token, ends)
-        # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
-        if device.type == "cpu" or t % 16 == 15 or t == T - 1:
-            check_finite(logprobs)
-            left = running[rows].nonzero().squeeze(-1)
-            if len(left) == 0:
-                break
-            if 2 * len(left) <= len(rows):
-                decoder.keep(left)
-    keep_pace(decoder.model, tokens, ended=True)
-    kept = None if bits is None else compact(bits, vocabulary)
-    drawn = Rollout(tokens, mask, tokens[:, P:], mask[:, P:].bool(), logprobs, values, running, kept, sampling)
-    check_itself("rollout", model, drawn, logprobs)
-    return drawn
+    one = torch.ones_like(top.indices)  # [B, 1]
+    tokens, seen = torch.cat([prompts, top.indices], 1), torch.cat([mask, one], 1)
+    drawn = Rollout(tokens, seen, top.indices, one > 0, top.values, None, one[:, 0] > 0, None, Sampling())
+    check_itself("prompt", model, drawn, top.values)
 
 
 def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):

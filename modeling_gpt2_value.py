@@ -123,9 +123,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
         Raises ValueError for what is no GPT-2; without `init_value_head`, also for a package without its whole head.
         """
         if pretrained_model_name_or_path is not None and not init_value_head:
-            names = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-            where = {name: kwargs[name] for name in names if name in kwargs}
-            fields, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **where)
+            found_by = {**kwargs, "trust_remote_code": None}  # transformers would warn of it
+            fields, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **found_by)
             init_value_head = fields.get("model_type") != GPT2ValueConfig.model_type
         wants_info = kwargs.pop("output_loading_info", False)
         if init_value_head:

@@ -250,11 +250,10 @@ def _difference_alone(model, rollout, logprobs, row):
     places = seen.cumsum(0)[steps - logprobs.shape[1]] - 1  # [columns], where in `tokens` they are
     logits = logits_alone(model, tokens[:-1], len(tokens) - int(places[0]))[places - places[0]]  # [columns, V]
     kept = None if rollout.kept is None else rollout.kept[row, steps]
-    scaled = sampling_distribution(logits, sampling, early=steps < sampling.min_new_tokens, kept=kept)
-    taken = tokens[places].unsqueeze(-1)
-    alone = scaled.log_softmax(-1).gather(-1, taken).squeeze(-1)
+    taken, early = tokens[places], steps < sampling.min_new_tokens
+    alone, *_ = _score_chunk(sampling, False, lambda inputs: inputs, None, logits, taken, early, kept, None)
     recorded = logprobs[row, steps].detach()
-    sizes = torch.maximum(logits.amax(-1).abs(), logits.gather(-1, taken).squeeze(-1).abs())
+    sizes = torch.maximum(logits.amax(-1).abs(), logits.gather(-1, taken.unsqueeze(-1)).squeeze(-1).abs())
     difference = torch.where(recorded == alone, 0.0, recorded - alone).abs()  # both may be -inf
     return difference, _bounds(model, logits, sizes) / sampling.temperature
 
