@@ -165,7 +165,7 @@ def rollout(
 
 
 def _check_prompt(model, prompts, mask, logits):
-    """Check `logits [B, V]` after `prompts [B, P]` before anything is drawn, as if the most probable tokens had been."""
+    """Check `logits [B, V]` after `prompts [B, P]`, before anything is drawn, by the most probable tokens."""
     top = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).max(-1, keepdim=True)
     one = torch.ones_like(top.indices)  # [B, 1]
     tokens, seen = torch.cat([prompts, top.indices], 1), torch.cat([mask, one], 1)

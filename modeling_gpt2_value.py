@@ -156,8 +156,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
         The cache may be called `cache` or `past_key_values`, and `labels` `lm_labels`, as in the seed. Arguments that
         are not known here are handed on, to the body and to the loss, as there. Where no `position_ids` are given,
         they count the tokens that a 2-D `attention_mask` admits, cached ones too: padding on either side changes
-        nothing. `score` is what `rescore` wants done with the hidden states, the output layer and the
-        values, without dropout; its result is returned.
+        nothing. `score.answer` is what `rescore` wants done with the hidden states, the output layer
+        and the values, without dropout; its result is returned.
 
         Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises ValueError
         for a mask that leaves out the cache or the input, TypeError for an argument that is given twice.
@@ -194,7 +194,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         # Read from the model's config at each call: it is the one that is saved, and peft copies the head.
         value = v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
         if score is not None:
-            return score(hidden_states, lm_head, as_scalars(value))
+            return dict(score.answer(hidden_states, lm_head, as_scalars(value)))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = lm_head(hidden_states[:, kept, :])  # [batch, kept, vocabulary]
         loss = None

@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import weakref
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -114,10 +115,10 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     other = None if reference is None else _reference_inputs(model, reference, vocabulary, seen, T)
     score = functools.partial(_scores, rollout, other, with_entropy, values_only)
     if takes_requests(model):
-        answer, _ = run(model, *seen, score=score, use_cache=False)
+        answer, _ = run(model, *seen, score=SimpleNamespace(answer=score), use_cache=False)
+        scored: Any = Rescored(**answer)
     else:
-        answer = score(*inputs_and_head(model, *seen, T))
-    scored: Any = Rescored(*answer)
+        scored = score(*inputs_and_head(model, *seen, T))
     if values_only:
         if scored.values is None:
             raise ValueError(f"a {type(inner).__name__} gives no values; expected a model with a value head.")
@@ -128,7 +129,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
 
 
 def _scores(rollout, other, with_entropy, values_only, inputs, head, values):
-    """Log-probabilities, values, entropy and KL `[B, T]`, or None, for the logits `head(inputs [B, >= T, ...])`.
+    """The `Rescored` of a model with the logits `head(inputs [B, >= T, ...])`, and such `values` or None.
 
     `rescore` hands this to `GPT2ValueModel.forward`, with its own arguments filled in. So the output layer runs inside
     a call of the model, where FSDP2 and DistributedDataParallel expect it, and they see none of these tensors, which
@@ -138,7 +139,7 @@ def _scores(rollout, other, with_entropy, values_only, inputs, head, values):
     T = drawn.shape[1]
     values = None if values is None else torch.where(drawn, values[:, -T:], 0.0)
     if values_only:
-        return None, values, None, None
+        return Rescored(values=values)
     early = (torch.arange(T, device=drawn.device) < sampling.min_new_tokens).expand_as(drawn)
     other, other_head = other or (None, None)
     score = functools.partial(_score_chunk, sampling, with_entropy, head, other_head)
@@ -156,7 +157,7 @@ def _scores(rollout, other, with_entropy, values_only, inputs, head, values):
         torch.zeros_like(drawn, dtype=part[0].dtype).masked_scatter(drawn, torch.cat(part))
         for part in zip(*parts, strict=True)
     )
-    return logprobs, values, entropy if with_entropy else None, None if other is None else kl
+    return Rescored(logprobs, values, entropy if with_entropy else None, None if other is None else kl)
 
 
 def _score_chunk(sampling, with_entropy, head, other_head, inputs, tokens, early, kept, other):
