@@ -14,7 +14,7 @@ This is the first of the six files that are copied into every package (the remot
        │      draw                                       tokens [b] int64, log-probabilities [b] float32
        └───── check_itself ─ logits_alone                one row by the model's own call
     rescore ─ GPT2ValueModel.forward(score=...)          or inputs_and_head, for any other model
-       │      ScoreRequest.answer ─ _score               logits [n, V] ─ sampling_distribution ─ log_softmax: float32
+       │      _scores ─ _score_chunk                     logits [n, V] ─ sampling_distribution ─ log_softmax: float32
        └───── check_itself
 
 What touches anything outside: `save_pretrained` (below) copies these files and writes `config.json`; `from_pretrained`

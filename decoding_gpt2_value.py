@@ -164,8 +164,7 @@ class GPT2Decoder(Decoder):
             query, key, value = qkv.view(b, n, 3, -1, keys.shape[-1]).permute(2, 0, 3, 1, 4)  # [b, n_head, n, width]
             keys[:, :, new], values[:, :, new] = key, value
             past = keys[:, :, :columns], values[:, :, :columns]
-            scale = getattr(block.attn, "scaling", None)  # transformers 4 has none; None is 1 / sqrt(width), as there
-            heads = F.scaled_dot_product_attention(query.to(keys.dtype), *past, allowed, scale=scale).to(x.dtype)
+            heads = F.scaled_dot_product_attention(query.to(keys.dtype), *past, allowed).to(x.dtype)
             x = x + self.linear(heads.transpose(1, 2).reshape(b, n, -1), block.attn.c_proj)
             x = x + self.linear(self.linear(block.ln_2(x), block.mlp.c_fc, self.activation), block.mlp.c_proj)
         last = body.ln_f(x[:, -1])  # [b, n_embd]
@@ -326,8 +325,11 @@ def can_decode_fast(model):
         plain = all(type(weight) is nn.Parameter for weight in module.parameters(recurse=False))
         if not plain or not runs(module, forwards.get(type(module))):
             return False
-    wide = all(block.attn.c_attn.weight.shape[1] == 3 * config.n_embd for block in model.transformer.h)
-    return wide and ALL_ATTENTION_FUNCTIONS["sdpa"] is OWN_SDPA
+    scaling = (config.n_embd // config.n_head) ** -0.5
+    for block in model.transformer.h:
+        if block.attn.c_attn.weight.shape[1] != 3 * config.n_embd or getattr(block.attn, "scaling", scaling) != scaling:
+            return False
+    return ALL_ATTENTION_FUNCTIONS["sdpa"] is OWN_SDPA
 
 
 # Weights that FSDP2 spreads over processes: a call gathers them, so all processes have to make the same calls.
