@@ -5,9 +5,9 @@ Remote code, which imports only torch and transformers. The main path comes firs
 a module of the model: other threads may train, sample or score it meanwhile.
 """
 
+import copy
 import functools
 import inspect
-from types import MethodType
 from typing import Any
 
 import torch
@@ -372,20 +372,11 @@ def without_dropout(model, *, checkpointing=False):
         fields["training"] = module.training and checkpointing and bool(fields.get("gradient_checkpointing"))
         fields["_compiled_call_impl"] = None  # it is bound to the module
         fields.update({name: 0.0 for name, value in fields.items() if "drop" in name and type(value) is float})
-        for name in {"forward", "_old_forward", "_original_forward"} & set(fields):  # Accelerate's
-            fields[name] = _bound_to_copies(fields[name], copies, module)
+        # Accelerate's: methods and partials, whose copies are bound to the modules' copies.
+        for name in {"forward", "_old_forward", "_original_forward"} & set(fields):
+            fields[name] = copy.deepcopy(fields[name], {id(each): its for each, its in copies.items()})
         copied.__dict__ = fields
     return copies[model]
-
-
-def _bound_to_copies(function, copies, module):
-    """A function that was put on a module, for the module's copy."""
-    if isinstance(function, functools.partial):
-        arguments = [copies.get(argument, argument) for argument in function.args]
-        return functools.partial(function.func, *arguments, **function.keywords)
-    if isinstance(function, MethodType) and function.__self__ in copies:
-        return MethodType(function.__func__, copies[function.__self__])
-    return function
 
 
 # Products by oneDNN, which torch's own inductor calls so: in half the time of torch's default on a CPU. Weights are
