@@ -84,8 +84,8 @@ def rollout(
 
     A rollout checks itself: one row is computed again by the model's own call, alone, without padding or cache, and
     compared with what was drawn by (`check_itself` says which row, `_bounds` how closely). So is the prompt with most
-    padding, before anything is drawn. That is done at the first rollout of a model, again when the model or the
-    situation has changed, and at every 16th rollout; it uses no random numbers, and changes no state.
+    padding, before anything is drawn. That is done at the first rollout of a model, again when its class, config,
+    dtype, mode or padding has changed, and at every 16th rollout; it uses no random numbers, and changes no state.
 
     Returns a `Rollout`. Raises TypeError or ValueError for bad input, before any compute, and for logits not finite;
     `SelfCheckError` where the check fails.
