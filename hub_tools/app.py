@@ -71,6 +71,13 @@ def listen(port: int = PORT) -> socket.socket:
     return taken
 
 
+def end_tidily() -> None:
+    """Let a closed terminal and `kill` end the process as Ctrl-C does, so that its private folders go with it."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), lambda *_: sys.exit())
+
+
 def serve(place: socket.socket, model: Any, tokenizer: Any, compare: Any, *, say: Callable[[str], None]) -> None:
     """Serve the page until it is interrupted.
 
@@ -122,10 +129,9 @@ def serve(place: socket.socket, model: Any, tokenizer: Any, compare: Any, *, say
         way_in.write_text(f'<meta http-equiv="refresh" content="0; url={address}">', encoding="utf-8")
         say(address)
         webbrowser.open(way_in.as_uri())
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # leaves this block, so that the folder goes too
         gate, patient = Gate(inner, token, port), 1  # second for which the end waits for open pages
         config = uvicorn.Config(
-            gate, log_level="error", ws="none", proxy_headers=False, timeout_graceful_shutdown=patient
+            gate, log_level="critical", ws="none", proxy_headers=False, timeout_graceful_shutdown=patient
         )
         uvicorn.Server(config).run(sockets=[place])
 
@@ -181,6 +187,7 @@ class Gate:
             and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
             and (rest in ROUTES.get(scope["method"], ()) or (scope["method"] == "GET" and rest.startswith(FOLDERS)))
             and ".." not in rest
+            and "transfer-encoding" not in headers  # h11 believes it before the length
             and length.isdecimal()
             and len(length) < 9
             and int(length) <= MOST_BYTES
@@ -201,7 +208,6 @@ class Desk:
         import torch
 
         from gpt2_value.view import show
-        from sampling_gpt2_value import whole_number
 
         try:
             queries = self._encode(prompts, _whole("tokens at most", longest, 1, MOST_TOKENS))
@@ -216,7 +222,7 @@ class Desk:
                     max_new_tokens=drawn,
                     num_return_sequences=copies,
                     temperature=temperature,
-                    top_k=whole_number("top_k", top_k, 0),
+                    top_k=_whole("top-k", top_k, 0, self.model.config.vocab_size),
                     top_p=top_p,
                     eos_token_id=self.tokenizer.eos_token_id,
                     generator=torch.Generator().manual_seed(seed),

@@ -223,6 +223,23 @@ def test_a_diff_names_what_nobody_can_read(name, data, danger, gpt2_value, packa
     assert len(out) < 2_000
 
 
+def test_a_name_of_a_file_forges_no_line_of_a_diff(gpt2_value, package):
+    (package / "x.py  sha256 0\nall code is version 9.py").write_text("import os\n")
+    _, out, _ = gpt2_value("inspect", package, "--diff")
+    assert "x.py  sha256 0\\nall code is version 9" in out
+    assert not [line for line in out.splitlines() if line.startswith("all code")]
+
+
+def test_a_diff_names_code_in_folders(gpt2_value, package):
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "modeling_gpt2_value.cpython-311.pyc").write_bytes(b"\x00")
+    status, out, _ = gpt2_value("inspect", package, "--diff")
+    assert (status, out) == (
+        3,
+        "DANGER: code in folders, where no package has any: __pycache__/modeling_gpt2_value.cpython-311.pyc\n",
+    )
+
+
 def test_a_diff_of_our_own_code_is_empty(gpt2_value, package):
     assert gpt2_value("inspect", package, "--diff")[:2] == (0, f"all code is version {layout.__version__}'s\n")
 

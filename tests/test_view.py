@@ -121,6 +121,12 @@ def test_without_a_model_the_numbers_are_the_rollouts_own(tiny_model, other, tin
     assert "gv-lines" not in show(drawn(tiny_model), tiny_tokenizer, plain).html.split("</style>")[1]
 
 
+def test_what_cannot_be_shown_is_named(tiny_model, tiny_tokenizer):
+    for wrong, named in (((None, tiny_tokenizer), "NoneType"), ((tiny_model.rollout([[1]]), None), "tokenizer")):
+        with pytest.raises(TypeError, match=named):
+            show(*wrong)
+
+
 def test_models_with_other_vocabularies_are_refused(tiny_model, tiny_tokenizer):
     with pytest.raises(ValueError, match="96 and 97"):
         show(drawn(tiny_model), tiny_tokenizer, tiny_model, make_tiny_model(vocab_size=97))

@@ -56,6 +56,10 @@ def show(rollout: Rollout, tokenizer: Any, model: Any = None, compare: Any = Non
     Raises:
         TypeError, ValueError: the tokens or the settings do not fit a model, or the two vocabularies differ.
     """
+    if type(rollout).__name__ != "Rollout":  # by name: a package's own class is another one
+        raise TypeError(f"show() got a {type(rollout).__name__}; expected a Rollout, as in show(rollout, tokenizer).")
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(f"show() got a {type(tokenizer).__name__} as tokenizer; expected a tokenizer of transformers.")
     name, other = labels(_name(model, "the model"), _name(compare, "the other model"))
     responses = read(rollout, tokenizer, model, compare)
     drawn = rollout.logprobs is not None

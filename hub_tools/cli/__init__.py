@@ -386,8 +386,9 @@ def show_app(
     With --compare a second model scores the same tokens. Only this machine is served, and only who knows the address
     that is printed. Needs gradio: pip install gradio
     """
-    from ..app import listen, serve
+    from ..app import end_tidily, listen, serve
 
+    end_tidily()
     place = listen(port)
     console.working(f"loading {model}")
     mine, tokenizer = load(model, revision=revision, reviewed=reviewed, plain=True)

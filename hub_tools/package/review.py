@@ -7,6 +7,7 @@ Nothing of the package is run, and it need not be a sound one.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import tempfile
@@ -21,6 +22,7 @@ from .stage import local_folder, repository_id
 
 LONGEST = 200_000  # bytes of a file that are shown: the largest file of any release has a tenth
 MOST = 32  # files that are shown
+MOST_PATHS = 10_000  # that are looked at in folders inside the package
 COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")  # PEP 263
 
 
@@ -59,7 +61,8 @@ def _differences(folder: Path) -> Iterator[str]:
     hashes = {name: sha256_in(folder, name) for name in names}
     differing = [name for name in names if hashes[name] != layout.installed_hashes().get(name)]
     for name in differing[:MOST]:
-        yield f"{visible(name)}  sha256 {hashes[name]}"
+        shown = _on_one_line(name)
+        yield f"{shown}  sha256 {hashes[name]}"
         if versions := versions_of(name, hashes[name], known):
             yield f"as in version {', '.join(versions)}"
         with open_in(folder, name) as file:
@@ -73,12 +76,22 @@ def _differences(folder: Path) -> Iterator[str]:
             yield from dangers
             ours = installed[name].read_text(encoding="utf-8") if name in installed else ""
             before, after = (code.removesuffix("\n").split("\n") for code in (ours, text))
-            for line in difflib.unified_diff(before, after, f"installed/{name}", f"package/{name}", lineterm=""):
-                yield visible(line)
+            for line in difflib.unified_diff(before, after, f"installed/{shown}", f"package/{shown}", lineterm=""):
+                yield _on_one_line(line)
     if len(differing) > MOST:
         yield f"DANGER: {len(differing) - MOST} more files, which are not shown here; no release has so many"
     if lost := [name for name in installed if name not in names]:
         yield f"missing: {', '.join(lost)}"
+    inner = (path for path in itertools.islice(folder.rglob("*"), MOST_PATHS) if path.parent != folder)
+    if deeper := sorted(
+        _on_one_line(str(path.relative_to(folder))) for path in inner if path.suffix in (".py", ".pyc")
+    ):
+        yield f"DANGER: code in folders, where no package has any: {', '.join(deeper[:8])}"
+
+
+def _on_one_line(text: str) -> str:
+    """Text as it is shown, without a way to look like the next line."""
+    return visible(text).replace("\n", "\\n")
 
 
 def _as_read(data: bytes) -> tuple[str, list[str]]:
@@ -87,7 +100,7 @@ def _as_read(data: bytes) -> tuple[str, list[str]]:
     Only `\\n` ends a line here; whatever else Python takes for a line break is shown as an escape.
     """
     dangers = []
-    for number, line in enumerate(re.split(rb"\r\n?|\n", data)[:2], 1):
+    for number, line in enumerate(re.split(rb"\r\n?|\n", data.removeprefix(b"\xef\xbb\xbf"))[:2], 1):
         cookie = COOKIE.match(line)
         if cookie and cookie[1].lower() not in (b"utf-8", b"utf8"):
             dangers.append(f"DANGER: line {number} declares an encoding, by which Python reads other lines than these")
