@@ -25,7 +25,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]  # tests/ and the checkout
 
 import huggingface_hub
-from huggingface_hub import file_download
+from huggingface_hub import file_download, hf_api
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from support.hub_server import GITATTRIBUTES, Fault, HubServer
@@ -183,6 +183,8 @@ def talking_to(url: str, token: str, *, xet: bool) -> Iterator[None]:
     """Let this process's huggingface_hub, which was imported before, talk to this server."""
     with (
         mock.patch.object(huggingface_hub.constants, "ENDPOINT", url),
+        # what transformers lists files by; it keeps the endpoint of the moment when it was imported
+        mock.patch.object(hf_api.api, "endpoint", url),
         mock.patch.object(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + DOWNLOADS),
         # huggingface_hub 0.36 keeps a copy here
         mock.patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", url + DOWNLOADS, create=True),
