@@ -98,6 +98,7 @@ def serve(place: socket.socket, model: Any, tokenizer: Any, compare: Any, *, say
             expected="a model with its tokenizer, compared with one that has the same tokens",
             next_step="name another model, or leave --compare out",
         )
+    end_tidily()
     with tempfile.TemporaryDirectory(prefix="gpt2-value-app-") as folder:
         # Gradio's files, and nobody else's to read
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
