@@ -481,8 +481,7 @@ def test_the_command_shows_an_uploads_bytes_on_a_terminal_and_no_bar_in_a_file(t
     if stderr == "terminal":
         assert re.search(r"model\.safetensors: 100%\|.*\d\.\d\dM/\d\.\d\dM", printed), printed
     else:
-        assert "%" not in printed
-        assert "\r" not in printed
+        assert printed == ""  # progress is for people who watch
 
 
 def read_some(descriptor):
