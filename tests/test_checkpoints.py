@@ -355,8 +355,8 @@ def test_what_the_system_refuses_is_a_failure_and_no_silence(pusher, monkeypatch
     with monkeypatch.context() as patched:
         target = (checkpoints.subprocess, "Popen") if where == "the worker" else (torch, "save")
         patched.setattr(*target, refuse)
-        pusher.push(make_tiny_model(), step=2)
         with pytest.raises(CheckpointPushError, match=r"step 2.*No space left"):
+            pusher.push(make_tiny_model(), step=2)  # which raises it where the worker has failed by then
             pusher.flush()
     pusher.push(make_tiny_model(), step=3)
     pusher.flush()
