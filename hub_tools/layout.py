@@ -108,11 +108,6 @@ def written_by_save(name: str) -> bool:
     return kind_of(name) in ("config", "weights", "code", "tokenizer", "card", "record")
 
 
-def staging_name(folder: Path) -> re.Pattern[str]:
-    """Return the pattern of the names of the staging folders beside `folder`, in which its saves are prepared."""
-    return re.compile(rf"\.{re.escape(folder.name)}\.saving-[a-z0-9_]{{8}}")
-
-
 def installed_code() -> dict[str, Path]:
     """Return this installed version's remote code, by file name. It lies beside `hub_tools` in a checkout and in a
     wheel.

@@ -127,7 +127,7 @@ def do(server, tmp_path, verified):
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
         with CheckpointPusher(REPO, revision=branch, dataset="imdb") as pusher:
             job = {**pusher._job, "best": (metric, sign, "best"), "step": step, "metrics": as_numbers(metrics or {})}
-        torch.save((installed_copy(model, None), tokenizer, job), folder / checkpoints.SNAPSHOT)
+        torch.save((installed_copy(model), tokenizer, job), folder / checkpoints.SNAPSHOT)
         return worker.do(folder)
 
     return do

@@ -311,9 +311,15 @@ def what_the_first_process_refuses_all_processes_refuse(rank, folder, server):
         save_package(model, folder / "taken")
     with pytest.raises(OptionsError, match="base_model"):
         save_package(model, folder / "package", base_model="/a/path")
-    error = ValueError if rank == 0 else SaveFailedError  # what is not ours, only the first process raises
-    with pytest.raises(error):
+    with pytest.raises(SaveFailedError, match="large"):
         save_package(model, folder / "package", max_shard_size="large")
+
+    @sharded_saves.in_first_process
+    def interrupted(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt if rank == 0 else SaveFailedError):  # what is not ours, only the first raises
+        interrupted(model)
     with torch.no_grad():
         model.v_head.summary.bias.fill_(torch.nan)
     with pytest.raises(UnsavableModelError, match=r"v_head\.summary\.bias"):

@@ -27,7 +27,7 @@ from modeling_gpt2_value import GPT2ValueModel
 
 from ..errors import ConversionError, OptionsError, UnsavableModelError, as_ours
 from ..layout import HEAD_PREFIX, kind_of
-from ..package.replace import check_target, staging_folder, writing_to
+from ..package.replace import check_target, replacing
 from .convert import load_checkpoint
 
 CriticHead = Literal["token-classification", "sequence-classification"]
@@ -149,7 +149,6 @@ def _write(
         return check_target(
             folder,
             overwrite=overwrite,
-            what="a plain GPT-2",
             model_type=GPT2Config.model_type,
             may_replace=lambda name: kind_of(name) in ("config", "weights", "tokenizer"),
         )
@@ -177,13 +176,12 @@ def _write(
         plain = _as_plain(model, head)
         if hasattr(plain.config, "validate"):  # transformers 5, which does it when it writes
             plain.config.validate()
-    with writing_to(target), staging_folder(target) as staging:
-        plain.save_pretrained(staging.package)
+    with replacing(target) as staging:
+        plain.save_pretrained(staging)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staging.package)
-        files = {path.name: path.stat().st_size for path in sorted(staging.package.iterdir())}
+            tokenizer.save_pretrained(staging)
+        files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
         checked_target()  # writing may have taken minutes: look again
-        staging.commit()
     return ExportedPolicy(
         architecture=type(plain).__name__,
         folder=target,

@@ -1,7 +1,6 @@
 """The model card, rendered from facts about the model; nothing in it is invented.
 
-Imports the standard library, huggingface_hub, and of hub_tools `errors`, `layout` and `hub.ask`. What the
-metadata mean: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
+What the metadata mean: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -19,23 +18,13 @@ from .. import layout
 from ..errors import OptionsError
 from ..hub.ask import is_repository_id
 
+if TYPE_CHECKING:
+    from modeling_gpt2_value import GPT2ValueModel
+
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ("gpt2", "gpt2-value", "value-head", "reinforcement-learning", "ppo")
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """What the card says about a model."""
-
-    parameters: int
-    dtype: str
-    n_layer: int
-    n_embd: int
-    n_head: int
-    n_positions: int
-    vocab_size: int
-    has_tokenizer: bool
-    versions: dict[str, str]
+IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.\-]*")
+WORDS = re.compile(r"\S(.*\S)?")  # on one line
 
 
 def is_hub_id(text: object) -> bool:
@@ -60,8 +49,10 @@ def load_lines(where: str, *, tokenizer: bool, revision: str | None = None) -> s
 
 
 def render_card(
-    facts: CardFacts,
+    model: GPT2ValueModel,
+    versions: Mapping[str, str],
     *,
+    tokenizer: bool,
     base_model: str | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
@@ -70,7 +61,9 @@ def render_card(
     """Render the card of a package.
 
     Args:
-        facts: what the model is.
+        model: what it holds.
+        versions: of the libraries that write it.
+        tokenizer: whether it has one.
         base_model: the Hub id of the model that this one was made from. A local path is refused.
         license: a license's identifier on the Hub, as `apache-2.0`. Left out of the card if not given.
         tags: added to the package's own.
@@ -80,29 +73,16 @@ def render_card(
     Raises:
         OptionsError: a value that the Hub would reject, or a local path as `base_model`.
     """
-    if base_model is not None and not is_hub_id(base_model):
-        raise OptionsError(
-            f"base_model {base_model!r} is {'a local path' if os.path.exists(str(base_model)) else 'no Hub id'}",
-            expected="the id of a repository on the Hub, as openai-community/gpt2",
-            next_step="pass that id, or leave base_model out",
-        )
-    if repo_id is not None and not is_repository_id(repo_id):
-        raise OptionsError(
-            f"repo_id {repo_id!r} is not a Hub id",
-            expected="user/name",
-            next_step="pass such an id, or leave it out",
-        )
-    if license is not None and not (isinstance(license, str) and re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license)):
-        raise OptionsError(
-            f"license {license!r} is not an identifier",
-            expected="one of https://huggingface.co/docs/hub/repositories-licenses, as apache-2.0 or mit",
-            next_step="pass its identifier, or leave license out",
-        )
-    if isinstance(tags, str) or not isinstance(tags, Sequence):
-        raise OptionsError(f"tags is {tags!r}", expected="a list of words", next_step="correct it, or leave it out")
-    for tag in tags:
-        if not isinstance(tag, str) or not tag.strip() or "\n" in tag:
-            raise OptionsError(f"the tag {tag!r}", expected="a word", next_step="correct it, or leave it out")
+    words = isinstance(tags, Sequence) and all(isinstance(tag, str) and WORDS.fullmatch(tag) for tag in tags)
+    identifier = isinstance(license, str) and IDENTIFIER.fullmatch(license)
+    for name, value, fits, expected in (
+        ("base_model", base_model, is_hub_id(base_model), "the id of a repository, as openai-community/gpt2; no path"),
+        ("repo_id", repo_id, is_repository_id(repo_id), "owner/name"),
+        ("license", license, identifier, "an identifier of https://huggingface.co/docs/hub/repositories-licenses"),
+        ("tags", tags, words and not isinstance(tags, str), "a list of words"),
+    ):
+        if value is not None and not fits:
+            raise OptionsError(f"{name}={value!r}", expected=expected, next_step="correct it, or leave it out")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -113,11 +93,13 @@ def render_card(
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        facts=facts,
+        model=model,
+        versions=versions,
+        tokenizer=tokenizer,
         base=base_model,
         code_files=layout.REMOTE_CODE,
         record=layout.RECORD,
-        lines=load_lines(repo_id or ".", tokenizer=facts.has_tokenizer),
+        lines=load_lines(repo_id or ".", tokenizer=tokenizer),
         repo_id=repo_id,
     )
 

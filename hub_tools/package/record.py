@@ -47,13 +47,14 @@ class Record:
         (folder / layout.RECORD).write_text(text + "\n", encoding="utf-8")
 
 
-def probe(*, vocab_size: int, n_positions: int) -> tuple[list[int], list[int]]:
-    """Return the probe for a model of this size: the ids to feed, and the ids whose logits are recorded.
+def probe(config: Any) -> tuple[list[int], list[int]]:
+    """Return the probe for a model of this configuration: the ids to feed, and the ids whose logits are recorded.
 
     These are up to 16 tokens, and 32 logits spread over the vocabulary. Both include its first and last id, because a
     wrong resize of the vocabulary changes those.
     """
-    length, spread = min(16, n_positions), min(32, vocab_size)
+    vocab_size = config.vocab_size
+    length, spread = min(16, config.n_positions), min(32, vocab_size)
     # multiplying by an odd constant scatters neighbours (Knuth's multiplicative hashing)
     token_ids = [0, vocab_size - 1, *(i * 2654435761 % vocab_size for i in range(1, 15))][:length]
     logit_ids = [i * (vocab_size - 1) // max(spread - 1, 1) for i in range(spread)]

@@ -6,8 +6,8 @@ torch's own store that all of them are there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,56 +21,45 @@ from .record import probe
 
 Weights = dict[str, torch.Tensor]
 Numbers = dict[str, torch.Tensor]
-Result = TypeVar("Result")
+Saver = TypeVar("Saver", bound=Callable[..., Any])
 
 WAIT = 30.0  # seconds by which a process may be later than another
 _gathered = 0  # how often the processes have met
 
 
 @dataclass(frozen=True)
-class State:
-    """Of a sharded model: all its weights, in main memory, and what it computes (see `computed`)."""
+class Gathered:
+    """A sharded model in the process that saves it."""
 
-    weights: Weights
-    numbers: Numbers
+    model: nn.Module
+    weights: Weights  # all of them, in main memory
+    numbers: Numbers  # see `computed`
 
 
 def computed(model: Any) -> Numbers:
-    """Return what a model computes on the probe: `logits [2, T, vocab]` and `value [2, T]`, in float32 on the CPU.
+    """Return what a model computes on the probe: `logits [N, vocab]` and `value [N]`, in float32 on the CPU.
 
-    Its own forward runs, with its hooks, where its weights are and in their dtype, in evaluation mode. The second row
-    is padded on its left, with zeros in the place of the padding's numbers. Modes and random state stay as they are.
+    Its own forward runs, with its hooks, where its weights are and in their dtype, in evaluation mode. The probe runs
+    forwards and, padded on its left, backwards; N counts the tokens of both rows. Modes stay as they are.
 
     Raises:
         UnsavableModelError: its forward cannot be called like GPT2ValueModel's, or does not return what that does.
     """
-    token_ids, _ = probe(vocab_size=model.config.vocab_size, n_positions=model.config.n_positions)
+    token_ids, _ = probe(model.config)
     device = next(model.parameters()).device
     batch = torch.tensor([token_ids, token_ids[::-1]], device=device)  # [2, T]
     mask = torch.ones_like(batch)
     mask[1, : len(token_ids) // 4] = 0
-    modes = [(module, module.training) for module in model.modules()]
-    eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
-    cuda = [device.index or 0] if device.type == "cuda" else []
-    with (
-        as_ours(_no_forward),
-        torch.no_grad(),
-        torch.random.fork_rng(cuda),
-        torch.autocast(device.type, enabled=False),
-        eager,
-    ):
+    modes = {module: module.training for module in model.modules()}
+    eager = torch.compiler.set_stance("force_eager")
+    with as_ours(_no_forward), torch.no_grad(), torch.autocast(device.type, enabled=False), eager:
         try:
-            model.eval()
-            output = model(input_ids=batch, attention_mask=mask, use_cache=False, return_dict=True)
+            output = model.eval()(input_ids=batch, attention_mask=mask, use_cache=False, return_dict=True)
         finally:
-            for module, training in modes:
+            for module, training in modes.items():
                 module.training = training
-        found = {"logits": output.logits, "value": output.value}
-        # a head that does not project gives a row of numbers for each token
-        return {
-            name: (tensor * mask.reshape(*mask.shape, *[1] * (tensor.dim() - 2)).to(tensor.device)).float().cpu()
-            for name, tensor in found.items()
-        }
+        tokens = mask.bool().cpu()
+        return {"logits": output.logits[tokens].float().cpu(), "value": output.value[tokens].float().cpu()}
 
 
 def _no_forward(gist: str) -> UnsavableModelError:
@@ -89,38 +78,40 @@ def is_sharded(model: object) -> bool:
     return has_mesh or any(hasattr(module, "unshard") for module in model.modules())
 
 
-def in_first_process(model: Any, save: Callable[[State | None], Result]) -> Result:
-    """Call `save`: for a sharded model in the first process only, with its `State`; for any other with None, here.
+def in_first_process(function: Saver) -> Saver:
+    """Make a function whose first argument is a model run in the first process only where the model is sharded.
 
-    All processes call this for a sharded model, and all return what `save` returned, or raise what it raised, once it
-    is done.
+    All processes call it for such a model. It gets the model as `Gathered`, and all return what it returned, or raise
+    what it raised, once it is done. Any other model is passed on as it is, in the process that calls.
 
     Raises:
         UnsavableModelError: another process did not call this within `WAIT` seconds.
         SaveFailedError: the first process failed with an error that is not ours, which it raises itself.
     """
-    if not is_sharded(model):
-        return save(None)
-    _meet()
-    numbers = computed(model)
-    weights = _gather(model)
-    told: list[Any] = ["failed", None]
-    if dist.get_rank() > 0:
-        dist.broadcast_object_list(told)
-    else:
+
+    @functools.wraps(function)
+    def call(model: Any, *args: Any, **options: Any) -> Any:
+        if not is_sharded(model):
+            return function(model, *args, **options)
+        _meet()
+        numbers = computed(model)
+        whole = Gathered(model, _gather(model), numbers)
+        failure = {"found": "process 0 failed while it saved the model", "next_step": "read the error that it raised"}
+        outcome: list[Any] = [SaveFailedError, failure]
         try:
-            told = ["saved", save(State(weights, numbers))]
+            if dist.get_rank() == 0:
+                outcome = [None, function(whole, *args, **options)]
         except GPT2ValueHubError as error:
-            told = ["refused", (type(error), vars(error))]
+            outcome = [type(error), vars(error)]
             raise
         finally:
-            dist.broadcast_object_list(told)
-    if told[0] == "failed":
-        raise SaveFailedError("process 0 failed while it saved the model", next_step="read the error that it raised")
-    if told[0] == "refused":
-        kind, fields = told[1]
-        raise kind(**fields)
-    return told[1]
+            dist.broadcast_object_list(outcome)
+        kind, value = outcome
+        if kind is not None:
+            raise kind(**value)
+        return value
+
+    return call  # type: ignore[return-value]
 
 
 def _meet() -> None:
@@ -145,17 +136,12 @@ def _meet() -> None:
 
 
 def _gather(model: nn.Module) -> Weights:
-    """All weights in main memory, tied ones still tied; in the other processes than the first, nothing."""
+    """All weights in main memory; in the other processes than the first, nothing."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     found: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     # Parts of unequal sizes are padded to be gathered, and on a CPU the padding stays in the weight's storage.
-    weights = {name: tensor.clone() if _is_padded(tensor) else tensor for name, tensor in found.items()}
-    names: dict[int, str] = {}  # of each weight, the first
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        if name in weights:
-            weights[name] = weights[names.setdefault(id(weight), name)]
-    return weights
+    return {name: tensor.clone() if _is_padded(tensor) else tensor for name, tensor in found.items()}
 
 
 def _is_padded(tensor: torch.Tensor) -> bool:

@@ -31,7 +31,7 @@ from .. import errors
 from ..errors import CheckpointPushError, GPT2ValueHubError, HubUnavailableError, OptionsError
 from ..hub.ask import Hub
 from ..package.save import installed_copy
-from ..package.sharded import State, in_first_process, is_sharded
+from ..package.sharded import Gathered, in_first_process, is_sharded
 from .push import writable_id
 
 logger = logging.getLogger(__name__)
@@ -191,19 +191,17 @@ class CheckpointPusher:
             CheckpointPushError: an earlier checkpoint did not reach the Hub; or the pusher is closed, or belongs to the
                 process from which this one was forked.
         """
-        in_first_process(model, lambda gathered: self._accept(model, gathered, step, metrics or {}, tokenizer))
+        in_first_process(self._accept)(model, step, metrics or {}, tokenizer)
 
-    def _accept(
-        self, model: nn.Module, gathered: State | None, step: int, metrics: Mapping[str, float], tokenizer: Any
-    ) -> None:
+    def _accept(self, model: nn.Module | Gathered, step: int, metrics: Mapping[str, float], tokenizer: Any) -> None:
         """What `push` does in the process that pushes."""
         self._check_usable(step)
         numbers = as_numbers(metrics)
         with self._changed:
             if self._current is not None:
                 self._skip_waiting()  # before the copy is made, so that memory never holds more than two
-            copied: nn.Module = installed_copy(model, gathered)
-            if gathered is None and any(weight.device.type == "cpu" for weight in model.parameters()):
+            copied: nn.Module = installed_copy(model)
+            if isinstance(model, nn.Module) and any(weight.device.type == "cpu" for weight in model.parameters()):
                 copied = copy.deepcopy(copied)  # which shares its weights until here
             self._skip_waiting()
             if self._thread is None:

@@ -176,10 +176,11 @@ def push_to_hub(
     Raises:
         Everything that `save_package` and `push_package` raise.
     """
-    from ..package.save import write_package
-    from ..package.sharded import State, in_first_process
+    from ..package.save import save_package
+    from ..package.sharded import in_first_process
 
-    def save_and_push(state: State | None) -> PushReport:
+    @in_first_process
+    def save_and_push(model: nn.Module) -> PushReport:
         push = Push(
             repo_id,
             branch=revision,
@@ -192,9 +193,8 @@ def push_to_hub(
         push.refuse_early()
         with tempfile.TemporaryDirectory(prefix="gpt2-value-push-") as home:
             folder = Path(home, "package")
-            write_package(
+            save_package(
                 model,
-                state,
                 folder,
                 tokenizer,
                 base_model=base_model,
@@ -205,7 +205,7 @@ def push_to_hub(
             )
             return push.run(folder, dry_run=dry_run)
 
-    return in_first_process(model, save_and_push)
+    return save_and_push(model)
 
 
 class Push:
