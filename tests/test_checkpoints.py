@@ -355,7 +355,7 @@ def test_what_the_system_refuses_is_a_failure_and_no_silence(pusher, monkeypatch
     with monkeypatch.context() as patched:
         target = (checkpoints.subprocess, "Popen") if where == "the worker" else (torch, "save")
         patched.setattr(*target, refuse)
-        with pytest.raises(CheckpointPushError, match=r"step 2.*No space left"):
+        with pytest.raises(CheckpointPushError, match=r"step 2.*No space left"):  # noqa: PT012
             pusher.push(make_tiny_model(), step=2)  # which raises it where the worker has failed by then
             pusher.flush()
     pusher.push(make_tiny_model(), step=3)
