@@ -1,6 +1,6 @@
 """Samplers that are not what they claim, each in its own way, for the tests of the audit.
 
-Imports torch. Each takes one forward pass of a model for each step, and turns uniform numbers into tokens.
+Each takes one forward pass of a model for each step, and turns uniform numbers into tokens.
 """
 
 import math
@@ -32,80 +32,39 @@ def draw(model, prompts, *, uniforms, temperatures=None, banned=()):
     return sequences
 
 
-def honest(B, T, vocabulary):
-    """What `draw` is given by a sampler that is what it claims."""
-    return {"uniforms": torch.rand(B, T, dtype=torch.float64)}
+def samplers(B, T, vocabulary):
+    """Name -> what `draw` is given, for `[B, T]` tokens. The first is honest, and none of the others."""
+    uniforms = torch.rand(B, T, dtype=torch.float64)
+    rows, steps = torch.arange(B)[:, None], torch.arange(T)[None]
+    start = torch.rand((), dtype=torch.float64)
+    hot = {
+        "turns of rows": rows % 2 == 1,
+        "halves of rows": rows < B // 2,
+        "random rows": torch.rand(B, 1) < 0.5,
+        "turns of steps": steps % 2 == 1,
+        "random steps": torch.rand(1, T) < 0.5,
+    }
+    return {
+        "honest": {"uniforms": uniforms},
+        "bans half": {"uniforms": uniforms, "banned": range(vocabulary // 2, vocabulary)},
+        "bans a fifth": {"uniforms": uniforms, "banned": range(0, vocabulary, 5)},
+        # the likelier half of the distribution, then the unlikelier one, and so on
+        "halves in turn": {"uniforms": (uniforms + steps % 2) / 2},
+        # no randomness: a low-discrepancy sequence along each row, and on into the next
+        "golden ratio": {"uniforms": (start + GOLDEN * (rows * T + steps)) % 1},
+        # the same in the order in which a batch is drawn: all rows of a step, then those of the next
+        "golden ratio by step": {"uniforms": (start + GOLDEN * (steps * B + rows)) % 1},
+        "one number for all rows": {"uniforms": uniforms[:1].expand(B, T)},
+        # as two processes with one seed draw them
+        "generator restarted": {"uniforms": uniforms[: B // 2].repeat(2, 1)},
+        **{
+            f"temperatures by {name}": {
+                "uniforms": uniforms,
+                "temperatures": torch.where(where, HOT, COLD).double().expand(B, T),
+            }
+            for name, where in hot.items()
+        },
+    }
 
 
-def bans_half(B, T, vocabulary):
-    return {**honest(B, T, vocabulary), "banned": range(vocabulary // 2, vocabulary)}
-
-
-def bans_a_fifth(B, T, vocabulary):
-    return {**honest(B, T, vocabulary), "banned": range(0, vocabulary, 5)}
-
-
-def halves_in_turn(B, T, vocabulary):
-    """The likelier half of the distribution, then the unlikelier one, and so on."""
-    return {"uniforms": (torch.rand(B, T, dtype=torch.float64) + torch.arange(T) % 2) / 2}
-
-
-def golden_ratio(B, T, vocabulary):
-    """No randomness: a low-discrepancy sequence along each row, and on into the next."""
-    places = torch.arange(B * T, dtype=torch.float64).view(B, T)
-    return {"uniforms": (torch.rand((), dtype=torch.float64) + GOLDEN * places) % 1}
-
-
-def golden_ratio_by_step(B, T, vocabulary):
-    """The same in the order in which a batch is drawn: all rows of a step, then those of the next."""
-    return {"uniforms": golden_ratio(T, B, vocabulary)["uniforms"].T}
-
-
-def one_number_for_all_rows(B, T, vocabulary):
-    return {"uniforms": torch.rand(1, T, dtype=torch.float64).expand(B, T)}
-
-
-def generator_restarted(B, T, vocabulary):
-    """The same uniform numbers for each half of the rows, as two processes with one seed draw them."""
-    half = torch.rand(B // 2, T, dtype=torch.float64)
-    return {"uniforms": half.repeat(2, 1)}
-
-
-def _mixed(hot):
-    return torch.where(hot, HOT, COLD).double()
-
-
-def temperatures_by_turns_of_rows(B, T, vocabulary):
-    return {**honest(B, T, vocabulary), "temperatures": _mixed(torch.arange(B) % 2 == 1)[:, None].expand(B, T)}
-
-
-def temperatures_by_halves_of_rows(B, T, vocabulary):
-    return {**honest(B, T, vocabulary), "temperatures": _mixed(torch.arange(B) < B // 2)[:, None].expand(B, T)}
-
-
-def temperatures_by_random_rows(B, T, vocabulary):
-    return {**honest(B, T, vocabulary), "temperatures": _mixed(torch.rand(B) < 0.5)[:, None].expand(B, T)}
-
-
-def temperatures_by_turns_of_steps(B, T, vocabulary):
-    return {**honest(B, T, vocabulary), "temperatures": _mixed(torch.arange(T) % 2 == 1)[None].expand(B, T)}
-
-
-def temperatures_by_random_steps(B, T, vocabulary):
-    return {**honest(B, T, vocabulary), "temperatures": _mixed(torch.rand(T) < 0.5)[None].expand(B, T)}
-
-
-DISHONEST = [
-    bans_half,
-    bans_a_fifth,
-    halves_in_turn,
-    golden_ratio,
-    golden_ratio_by_step,
-    one_number_for_all_rows,
-    generator_restarted,
-    temperatures_by_turns_of_rows,
-    temperatures_by_halves_of_rows,
-    temperatures_by_random_rows,
-    temperatures_by_turns_of_steps,
-    temperatures_by_random_steps,
-]
+DISHONEST = list(samplers(2, 2, 10))[1:]

@@ -1,15 +1,20 @@
-"""An honest sampler passes the audit as often as it should; a dishonest one does not."""
+"""An honest sampler passes the audit as often as it should; a dishonest one does not.
+
+What `generate()` does by itself is caught in tests/test_generate_quirks.py and tests/test_cli_audit.py.
+"""
 
 import copy
 import dataclasses
+import json
 import math
 from collections import Counter
 
-import dishonest_samplers
 import pytest
 import torch
 from conftest import make_tiny_model, plain_twin
+from dishonest_samplers import DISHONEST, draw, samplers
 from scipy import stats
+from support.settings import EOS, RAGGED, seeded
 from torch.nn.functional import log_softmax
 
 from generation_gpt2_value import Rollout, rollout
@@ -18,11 +23,8 @@ from sampler_audit.audit import judge
 from sampler_audit.evidence import evidence_of
 from sampling_gpt2_value import Sampling
 
-RAGGED = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]
 EVEN = torch.tensor([[5, 17, 3], [80, 2, 4], [41, 9, 7], [33, 12, 50]])
-EOS = [1, 2, 3, 4, 5, 6, 7, 8]  # several, so that rows of a random model end early
 T = 20
-DRAWN_PLAINLY = Sampling()
 
 
 def make_sharp_model(**fields):
@@ -38,27 +40,21 @@ def model():
     return make_sharp_model()
 
 
-def audit_logits(logits, tokens, sampling=DRAWN_PLAINLY, generator=None):
-    """The audit of `tokens [B, T]` or `[n]` with the logits `[..., V]` that they were drawn from, without a model."""
-    shape = (-1, tokens.shape[-1]) if tokens.dim() > 1 else (1, -1)
-    chunks = zip(logits.flatten(0, -2).split(2000), tokens.flatten().split(2000), strict=True)
-    pieces = (evidence_of(*chunk, sampling, generator) for chunk in chunks)
-    return judge(pieces, torch.ones(tokens.shape, dtype=torch.bool).reshape(shape), 1e-3)
+@pytest.fixture(scope="module")
+def drawn(model):
+    """1,600 tokens, drawn from the model's own distribution."""
+    return model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=20, generator=seeded())
 
 
-def generated(model, prompts, *, copies, **settings):
-    """What `generate()` returns, as a trainer would call it, of as many rows as `copies` of the prompts have."""
-    always = {"do_sample": True, "max_new_tokens": T, "pad_token_id": 0, "top_k": 0, "eos_token_id": EOS}
-    prompts = prompts.repeat(copies, 1)
-    return model.generate(prompts, attention_mask=torch.ones_like(prompts), **{**always, **settings})
+def draws(logits):
+    """One token `[...]` from each of the distributions `[..., V]`."""
+    return torch.multinomial(logits.flatten(0, -2).softmax(-1), 1).view(logits.shape[:-1])
 
 
-def enough(sequences, tokens=4000):
-    """The first rows that have so many tokens up to and including their first end, prompt of 3 tokens not counted."""
-    ends = torch.isin(sequences[:, 3:], torch.tensor(EOS)).long()
-    lengths = (ends.cumsum(-1) - ends == 0).sum(1)
-    assert lengths.sum() >= tokens
-    return sequences[lengths.cumsum(0) - lengths < tokens]
+def audit_logits(logits, tokens, sampling=None):
+    """The audit of `tokens [B, T]` with the logits `[B, T, V]` that they were drawn from, without a model."""
+    evidence = evidence_of(logits.flatten(0, 1), tokens.flatten(), sampling or Sampling(), None)
+    return judge([evidence], torch.ones(tokens.shape, dtype=torch.bool), 1e-3)
 
 
 # Honest samplers
@@ -81,18 +77,18 @@ def test_p_values_of_honest_rollouts_are_uniform(model):
     assert stats.kstest(together.numpy(), "uniform").pvalue > 1e-3
 
 
-def test_p_values_are_uniform_for_any_number_of_tokens():
+@pytest.mark.parametrize("shape", [(1, 50), (10, 5), (20, 25)], ids=str)
+def test_few_tokens_give_no_more_false_alarms(shape):
+    """Of each test alone: p-values below its share of the level, 1 in 4,000, where 0.1 of 400 are expected."""
     torch.manual_seed(0)
-    logits = torch.randn(10_000, 7) * 2
-    tokens = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
-    for n in (50, 100, 1000):
-        pieces = zip(logits.split(n), tokens.split(n), strict=True)
-        p_values = [audit_logits(*piece).p_value for piece in pieces]
-        assert stats.kstest(p_values, "uniform").pvalue > 1e-3
+    audits = [audit_logits(logits, draws(logits)) for logits in (torch.randn(*shape, 30) * 2 for _ in range(400))]
+    assert stats.kstest([audit.tests["calibration"].p_value for audit in audits], "uniform").pvalue > 1e-3
+    small = Counter(name for audit in audits for name, test in audit.tests.items() if test.p_value < 2.5e-4)
+    assert max(small.values(), default=0) <= 2
 
 
-def test_the_p_value_is_that_of_a_g_test(model):
-    audit = audit_sampler(model, model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=20))
+def test_the_p_value_is_that_of_a_g_test(model, drawn):
+    audit = audit_sampler(model, drawn)
     tail = [1 - 0.1 / 2**halved for halved in range(1, 5)]  # 1,600 tokens: 10 are expected in the last of these
     edges = torch.tensor([*(bin / 10 for bin in range(10)), *tail, 1.0], dtype=torch.float64)
     counts, widths = torch.histogram(audit.transforms, edges).hist, edges.diff()
@@ -104,19 +100,6 @@ def test_the_p_value_is_that_of_a_g_test(model):
     smallest = min(test.p_value for test in audit.tests.values())
     assert audit.p_value == pytest.approx(1 - (1 - smallest) ** 4, rel=1e-6)  # Sidak's of four
     assert audit.tokens == 4 * 20 * T
-
-
-@pytest.mark.parametrize("shape", [(50,), (10, 5)], ids=str)
-def test_few_tokens_give_no_more_false_alarms(shape):
-    """Of each test alone: p-values below its share of the level, 1 in 4,000, where 0.1 of 400 are expected."""
-    torch.manual_seed(0)
-    small = Counter()
-    for _ in range(400):
-        logits = torch.randn(*shape, 30) * 2
-        tokens = torch.multinomial(logits.softmax(-1).view(-1, 30), 1).view(shape)
-        audit = audit_logits(logits, tokens)
-        small.update(name for name, test in audit.tests.items() if test.p_value < 2.5e-4)
-    assert max(small.values(), default=0) <= 2
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 50}, {"top_p": 0.9}], ids=str)
@@ -144,185 +127,84 @@ def test_a_rollout_is_audited_over_the_tokens_that_it_drew_from(model):
     assert audit_sampler(model, spoilt).impossible == drawn.response_mask.sum()
 
 
-def test_a_rollout_passes_in_training_mode_and_is_audited_like_its_tokens(model):
-    torch.manual_seed(1)
+def test_training_mode_padding_micro_batches_and_the_class_change_nothing():
     hot = make_sharp_model(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
-    claim = {"temperature": 0.7, "top_k": 30, "eos_token_id": EOS, "min_new_tokens": 4}
-    drawn = hot.rollout(EVEN, max_new_tokens=T, num_return_sequences=60, **claim)
-    audit = audit_sampler(hot, drawn, generator=torch.Generator().manual_seed(0))
-    assert audit.honest
+    claim = {"temperature": 0.7, "eos_token_id": EOS, "min_new_tokens": 4}
+    drawn = hot.rollout(RAGGED, max_new_tokens=T, num_return_sequences=30, generator=seeded(), **claim)
+    expected = audit_sampler(hot, drawn, generator=seeded())
+    assert expected.honest
     assert hot.training
-    claim = {"prompt_length": 3, "attention_mask": drawn.attention_mask, "sampling": drawn.sampling}
-    same = audit_sampler(hot, drawn.sequences, generator=torch.Generator().manual_seed(0), **claim)
-    torch.testing.assert_close(same.transforms, audit.transforms)
-
-
-def test_padding_and_micro_batches_change_nothing(model):
-    torch.manual_seed(2)
-    drawn = model.rollout(RAGGED, max_new_tokens=T, num_return_sequences=5, eos_token_id=EOS, min_new_tokens=2)
-    expected = audit_sampler(model, drawn, generator=torch.Generator().manual_seed(0))
+    of_a_package = type("Rollout", (Rollout,), {})(**vars(drawn))  # the class of a package's own module
+    assert torch.equal(audit_sampler(hot, of_a_package, generator=seeded()).transforms, expected.transforms)
     wider = torch.nn.functional.pad(drawn.sequences, (3, 0), value=77)
     claim = {"attention_mask": torch.nn.functional.pad(drawn.attention_mask, (3, 0)), "sampling": drawn.sampling}
     for batch_size in (1, 7, 100):
-        generator = torch.Generator().manual_seed(0)
-        audit = audit_sampler(model, wider, prompt_length=8, generator=generator, batch_size=batch_size, **claim)
+        audit = audit_sampler(hot, wider, prompt_length=8, generator=seeded(), batch_size=batch_size, **claim)
         torch.testing.assert_close(audit.transforms, expected.transforms, atol=1e-5, rtol=0)
         assert audit.bias_nats == pytest.approx(expected.bias_nats, abs=1e-5)
 
 
-def test_logits_in_hand_are_audited_like_the_model(model):
-    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
-    with torch.no_grad():
-        logits = plain_twin(model)(drawn.sequences).logits[:, 2:-1]
-    expected = audit_sampler(model, drawn, generator=torch.Generator().manual_seed(0))
-    audit = audit_logits(logits, drawn.responses, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(audit.transforms, expected.transforms, atol=1e-5, rtol=0)
-
-
-# Dishonest ones: each at 4,000 tokens
-
-
-def test_padding_that_is_scored_is_caught(model):
-    torch.manual_seed(0)
-    sequences = generated(model, EVEN, copies=50)
-    assert audit_sampler(model, sequences, prompt_length=3).p_value < 1e-4  # 4 * 50 * 20 columns
-    assert audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS)).honest
-
-
-def test_an_end_that_was_suppressed_is_caught(model):
-    torch.manual_seed(0)
-    ends = list(range(1, 30))
-    sequences = generated(model, EVEN, copies=50, min_new_tokens=T, eos_token_id=ends)
-    claim = Sampling(eos_token_id=ends, min_new_tokens=T)
-    assert audit_sampler(model, sequences, prompt_length=3).p_value < 1e-4  # 4 * 50 * 20 columns
-    assert audit_sampler(model, sequences, prompt_length=3, sampling=claim).honest
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"top_k": 50},
-        {"temperature": 1.2},
-        {"top_p": 0.9},
-        {"repetition_penalty": 1.5},
-        {"do_sample": False},
-    ],
-    ids=str,
-)
-def test_what_generate_did_and_nobody_claims_is_caught(model, settings):
-    torch.manual_seed(0)
-    sequences = enough(generated(model, EVEN, copies=350, **settings))
-    audit = audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS))
-    assert audit.tokens < 4000 + T
-    assert audit.p_value < 1e-4
-    assert audit.verdict == "dishonest"
-
-
 @pytest.mark.parametrize("settings", [{"top_k": 20, "temperature": 0.8}, {"top_p": 0.9, "min_new_tokens": 5}], ids=str)
-def test_what_generate_did_and_is_claimed_passes(model, settings):
+def test_what_generate_did_passes_where_it_is_claimed(model, settings):
     torch.manual_seed(0)
-    sequences = enough(generated(model, EVEN, copies=350, **settings))
+    prompts = EVEN.repeat(100, 1)
+    how = {"top_k": 0, "do_sample": True, "max_new_tokens": T, "pad_token_id": 0, "eos_token_id": EOS, **settings}
+    sequences = model.generate(prompts, attention_mask=torch.ones_like(prompts), **how)
     assert audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS, **settings)).honest
+    assert not audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS)).honest
 
 
-def test_the_hidden_top_k_of_a_generation_config_is_caught(model):
-    torch.manual_seed(0)
-    prompts = EVEN.repeat(350, 1)
-    always = {"do_sample": True, "max_new_tokens": T, "pad_token_id": 0, "eos_token_id": EOS}
-    sequences = enough(model.generate(prompts, attention_mask=torch.ones_like(prompts), **always))
-    assert audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS)).p_value < 1e-4
+# Dishonest ones
 
 
-def test_scoring_without_position_ids_and_with_dropout_is_caught(model):
-    torch.manual_seed(0)
-    drawn = model.rollout(RAGGED, max_new_tokens=T, eos_token_id=None, num_return_sequences=50)
-    scorer = plain_twin(make_sharp_model(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1))
-    with torch.no_grad():
-        unplaced = scorer(drawn.sequences, attention_mask=drawn.attention_mask).logits[:, 4:-1]
-        positions = (drawn.attention_mask.cumsum(-1) - 1).clamp(min=0)
-        noisy = scorer.train()(drawn.sequences, attention_mask=drawn.attention_mask, position_ids=positions).logits[
-            :, 4:-1
-        ]
-    assert audit_sampler(model, drawn).honest
-    assert audit_logits(unplaced, drawn.responses).p_value < 1e-4
-    assert audit_logits(noisy, drawn.responses).p_value < 1e-4
-
-
-@pytest.mark.parametrize("sampler", dishonest_samplers.DISHONEST, ids=lambda sampler: sampler.__name__)
-def test_what_only_some_tokens_or_their_order_show_is_caught(sampler):
+@pytest.mark.parametrize("name", ["honest", *DISHONEST])
+def test_what_only_some_tokens_or_their_order_show_is_caught(name):
     """At 100 rows of 40 tokens; `make audit-power` counts how often."""
     model = make_sharp_model(n_layer=1)
     torch.manual_seed(1)
-    prompts = torch.randint(0, 96, (100, 3))
-    sequences = dishonest_samplers.draw(model, prompts, **sampler(100, 40, 96))
+    sequences = draw(model, torch.randint(0, 96, (100, 3)), **samplers(100, 40, 96)[name])
     audit = audit_sampler(model, sequences, prompt_length=3)
     assert audit.tokens == 4000
-    assert not audit.honest
-    assert audit.failed
-
-
-def test_the_same_draws_pass_where_they_are_random_and_of_one_distribution():
-    model = make_sharp_model(n_layer=1)
-    torch.manual_seed(1)
-    prompts = torch.randint(0, 96, (100, 3))
-    sequences = dishonest_samplers.draw(model, prompts, **dishonest_samplers.honest(100, 40, 96))
-    audit = audit_sampler(model, sequences, prompt_length=3)
-    assert audit.honest
-    assert audit.failed == ()
+    assert audit.honest == (name == "honest") == (not audit.failed)
 
 
 def test_banned_ids_of_a_large_vocabulary_are_caught():
     """Ids are counted in 512 groups; some tokens are frequent everywhere, as in any language."""
     torch.manual_seed(0)
-    logits = 2 * torch.randn(2048) + 1.5 * torch.randn(100, 2048)
-    tokens = torch.multinomial(logits.softmax(-1), 40, replacement=True)  # [100, 40]
-    everywhere = logits[:, None].expand(100, 40, 2048)
-    assert audit_logits(everywhere, tokens).honest
+    logits = (2 * torch.randn(2048) + 1.5 * torch.randn(100, 1, 2048)).expand(-1, 40, -1)
+    assert audit_logits(logits, draws(logits)).honest
     for banned in (slice(1024, None), slice(0, None, 5)):
         fewer = logits.clone()
-        fewer[:, banned] = -math.inf
-        tokens = torch.multinomial(fewer.softmax(-1), 40, replacement=True)
-        audit = audit_logits(everywhere, tokens)
+        fewer[..., banned] = -math.inf
+        audit = audit_logits(logits, draws(fewer))
         assert "identity" in audit.failed
         assert not audit.honest
-
-
-def test_another_model_s_tokens_are_caught(model):
-    torch.manual_seed(0)
-    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=50)
-    moved = copy.deepcopy(model)
-    with torch.no_grad():
-        moved.lm_head.weight.mul_(1.2)
-    assert audit_sampler(moved, drawn).p_value < 1e-4
 
 
 # Impossible tokens, edges, bias
 
 
-def test_a_token_of_probability_zero_settles_it(model):
-    torch.manual_seed(0)
-    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
+def test_a_token_of_probability_zero_settles_it(model, drawn):
     audit = audit_sampler(model, drawn.sequences, prompt_length=3, sampling=Sampling(top_k=50))
     assert 0 < audit.impossible < audit.tokens
     assert (audit.p_value, audit.verdict, audit.bias_nats) == (0.0, "dishonest", -math.inf)
-    assert math.isnan(audit.standard_error)
     assert f"{audit.impossible} of them impossible" in str(audit)
+    assert json.loads(json.dumps(audit.to_json(), allow_nan=False))["bias_nats"] is None
     claim = Sampling(eos_token_id=list(range(48)), min_new_tokens=T)
     early = audit_sampler(model, dataclasses.replace(drawn, sampling=claim))
     assert early.impossible == (drawn.responses < 48).sum()
 
 
-def test_a_tie_that_another_engine_broke_otherwise_is_not_impossible():
-    logits = torch.tensor([3.0, 2.0, 2.0, 1.0]).expand(1000, 4)
+@pytest.mark.parametrize("sampling", [Sampling(top_k=2), Sampling(top_p=0.7)])
+def test_a_tie_that_another_engine_broke_otherwise_is_not_impossible(sampling):
+    logits = torch.tensor([3.0, 2.0, 2.0, 1.0]).expand(20, 50, 4)
     torch.manual_seed(0)
-    first = torch.multinomial(logits[:, :2].softmax(-1), 1).squeeze(-1)  # this engine kept tokens 0 and 1
+    first = draws(logits[..., :2])  # this engine kept tokens 0 and 1
     other = torch.where(first == 1, 2, first)  # the other one 0 and 2
-    for settings in (Sampling(top_k=2), Sampling(top_p=0.7)):
-        assert audit_logits(logits, first, settings).honest
-        assert audit_logits(logits, other, settings).honest
-        third = other.clone()
-        third[0] = 3
-        assert audit_logits(logits, third, settings).impossible == 1
+    assert audit_logits(logits, first, sampling).honest
+    assert audit_logits(logits, other, sampling).honest
+    other[0, 0] = 3
+    assert audit_logits(logits, other, sampling).impossible == 1
 
 
 @pytest.mark.parametrize("temperature", [0.9, 1.0])
@@ -345,86 +227,55 @@ def test_the_bias_is_the_enumerated_one(temperature):
     audit = audit_sampler(small, drawn.sequences, prompt_length=2, batch_size=5000)
     assert abs(audit.bias_nats - expected) < 4 * audit.standard_error
     assert audit.honest == (temperature == 1.0)
-    if temperature != 1.0:
-        assert abs(expected) > 5 * audit.standard_error
+    assert temperature == 1.0 or abs(expected) > 5 * audit.standard_error
 
 
 # What is shown
 
 
-def test_the_picture_is_flat_for_an_honest_sampler(model, tmp_path):
-    torch.manual_seed(0)
-    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=50)
-    audit = audit_sampler(model, drawn)
+def test_the_report_its_picture_and_its_json_agree(model, drawn, tmp_path):
+    audit, again, other = (audit_sampler(model, drawn, generator=seeded(seed)) for seed in (1, 1, 2))
+    assert audit.p_value == again.p_value != other.p_value
+    assert str(audit).startswith(f"honest: p = {audit.p_value:.2g}")
+    report = json.loads(json.dumps(audit.to_json(), allow_nan=False))
+    assert (report["verdict"], report["tokens"]) == ("honest", 1600)
     axes = audit.plot(tmp_path / "audit.png")
     heights = [bar.get_height() for bar in axes.patches if bar.get_width() < 0.06]
     assert (tmp_path / "audit.png").stat().st_size > 5000
     assert len(heights) == 20
     assert sum(heights) / 20 == pytest.approx(1)
     assert max(abs(height - 1) for height in heights) < 4 * math.sqrt(19 / audit.tokens)
-    assert str(audit).startswith(f"honest: p = {audit.p_value:.2g}")
 
 
-def test_the_report_is_plain_json(model):
-    import json
-
-    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
-    claim = {"prompt_length": 3, "sampling": Sampling(top_k=2)}
-    for audit in (audit_sampler(model, drawn), audit_sampler(model, drawn.sequences, **claim)):
-        report = json.loads(json.dumps(audit.to_json(), allow_nan=False))
-        assert report["verdict"] == audit.verdict
-        assert report["tokens"] == audit.tokens
-
-
-def test_the_generator_decides_the_p_value(model):
-    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
-    first, again, other = (
-        audit_sampler(model, drawn, generator=torch.Generator().manual_seed(seed)).p_value for seed in (1, 1, 2)
-    )
-    assert first == again != other
-
-
-# Bad input
-
-
-def test_bad_input_is_refused_with_what_to_do(model):
-    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
-    tokens = drawn.sequences
-    mask = torch.ones_like(tokens)
-    cases = [
+@pytest.mark.parametrize(
+    ("kind", "words", "claim"),
+    [
         (ValueError, "prompt_length=None", {"prompt_length": None}),
-        (ValueError, "prompt_length=0", {"prompt_length": 0}),
         (ValueError, "prompt_length=5.5", {"prompt_length": 5.5}),
-        (ValueError, "at least 50", {"prompt_length": 22}),
         (ValueError, "at least 50", {"prompt_length": 23}),
-        (ValueError, "attention_mask has another shape", {"attention_mask": mask[1:]}),
-        (ValueError, "attention_mask holds other numbers", {"attention_mask": mask * 0.5}),
+        (ValueError, "attention_mask has another shape", {"attention_mask": torch.ones(79, 23)}),
+        (ValueError, "attention_mask holds other numbers", {"attention_mask": torch.full((80, 23), 0.5)}),
         (ValueError, "eos_token_id=96", {"sampling": Sampling(eos_token_id=96)}),
-        (ValueError, "alpha=2", {"alpha": 2}),
         (ValueError, "alpha='1'", {"alpha": "1"}),
         (ValueError, "alpha=1", {"alpha": 1}),
         (TypeError, "generator is a int", {"generator": 7}),
-        (ValueError, "batch_size=2.5", {"batch_size": 2.5}),
         (ValueError, "batch_size=0", {"batch_size": 0}),
-        (ValueError, "outside the vocabulary of 96", {"tokens": tokens + 90}),
-        (TypeError, r"float32 \[20, 23\]; expected a Rollout", {"tokens": tokens.float()}),
-        (TypeError, r"expected a Rollout, as from rollout_from_tokens", {"tokens": tokens[0]}),
-        (TypeError, r"got a list", {"tokens": list(tokens)}),
-        (ValueError, "positions end at 64", {"tokens": tokens.repeat(1, 3)}),
-        (ValueError, "there are no rows", {"tokens": drawn[[]], "prompt_length": None}),
-        (TypeError, "got a Rollout together with", {"tokens": drawn}),
-    ]
-    for kind, words, claim in cases:
-        with pytest.raises(kind, match=words):
-            audit_sampler(model, **{"tokens": tokens, "prompt_length": 3, **claim})
-    with pytest.raises(TypeError, match="expected a causal language model"):
-        audit_sampler(lambda x: x, drawn)
+        (ValueError, "outside the vocabulary of 96", {"tokens": torch.full((80, 23), 96)}),
+        (TypeError, r"float32 \[80, 23\]; expected a Rollout", {"tokens": torch.ones(80, 23)}),
+        (TypeError, "got a list", {"tokens": [[1, 2, 3, 4]]}),
+        (ValueError, "positions end at 64", {"tokens": torch.ones(80, 69, dtype=torch.long)}),
+        (TypeError, "expected a causal language model", {"model": str}),
+    ],
+)
+def test_bad_input_is_refused_with_what_to_do(model, drawn, kind, words, claim):
+    with pytest.raises(kind, match=words):
+        audit_sampler(**{"model": model, "tokens": drawn.sequences, "prompt_length": 3, **claim})
+
+
+def test_rollouts_that_say_too_much_or_nothing_are_refused(model, drawn):
+    with pytest.raises(ValueError, match="there are no rows"):
+        audit_sampler(model, drawn[[]])
+    with pytest.raises(TypeError, match="got a Rollout together with"):
+        audit_sampler(model, drawn, prompt_length=3)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        audit_logits(torch.full((60, 5), math.nan), torch.zeros(60, dtype=torch.long))
-
-
-def test_a_package_s_own_rollout_is_one(model):
-    """A model loaded with trust_remote_code returns a Rollout of its package's own module."""
-    drawn = model.rollout(EVEN, max_new_tokens=T, eos_token_id=None, num_return_sequences=5)
-    theirs = type("Rollout", (Rollout,), {})(**vars(drawn))
-    assert audit_sampler(model, theirs).tokens == drawn.response_mask.sum()
+        audit_logits(torch.full((1, 60, 5), math.nan), torch.zeros(1, 60, dtype=torch.long))
