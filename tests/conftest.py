@@ -117,10 +117,11 @@ def tiny_tokenizer():
 
 
 @pytest.fixture
-def server():
-    """A Hub on loopback, without Xet, which huggingface_hub addresses meanwhile."""
+def server(tmp_path_factory, monkeypatch):
+    """A Hub on loopback, without Xet, which huggingface_hub addresses meanwhile, with a cache of its own."""
     from slow.fault_sweep import serving
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
     with serving(xet=False) as server:
         yield server
 
@@ -167,30 +168,9 @@ def write_published_checkpoint(folder, *, safetensors=True, **fields):
         save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     else:
         torch.save(weights, folder / "pytorch_model.bin")
-    config = {
-        "activation_function": "gelu_new",
-        "architectures": ["GPT2LMHeadModel"],
-        "attn_pdrop": 0.1,
-        "bos_token_id": 0,
-        "embd_pdrop": 0.1,
-        "eos_token_id": 0,
-        "initializer_range": 0.02,
-        "layer_norm_epsilon": 1e-05,
-        "model_type": "gpt2",
-        "n_ctx": positions,
-        "n_embd": model.config.n_embd,
-        "n_head": model.config.n_head,
-        "n_layer": model.config.n_layer,
-        "n_positions": positions,
-        "resid_pdrop": 0.1,
-        "summary_activation": None,
-        "summary_first_dropout": 0.1,
-        "summary_proj_to_labels": True,
-        "summary_type": "cls_index",
-        "summary_use_proj": True,
-        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-        "vocab_size": model.config.vocab_size,
-    }
+    of_2019 = {"n_ctx": positions, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}}
+    config = {**json.loads(model.config.to_json_string()), **of_2019, "architectures": ["GPT2LMHeadModel"]}
+    del config["transformers_version"]
     (folder / "config.json").write_text(json.dumps(config))
     return model.eval()
 
@@ -207,7 +187,7 @@ def transformers_log(caplog, monkeypatch):
 
 
 @pytest.fixture
-def gpt2_value(capsys, monkeypatch):
+def gpt2_value(capsys):
     """Run the `gpt2-value` command in this process; returns (exit status, stdout, stderr)."""
     from hub_tools import cli
 

@@ -30,9 +30,8 @@ def test_our_own_rollout_passes(audit, package, tmp_path):
     assert status == 0
     assert out.startswith("honest")
     assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")
-    assert (
-        audit(package, "Hello", "a", "--temperature", 0.7, "--top-k", 9, "--top-p", 0.8, "--min-new-tokens", 3)[0] == 0
-    )
+    options = "--temperature 0.7 --top-k 9 --top-p 0.8 --min-new-tokens 3"
+    assert audit(package, "Hello", "a", *options.split())[0] == 0
 
 
 def test_generate_with_its_defaults_is_dishonest(audit, package):
@@ -44,19 +43,19 @@ def test_generate_with_its_defaults_is_dishonest(audit, package):
     assert found["tokens"] >= 4000
 
 
-def test_generate_passes_where_the_claim_says_what_it_does(audit, package):
-    assert audit(package, "Hello", "a", "--generate", "top_k=0")[0] == 0
-    assert audit(package, "--generate", "top_k=20", "--top-k", 20)[0] == 0
-    assert audit(package, "--generate", "top_k=0", "--generate", "num_return_sequences=3")[0] == 0
-    kept = ("--generate", "top_k=0", "--generate", "min_new_tokens=10")
-    assert audit(package, *kept, "--min-new-tokens", 10)[0] == 0
-
-
-def test_padding_and_suppression_are_dishonest(audit, package):
-    plain = ("--generate", "top_k=0")
-    assert audit(package, *plain, "--score-padding")[0] == 1
-    assert audit(package, *plain, "--generate", "min_new_tokens=32", "--score-padding")[0] == 1
-    assert audit(package, *plain, "--generate", "min_new_tokens=32", "--score-padding", "--min-new-tokens", 32)[0] == 0
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        ("--generate top_k=20 --top-k 20", 0),
+        ("--generate top_k=0 --generate num_return_sequences=3", 0),
+        ("--generate top_k=0 --generate min_new_tokens=10 --min-new-tokens 10", 0),
+        ("--generate top_k=0 --score-padding", 1),
+        ("--generate top_k=0 --generate min_new_tokens=32 --score-padding", 1),
+        ("--generate top_k=0 --generate min_new_tokens=32 --score-padding --min-new-tokens 32", 0),
+    ],
+)
+def test_generate_passes_only_where_the_claim_says_what_it_does(audit, package, options, status):
+    assert audit(package, *options.split())[0] == status
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import json
 import multiprocessing
 import os
 import runpy
-import selectors
+import select
 import signal
 import socket
 import subprocess
@@ -45,14 +45,7 @@ IMPORTED = (
     "huggingface_hub.hf_api",
     "accelerate.hooks",
 )
-FLAGS = {
-    "-I",
-    "-B",
-    "-u",
-    "-E",
-    "-s",
-    "-P",
-}  # of the interpreter: of these, -I and -P change what is imported from where
+FLAGS = {"-I", "-B", "-u", "-E", "-s", "-P"}  # of the interpreter; -I and -P change what is imported from where
 AT_START = {"PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONUTF8", "LC_ALL"}  # variables that only a new interpreter reads
 ADDRESS = "GPT2_VALUE_TESTS_FORKS"  # the variable that says where the server listens
 _real = subprocess.Popen
@@ -69,10 +62,9 @@ def use_forks(*, in_this_process=True):
         listener.listen(64)
         command = [sys.executable, "-I", __file__, str(listener.fileno())]
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        clean["OMP_NUM_THREADS"] = "1"
         # It ends when its standard input does: with this process, however that ends.
-        server = _real(
-            command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env={**clean, "OMP_NUM_THREADS": "1"}
-        )
+        server = _real(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=clean)
         listener.close()  # the server has its own
         atexit.register(lambda: (server.kill(), server.wait(), folder.cleanup()))
         os.environ[ADDRESS] = str(path)
@@ -136,12 +128,8 @@ class Forked(subprocess.Popen):
             status = int.from_bytes(_receive(self._connection, 4), "big")
         except BlockingIOError:
             return 0, 0
+        self._connection.close()
         return self.pid, status
-
-    def _handle_exitstatus(self, *args, **kwargs):
-        super()._handle_exitstatus(*args, **kwargs)
-        if self._connection is not None:
-            self._connection.close()
 
     def _internal_poll(self, *args, **kwargs):
         if self._connection is None:
@@ -182,72 +170,53 @@ def _receive(connection, size):
 
 
 def serve(listener):
-    """Fork for each connection, and tell it the process id and at the end the status; until standard input ends."""
-    children, standing = {}, selectors.DefaultSelector()
-    standing.register(listener, selectors.EVENT_READ)
-    standing.register(0, selectors.EVENT_READ)
-    wake, woken = socket.socketpair()
-    woken.setblocking(False)
-    signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    """Fork for each connection, until standard input ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who attend
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    standing.register(wake, selectors.EVENT_READ)
-    imported = False
-    while True:
-        ready = [key.fileobj for key, _ in standing.select()]
-        if 0 in ready:
-            os._exit(0)
-        if wake in ready:
-            wake.recv(4096)
-            with contextlib.suppress(ChildProcessError):
-                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                    connection = children.pop(ended[0])
-                    with contextlib.suppress(OSError):  # whoever started it is gone
-                        connection.sendall(ended[1].to_bytes(4, "big"))
-                    connection.close()
-        if listener not in ready:
-            continue
-        if not imported:
-            imported = _import()
+    is_ready = False
+    while 0 not in select.select([listener, 0], [], [])[0]:
         connection, _ = listener.accept()
-        head, streams, *_ = socket.recv_fds(connection, 4, 3)
-        order = json.loads(_receive(connection, int.from_bytes(head, "big")))
-        child = os.fork()
-        if child == 0:
-            signal.set_wakeup_fd(-1)
-            for own in (listener, wake, woken, connection, *children.values()):
-                own.close()
-            standing.close()
-            try:
-                _become(order, streams)
-            finally:
-                os._exit(70)
-        for stream in streams:
-            os.close(stream)
-        children[child] = connection
-        with contextlib.suppress(OSError):
-            connection.sendall(child.to_bytes(4, "big"))
+        if not is_ready:
+            is_ready = True
+            for name in IMPORTED:
+                with contextlib.suppress(ImportError):  # of other versions, or not installed
+                    importlib.import_module(name)
+            gc.collect()
+            gc.freeze()  # so that children do not copy what they never change
+        if os.fork() == 0:
+            listener.close()
+            _attend(connection)
+        connection.close()
 
 
-def _import():
-    for name in IMPORTED:
-        with contextlib.suppress(ImportError):  # of other versions, or not installed
-            importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # so that children do not copy what they never change
-    return True
+def _attend(connection):
+    """Fork, and tell who is connected the process id, and at the end the status."""
+    head, streams, *_ = socket.recv_fds(connection, 4, 3)
+    order = json.loads(_receive(connection, int.from_bytes(head, "big")))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        try:
+            _become(order, streams)
+        finally:
+            os._exit(70)
+    for stream in streams:
+        os.close(stream)
+    with contextlib.suppress(OSError):  # whoever started it is gone
+        connection.sendall(child.to_bytes(4, "big"))
+        connection.sendall(os.waitpid(child, 0)[1].to_bytes(4, "big"))
+    os._exit(0)
 
 
 def _become(order, streams):
     """Run a command as an interpreter of its own would, and exit as that would."""
     for own, given in enumerate(streams):
         os.dup2(given, own)
-    for given in streams:
         os.close(given)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(own, "w" if own else "r", closefd=False) for own in range(3))
     sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     atexit._clear()
     if order["session"]:
@@ -260,33 +229,27 @@ def _become(order, streams):
     _take_environment(order["env"])
     subprocess.Popen = Forked
     kind, *arguments = order["command"]
-    searched = [] if order["isolated"] else [path for path in order["env"].get("PYTHONPATH", "").split(":") if path]
-    first = os.path.dirname(os.path.abspath(kind)) if kind not in ("-c", "-m") else "" if kind == "-c" else os.getcwd()
-    sys.path[:0] = searched if order["isolated"] or order["safe_path"] else [first, *searched]
-    code = 0
+    searched = [path for path in order["env"].get("PYTHONPATH", "").split(":") if path and not order["isolated"]]
+    if not (order["isolated"] or order["safe_path"]):
+        searched.insert(0, {"-c": "", "-m": os.getcwd()}.get(kind, os.path.dirname(os.path.abspath(kind))))
+    sys.path[:0] = searched
+    sys.argv = [kind, *arguments[1:]] if kind == "-c" else arguments if kind == "-m" else [kind, *arguments]
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    code = 1
     try:
         if kind == "-c":
-            sys.argv = ["-c", *arguments[1:]]
-            main = sys.modules["__main__"] = types.ModuleType("__main__")
-            main.__builtins__ = __builtins__
             exec(compile(arguments[0], "<string>", "exec"), main.__dict__)
         elif kind == "-m":
-            sys.argv = arguments
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = [kind, *arguments]
-            sys.modules["__main__"] = types.ModuleType("__main__")
             runpy.run_path(kind, run_name="__main__")
+        code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if not isinstance(ended.code, (int, type(None))):
+        if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        code = 1
-        if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -306,28 +269,20 @@ def _take_environment(env):
     """Set it, and read again what libraries read of it when they were imported."""
     os.environ.clear()
     os.environ.update(env)
-    hub, transformers = sys.modules.get("huggingface_hub.constants"), sys.modules.get("transformers.utils.hub")
-    if hub is None or not any(name.startswith(("HF_", "HOME", "XDG_")) for name in env):
-        return
-    before = dict(vars(hub))
+    hub, transformers = map(importlib.import_module, ("huggingface_hub.constants", "transformers.utils.hub"))
+    before = {**vars(hub), "HF_MODULES_CACHE": transformers.HF_MODULES_CACHE}
     importlib.reload(hub)
-    changed = {name: value for name, value in vars(hub).items() if name.isupper() and before.get(name) != value}
-    if transformers is not None:
-        before["HF_MODULES_CACHE"] = transformers.HF_MODULES_CACHE
-        changed["HF_MODULES_CACHE"] = env.get("HF_MODULES_CACHE", os.path.join(hub.HF_HOME, "modules"))
+    modules = env.get("HF_MODULES_CACHE", os.path.join(hub.HF_HOME, "modules"))
+    after = {**vars(hub), "HF_MODULES_CACHE": modules}
+    changed = {name: value for name, value in after.items() if name.isupper() and before[name] != value}
     for module in [m for name, m in sys.modules.items() if name.startswith(("huggingface_hub.", "transformers."))]:
         for name, value in changed.items():
             if name in vars(module) and vars(module)[name] == before[name]:
                 setattr(module, name, value)
-    api = sys.modules.get("huggingface_hub.hf_api")
-    if api is not None:
-        api.api.endpoint = hub.ENDPOINT
-    if transformers is not None:
-        level = transformers.logging.log_levels.get(env.get("TRANSFORMERS_VERBOSITY", "warning"))
-        transformers.logging.set_verbosity(level)
-        transformers.logging._tqdm_active = not hub.HF_HUB_DISABLE_PROGRESS_BARS
-    own = importlib.import_module("huggingface_hub.utils.logging")
-    own.set_verbosity(own.log_levels.get(env.get("HF_HUB_VERBOSITY", "warning")))
+    sys.modules["huggingface_hub.hf_api"].api.endpoint = hub.ENDPOINT
+    level = transformers.logging.log_levels.get(env.get("TRANSFORMERS_VERBOSITY", "warning"))
+    transformers.logging.set_verbosity(level)
+    transformers.logging._tqdm_active = not hub.HF_HUB_DISABLE_PROGRESS_BARS
 
 
 if __name__ == "__main__":
