@@ -1,10 +1,11 @@
 """PPO for language models, after "Fine-Tuning Language Models from Human Preferences" (Ziegler et al., 2019,
 arXiv:1909.08593): the arithmetic, to import, and a whole run, `gpt2-value ppo` or `train(PPOSettings(...))`.
 
-It reads from top to bottom: settings, arithmetic, what a run is given, one iteration, what is on
-the disk, the loop, the command. Importing it needs torch alone; a run needs the extra `ppo`. Details follow OpenAI's
-lm-human-preferences, as "The N Implementation Details of RLHF with PPO" (Huang et al., 2023) lists them: Adam with eps
-1e-5, a learning rate annealed to 0, masked and centred whitening of advantages, the score on the last token.
+It reads from top to bottom: settings, arithmetic, what a run is given, one iteration, what is on the disk, the loop,
+the command. What comes from outside is loaded and checked in `inputs.py`; what trains a critic beforehand is in
+`critic.py`. Importing it needs torch alone; a run needs the extra `ppo`. Details follow OpenAI's lm-human-preferences,
+as "The N Implementation Details of RLHF with PPO" (Huang et al., 2023) lists them: Adam with eps 1e-5, a learning rate
+annealed to 0, masked and centred whitening of advantages, the score on the last token.
 
 Tensors are `[B, T]`: one row a response, one column a token; `mask` (bool) is True for the tokens that the policy drew.
 A mask may have holes: tokens that somebody else wrote between two turns. What stands where the mask is False is
@@ -17,18 +18,20 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import importlib.util
 import inspect
 import json
 import logging
+import math
+import numbers
 import os
 import random
 import re
 import sys
 import time
+import traceback
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +39,17 @@ import torch
 from torch import Tensor
 
 from gpt2_value.critic import FittedValues, create_reference, fit_values  # noqa: F401
+from gpt2_value.inputs import (
+    Reward,
+    RewardError,
+    SettingsError,
+    classifier,
+    digest,
+    fingerprint,
+    load,
+    refused,
+    reward_function,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,12 +60,29 @@ log = logging.getLogger("gpt2_value.ppo")
 ONE_THREAD_BELOW = 10_000_000  # parameters; a model this small waits for its threads more than they help
 
 
-class SettingsError(ValueError):
-    """A setting that cannot be; the message says what was found, what was expected and what to type."""
-
-
-class RewardError(SettingsError):
-    """A reward function returned what is no reward; the message says which function, which response, and what."""
+ABOVE_0, MOST = math.ulp(0.0), sys.float_info.max  # infinity and NaN are beyond
+RANGES = {  # in words: the least, the most, and the settings; `Sampling` has its own
+    "at least 1": (1, MOST, ["iterations", "save_every", "batch_size", "minibatch_size", "epochs", "max_new_tokens"]),
+    "at least 0": (
+        0,
+        MOST,
+        [
+            "lora_rank",
+            "critic_warmup",
+            "learning_rate",
+            "value_learning_rate",
+            "clip",
+            "clip_high",
+            "value_clip",
+            "value_coef",
+            "kl_coef",
+        ],
+    ),
+    "above 0": (ABOVE_0, MOST, ["adam_eps", "max_grad_norm", "kl_target", "kl_horizon", "length_adaptive_lambda"]),
+    "from 0 to 1": (0, 1, ["gamma", "lam", "lam_critic"]),
+    "from 0 to 2**63 - 1": (0, 2**63 - 1, ["seed"]),
+    "finite": (-MOST, MOST, ["no_end_score", "no_end_penalty"]),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +124,7 @@ class PPOSettings:
         clip_high: Of the ratio above 1. Default: as `clip`.
         gamma: Discount.
         lam: Of generalised advantage estimation.
-        length_adaptive_lambda: ALPHA: lam is 1 - 1/(ALPHA * length of the response).
+        length_adaptive_lambda: Alpha of a lam of 1 - 1/(alpha * length of the response), in the place of `lam`.
         kl_coef: Of the penalty, in units of reward a nat; where the controller starts.
         kl_target: Nats a response that the controller aims at. Default: fixed.
         kl_horizon: Responses over which the controller acts.
@@ -117,7 +148,7 @@ class PPOSettings:
     cut_prompts: Sequence[int] | None = None
     no_end_score: float | None = None
     no_end_penalty: float = 0.0
-    out: Path = Path("runs/ppo")
+    out: str | Path = Path("runs/ppo")
     seed: int = 0
     iterations: int = 15
     save_every: int = 5
@@ -154,10 +185,16 @@ class PPOSettings:
     value_clip: float = 0.2
     lam_critic: float | None = None
 
+    def __post_init__(self) -> None:
+        if not str(self.out):
+            raise SettingsError("out is empty; expected a folder.")
+        object.__setattr__(self, "out", Path(self.out))
+
     def compared(self) -> dict[str, Any]:
-        """What decides the numbers of a run. `Task.facts` has hashes in the place of some."""
+        """What decides the numbers of a run, as JSON has it. `Task.facts` has hashes in the place of some."""
         others = ("out", "iterations", "save_every", "accept_changes", "tracker", "push_to", "cpu")
-        return {name: value for name, value in vars(self).items() if name not in others}
+        kept = {name: value for name, value in vars(self).items() if name not in others}
+        return json.loads(json.dumps(kept, default=str))
 
     def check(self, processes: int) -> None:
         """Refuse what cannot be, before anything is loaded.
@@ -165,25 +202,39 @@ class PPOSettings:
         Raises:
             SettingsError: see there.
         """
-        for name in ("batch_size", "minibatch_size", "iterations", "save_every", "epochs", "max_new_tokens"):
-            value, unit = getattr(self, name), processes if name in ("batch_size", "minibatch_size") else 1
-            if value < 1 or value % unit:
-                raise SettingsError(f"{name}={value}; expected a multiple of {unit}, for {processes} processes.")
+        from gpt2_value import Sampling
+
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for words, (least, most, names) in RANGES.items():
+            for name in names:
+                value, is_whole = getattr(self, name), type(defaults[name]) is int
+                if value is None and defaults[name] is None:
+                    continue
+                kind: Any = numbers.Integral if is_whole else numbers.Real
+                if not isinstance(value, kind) or not least <= value <= most:
+                    raise SettingsError(f"{name}={value!r}; expected a {'whole ' * is_whole}number, {words}.")
+        for name in ("batch_size", "minibatch_size"):
+            if getattr(self, name) % processes:
+                raise SettingsError(f"{name}={getattr(self, name)}; expected a multiple of the {processes} processes.")
+        with refused("no response can be drawn"):
+            Sampling(self.temperature, self.top_k, self.top_p)
         if (self.reward is None) == (self.classifier is None):
             raise SettingsError("expected one of --reward MODULE:FUNCTION and --classifier MODEL.")
         if self.kl_estimator not in ("k1", "k3", "exact"):
             raise SettingsError(f"kl_estimator={self.kl_estimator!r}; expected one of k1, k3, exact.")
-        if self.cut_prompts is not None and not 1 <= self.cut_prompts[0] <= self.cut_prompts[1]:
+        if self.cut_prompts is not None and not (
+            len(self.cut_prompts) == 2 and 1 <= self.cut_prompts[0] <= self.cut_prompts[1]
+        ):
             raise SettingsError(f"cut_prompts={self.cut_prompts}; expected two numbers, 1 <= least <= most.")
-        for name in ("accelerate", "matplotlib", *(("peft",) if self.lora_rank else ())):
-            if importlib.util.find_spec(name) is None:
-                raise SettingsError(f"{name} cannot be imported: pip install 'gpt2-value[ppo]'")
+        for library in ("accelerate", "matplotlib", *(("peft",) if self.lora_rank else ())):
+            if importlib.util.find_spec(library) is None:
+                raise SettingsError(f"{library} cannot be imported: pip install 'gpt2-value[ppo]'")
         if self.tracker is not None:
             from accelerate.tracking import get_available_trackers
 
-            names = [str(name) for name in get_available_trackers()]
-            if self.tracker not in names:
-                raise SettingsError(f"tracker={self.tracker!r} is not installed; expected one of {names}: try pip.")
+            known = [str(name) for name in get_available_trackers()]
+            if self.tracker not in known:
+                raise SettingsError(f"tracker={self.tracker!r} is not installed; expected one of {known}: try pip.")
 
 
 # The arithmetic
@@ -407,28 +458,30 @@ def make_task(settings: PPOSettings, device: torch.device) -> Task:
     from transformers import AutoTokenizer
 
     torch.manual_seed(settings.seed)  # of a new head and a new LoRA
-    model, reference = load(settings.base), None
-    critic = None if settings.critic is None else load(settings.critic)
-    facts = {"base": fingerprint(model), "critic": None if critic is None else fingerprint(critic)}
+    model, reference, critic = load("base", settings.base), None, None
+    facts = {"base": fingerprint(settings.base, model)}
+    if settings.critic is not None:
+        critic = load("critic", settings.critic)
+        facts["critic"] = fingerprint(settings.critic, critic)
     if settings.detach_value_head is not None:
         (model.detach_value_head if settings.detach_value_head else model.attach_value_head)()
-    with refused(f"the tokenizer of base={settings.base!r} does not load"):
+    with refused(f"the tokenizer of base={settings.base!r} does not load; expected its files beside the weights"):
         tokenizer = AutoTokenizer.from_pretrained(settings.base, config=model.config, trust_remote_code=False)
     queries = make_queries(settings, tokenizer)
-    configs = [each.config for each in (model, critic) if each is not None]
-    vocabulary, positions = min(its.vocab_size for its in configs), min(its.n_positions for its in configs)
-    most = max(tokenizer.get_vocab().values())
-    if most >= vocabulary:
-        raise SettingsError(
-            f"base={settings.base!r}: its tokenizer has a token with the id {most}, its model {vocabulary} tokens; "
-            "expected ids below that, and of a critic, too. Take the model's own tokenizer, or resize its embeddings."
-        )
-    longest = max(queries, key=len)
-    if len(longest) + settings.max_new_tokens > positions:
-        raise SettingsError(
-            f"the longest prompt has {len(longest)} tokens ({tokenizer.decode(longest)[:60]!r}); with max_new_tokens="
-            f"{settings.max_new_tokens} that is more than the model's {positions}. Shorten it, or give --cut-prompts."
-        )
+    longest, most = max(queries, key=len), max(tokenizer.get_vocab().values())
+    for name, its in {"base": model, "critic": critic}.items():
+        if its is not None and most >= its.config.vocab_size:
+            raise SettingsError(
+                f"the tokenizer of base={settings.base!r} has a token with the id {most}, the model of {name} "
+                f"{its.config.vocab_size} tokens; expected ids below that. Take the model's own tokenizer, or resize "
+                "its embeddings."
+            )
+        if its is not None and len(longest) + settings.max_new_tokens > its.config.n_positions:
+            raise SettingsError(
+                f"the longest prompt has {len(longest)} tokens ({tokenizer.decode(longest)[:60]!r}); with "
+                f"max_new_tokens={settings.max_new_tokens} that is more than the {its.config.n_positions} of {name}. "
+                "Shorten it, or give --cut-prompts."
+            )
     model, critic = model.to(device), critic and critic.to(device)
     if critic is not None:
         model.v_head.requires_grad_(False)
@@ -437,28 +490,11 @@ def make_task(settings: PPOSettings, device: torch.device) -> Task:
     else:
         reference = create_reference(model)
     if settings.classifier is not None:
-        function, source = classifier(settings, device)
+        function, source = classifier(settings.classifier, settings.classifier_label, device)
     else:
         function, source = reward_function(settings.reward)
     facts |= {"reward": source, "prompts": digest(json.dumps([query.tolist() for query in queries]).encode())}
     return Task(model, reference, critic, tokenizer, queries, Reward(function, tokenizer), facts)
-
-
-def load(source: str) -> Any:
-    """Return a GPT-2 or a package as a model with a value head, in float32, by this installation's code.
-
-    Raises:
-        SettingsError: it is none.
-    """
-    from transformers import PretrainedConfig
-
-    from gpt2_value import GPT2ValueModel
-
-    with refused(f"{source!r} does not load"):
-        kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-        if kind not in ("gpt2", "gpt2_value", "gpt2_value_seed"):
-            raise ValueError(f"it is a {kind}; expected a GPT-2, or a package of one")
-        return GPT2ValueModel.from_pretrained(source, dtype=torch.float32).eval()
 
 
 def with_lora(model: Any, rank: int, trains_head: bool) -> Any:
@@ -476,147 +512,17 @@ def with_lora(model: Any, rank: int, trains_head: bool) -> Any:
 def make_queries(settings: PPOSettings, tokenizer: Any) -> list[Tensor]:
     """Return the token ids of each prompt: whole, or cut at random if the settings ask for it."""
     lines = settings.prompts
-    if isinstance(lines, (str, Path)):
-        with refused(f"prompts={lines} cannot be read"):
-            lines = Path(lines).read_text(encoding="utf-8").splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
-        raise SettingsError(f"prompts={settings.prompts} holds no line of text; expected a prompt a line.")
-    queries = [torch.tensor(ids) for ids in tokenizer(lines)["input_ids"]]
+    with refused(
+        f"prompts={str(lines)[:60]} cannot be read; expected a text file, a prompt a line, or a list of texts"
+    ):
+        if isinstance(lines, (str, Path)):
+            lines = Path(lines).read_text(encoding="utf-8-sig").split("\n")
+        lines = [line.strip() for line in lines if line.strip()]
+        if not lines:
+            raise ValueError("found no text")
+        queries = [torch.tensor(ids) for ids in tokenizer(lines)["input_ids"]]
     dice = random.Random(settings.seed)
     return [query[: dice.randint(*settings.cut_prompts)] if settings.cut_prompts else query for query in queries]
-
-
-def reward_function(reward: Any) -> tuple[Callable[..., Any], str]:
-    """Return the function that MODULE:FUNCTION names (or that was given), and a hash of its source.
-
-    Raises:
-        SettingsError: there is no such function.
-    """
-    function = reward
-    if isinstance(reward, str):
-        module, _, name = reward.partition(":")
-        sys.path.append(os.getcwd())  # last, so that a file here shadows no library
-        with refused(f"reward={reward!r} cannot be imported; expected MODULE:FUNCTION, here or on PYTHONPATH"):
-            function = getattr(importlib.import_module(module), name)
-    if not callable(function):
-        raise SettingsError(f"reward={reward!r} is no function.")
-    try:
-        source = inspect.getsource(sys.modules[function.__module__])
-    except (AttributeError, KeyError, OSError, TypeError):  # made in a session, or not in Python
-        source = ""
-    return function, digest(f"{getattr(function, '__qualname__', type(function))} {source}".encode())
-
-
-def classifier(settings: PPOSettings, device: torch.device) -> tuple[Callable[[list[str]], list[float]], str]:
-    """Return a function that gives the logit of one label of a text-classification model, and a hash of its weights.
-
-    Raises:
-        SettingsError: the model does not load, has no such label, or cannot pad.
-    """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    name, label = settings.classifier, settings.classifier_label
-    with refused(f"classifier={name!r} does not load"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=False).to(device).eval()
-    labels = {text: number for number, text in model.config.id2label.items()}
-    if label not in labels:
-        raise SettingsError(f"classifier_label={label!r}; expected one of {', '.join(sorted(labels))}.")
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise SettingsError(f"classifier={name!r}: its tokenizer has no pad token; set one and save it.")
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-
-    @torch.no_grad()
-    def logit(texts: list[str]) -> list[float]:
-        inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
-        return model(**inputs).logits[:, labels[label]].tolist()
-
-    return logit, fingerprint(model)
-
-
-class Reward:
-    """A reward function as the run calls it: what it returns is checked where it arrives."""
-
-    def __init__(self, function: Callable[..., Any], tokenizer: Any) -> None:
-        self.function, self.tokenizer = function, tokenizer
-        self.name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', function)}"
-        parameters = inspect.signature(function).parameters.values()
-        self.takes = sum(
-            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters
-        )
-        if not 1 <= self.takes <= 3:
-            expected = "(texts), (prompts, responses) or (prompts, responses, token_ids)"
-            raise SettingsError(f"{self.name} takes {self.takes} arguments; expected {expected}.")
-
-    def __call__(self, drawn: Rollout) -> Tensor:
-        """Return rewards `[B, T]` float32 of the drawn tokens: a response's number stands on its last.
-
-        Raises:
-            RewardError: the function did not return a finite number for each response, or for each of its tokens.
-        """
-        mask, P = drawn.response_mask.cpu(), drawn.sequences.shape[1] - drawn.responses.shape[1]
-
-        def decoded(columns: slice) -> list[str]:
-            rows = zip(drawn.sequences[:, columns], drawn.attention_mask[:, columns].bool(), strict=True)
-            return [self.tokenizer.decode(tokens[seen], skip_special_tokens=True) for tokens, seen in rows]
-
-        ids = [tokens[its].tolist() for tokens, its in zip(drawn.responses.cpu(), mask, strict=True)]
-        texts = decoded(slice(None))
-        asked = [texts] if self.takes == 1 else [decoded(slice(P)), decoded(slice(P, None)), ids]
-        given = as_list(self.function(*asked[: self.takes]))
-        if not isinstance(given, list) or len(given) != len(mask):
-            found = f"{len(given)} rewards" if isinstance(given, list) else repr(given)[:60]
-            raise RewardError(f"{self.name} returned {found} for {len(mask)} responses; {EXPECTED}")
-        rewards = torch.zeros(mask.shape)
-        for row, reward in enumerate(map(as_list, given)):
-            columns = mask[row].nonzero().squeeze(1)[slice(None) if isinstance(reward, list) else slice(-1, None)]
-            try:
-                numbers = torch.tensor(reward, dtype=torch.float32).view(-1)
-            except (OverflowError, RuntimeError, TypeError, ValueError):  # None, texts, lists of them
-                numbers = torch.tensor([])
-            if numbers.shape != columns.shape or not numbers.isfinite().all():
-                found = f"{repr(reward)[:60]} for response {row}, of {len(ids[row])} tokens"
-                raise RewardError(f"{self.name} returned {found} ({texts[row][-60:]!r}); {EXPECTED}")
-            rewards[row, columns] = numbers
-        return rewards.to(drawn.response_mask.device)
-
-
-EXPECTED = (
-    "expected for each response a finite number, or a list of one for each of its tokens, its end included. Nothing is "
-    "lost: mend the function, and the same command goes on."
-)
-
-
-def as_list(given: Any) -> Any:
-    """Return tensors, arrays and tuples as lists."""
-    return list(given) if isinstance(given, tuple) else given.tolist() if hasattr(given, "tolist") else given
-
-
-def digest(*parts: Any) -> str:
-    """Return a hash of bytes, or of what can be read as bytes."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()[:16]
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Return a hash of all weights."""
-    weights = (weight.detach().cpu().contiguous().view(-1) for weight in model.state_dict().values())
-    return digest(*(weight.view(torch.uint8).numpy() for weight in weights))
-
-
-@contextlib.contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Turn what libraries raise about their input into a `SettingsError`."""
-    try:
-        yield
-    except (ImportError, AttributeError, OSError, TypeError, ValueError) as error:
-        raise SettingsError(f"{what}: {error}") from error
 
 
 # One iteration
@@ -645,7 +551,9 @@ class Run:
     ) -> None:
         self.settings, self.task, self.accelerator, self.sample = settings, task, accelerator, sample
         self.controller = AdaptiveKLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
-        self.checkpoint, self.metrics = settings.out / "checkpoint.pt", settings.out / "metrics.jsonl"
+        self.out = Path(settings.out)
+        self.checkpoint, self.metrics = self.out / "checkpoint.pt", self.out / "metrics.jsonl"
+        self.made = [self.out / name for name in ("package", "figure.png", *(("critic",) if task.critic else ()))]
         self.facts = task.facts | {"processes": accelerator.num_processes}
         models = {"policy": task.model} if task.critic is None else {"policy": task.model, "critic": task.critic}
         named = torch.nn.ModuleDict(models).named_parameters()
@@ -694,6 +602,19 @@ class Run:
 
         return rescore(self.critic, drawn, values_only=True).values
 
+    def scored(self, drawn: Rollout) -> Tensor:
+        """Return rewards `[B, T]`. Where the reward fails in one process all raise, so that none waits for another."""
+        from accelerate.utils import gather_object
+
+        cause = None
+        try:
+            rewards = self.task.reward(drawn)
+        except RewardError as error:
+            cause = error
+        if failures := [text for text in gather_object([cause and str(cause)]) if text]:
+            raise RewardError(failures[0]) from cause
+        return rewards
+
     def collect(self, iteration: int) -> Batch:
         """Draw responses and score them. The weights stay as they are.
 
@@ -707,7 +628,7 @@ class Run:
         set_seed(int(mixed.generate_state(1)[0]))
         drawn: Any = self.draw(self.prompts(iteration))
         mask, values = drawn.response_mask, drawn.values
-        given = scores = self.task.reward(drawn)  # [B, T]
+        given = scores = self.scored(drawn)  # [B, T]
         if settings.no_end_score is not None:
             fixed = on_last_token(torch.full_like(given[:, 0], settings.no_end_score), mask)
             scores = torch.where(drawn.truncated[:, None], fixed, scores)
@@ -825,42 +746,59 @@ class Run:
     # What is on the disk: one line of metrics an iteration, and a checkpoint from which the run goes on
 
     def resume(self) -> int:
-        """Load the last checkpoint, if there is one, and drop metrics that are newer; returns the next iteration.
+        """Load the last checkpoint, and drop metrics that are newer; returns the next iteration.
+
+        Without a checkpoint, or with one of before the first iteration, the run begins, and writes one.
 
         Raises:
-            SettingsError: the folder holds a run of something else.
+            SettingsError: the folder holds a run of something else, or not all of it.
         """
-        done = 0
+        done, lines = 0, self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         if self.checkpoint.exists():
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            done = state["iteration"]
+            with refused(f"{self.checkpoint} cannot be read; put it back, or begin anew with another --out"):
+                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+                done = state["iteration"]
+        elif lines:
+            raise SettingsError(f"{self.metrics} is of something else, without a checkpoint.pt; give another --out.")
+        if done:
             self._compare(state["settings"], done)
+            missing = (
+                f"{self.metrics} does not hold the {done} iterations of the checkpoint; put it back, or begin anew"
+            )
+            with refused(f"{missing} with another --out"):
+                if [json.loads(line)["iteration"] for line in lines[:done]] != [*range(done)]:
+                    raise ValueError(f"found {len(lines)} lines")
             with torch.no_grad():
                 for name, weight in self.trained.items():
                     weight.copy_(state["weights"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.controller.value = state["kl_coef"]
         if self.accelerator.is_main_process:
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            if not done:
+                self.save(0)
             replace(self.metrics, lambda file: file.write_text("".join(lines[:done]), encoding="utf-8"))
         self.accelerator.wait_for_everyone()
         return done
 
     def _compare(self, old: dict[str, Any], done: int) -> None:
-        where, asked = f"{self.settings.out} holds a run", self.settings.iterations
+        where, asked = f"{self.out} holds a run", self.settings.iterations
         if done > asked:
             raise SettingsError(f"{where} of {done} iterations, and got {asked}; expected as many or more.")
-        for name, new in (self.settings.compared() | self.facts).items():
-            is_mended = name == "reward" and old.get(name) is None
-            if old.get(name) == new or is_mended:
-                continue
-            found = f"{where} with another {name}: {old.get(name)}, and now {new}"
-            if name in ("base", "critic", "lora_rank") or not self.settings.accept_changes:
-                raise SettingsError(
-                    f"{found}. Give what it had to go on with it, or another --out to begin anew. (--accept-changes "
-                    "goes on with other settings, prompts or reward, but not with another base, critic or LoRA.)"
-                )
-            log.warning("%s: accepted", found)
+        new = self.settings.compared() | self.facts
+        if old["reward"] is None:  # it failed, and may be mended
+            del new["reward"]
+        changed = [name for name in new if old.get(name) != new[name]]
+        if not changed:
+            return
+        found = (
+            f"{where} with another {', '.join(f'{name} ({old.get(name)}, and now {new[name]})' for name in changed)}"
+        )
+        advice = "Give what it had to go on with it, or another --out to begin anew."
+        if {"base", "critic", "lora_rank"} & {*changed}:
+            raise SettingsError(f"{found}. {advice}")
+        if not self.settings.accept_changes:
+            raise SettingsError(f"{found}. {advice} --accept-changes goes on with what is given now.")
+        log.warning("%s: accepted", found)
 
     def record(self, metrics: dict[str, float]) -> bool:
         """Write one more line of metrics, and where it is due a checkpoint after it; returns whether it was."""
@@ -899,10 +837,11 @@ class Run:
         """Save the model (and a critic of its own) as packages, and draw the curves."""
         from gpt2_value import save_package
 
-        save_package(self.task.package_model(), self.settings.out / "package", self.task.tokenizer)
-        if self.task.critic is not None:
-            save_package(self.task.critic, self.settings.out / "critic", self.task.tokenizer)
-        draw(read_metrics(self.settings.out), self.settings.out / "figure.png")
+        package, figure, *critic = self.made
+        save_package(self.task.package_model(), package, self.task.tokenizer)
+        for folder in critic:
+            save_package(self.task.critic, folder, self.task.tokenizer)
+        draw(read_metrics(self.out), figure)
 
 
 SMALLER = (
@@ -911,9 +850,9 @@ SMALLER = (
 )
 
 
-def read_metrics(out: Path) -> list[dict[str, float]]:
+def read_metrics(out: str | Path) -> list[dict[str, float]]:
     """Return the metrics of all iterations of the run in a folder."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def replace(file: Path, write: Callable[[Path], Any]) -> None:
@@ -958,11 +897,12 @@ def train(settings: PPOSettings, sample: Callable[..., Rollout] | None = None) -
 
     from gpt2_value import CheckpointPusher, rollout
 
-    with refused(f"out={settings.out} cannot be written to"):
-        settings.out.mkdir(parents=True, exist_ok=True)
-        (settings.out / "metrics.jsonl").touch()
+    out = Path(settings.out)
+    with refused(f"out={out} cannot be written to"):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").touch()
     cpu = settings.cpu or not torch.accelerator.is_available()  # where accelerate is not told, it starts no gloo there
-    accelerator = Accelerator(cpu=cpu, log_with=settings.tracker, project_dir=settings.out)
+    accelerator = Accelerator(cpu=cpu, log_with=settings.tracker, project_dir=out)
     task = make_task(settings, accelerator.device)
     threads = torch.get_num_threads()
     if sum(weight.numel() for weight in task.model.parameters()) < ONE_THREAD_BELOW:
@@ -970,8 +910,10 @@ def train(settings: PPOSettings, sample: Callable[..., Rollout] | None = None) -
     run = Run(settings, task, accelerator, sample or rollout)
     with refused("no response can be drawn"):
         first = run.draw(task.queries[:2] * 2)
-    task.reward(first)
+    run.scored(first)
     start, is_main = run.resume(), accelerator.is_main_process
+    if settings.critic_warmup >= settings.iterations:
+        log.warning("critic_warmup=%d: the policy does not learn in %d", settings.critic_warmup, settings.iterations)
     log.info("iterations %d to %d, %d thread(s)", start, settings.iterations, torch.get_num_threads())
     if settings.tracker is not None:
         accelerator.init_trackers("gpt2-value-ppo", {name: str(value) for name, value in settings.compared().items()})
@@ -1001,7 +943,7 @@ def train(settings: PPOSettings, sample: Callable[..., Rollout] | None = None) -
     accelerator.free_memory()
     accelerator.end_training()
     torch.set_num_threads(threads)
-    if is_main and (start < settings.iterations or not (settings.out / "figure.png").exists()):
+    if is_main and (start < settings.iterations or not all(made.exists() for made in run.made)):
         run.finish()
     return run
 
@@ -1028,7 +970,7 @@ def settings_of(arguments: Sequence[str] | None = None, prog: str | None = None)
         if field.name in SECTIONS:
             section = parser.add_argument_group(SECTIONS[field.name])  # type: ignore[assignment]
         kind = (typing.get_args(hints[field.name]) or (hints[field.name],))[0]  # of a union, what can be typed
-        how: dict[str, Any] = {"type": kind, "metavar": field.name.rsplit("_", 1)[-1].upper()}
+        how: dict[str, Any] = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif kind == Sequence[int]:
@@ -1041,18 +983,20 @@ def settings_of(arguments: Sequence[str] | None = None, prog: str | None = None)
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Train as a command line says; returns the exit status: 0 done, 1 refused or failed, 130 interrupted."""
-    settings = settings_of(arguments, prog)
-    from transformers.utils import logging as of_transformers
-
     from gpt2_value import GPT2ValueHubError
 
-    of_transformers.set_verbosity_error()
-    of_transformers.disable_progress_bar()
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)
     try:
+        settings = settings_of(arguments, prog)
+        from transformers.utils import logging as of_transformers
+
+        of_transformers.set_verbosity_error()
+        of_transformers.disable_progress_bar()
+        logging.basicConfig(format="%(message)s")
+        log.setLevel(logging.INFO)
         run = train(settings)
     except (SettingsError, FloatingPointError, GPT2ValueHubError) as error:
+        if isinstance(error, RewardError) and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)  # where the user's own code failed
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -1065,4 +1009,4 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog=f"python -m {__spec__.name}" if __spec__ else None))

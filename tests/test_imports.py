@@ -34,7 +34,7 @@ NOT_DECLARED = {
 # Names at first use; a user's reward function; the reviewed code of a package.
 BY_NAME = [
     ROOT / name
-    for name in ("gpt2_value/__init__.py", "hub_tools/__init__.py", "gpt2_value/ppo.py", "hub_tools/package/load.py")
+    for name in ("gpt2_value/__init__.py", "hub_tools/__init__.py", "gpt2_value/inputs.py", "hub_tools/package/load.py")
 ]
 MODULES = {"PyYAML": "yaml"}  # of distributions with another name
 

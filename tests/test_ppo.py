@@ -2,10 +2,12 @@
 
 import ast
 import dataclasses
+import json
 import math
 import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -36,7 +38,8 @@ from gpt2_value.ppo import Reward, RewardError, SettingsError, main, read_metric
 ROOT = Path(__file__).parent.parent
 QUICK = Recipe(vocab_size=400, n_positions=256, n_embd=32, n_layer=1, n_head=2, steps=12, batch_size=8)
 PROMPTS = ["The film was", "I have never seen such a", "My", "A review:", "Last night", "It is"]
-EXPECTED = "expected for each response a finite number"
+EXPECTED = "expected for each response a finite number.*the same command goes on"
+NUMBERS = [field.name for field in dataclasses.fields(PPOSettings) if field.type.split()[0] in ("int", "float")]
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +157,12 @@ def test_more_iterations_go_on_from_the_last_and_fewer_are_refused(quick):
     rates = [line["learning_rate"] / quick.learning_rate for line in longer]
     assert rates == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4, 2 / 6, 1 / 6])  # from there on, of a run of the new length
     package = quick.out / "package" / "model.safetensors"
-    written = package.stat().st_mtime_ns
+    written, learnt = package.stat().st_mtime_ns, package.read_bytes()
     assert trained(quick) == longer  # a finished run is left as it is
     assert package.stat().st_mtime_ns == written
+    shutil.rmtree(package.parent)
+    assert trained(quick) == longer  # what is missing is made again
+    assert package.read_bytes() == learnt
     with pytest.raises(SettingsError, match="a run of 6 iterations, and got 5"):
         train(dataclasses.replace(quick, iterations=5))
 
@@ -164,30 +170,43 @@ def test_more_iterations_go_on_from_the_last_and_fewer_are_refused(quick):
 def test_another_task_in_the_same_folder_is_refused_by_name(quick, base, tmp_path):
     quick = dataclasses.replace(quick, iterations=2)
     train(quick)
-    other = GPT2LMHeadModel.from_pretrained(base)
-    torch.nn.init.zeros_(other.transformer.h[0].mlp.c_proj.bias)
-    shutil.copytree(base, tmp_path / "other")
-    other.save_pretrained(tmp_path / "other")
+    weights, config = (shutil.copytree(base, tmp_path / name) for name in ("weights", "config"))
+    model = GPT2LMHeadModel.from_pretrained(base)
+    torch.nn.init.zeros_(model.transformer.h[0].mlp.c_proj.bias)
+    model.save_pretrained(weights)
+    said = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps(said | {"layer_norm_epsilon": 1e-3}))
     longer = dataclasses.replace(quick, iterations=3)
-    changes = {
-        "learning_rate": dataclasses.replace(longer, learning_rate=2e-3),
-        "prompts": dataclasses.replace(longer, prompts=[*PROMPTS[:-1], "It was"]),
-        "reward": dataclasses.replace(longer, reward="ppo_rewards:answers"),
-        "base": dataclasses.replace(longer, base=str(tmp_path / "other")),
-    }
-    for name, settings in changes.items():
-        with pytest.raises(SettingsError, match=f"holds a run with another {name}.*Give what it had"):
-            train(settings)
-    state = torch.load(quick.out / "checkpoint.pt", weights_only=True)
-    state["settings"]["processes"] = 2
-    torch.save(state, quick.out / "checkpoint.pt")
-    with pytest.raises(SettingsError, match="another processes: 2, and now 1"):
-        train(longer)
-    with pytest.raises(SettingsError, match="not with another base"):
-        train(dataclasses.replace(changes["base"], accept_changes=True))
+    for changes, named in (
+        ({"learning_rate": 2e-3}, r"learning_rate \(0.001, and now 0.002\)\. .*--accept-changes"),
+        ({"prompts": [*PROMPTS[:-1], "It was"], "reward": "ppo_rewards:answers"}, "prompts .*, reward .*--accept-ch"),
+        ({"base": str(weights)}, r"base .*to begin anew\.$"),
+        ({"base": str(config), "accept_changes": True}, r"base .*to begin anew\.$"),
+    ):
+        with pytest.raises(SettingsError, match=f"holds a run with another {named}"):
+            train(dataclasses.replace(longer, **changes))
     shutil.copy(quick.prompts, tmp_path / "moved.txt")  # what counts is what is in the file
-    moved = dataclasses.replace(changes["reward"], prompts=tmp_path / "moved.txt", accept_changes=True)
-    assert len(trained(moved)) == 3
+    moved = {"prompts": tmp_path / "moved.txt", "reward": "ppo_rewards:answers"}
+    assert len(trained(dataclasses.replace(longer, accept_changes=True, **moved))) == 3
+
+
+def test_a_folder_that_holds_not_all_of_a_run_is_refused_and_left_as_it_is(quick):
+    train(dataclasses.replace(quick, iterations=2))
+    for name, content, said in (
+        ("checkpoint.pt", b"", "checkpoint.pt cannot be read; put it back"),
+        ("checkpoint.pt", (quick.out / "checkpoint.pt").read_bytes()[:2000], "checkpoint.pt cannot be read"),
+        ("checkpoint.pt", None, "without a checkpoint.pt; give another --out"),
+        ("metrics.jsonl", (quick.out / "metrics.jsonl").read_bytes()[:-9], "does not hold the 2 iterations"),
+        ("metrics.jsonl", None, "does not hold the 2 iterations"),
+    ):
+        shutil.copy(quick.out / name, quick.out / "kept")
+        (quick.out / name).unlink()
+        if content is not None:
+            (quick.out / name).write_bytes(content)
+        with pytest.raises(SettingsError, match=said):
+            train(quick)
+        (quick.out / "kept").replace(quick.out / name)
+    assert len(trained(quick)) == 6
 
 
 # Rewards
@@ -210,11 +229,13 @@ def test_another_task_in_the_same_folder_is_refused_by_name(quick, base, tmp_pat
         (lambda texts: [[math.nan] * 6] * 4, r"returned \[nan, .* for response 0"),
         (lambda texts: ["1", "2", "3", "4"], "returned '1' for response 0"),
         (lambda texts: [{"score": 1.0}] * 4, "for response 0"),
+        (lambda texts: texts[4], r"raised IndexError\(.*"),
     ],
 )
 def test_a_reward_that_is_none_is_refused_where_it_arrives(base, returned, said):
     reward, drawn = reward_of(base, returned)
-    with pytest.raises(RewardError, match=rf"test_ppo:.*{said}.*{EXPECTED}"):
+    expected = "the same command goes on" if "raised" in said else EXPECTED
+    with pytest.raises(RewardError, match=rf"test_ppo:.*{said}.*{expected}"):
         reward(drawn)
 
 
@@ -243,18 +264,29 @@ def test_a_reward_gets_what_it_takes_and_gives_numbers_or_a_list_for_each_token(
     texts, _ = reward_of(base, lambda texts: seen.update(texts=texts) or torch.ones(4))
     assert texts(drawn)[:, -1].tolist() == [1] * 4
     assert seen["texts"] == both
-    with pytest.raises(SettingsError, match="takes 4 arguments; expected"):
-        Reward(lambda a, b, c, d: [], None)
+    for other in (lambda a, b, c, d: [], lambda *texts: [], lambda texts, *, scale: [], max):
+        with pytest.raises(SettingsError, match=r"cannot be called as a reward; expected \(texts\), \(prompts"):
+            Reward(other, None)
 
 
-def test_a_score_on_the_last_token_of_a_list_is_a_score(quick):
-    texts = dataclasses.replace(quick, reward=lambda prompts, responses: ppo_rewards.vowels(responses))
-    assert trained(texts) == trained(elsewhere(quick, "lists", reward=ppo_rewards.answers))
+@pytest.mark.parametrize(
+    ("source", "raised"),
+    [("def f(", "SyntaxError"), ("1 / 0", "ZeroDivisionError"), ("raise SystemExit", "SystemExit")],
+)
+def test_a_reward_whose_file_fails_is_refused_with_the_place(quick, source, raised, tmp_path, monkeypatch, capsys):
+    (tmp_path / f"mine_{raised}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    assert main(as_command(dataclasses.replace(quick, reward=f"mine_{raised}:f"))) == 1
+    shown = capsys.readouterr().err
+    assert f'mine_{raised}.py", line 1' in shown
+    assert f"cannot be imported: {raised}(" in shown
+    assert shown.endswith("mend it, and the same command goes on.\n")
 
 
 def test_a_classifier_gives_the_logit_of_its_label_and_gets_a_pad_token(quick, base, tmp_path):
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=400, id2label={0: "BAD", 1: "GOOD"})
+    labels = {"id2label": {0: "BAD", 1: "GOOD"}}
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=400, n_positions=20, **labels)
     judge = GPT2ForSequenceClassification(config).eval()
     judge.save_pretrained(tmp_path / "judge")
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -263,11 +295,19 @@ def test_a_classifier_gives_the_logit_of_its_label_and_gets_a_pad_token(quick, b
         quick, reward=None, classifier=str(tmp_path / "judge"), classifier_label="GOOD", iterations=1
     )
     logit = train(settings).task.reward.function
-    with torch.no_grad():
-        alone = judge(torch.tensor([tokenizer("a good film")["input_ids"]])).logits[0, 1].item()
-    assert logit(["a good film", "a film that is much longer"])[0] == pytest.approx(alone, abs=1e-5)
-    with pytest.raises(SettingsError, match="expected one of BAD, GOOD"):
-        train(dataclasses.replace(settings, classifier_label="BEST"))
+    for text in ("a good film", "a film that is much longer " * 20):
+        with torch.no_grad():
+            alone = judge(torch.tensor([tokenizer(text)["input_ids"][:20]])).logits[0, 1].item()
+        assert logit(["short", text])[1] == pytest.approx(alone, abs=1e-5)
+    config.save_pretrained(tmp_path / "bare")
+    judge.save_pretrained(tmp_path / "bare")
+    for changes, said in (
+        ({"classifier_label": "BEST"}, "expected one of BAD, GOOD"),
+        ({"classifier": base}, "found no score.weight"),
+        ({"classifier": str(tmp_path / "bare")}, "found no its vocabulary|sentencepiece"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            train(dataclasses.replace(settings, **changes))
 
 
 # What is refused before the first iteration
@@ -277,19 +317,27 @@ def test_a_classifier_gives_the_logit_of_its_label_and_gets_a_pad_token(quick, b
     ("wrong", "said"),
     [
         ({"reward": "nowhere:f"}, "No module named 'nowhere'"),
-        ({"reward": "ppo_rewards:f"}, "expected MODULE:FUNCTION"),
+        ({"reward": "code:f"}, r"no such function in <module 'code' from .*code.py'>; expected MODULE:FUNCTION"),
         ({"reward": None}, "one of --reward MODULE:FUNCTION and --classifier"),
         ({"reward": lambda texts: [0.0]}, "returned 1 rewards for 4 responses"),
         ({"kl_estimator": "k2"}, "one of k1, k3, exact"),
         ({"cut_prompts": (3, 2)}, "1 <= least <= most"),
-        ({"iterations": 0}, "iterations=0; expected"),
+        ({"cut_prompts": (3,)}, "1 <= least <= most"),
+        ({"iterations": 0}, "iterations=0; expected a whole number, at least 1"),
+        ({"epochs": 1.5}, "epochs=1.5; expected a whole number"),
+        ({"length_adaptive_lambda": 0}, "length_adaptive_lambda=0; expected a number, above 0"),
+        ({"lam": 1.1}, "lam=1.1; expected a number, from 0 to 1"),
+        ({"seed": -1}, "seed=-1; expected a whole number, from 0 to"),
+        ({"clip": -0.1}, "clip=-0.1; expected a number, at least 0"),
         ({"tracker": "nobody"}, "tracker='nobody' is not installed; expected one of .*tensorboard"),
-        ({"prompts": ["word " * 260]}, r"longest prompt has \d+ tokens \('word word.*more than the model's 256.*--cut"),
-        ({"prompts": [" ", ""]}, "a prompt a line"),
+        ({"prompts": ["word " * 260]}, r"longest prompt has \d+ tokens \('word word.*more than the 256 of base.*--cut"),
+        ({"prompts": [" ", ""]}, "a prompt a line, or a list of texts .*found no text"),
+        ({"prompts": [1, 2]}, r"prompts=\[1, 2\] cannot be read; expected a text file"),
         ({"prompts": Path("nowhere.txt")}, "nowhere.txt"),
         ({"base": "/nowhere"}, "'/nowhere' does not load"),
-        ({"top_p": 2.0}, "no response can be drawn: .*top_p"),
-        ({"out": Path("/dev/null/run")}, "cannot be written to"),
+        ({"top_p": 2.0}, "no response can be drawn .*top_p"),
+        ({"out": "/dev/null/run"}, "cannot be written to"),
+        ({"out": ""}, "out is empty; expected a folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -299,13 +347,36 @@ def test_what_cannot_be_is_refused_before_the_first_iteration(quick, wrong, said
     assert not (quick.out / "checkpoint.pt").exists()
 
 
-def test_a_tokenizer_with_an_id_beyond_the_vocabulary_is_refused(quick, base, tmp_path, capsys):
-    shutil.copytree(base, tmp_path / "larger")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(tmp_path / "larger")
-    assert main(as_command(dataclasses.replace(quick, base=str(tmp_path / "larger")))) == 1
-    assert "a token with the id 400, its model 400 tokens" in capsys.readouterr().err
+def test_a_number_that_is_none_is_refused_before_the_first_iteration(quick):
+    assert len(NUMBERS) > 25
+    for name in NUMBERS:
+        for wrong in (math.nan, math.inf, -math.inf, "1"):
+            with pytest.raises(SettingsError, match=f"{name}='?{wrong}"):
+                train(dataclasses.replace(quick, **{name: wrong}))
+
+
+def test_a_model_that_cannot_be_trained_is_refused_by_name(quick, base, tmp_path):
+    model = GPT2LMHeadModel.from_pretrained(base)
+    for name in ("truncated", "small", "broken"):
+        shutil.copytree(base, tmp_path / name)
+    os.truncate(tmp_path / "truncated" / "model.safetensors", 1000)
+    model.save_pretrained(tmp_path / "bare")
+    model.resize_token_embeddings(300)
+    model.save_pretrained(tmp_path / "small")
+    torch.nn.init.constant_(model.transformer.ln_f.bias, math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    (tmp_path / "empty").mkdir()
+    for role in ("base", "critic"):
+        for name, said in {
+            "empty": f"{role}='.*' does not load; expected a GPT-2 .*found no config.json",
+            "truncated": f"{role}='.*' does not load; expected a GPT-2 .*SafetensorError",
+            "broken": f"the weights of {role}='.*' are not finite: transformer.ln_f.bias",
+            "small": f"a token with the id 399, the model of {role} 300 tokens",
+        }.items():
+            with pytest.raises(SettingsError, match=said):
+                train(dataclasses.replace(quick, **{role: str(tmp_path / name)}))
+    with pytest.raises(SettingsError, match=r"tokenizer of base='.*bare' does not load; expected its files"):
+        train(dataclasses.replace(quick, base=str(tmp_path / "bare")))
 
 
 def test_weights_that_are_not_finite_are_never_written(quick):
@@ -363,7 +434,7 @@ def test_a_response_without_an_end_is_scored_as_the_options_say(quick):
 def test_the_run_leaves_metrics_a_package_and_a_figure(quick):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    lines = trained(dataclasses.replace(quick, tracker="tensorboard"))
+    lines = trained(dataclasses.replace(quick, tracker="tensorboard", out=str(quick.out)))
     assert [line["iteration"] for line in lines] == list(range(6))
     assert all(isinstance(value, (int, float)) for line in lines for value in line.values())
     assert inspect_package(quick.out / "package").n_embd == QUICK.n_embd
@@ -379,9 +450,12 @@ def test_the_run_leaves_metrics_a_package_and_a_figure(quick):
 
 def test_every_setting_is_an_option_whose_name_is_shown_in_full(quick, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        settings_of(["--help"])
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--help"])
+    with pytest.raises(SystemExit), pytest.warns(RuntimeWarning, match=r"in sys.modules"):
+        runpy.run_module("gpt2_value.ppo", run_name="__main__", alter_sys=True)
     shown = capsys.readouterr().out
+    assert shown.startswith("usage: python -m gpt2_value.ppo ")
+    assert "--length-adaptive-lambda X" in shown
     assert all(f"--{field.name.replace('_', '-')}" in shown for field in dataclasses.fields(PPOSettings))
     assert max(map(len, shown.splitlines())) <= 80
     settings = dataclasses.replace(quick, lam_critic=1.0, detach_value_head=False, tracker="tensorboard")
@@ -390,7 +464,7 @@ def test_every_setting_is_an_option_whose_name_is_shown_in_full(quick, capsys, m
 
 
 def test_importing_the_file_needs_torch_alone():
-    for name, allowed in (("ppo", {"torch", "gpt2_value"}), ("critic", {"torch"})):
+    for name, allowed in (("ppo", {"torch", "gpt2_value"}), ("critic", {"torch"}), ("inputs", {"torch"})):
         tree = ast.parse((ROOT / "gpt2_value" / f"{name}.py").read_text())
         found = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
         found |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
@@ -401,8 +475,8 @@ def test_the_file_alone_runs_where_the_project_is_installed(quick, tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
     shutil.copy(ROOT / "gpt2_value" / "ppo.py", folder)
-    (folder / "mine.py").write_text("def f(texts):\n    return [len(text) / 100 for text in texts]\n")
-    command = as_command(dataclasses.replace(quick, reward="mine:f", iterations=1))
+    (folder / "wave.py").write_text("def f(texts):\n    return [len(text) / 100 for text in texts]\n")
+    command = as_command(dataclasses.replace(quick, reward="wave:f", iterations=1))
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; sys.argv[1:] = {command!r}; " + (
         "runpy.run_path('ppo.py', run_name='__main__')"
     )
@@ -418,7 +492,7 @@ def test_the_file_alone_runs_where_the_project_is_installed(quick, tmp_path):
 
 
 @pytest.mark.parametrize("critic", ["body", "own"])
-def test_while_the_critic_warms_up_the_policy_stays(quick, base, critic):
+def test_while_the_critic_warms_up_the_policy_stays(quick, base, critic, caplog):
     quick = dataclasses.replace(quick, critic=base if critic == "own" else None, critic_warmup=2, iterations=2)
     plain = GPT2ValueModel.from_pretrained(base).state_dict()
 
@@ -426,6 +500,7 @@ def test_while_the_critic_warms_up_the_policy_stays(quick, base, critic):
         return {name for name, weight in model.state_dict().items() if not torch.equal(weight, plain[name])}
 
     run = train(quick)
+    assert "critic_warmup=2: the policy does not learn in 2" in caplog.text
     head = {"v_head.summary.weight", "v_head.summary.bias"}
     assert changed(run.task.model) == (set() if critic == "own" else head)
     assert all(line["approxkl"] == 0 or critic == "body" for line in numbers(quick.out))
@@ -490,9 +565,10 @@ def test_a_lora_has_its_base_as_reference_resumes_and_becomes_a_package(quick, b
 
 def test_prompts_are_taken_whole_and_cut_where_it_is_asked_for(quick):
     long = "Question: What is the name of the film that you saw last night?"
-    quick = dataclasses.replace(quick, prompts=[long, *PROMPTS], iterations=1)
+    quick.prompts.write_bytes(f"\ufeff{long}\r\n \nMy\u2028film\fwas\n\nIt is".encode())
+    quick = dataclasses.replace(quick, iterations=1)
     task = train(quick).task
-    assert task.tokenizer.decode(task.queries[0]) == long
+    assert task.tokenizer.batch_decode(task.queries) == [long, "My\u2028film\fwas", "It is"]
     cut = train(elsewhere(quick, "cut", cut_prompts=(2, 3))).task.queries
     assert {len(query) for query in cut} <= {1, 2, 3}
     assert torch.equal(cut[0], task.queries[0][: len(cut[0])])
@@ -511,24 +587,31 @@ def test_every_prompt_is_used_once_before_any_is_used_again(quick):
 
 
 @pytest.mark.shows("Accelerate", "gpt2-value ppo in two processes learns what one does")
-def test_two_processes_learn_what_one_does(quick):
+def test_two_processes_learn_what_one_does_and_end_together(quick):
     """The same prompts and settings: rewards of the first iteration agree within noise, and both runs go on."""
     quick = dataclasses.replace(quick, batch_size=64, minibatch_size=16, iterations=3, cpu=False)
     one = trained(quick)
     two = elsewhere(quick, "two")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [*launch, "--main_process_port", "0", "-m", "gpt2_value.ppo", *as_command(two)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
+    launch += ["--main_process_port", "0", "-m", "gpt2_value.ppo", *as_command(two)]
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    failed, done = (
+        subprocess.run(launch, capture_output=True, text=True, env={**os.environ, **paths, "FAILS_IN_RANK": rank})
+        for rank in ("1", "")
     )
+    assert failed.returncode != 0
+    assert failed.stderr.count("error: ppo_rewards:vowels raised OSError('in rank 1')") == 2
     assert done.returncode == 0, done.stderr
+    assert "iterations 1 to 3" in done.stderr  # one was done before the reward failed
     lines = numbers(two.out)
     assert [line["iteration"] for line in lines] == list(range(3))
     for name in ("reward", "response_length", "entropy"):
         assert lines[0][name] == pytest.approx(one[0][name], rel=0.15)
     assert lines[0]["reward"] != one[0]["reward"]  # other random numbers: two processes did draw
+    longer = dataclasses.replace(two, iterations=4)
+    with pytest.raises(SettingsError, match=r"another processes \(2, and now 1\)"):
+        train(longer)
+    assert len(trained(dataclasses.replace(longer, accept_changes=True))) == 4
 
 
 # Learning
