@@ -7,7 +7,6 @@ catch `GPT2ValueHubError` for all of them.
 from __future__ import annotations
 
 import pickle
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -186,11 +185,8 @@ _BUILTIN = (
     ValueError,
     pickle.PickleError,
 )
-_FOREIGN = {
-    "huggingface_hub.errors": ("HfHubHTTPError", "StrictDataclassError"),
-    "jinja2.exceptions": ("TemplateError",),
-    "safetensors": ("SafetensorError",),
-}
+# Theirs by name, since a library need not be imported; the last is where tokenizers' Rust code panics.
+_FOREIGN = {"HfHubHTTPError", "StrictDataclassError", "TemplateError", "SafetensorError", "PanicException"}
 
 
 @contextmanager
@@ -216,13 +212,6 @@ def gist(error: BaseException) -> str:
 
 
 def _is_for_input(error: BaseException) -> bool:
-    foreign = tuple(
-        getattr(sys.modules[module], name)
-        for module, names in _FOREIGN.items()
-        if module in sys.modules
-        for name in names
-        if hasattr(sys.modules[module], name)
-    )
-    # tokenizers raises bare Exceptions, and where its Rust code panics something that is not even an Exception
-    bare = type(error) is Exception or type(error).__name__ == "PanicException"
-    return bare or isinstance(error, (*_BUILTIN, *foreign))
+    names = {kind.__name__ for kind in type(error).__mro__}
+    # tokenizers raises bare Exceptions
+    return type(error) is Exception or isinstance(error, _BUILTIN) or not names.isdisjoint(_FOREIGN)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import shlex
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import PackageError
-from .limits import JSON_LEVELS
-from .limits import MIB as MIB
+from .layout import sha256_of
+from .limits import JSON_LEVELS, MIB
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 
@@ -87,18 +86,13 @@ def open_in(folder: Path, name: str) -> Iterator[BinaryIO]:
 
 
 def sha256_in(folder: Path, name: str) -> str:
-    """SHA-256 of a package's file, in hexadecimal, as large as it was when it was opened.
+    """SHA-256 of a package's file, in hexadecimal.
 
     Raises:
         What `open_in` raises.
     """
-    digest = hashlib.sha256()
-    with open_in(folder, name) as opened:
-        left = os.fstat(opened.fileno()).st_size
-        while left > 0 and (piece := opened.read(min(left, MIB))):
-            digest.update(piece)
-            left -= len(piece)
-    return digest.hexdigest()
+    with open_in(folder, name):  # it is a file of the package, and can be read
+        return sha256_of(folder / name)
 
 
 def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
@@ -109,7 +103,11 @@ def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
         PackageError: too large, not UTF-8, not JSON, nested too deep, a key twice, a NaN, or not an
             object.
     """
-    return parse_json(_read(folder, name, limit), name)
+    with open_in(folder, name) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > limit:
+            raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
+        return parse_json(opened.read(limit), name)
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
@@ -123,29 +121,9 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
             found[key] = value
         return found
 
-    def refuse(word: str) -> Any:
-        raise ValueError(f"the value {word}")
-
-    def finite(word: str) -> float:
-        number = float(word)
-        if not math.isfinite(number):
-            raise ValueError(f"the number {word[:80]}, which is out of range")
-        return number
-
-    def whole(word: str) -> int:
-        number = int(word)
-        finite(word)  # a number that no float holds is an error wherever it is compared with one
-        return number
-
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_constant=refuse,
-            parse_float=finite,
-            parse_int=whole,
-        )
-        _refuse_nesting(value)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        _refuse_extremes(value)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         what = "JSON nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
         raise PackageError(f"{name} holds {what}", expected="valid JSON", next_step=AGAIN) from error
@@ -154,21 +132,17 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
-def _refuse_nesting(value: Any) -> None:
-    """Whoever copies or shows a deeply nested value runs out of stack: deep ones are refused where they are read."""
-    level = [value] if isinstance(value, (dict, list)) else []
+def _refuse_extremes(value: Any) -> None:
+    """Refuse numbers that no float holds, which fail wherever they are compared with one, and deep nesting, for which
+    whoever copies or shows a value runs out of stack."""
+    level = [value]
     for _ in range(JSON_LEVELS):
-        inner = [each.values() if isinstance(each, dict) else each for each in level]
-        level = [each for values in inner for each in values if isinstance(each, (dict, list))]
-        if not level:
-            return
-    raise RecursionError
-
-
-def _read(folder: Path, name: str, limit: int) -> bytes:
-    """All bytes of a file, refusing more than `limit`."""
-    with open_in(folder, name) as opened:
-        size = os.fstat(opened.fileno()).st_size
-        if size > limit:
-            raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
-        return opened.read(limit)
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, (dict, list)):
+                inner += each.values() if isinstance(each, dict) else each
+            elif isinstance(each, (int, float)) and not abs(each) < sys.float_info.max:
+                raise ValueError(f"the number {str(each)[:80]}, which is out of range")
+        level = inner
+    if level:
+        raise RecursionError

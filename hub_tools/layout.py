@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Literal
 
 from .errors import PackageError
 
@@ -77,11 +76,10 @@ _COMPANION = re.compile(
 # Left by tools; may vanish when the package is replaced.
 LITTER = frozenset({".cache", "__pycache__", ".DS_Store", ".gitattributes"})
 
-Kind = Literal["config", "weights", "code", "tokenizer", "card", "record", "companion", "pickle", "litter", "foreign"]
 
-
-def kind_of(name: str) -> Kind:
-    """Return what a package's file of this name is. `foreign`: it has no place in a package."""
+def kind_of(name: str) -> str:
+    """Return what a package's file of this name is: config, weights, code, tokenizer, card, record, pickle, litter,
+    companion; or foreign, if it has no place in a package."""
     if name in (CONFIG, GENERATION_CONFIG):
         return "config"
     if name in (WEIGHTS, WEIGHTS_INDEX) or SHARD.fullmatch(name):

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 # What an interpreter needs of its surroundings; tokens, proxies, PYTHON* and HF_* stay behind.
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TZ")
@@ -23,10 +22,10 @@ def run_limited(
     *arguments: str,
     limits: Mapping[str, int],
     seconds: float,
-    flags: tuple[str, ...] = (),
-    environment: Mapping[str, str] | None = None,
-    **options: Any,
-) -> subprocess.CompletedProcess[Any]:
+    environment: Mapping[str, str],
+    input: str = "",
+    cwd: str | None = None,
+) -> subprocess.CompletedProcess[str]:
     """Run a script with limits, and return what it printed and how it ended.
 
     Args:
@@ -34,9 +33,9 @@ def run_limited(
         arguments: what it finds in `sys.argv[1:]`.
         limits: a name of the module `resource`, as RLIMIT_AS -> the most bytes or seconds.
         seconds: after which it is ended, busy or waiting.
-        flags: for the interpreter, besides those that isolate it.
         environment: variables besides those in `PASSED_ON`.
-        options: for `subprocess.run`.
+        input: what it finds in its standard input.
+        cwd: its working directory.
 
     Raises:
         subprocess.TimeoutExpired: it took longer than `seconds`.
@@ -44,11 +43,14 @@ def run_limited(
     bounds = ",".join(f"{name}={most}" for name, most in limits.items())
     surroundings = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return subprocess.run(
-        [sys.executable, "-I", "-B", *flags, __file__, bounds, str(script), *arguments],
-        env={**surroundings, **(environment or {})},
+        [sys.executable, "-I", "-B", __file__, bounds, str(script), *arguments],
+        env={**surroundings, **environment},
+        input=input,
+        cwd=cwd,
         capture_output=True,
+        text=True,
+        errors="replace",
         timeout=seconds,
-        **options,
     )
 
 

@@ -22,7 +22,7 @@ JSON_LEVELS = 64  # 4
 
 # Memory
 TOKENIZER_MEMORY = 2 * GIB  # 300 MiB for a vocabulary of 250,000
-TOKENS_PER_CHARACTER = 64  # at most 18 for one character
+TEXT_GROWTH = 64  # of a text, by normalizing or decoding; real ones make 18 characters of one
 TOKEN_CHARACTERS = 1000  # the longest real tokens are some hundred spaces
 PICKLE_MEMORY = 512 * MIB
 MASK_BYTES = 2 * GIB  # transformers 4 keeps a causal mask in each layer: 12 layers of 13,377 positions

@@ -157,7 +157,7 @@ def test_what_a_package_says_cannot_command_the_terminal(gpt2_value, package):
     (package / "\x1b]0;title\x07").write_text("")
     _, out, err = gpt2_value("inspect", package)
     assert "\x1b" not in out + err
-    assert r"\x1b[2J[red]Evil[/red]" in out
+    assert r"\x1b[2J[red]Evil[/red]" in out + err
 
 
 HIDDEN = {

@@ -187,7 +187,7 @@ def test_code_that_is_missing_is_named(package):
     record = json.loads((package / layout.RECORD).read_text())
     del record["sha256"]["decoding_gpt2_value.py"]
     (package / layout.RECORD).write_text(json.dumps(record))
-    with pytest.raises(errors.PackageError, match=r"decoding_gpt2_value\.py"):
+    with pytest.raises(errors.UntrustedCodeError, match=r"decoding_gpt2_value\.py \(not there\)"):
         load_package(package)
 
 

@@ -17,7 +17,7 @@ from configuration_gpt2_value import GPT2ValueConfig
 
 from ..errors import ConversionError, MissingHeadError, OptionsError, PackageError, UnsavableModelError, as_ours
 from ..layout import CONFIG, HEAD_PREFIX, MODEL_TYPE
-from ..package.config import OF_THE_CLASS, PROBABILITY, Allowed, expected_shapes
+from ..package.config import OF_THE_CLASS, PROBABILITY, TEXT, Allowed, expected_shapes
 
 SourceFormat = Literal["package", "seed", "trl", "sequence-classification", "token-classification", "linear", "gpt2"]
 WEIGHT, BIAS = f"{HEAD_PREFIX}summary.weight", f"{HEAD_PREFIX}summary.bias"
@@ -40,13 +40,10 @@ FORMATS: Mapping[str, SourceFormat] = {
 }
 # Classes whose head obeys GPT-2's `summary_*` fields: the seed's, and transformers' own.
 OBEDIENT = {"GPT2HeadWithValueModel", "GPT2DoubleHeadsModel"}
-_RATE = Allowed(lambda value: value is None or PROBABILITY.holds(value), f"{PROBABILITY.expected}, or null")
-_WORD = Allowed(lambda value: value is None or (isinstance(value, str) and len(value) <= 80), "a word, or null")
 # Fields of `config.json` that other libraries' heads obey, and words that some of these ignore.
 FIELDS: Mapping[str, Allowed] = {
-    "summary_dropout_prob": PROBABILITY,
-    **dict.fromkeys(("classifier_dropout", "hidden_dropout"), _RATE),
-    **dict.fromkeys(("summary_type", "summary_activation"), _WORD),
+    **dict.fromkeys(("summary_dropout_prob", "classifier_dropout", "hidden_dropout"), PROBABILITY),
+    **dict.fromkeys(("summary_type", "summary_activation"), TEXT),
 }
 TRL_DROPOUT = 0.1  # TRL's `summary_dropout_prob` where nobody set it
 CLASSIFIER_DROPOUT = 0.1  # GPT2ForTokenClassification's where its config has none

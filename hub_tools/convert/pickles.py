@@ -77,9 +77,6 @@ def _unpickle(folder: Path, names: Sequence[str], where: str) -> None:
             limits=bounds,
             seconds=limits.WAITING * bounds["RLIMIT_CPU"],
             environment={"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
         )
         found = done.stdout.strip()
         if done.returncode:

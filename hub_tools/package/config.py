@@ -20,88 +20,74 @@ from ..files import AGAIN
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a field may be."""
+    """What a field may be, besides null."""
 
-    holds: Callable[[Any], bool]
     expected: str
+    holds: Callable[[Any], bool]
 
 
 Table = Mapping[str, Allowed]
 
 
-def _is_int(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_token_id(value: Any) -> bool:
-    return _is_int(value) and -1 <= value < 1 << 31
-
-
-def _or_null(allowed: Allowed) -> Allowed:
-    return Allowed(lambda value: value is None or allowed.holds(value), f"{allowed.expected}, or null")
-
-
 def _int(low: int, high: int = (1 << 31) - 1) -> Allowed:
-    return Allowed(lambda value: _is_int(value) and low <= value <= high, f"a whole number from {low:,} to {high:,}")
+    return Allowed(
+        f"a whole number from {low:,} to {high:,}", lambda value: type(value) is int and low <= value <= high
+    )
 
 
 def _number(low: float, high: float = 1e12) -> Allowed:
     return Allowed(
-        lambda value: type(value) in (int, float) and low <= value <= high, f"a number from {low:g} to {high:g}"
+        f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high
     )
 
 
 def _one_of(*values: Any) -> Allowed:
     return Allowed(
-        lambda value: any(value == each and type(value) is type(each) for each in values), f"one of {values}"
+        f"one of {values}", lambda value: any(value == each and type(value) is type(each) for each in values)
     )
 
 
-def _text(pattern: str, expected: str) -> Allowed:
-    return Allowed(lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None, expected)
-
-
-def _list_of(item: Allowed, most: int) -> Allowed:
+def _list_of(item: Allowed) -> Allowed:
     return Allowed(
-        lambda value: isinstance(value, list) and len(value) <= most and all(map(item.holds, value)),
-        f"a list, at most {most:,} long, of {item.expected}",
+        f"a list, at most 1,000 long, of {item.expected}",
+        lambda value: isinstance(value, list) and len(value) <= 1000 and all(map(item.holds, value)),
     )
+
+
+def _is_ids(value: Any) -> bool:
+    return ID.holds(value) or _list_of(IDS).holds(value)
 
 
 BOOL = _one_of(True, False)
-BOOL_OR_NULL = _one_of(True, False, None)
 PROBABILITY = _number(0, 1)
-ID = Allowed(_is_token_id, "a token's id")
-WORD = _text(r"\w{1,80}", "a word")
-IDS = Allowed(
-    lambda value: ID.holds(value) or _list_of(ID, 1000).holds(value), "a token's id or a list of at most 1,000"
-)
-VERSION = _or_null(_text(r"[\w.+-]{0,40}", "a version"))
+ID = _int(-1)
+IDS = Allowed("a token's id, or a list of at most 1,000", _is_ids)
+WORD = Allowed("a word", lambda value: isinstance(value, str) and re.fullmatch(r"\w{1,80}", value) is not None)
+TEXT = Allowed("a text", lambda value: isinstance(value, str))
+# As texts, or as transformers writes an AddedToken. `try_tokenizer` bounds their length.
+TOKENS = Allowed("a token, or tokens", lambda value: isinstance(value, (str, list, dict)))
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 GPT2_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 
 CONFIG: Table = {
     "model_type": _one_of(layout.MODEL_TYPE, "gpt2"),
-    "auto_map": Allowed(
-        lambda value: value == layout.AUTO_MAP, f"{layout.AUTO_MAP}: the classes in the package itself"
-    ),
-    "architectures": _or_null(_list_of(WORD, 8)),
-    **dict.fromkeys(("dtype", "torch_dtype"), _one_of("float32", "float16", "bfloat16", None)),
-    "transformers_version": VERSION,
-    **dict.fromkeys(SIZES, _int(1)),
-    "n_inner": _or_null(_int(1)),
+    "auto_map": _one_of(layout.AUTO_MAP),
+    "architectures": _list_of(WORD),
+    **dict.fromkeys(("dtype", "torch_dtype"), _one_of("float32", "float16", "bfloat16")),
+    "transformers_version": TEXT,
+    **dict.fromkeys((*SIZES, "n_inner"), _int(1)),
     "activation_function": _one_of(
         "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh",
         "gelu_python_tanh", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6",
         "sigmoid", "silu", "swish", "tanh",
     ),  # those of transformers' activations that have no weights
     **dict.fromkeys(
-        ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout"), PROBABILITY
+        ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout",
+         "layer_norm_epsilon"), PROBABILITY,
     ),
-    "layer_norm_epsilon": _number(0, 1),
     **dict.fromkeys(("initializer_range", "value_head_initializer_range"), _number(0, 1e6)),
     "summary_type": _one_of("last", "first", "mean", "cls_index"),
-    "summary_activation": _one_of("tanh", None),
+    "summary_activation": _one_of("tanh"),
     **dict.fromkeys(
         (
             "summary_use_proj", "summary_proj_to_labels", "detach_value_head", "tie_word_embeddings",
@@ -110,25 +96,15 @@ CONFIG: Table = {
         ),
         BOOL,
     ),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), _or_null(ID)),
-    "eos_token_id": _or_null(IDS),
-    # transformers makes a name for each label, so a large number would fill the memory
-    "num_labels": _one_of(1),
-    "id2label": Allowed(
-        lambda value: isinstance(value, dict) and all(str(k) == "0" and isinstance(v, str) for k, v in value.items()),
-        "one label",
-    ),
-    "label2id": Allowed(
-        lambda value: isinstance(value, dict) and len(value) <= 1 and all(each == 0 for each in value.values()),
-        "one label",
-    ),
-    "is_encoder_decoder": _one_of(False),
-    "chunk_size_feed_forward": _one_of(0),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), ID),
+    "eos_token_id": IDS,
+    "num_labels": _one_of(1),  # transformers makes a name for each label, so a large number would fill the memory
+    **dict.fromkeys(("is_encoder_decoder", "chunk_size_feed_forward"), _one_of(False, 0)),
 }  # fmt: skip
-# What a plain GPT-2's config says about its class and labels, which are not this model's.
+# What a plain GPT-2's config says about its class, which is not this model's.
 OF_THE_CLASS = (
-    "auto_map", "num_labels", "id2label", "label2id", "dtype", "torch_dtype", "transformers_version", "use_cache",
-    "return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward",
+    "auto_map", "num_labels", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward",
 )  # fmt: skip
 # With these, transformers would not simply load the weights into the model that the other fields describe.
 REFUSED = (
@@ -151,104 +127,56 @@ ALIASES = {
 
 # Of `generate()`'s settings, those that choose among the tokens of one model, within a small multiple of its memory.
 GENERATION: Table = {
-    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), _or_null(_int(0))),
-    **dict.fromkeys(("top_k", "no_repeat_ngram_size"), _or_null(_int(0))),
-    **dict.fromkeys(("num_beams", "num_return_sequences"), _or_null(_int(1, 16))),
+    **dict.fromkeys(
+        ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), _int(0)
+    ),
+    **dict.fromkeys(("num_beams", "num_return_sequences"), _int(1, 16)),
     **dict.fromkeys(
         (
             "do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "output_attentions",
             "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "_from_model_config",
         ),
-        BOOL_OR_NULL,
+        BOOL,
     ),
-    "early_stopping": _one_of(True, False, "never", None),
+    "early_stopping": _one_of(True, False, "never"),
     **dict.fromkeys(
         ("temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
          "encoder_repetition_penalty", "diversity_penalty", "max_time"),
-        _or_null(_number(0)),
+        _number(0),
     ),
-    **dict.fromkeys(("length_penalty", "guidance_scale"), _or_null(_number(-1e12))),
-    **dict.fromkeys(("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"), _or_null(ID)),
-    **dict.fromkeys(("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"), _or_null(IDS)),
-    "bad_words_ids": _or_null(_list_of(_list_of(ID, 100), 1000)),
-    "exponential_decay_length_penalty": _or_null(
-        Allowed(
-            lambda value: isinstance(value, list) and [*map(type, value)] in ([int, int], [int, float]),
-            "[a number of tokens, a factor]",
-        )
+    **dict.fromkeys(("length_penalty", "guidance_scale"), _number(-1e12)),
+    "exponential_decay_length_penalty": _list_of(_number(0)),
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"), ID),
+    **dict.fromkeys(
+        ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"), IDS
     ),
-    "transformers_version": VERSION,
+    "transformers_version": TEXT,
 }  # fmt: skip
 
-
-def _is_token(value: Any) -> bool:
-    """A token, as text or as transformers writes an AddedToken."""
-    if not isinstance(value, dict):
-        return isinstance(value, str) and len(value) <= limits.TOKEN_CHARACTERS
-    flags = {name: flag for name, flag in value.items() if name not in ("content", "__type", "id")}
-    return (
-        not isinstance(value.get("content"), dict)
-        and _is_token(value.get("content"))
-        and value.get("__type", "AddedToken") == "AddedToken"
-        and set(flags) <= {"lstrip", "rstrip", "single_word", "normalized", "special"}
-        and all(flag in (True, False, None) for flag in flags.values())
-    )
-
-
-def _is_named(value: Any) -> bool:
-    """A chat template with a name. transformers 4 and 5.0 write it to a file of that name, wherever that leads."""
-    return (
-        isinstance(value, dict)
-        and set(value) == {"name", "template"}
-        and isinstance(value["template"], str)
-        and WORD.holds(value["name"])
-    )
-
-
-TOKEN = _or_null(Allowed(_is_token, "a token"))
-TOKENS = _or_null(
-    Allowed(
-        lambda value: (
-            isinstance(value, (list, dict))
-            and all(map(_is_token, value.values() if isinstance(value, dict) else value))
-        ),
-        "a list of tokens",
-    )
-)
-SPECIAL_TOKENS: Table = {
-    **dict.fromkeys(
-        ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"), TOKEN
-    ),
-    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), TOKENS),
-}
+SPECIAL_TOKENS: Table = dict.fromkeys(
+    ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
+     "additional_special_tokens", "extra_special_tokens"), TOKENS,
+)  # fmt: skip
 # No field is among them that holds the path of a file, or arguments by position.
 TOKENIZER: Table = {
-    "tokenizer_class": _text(r"\w{1,80}", "the name of a tokenizer of transformers' own"),
+    "tokenizer_class": WORD,
     **SPECIAL_TOKENS,
-    "added_tokens_decoder": Allowed(
-        lambda value: isinstance(value, dict)
-        and all(re.fullmatch("[0-9]{1,9}", id) and _is_token(token) for id, token in value.items()),
-        "ids and their tokens",
-    ),
+    "added_tokens_decoder": TOKENS,
     **dict.fromkeys(
         (
             "add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "do_lower_case",
             "do_basic_tokenize", "keep_accents", "legacy", "lower_case", "remove_space", "split_special_tokens",
             "strip_accents", "tokenize_chinese_chars", "trim_offsets", "wordpieces_prefix_only",
         ),
-        BOOL_OR_NULL,
+        BOOL,
     ),
-    "model_max_length": _or_null(_number(1, 1e31)),
+    "model_max_length": _number(1, 1e31),
     **dict.fromkeys(("padding_side", "truncation_side"), _one_of("left", "right")),
     "errors": _one_of("strict", "replace", "ignore"),
     "extra_ids": _int(0, 1000),
-    "model_input_names": _or_null(_list_of(WORD, 8)),
-    "chat_template": _or_null(
-        Allowed(
-            lambda value: isinstance(value, str) or (isinstance(value, list) and all(map(_is_named, value))),
-            "a template, or a list of templates with the names of files",
-        )
-    ),
+    "model_input_names": _list_of(WORD),
+    "chat_template": TEXT,  # and no list of them: transformers 4 and 5.0 write each to a file of the name that it has
+    "auto_map": Allowed("a tokenizer of transformers' own, which brings no code", lambda value: False),
 }  # fmt: skip
 
 _TABLES: Mapping[str, Table] = {
@@ -261,8 +189,9 @@ REDUCED = (*_TABLES, layout.ADDED_TOKENS, layout.WEIGHTS_INDEX)
 # Fields that transformers writes and does not read, or that have no effect on a GPT-2: left out without mention.
 _OF_NO_EFFECT = {
     "_name_or_path", "n_ctx", "task_specific_params", "gradient_checkpointing", "problem_type", "output_past",
-    "_num_labels", "is_decoder", "_commit_hash", "backend", "from_slow", "is_local", "local_files_only", "name_or_path",
-    "processor_class", "special_tokens_map_file", "max_len", "tokenizer_type", *REFUSED, *ALIASES,
+    "_num_labels", "id2label", "label2id", "is_decoder", "_commit_hash", "backend", "from_slow", "is_local",
+    "local_files_only", "name_or_path", "processor_class", "special_tokens_map_file", "max_len", "tokenizer_type",
+    *REFUSED, *ALIASES,
 }  # fmt: skip
 
 
@@ -280,15 +209,10 @@ def reduce(file: str, fields: Mapping[str, Any], *, where: str = "", also: Table
     """
     if file == layout.WEIGHTS_INDEX:  # transformers needs both, and reads nothing else
         return {"metadata": {}, "weight_map": checked_shards(fields)}
-    if file == layout.ADDED_TOKENS:
-        table: Table = dict.fromkeys(fields, ID)
-        if not all(map(_is_token, fields)):
-            raise PackageError(f"{where or file} has a token that is too long", expected="tokens", next_step=AGAIN)
-    else:
-        table = {**_TABLES[file], **(also or {})}
+    table = {**(_TABLES.get(file) or dict.fromkeys(fields, ID)), **(also or {})}  # added_tokens.json has ids alone
     kept = {name: value for name, value in fields.items() if name in table}
     for name, value in kept.items():
-        if not table[name].holds(value):
+        if value is not None and not table[name].holds(value):
             raise PackageError(
                 f"{where or file}: {name[:80]!r} is {repr(value)[:80]}",
                 expected=table[name].expected,
@@ -299,7 +223,8 @@ def reduce(file: str, fields: Mapping[str, Any], *, where: str = "", also: Table
 
 def unknown_fields(file: str, fields: Mapping[str, Any], *, also: Table | None = None) -> tuple[str, ...]:
     """Return the names of the fields that `reduce` leaves out, safe to print; without those that have no effect."""
-    return tuple(sorted(visible(name[:80]) for name in set(fields) - {*_TABLES[file], *(also or ())} - _OF_NO_EFFECT))
+    known = {*_TABLES.get(file, fields), *(also or ()), *_OF_NO_EFFECT}
+    return tuple(sorted(visible(name[:80]) for name in set(fields) - known))
 
 
 def checked_shards(index: Mapping[str, Any], *, pattern: re.Pattern[str] = layout.SHARD) -> dict[str, str]:
@@ -353,16 +278,16 @@ def checked_config(
             next_step="use the library that wrote it; this model has no other body than GPT-2's",
         )
     for name in REFUSED:
-        if fields.get(name) not in (None, {}, []):
+        if fields.get(name):
             raise refuse(name, "no such field: it names other weights, other shapes, or other code")
     if model_type == "gpt2":
-        fields = {name: value for name, value in fields.items() if name not in OF_THE_CLASS}
-        fields = {**GPT2_SIZES, **fields, "model_type": "gpt2"}
-    for name, own in ALIASES.items():
-        if name in fields and fields[name] != fields.get(own):
-            raise refuse(name, f"GPT-2's own name for it: {own}")
+        own = {name: value for name, value in fields.items() if name not in OF_THE_CLASS}
+        fields = {**GPT2_SIZES, **own, "model_type": "gpt2"}
+    for name, size in ALIASES.items():
+        if name in fields and fields[name] != fields.get(size):
+            raise refuse(name, f"GPT-2's own name for it: {size}")
     for name in SIZES:
-        if name not in fields:
+        if fields.get(name) is None:
             raise refuse(name, "a positive whole number")
     found = reduce(layout.CONFIG, fields, where=where, also=also)
     if found["n_embd"] % found["n_head"]:
@@ -386,30 +311,21 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
     GPT-2 stores its matrices as `[in, out]` (transformers' Conv1D); the head is `[out, in]` (torch's Linear).
     """
-    vocab, positions, n = config["vocab_size"], config["n_positions"], config["n_embd"]
-    inner = config.get("n_inner") or 4 * n
-
-    def conv(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
-
-    def norm(name: str) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (n,), f"{name}.bias": (n,)}
-
+    n, inner = config["n_embd"], config.get("n_inner") or 4 * config["n_embd"]
+    layer = {"ln_1": (n,), "ln_2": (n,), "attn.c_attn": (n, 3 * n), "attn.c_proj": (n, n)}
+    layer |= {"mlp.c_fc": (n, inner), "mlp.c_proj": (inner, n)}
+    if config.get("add_cross_attention"):
+        layer |= {"ln_cross_attn": (n,), "crossattention.c_attn": (n, 2 * n), "crossattention.q_attn": (n, n)}
+        layer |= {"crossattention.c_proj": (n, n)}
+    parts = {f"h.{i}.{name}": shape for i in range(config["n_layer"]) for name, shape in layer.items()}
     shapes: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (vocab, n),
-        "transformer.wpe.weight": (positions, n),
+        "transformer.wte.weight": (config["vocab_size"], n),
+        "transformer.wpe.weight": (config["n_positions"], n),
     }
-    for i in range(config["n_layer"]):
-        layer = f"transformer.h.{i}"
-        shapes |= norm(f"{layer}.ln_1") | norm(f"{layer}.ln_2")
-        shapes |= conv(f"{layer}.attn.c_attn", n, 3 * n) | conv(f"{layer}.attn.c_proj", n, n)
-        shapes |= conv(f"{layer}.mlp.c_fc", n, inner) | conv(f"{layer}.mlp.c_proj", inner, n)
-        if config.get("add_cross_attention", False):
-            shapes |= norm(f"{layer}.ln_cross_attn") | conv(f"{layer}.crossattention.c_attn", n, 2 * n)
-            shapes |= conv(f"{layer}.crossattention.q_attn", n, n) | conv(f"{layer}.crossattention.c_proj", n, n)
-    shapes |= norm("transformer.ln_f")
+    for name, shape in (*parts.items(), ("ln_f", (n,))):
+        shapes |= {f"transformer.{name}.weight": shape, f"transformer.{name}.bias": shape[-1:]}
     if not tied(config):
-        shapes["lm_head.weight"] = (vocab, n)
+        shapes["lm_head.weight"] = shapes["transformer.wte.weight"]
     if config.get("summary_use_proj", True):
         outputs = 1 if config.get("summary_proj_to_labels", True) else n
         shapes |= {"v_head.summary.weight": (outputs, n), "v_head.summary.bias": (outputs,)}

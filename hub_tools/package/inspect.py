@@ -12,6 +12,7 @@ import tempfile
 import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from .. import layout, limits
 from ..errors import PackageError, visible
 from ..files import AGAIN, file_in, read_json, sha256_in
 from . import config as config_fields
-from .config import tied
 from .record import Record, read_record, releases, versions_of
-from .stage import Stage, checked_package_config, local_folder, repository_id
+from .stage import Stage, checked_package_config, local_folder, package_file_limit, repository_id
 from .weights import FLOATS, Head, check_tensors, package_weights
 
 
@@ -53,11 +53,8 @@ class PackageReport:
     n_layer: int
     n_head: int
     tokenizer: str | None  # its class
-    has_generation_config: bool
     code: tuple[CodeFile, ...]
-    auto_map: dict[str, str]
-    versions: dict[str, str]  # of the libraries that wrote the package, if it names them
-    record: bool  # whether `verify_package` has numbers to compare with
+    versions: dict[str, str]  # of the libraries that wrote the package, as its record names them
     missing: tuple[str, ...]  # files of a complete package that this one lacks
     changed: tuple[str, ...]  # files that were changed, removed or added since the save
     pickles: tuple[str, ...]
@@ -126,7 +123,7 @@ def inspect_package(
         del options["local_files_only"]
         with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as outline:
             snapshot = download.fetch_outline(repo_id, Path(outline), **options)
-            report = _inspect(Path(outline), repo_id, hash_weights=False)
+            report = _inspect(Path(outline), repo_id)
     return replace(report, folder=snapshot.folder, commit=snapshot.commit)
 
 
@@ -141,29 +138,37 @@ def _inspect(
     source: str,
     *,
     hash_weights: bool = False,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] = (),
     sha256: Mapping[str, str] | None = None,
 ) -> PackageReport:
     """Report on a folder. For a stage, `names` are the names in its source, and `sha256` the hashes of its files."""
-    names = sorted(os.listdir(folder)) if names is None else names
-    pickles = tuple(name for name in names if layout.kind_of(name) == "pickle")
-
-    config = read_json(folder, layout.CONFIG)
-    checked_package_config(config)
-    has_generation_config = layout.GENERATION_CONFIG in names
-    generation_config = read_json(folder, layout.GENERATION_CONFIG) if has_generation_config else {}
-    config_fields.reduce(layout.GENERATION_CONFIG, generation_config)
-    tokenizer, tokenizer_config = _read_tokenizer(folder, names, limits.vocabulary_bytes(config["vocab_size"]))
-
-    _, shards = package_weights(folder, names)
+    names = names or sorted(os.listdir(folder))
+    kinds = {name: layout.kind_of(name) for name in names}
+    config = checked_package_config(read_json(folder, layout.CONFIG))
+    limit_of = partial(
+        package_file_limit,
+        vocabulary=limits.vocabulary_bytes(config["vocab_size"]),
+        weights=limits.weight_bytes(config_fields.count_numbers(config)),
+    )
+    most = {name: limit for name in names if (limit := limit_of(name)) is not None}
+    for name, limit in most.items():
+        if (size := file_in(folder, name).stat().st_size) > limit:
+            raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
+    if sha256 is None:
+        sha256 = {name: sha256_in(folder, name) for name in most if hash_weights or kinds[name] != "weights"}
+    shards = package_weights(folder, names)
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     head = check_tensors(tensors, config)
     dtypes: dict[str, int] = {}
     for tensor in tensors.values():
         dtypes[FLOATS[tensor.dtype]] = dtypes.get(FLOATS[tensor.dtype], 0) + tensor.elements
 
-    code = _read_code(folder, names)
+    fields = {file: read_json(folder, file, limit=most[file]) for file in config_fields.REDUCED if file in names}
+    for file, held in fields.items():
+        config_fields.reduce(file, held)
+    tokenizer = fields.get(layout.TOKENIZER_CONFIG)
     record = read_record(folder) if layout.RECORD in names else None
+    parts = (*layout.REMOTE_CODE, layout.CARD, layout.RECORD, layout.GENERATION_CONFIG)
     used = {layout.WEIGHTS_INDEX, *shards}
     return PackageReport(
         source=source,
@@ -173,144 +178,65 @@ def _inspect(
         dtypes=dtypes,
         weight_files={name: (folder / name).stat().st_size for name in shards},
         head=head,
-        tied_embeddings=tied(config),
-        vocab_size=config["vocab_size"],
-        n_positions=config["n_positions"],
-        n_embd=config["n_embd"],
-        n_layer=config["n_layer"],
-        n_head=config["n_head"],
-        tokenizer=tokenizer,
-        has_generation_config=has_generation_config,
-        code=code,
-        auto_map=config["auto_map"],
-        versions=_versions(config, record),
-        record=record is not None,
-        missing=tuple(
-            name
-            for name in (*layout.REMOTE_CODE, layout.CARD, layout.RECORD, layout.GENERATION_CONFIG)
-            if name not in names
-        ),
-        changed=_changed(folder, names, record, hash_weights=hash_weights, sha256=sha256),
-        pickles=pickles,
+        tied_embeddings=config_fields.tied(config),
+        **{name: config[name] for name in config_fields.SIZES},
+        tokenizer=None if tokenizer is None else str(tokenizer.get("tokenizer_class")),
+        code=_read_code(folder, {name: sha256[name] for name in most if is_code(name)}),
+        versions={} if record is None else record.versions,
+        missing=tuple(name for name in parts if name not in names),
+        changed=() if record is None else _changed(record, names, sha256),
+        pickles=tuple(name for name in names if kinds[name] == "pickle"),
         foreign=tuple(
-            name
-            for name in names
-            if layout.kind_of(name) == "foreign" or (layout.kind_of(name) == "weights" and name not in used)
+            name for name in names if kinds[name] == "foreign" or (kinds[name] == "weights" and name not in used)
         ),
         unknown_fields={
-            file: unknown
-            for file, fields in (
-                (layout.CONFIG, config),
-                (layout.GENERATION_CONFIG, generation_config),
-                (layout.TOKENIZER_CONFIG, tokenizer_config),
-            )
-            if (unknown := config_fields.unknown_fields(file, fields))
+            file: unknown for file, held in fields.items() if (unknown := config_fields.unknown_fields(file, held))
         },
     )
 
 
-def _read_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> tuple[str | None, dict[str, Any]]:
-    """Return the tokenizer's class, if the package has a tokenizer, and its settings.
-
-    Refuses tokenizers that bring code, or that are read from other places. Vocabularies can be large, so they are not
-    read; only their size is compared with `vocabulary`, the most bytes.
-    """
-    files = [name for name in names if layout.kind_of(name) == "tokenizer"]
-    for name in files:
-        if name in (layout.SPECIAL_TOKENS_MAP, layout.ADDED_TOKENS):
-            config_fields.reduce(name, read_json(folder, name, limit=limits.TOKENIZER_SETTINGS_BYTES))
-        elif name == layout.TOKENIZER_CONFIG:
-            continue
-        else:
-            size = file_in(folder, name).stat().st_size
-            limit = limits.TOKENIZER_SETTINGS_BYTES if name in layout.TOKENIZER_SETTINGS else vocabulary
-            if size > limit:
-                raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
-    if layout.TOKENIZER_CONFIG not in files:
-        return None, {}
-    settings = read_json(folder, layout.TOKENIZER_CONFIG, limit=limits.TOKENIZER_SETTINGS_BYTES)
-    if "auto_map" in settings:
-        raise PackageError(
-            f"{layout.TOKENIZER_CONFIG} has auto_map {str(settings['auto_map'])[:300]}",
-            expected="a tokenizer of transformers' own, which brings no code",
-            next_step="save the package again with such a tokenizer",
-        )
-    # the class is only shown here, so any name is allowed; loading is strict about it
-    config_fields.reduce(layout.TOKENIZER_CONFIG, {k: v for k, v in settings.items() if k != "tokenizer_class"})
-    return str(settings.get("tokenizer_class"))[:80], settings
+def is_code(name: str) -> bool:
+    """Whether loading a package with a file of this name may run it."""
+    return name.endswith(layout.CODE_SUFFIXES) and name != layout.HANDLER
 
 
-def _read_code(folder: Path, names: Sequence[str]) -> tuple[CodeFile, ...]:
-    """Hash every file of code in the package, and refuse code that looks otherwise than it runs."""
+def _read_code(folder: Path, sha256: Mapping[str, str]) -> tuple[CodeFile, ...]:
+    """Say of each file of code which versions have it, and refuse code that a person cannot review."""
     installed, known = layout.installed_hashes(), releases()
-    files = []
-    for name in names:
-        if name.endswith(layout.CODE_SUFFIXES) and name != layout.HANDLER:
-            size = file_in(folder, name).stat().st_size
-            if size > limits.CODE_BYTES:
-                raise PackageError(
-                    f"{name!r} has {size:,} bytes", expected=f"at most {limits.CODE_BYTES:,}", next_step=AGAIN
-                )
-            digest = sha256_in(folder, name)
-            if name.endswith(".py"):
-                _refuse_disguises(name, (folder / name).read_bytes())
-            files.append(CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest, known)))
-    return tuple(files)
+    for name in sha256:
+        if name.endswith(".py") and (reasons := disguises((folder / name).read_bytes())):
+            raise PackageError(
+                f"{name!r} cannot be reviewed, since it looks otherwise than it runs: {reasons[0]}",
+                expected="code in UTF-8 with printable characters alone",
+                next_step="do not use this package",
+            )
+    return tuple(
+        CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest, known))
+        for name, digest in sha256.items()
+    )
 
 
-def _refuse_disguises(name: str, code: bytes) -> None:
-    """Refuse code that a person cannot review, because what an editor or a terminal shows is not what Python runs.
+def disguises(code: bytes) -> list[str]:
+    """Return why what an editor or a terminal shows of this code is not what Python runs; nothing for honest code.
 
     Python reads a file in the encoding that its first lines name (PEP 263), where every viewer shows UTF-8; a terminal
     obeys control characters, and characters that are not printable can reorder or hide what stands beside them.
-
-    Raises:
-        PackageError.
     """
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(code).readline)
-        text = code.decode("utf-8")
+        lines = code.decode("utf-8").replace("\r\n", "\n").replace("\t", " ").split("\n")
     except (SyntaxError, ValueError):
-        encoding, text = "unknown", ""
-    lines = text.replace("\r\n", "\n").replace("\t", " ").split("\n")
-    odd = next((number for number, line in enumerate(lines, 1) if not line.isprintable()), None)
-    if encoding != "utf-8" or odd is not None:
-        what = f"its line {odd}: {visible(lines[odd - 1])[:200]}" if odd is not None else f"its encoding, {encoding!r}"
-        raise PackageError(
-            f"{name!r} cannot be reviewed, since it looks otherwise than it runs, because of {what}",
-            expected="code in UTF-8 with printable characters alone",
-            next_step="do not use this package",
-        )
+        return ["it is not UTF-8, or declares an encoding that is none"]
+    found = []
+    if encoding != "utf-8":
+        found.append(f"it declares an encoding, {encoding}, by which Python reads other lines than these")
+    if odd := [f"{number}: {visible(line)[:200]}" for number, line in enumerate(lines, 1) if not line.isprintable()]:
+        found.append(f"characters that are not what they look like, in {len(odd)} lines, the first {odd[0]}")
+    return found
 
 
-def _versions(config: Mapping[str, Any], record: Record | None) -> dict[str, str]:
-    """Return the versions of the libraries that wrote the package."""
-    if record is not None:
-        return record.versions
-    version = config.get("transformers_version")
-    return {} if version is None else {"transformers": str(version)[:40]}
-
-
-def _changed(
-    folder: Path,
-    names: Sequence[str],
-    record: Record | None,
-    *,
-    hash_weights: bool,
-    sha256: Mapping[str, str] | None,
-) -> tuple[str, ...]:
-    """Return the files that differ from the record: changed, missing, or added since."""
-    if record is None:
-        return ()
+def _changed(record: Record, names: Sequence[str], sha256: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the files that differ from the record: changed, missing, or added since. Some may have no known hash."""
     here = {name for name in names if layout.written_by_save(name)} - {layout.CARD, layout.RECORD}
-    changed = (set(record.sha256) ^ here) - {layout.HANDLER}  # version 0.2.0 recorded its own
-    for name in here & set(record.sha256):
-        if sha256 is not None:
-            found = sha256[name]
-        elif hash_weights or layout.kind_of(name) != "weights":
-            found = sha256_in(folder, name)
-        else:
-            continue
-        if found != record.sha256[name]:
-            changed.add(name)
-    return tuple(sorted(changed))
+    changed = {name for name, saved in record.sha256.items() if sha256.get(name, saved) != saved}
+    return tuple(sorted(changed | ((set(record.sha256) ^ here) - {layout.HANDLER})))  # 0.2.0 recorded its own

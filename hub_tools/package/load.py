@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -26,19 +26,20 @@ from ..errors import (
     LoadError,
     MissingHeadError,
     OptionsError,
-    PackageError,
     TokenizerMismatchError,
     UnsavableModelError,
     UntrustedCodeError,
     as_ours,
 )
-from ..files import AGAIN, read_json
+from ..files import AGAIN
 from .inspect import PackageReport, inspect_stage
 from .record import Release, diff_command, release_of
-from .stage import Stage, checked_package_config, make_loadable, stage_package
+from .stage import Stage, make_loadable, stage_package
 from .tokenizer import load_tokenizer
 from .verify import does_not_run, refusals
-from .weights import build_model, not_finite, package_weights, read_weights
+from .weights import not_finite
+
+MODELING = layout.AUTO_MAP["AutoModel"].split(".")[0]
 
 if TYPE_CHECKING:
     import torch
@@ -114,80 +115,51 @@ def load_package(
         _refuse(package, MissingHeadError)
         release = _approve(package, reviewed)
         _refuse(replace(package, changed=tuple(sorted(set(package.changed) - set(reviewed)))), ChangedFileError)
-        installed = release is not None and release.sha256 == layout.installed_hashes()
-        code = () if installed else tuple(sorted(release.sha256 if release else package.code_sha256))
-        loadable = make_loadable(copy, code)
-        stored = max(package.dtypes, key=lambda name: package.dtypes[name])  # the body's: a head may differ
-        if installed:
-            model = load_model(copy, dtype=dtype or stored)
-        else:
-            model = _load_by_its_code(copy, package, code, dtype=dtype or stored)
+        code = release.sha256 if release else package.code_sha256
+        make_loadable(copy, () if code == layout.installed_hashes() else code)
+        model = _load(copy, package, code, dtype)
         _check_model(model, package, release, dtype)
         tokenizer = None
         if package.tokenizer is not None:
-            tokenizer = load_tokenizer(loadable, package.source, config=model.config)
+            tokenizer = load_tokenizer(copy.folder, package.source, config=model.config)
             _refuse_other_vocabulary(package, tokenizer)
     model.name_or_path = model.config._name_or_path = package.source
     model.config._commit_hash = package.commit
     return LoadedPackage(model, tokenizer, package.commit, release.version if release else None, package)
 
 
-def load_model(copy: Stage, *, dtype: torch.dtype | str, init_value_head: bool = False) -> GPT2ValueModel:
-    """Return the model of a package, by this installed version's classes: none of its code is run.
-
-    Args:
-        copy: of an inspected package, which `make_loadable` has reduced.
-        dtype: of the body, or torch's name of it; the head is float32.
-        init_value_head: give a package without its head a new one, whose values are 0.
-
-    Raises:
-        PackageError: what `build_model` raises, or a generation config that transformers refuses.
-    """
-    import torch
-    from transformers import GenerationConfig
-
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    main, _ = package_weights(copy.folder, copy.names)
-    # copies: the files that these tensors are views of are removed
-    tensors = {
-        name: tensor.to(torch.float32 if name.startswith(layout.HEAD_PREFIX) else dtype, copy=True)
-        for name, tensor in read_weights(copy.folder, main).items()
-    }
-    fields = checked_package_config(read_json(copy.folder, layout.CONFIG))
-    model = build_model(fields, tensors, init_value_head=init_value_head)
-    model.config.dtype = dtype
-    if layout.GENERATION_CONFIG in copy.names:
-        with as_ours(lambda gist: PackageError(f"{layout.GENERATION_CONFIG}: {gist}", next_step=AGAIN)):
-            model.generation_config = GenerationConfig.from_pretrained(copy.folder, local_files_only=True)
-    return model
-
-
-def _load_by_its_code(copy: Stage, package: PackageReport, code: Collection[str], *, dtype: Any) -> Any:
-    """Return the model of a package, by the package's own code, strictly."""
+def _load(copy: Stage, package: PackageReport, code: Mapping[str, str], dtype: torch.dtype | None) -> Any:
+    """Return the model of a reduced copy, strictly: by the installed classes if their code is the same."""
     import torch
 
-    with as_ours(lambda gist: _does_not_load(package, gist)):
+    def fails(gist: str) -> LoadError:
+        return LoadError(
+            f"{package.source} does not load, because of its weights or its config: {gist}",
+            expected="a package that loads strictly in this version of transformers",
+            next_step=AGAIN,
+        )
+
+    stored = max(package.dtypes, key=lambda name: package.dtypes[name])  # the body's: a head may differ
+    with as_ours(fails):
         model, info = _imported(copy, code).GPT2ValueModel.from_pretrained(
             copy.folder,
-            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            dtype=dtype or getattr(torch, stored),
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
         )
     lost = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
     if lost:
-        raise LoadError(
-            f"{package.source} loads, but not strictly: {str(lost)[:500]}",
-            expected="no key missing, unknown or of another shape",
-            next_step=AGAIN,
-        )
+        raise fails(f"keys that are missing, unknown or of another shape: {str(lost)[:500]}")
     return model.eval()
 
 
-def _imported(copy: Stage, code: Collection[str]) -> Any:
-    """Import the code that was hashed, from a private folder that lives as long as this process; return its model's
-    module. Nothing that lies in transformers' shared cache of modules is read, neither code nor compiled code."""
-    digest = hashlib.sha256(repr([(name, copy.sha256[name]) for name in sorted(code)]).encode()).hexdigest()
+def _imported(copy: Stage, code: Mapping[str, str]) -> Any:
+    """Return the module of the model: the installed one, or the code that was hashed, from a private folder that lives
+    as long as this process. Nothing that lies in transformers' shared cache of modules is read, compiled or not."""
+    if code == layout.installed_hashes():
+        return importlib.import_module(MODELING)
+    digest = hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()
     package = f"gpt2_value_code_{digest[:32]}"
     if package not in sys.modules:
         home = tempfile.TemporaryDirectory(prefix="gpt2-value-code-", ignore_cleanup_errors=True)
@@ -198,7 +170,7 @@ def _imported(copy: Stage, code: Collection[str]) -> Any:
         module = importlib.util.module_from_spec(spec)
         module.__dict__["_home"] = home  # removed when the process ends
         sys.modules[package] = module
-    return importlib.import_module(f"{package}.{layout.AUTO_MAP['AutoModel'].split('.')[0]}")
+    return importlib.import_module(f"{package}.{MODELING}")
 
 
 def _check_model(model: Any, package: PackageReport, release: Release | None, dtype: Any) -> None:
@@ -238,22 +210,15 @@ def _refuse_other_vocabulary(package: PackageReport, tokenizer: Any) -> None:
 
 def _checked(reviewed: Mapping[str, str] | None) -> dict[str, str]:
     """Check the reviewed hashes, and return them in lower case."""
-    if reviewed is None:
-        return {}
-    if not isinstance(reviewed, Mapping):
+    given = {} if reviewed is None else reviewed
+    is_table = isinstance(given, Mapping)
+    if not is_table or not all(re.fullmatch("[0-9a-fA-F]{64}", str(digest)) for digest in given.values()):
         raise OptionsError(
-            f"reviewed_sha256 is a {type(reviewed).__name__}",
-            expected="a mapping: file name -> SHA-256",
+            f"reviewed_sha256 is {str(reviewed)[:200]}",
+            expected="a mapping: file name -> SHA-256, 64 hexadecimal digits",
             next_step="gpt2-value inspect prints names and hashes",
         )
-    for name, digest in reviewed.items():
-        if not isinstance(digest, str) or not re.fullmatch("[0-9a-fA-F]{64}", digest):
-            raise OptionsError(
-                f"reviewed_sha256 has {str(digest)[:80]!r} for {name!r}",
-                expected="a SHA-256: 64 hexadecimal digits",
-                next_step="gpt2-value inspect prints names and hashes",
-            )
-    return {name: digest.lower() for name, digest in reviewed.items()}
+    return {name: digest.lower() for name, digest in given.items()}
 
 
 def _refuse(package: PackageReport, kind: type[GPT2ValueHubError]) -> None:
@@ -270,52 +235,20 @@ def _refuse(package: PackageReport, kind: type[GPT2ValueHubError]) -> None:
 def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> Release | None:
     """Return the release whose code the package has, or None if its code was reviewed; refuse any other code."""
     code = package.code_sha256
-    changed = [name for name, digest in reviewed.items() if code.get(name) != digest]
     release = release_of(code)
-    if release is None or changed:
-        installed = layout.installed_hashes()
-        unknown = sorted(
-            name for name, digest in code.items() if digest not in (reviewed.get(name), installed.get(name))
-        )
-        if unknown or changed:
-            raise _untrusted(package, code, unknown, changed)
-        if not reviewed:
-            raise PackageError(
-                f"{package.folder} has no {', '.join(name for name in layout.REMOTE_CODE if name not in code)}",
-                expected="all of the code that auto_map leads to",
-                next_step="GPT2ValueModel.from_pretrained(FOLDER) loads it without; then save_package writes it all",
-            )
-    return release
-
-
-def _untrusted(
-    package: PackageReport, code: Mapping[str, str], unknown: list[str], changed: list[str]
-) -> UntrustedCodeError:
-    what = [f"{name} (sha256 {code[name]}) is no released version's and was not reviewed" for name in unknown]
-    what += [
-        f"{name} has sha256 {code[name]}, not the reviewed one"
-        if name in code
-        else f"{name} was reviewed and is not there"
-        for name in changed
-        if name not in unknown
-    ]
-    to_read = sorted({*unknown, *(name for name in changed if name in code)})
+    known = {**(code if release else layout.installed_hashes()), **reviewed}
+    needed = reviewed if release or reviewed else known
+    wrong = [name for name in sorted({*code, *needed}) if code.get(name) != known.get(name)]
+    if not wrong:
+        return release
     where = f"{package.source} at {package.commit}" if package.commit else package.source
-    return UntrustedCodeError(
-        f"the code of {where} was not run: {'; '.join(what)}",
-        expected="a released version's code, or code that a person has read",
-        next_step=(
-            f"read it: {diff_command(package.source, package.commit)} , and if it is good pass "
-            f"reviewed_sha256={ {name: code[name] for name in to_read} }"
-            if to_read
-            else "review the package again: gpt2-value inspect"
-        ),
-    )
-
-
-def _does_not_load(package: PackageReport, gist: str) -> GPT2ValueHubError:
-    return LoadError(
-        f"{package.source} does not load, because of its weights or its config: {gist}",
-        expected="a package that this version of transformers can load",
-        next_step=AGAIN,
+    to_read = {name: code[name] for name in wrong if name in code}
+    raise UntrustedCodeError(
+        f"the code of {where} was not run, since no release has it and it was not reviewed: "
+        + ", ".join(f"{name} (sha256 {code[name]})" if name in code else f"{name} (not there)" for name in wrong),
+        expected="a released version's code, all of it, or code that a person has read",
+        next_step=f"read it: {diff_command(package.source, package.commit)} , and if it is good pass "
+        f"reviewed_sha256={to_read}"
+        if to_read
+        else "review the package again: gpt2-value inspect",
     )

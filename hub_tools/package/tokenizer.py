@@ -50,16 +50,13 @@ def try_in_a_process(folder: Path, source: str) -> None:
         done = run_limited(
             SCRIPT,
             str(folder),
-            str(limits.TOKENS_PER_CHARACTER),
+            str(limits.TEXT_GROWTH),
             str(limits.TOKEN_CHARACTERS),
             *search_path_of("tokenizers"),
             limits={"RLIMIT_AS": limits.TOKENIZER_MEMORY, "RLIMIT_CPU": int(limits.TOKENIZER_SECONDS)},
             seconds=seconds,
             # one thread, because every thread takes address space, and that is limited
             environment={"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
         )
     except subprocess.TimeoutExpired:
         what = f"that did not end in {seconds:g} s"

@@ -269,8 +269,6 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
                 seconds=timeout,
                 environment=environment,
                 input=json.dumps(job),
-                text=True,
-                errors="replace",
                 cwd=home,
             )
         except subprocess.TimeoutExpired as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +50,9 @@ class Head:
     shape: tuple[int, ...]
     dtype: str
 
-    def describe(self) -> str:
-        return f"{list(self.shape)} {self.dtype}" if self.shape else "no projection: the value is the hidden state"
 
-
-def read_header(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read which tensors a safetensors file holds, and its metadata; the numbers are not read. Needs no torch.
+def read_header(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read which tensors a safetensors file holds; the numbers are not read. Needs no torch.
 
     Raises:
         PackageError: see `files.file_in`; or the header is truncated, oversized or not valid, or does not describe the
@@ -75,18 +71,17 @@ def read_header(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, s
             expected="the weights themselves",
             next_step="fetch them, in the checkout that this is: git lfs pull; or download the repository: hf download",
         )
-    (length,) = struct.unpack("<Q", start[:8].ljust(8, b"\0"))
+    length = int.from_bytes(start[:8], "little")
     if length > limits.HEADER_BYTES:
         raise corrupt(f"its header claims {length:,} bytes, and may have {limits.HEADER_BYTES:,}")
     with as_ours(corrupt), safe_open(folder / name, framework="numpy") as file:  # numpy: torch is not imported
         slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118  # it is no dict
         found = {tensor: Tensor(each.get_dtype(), tuple(each.get_shape())) for tensor, each in slices.items()}
-        metadata = file.metadata() or {}
     for tensor, each in found.items():
         # torch fails also where a tensor of such sides holds nothing
         if math.prod(max(side, 1) for side in each.shape) >= 1 << 48 or len(each.shape) > 8:
             raise corrupt(f"tensor {tensor[:120]!r} of shape {str(each.shape)[:80]}")
-    return found, metadata
+    return found
 
 
 def read_headers(folder: Path, name: str, *, pattern: re.Pattern[str] = ANY_SHARD) -> dict[str, dict[str, Tensor]]:
@@ -101,9 +96,9 @@ def read_headers(folder: Path, name: str, *, pattern: re.Pattern[str] = ANY_SHAR
         PackageError: see `read_header`; or the index and its files disagree.
     """
     if not name.endswith(".json"):
-        return {name: read_header(folder, name)[0]}
+        return {name: read_header(folder, name)}
     weight_map = checked_shards(read_json(folder, name, limit=limits.INDEX_BYTES), pattern=pattern)
-    shards = {shard: read_header(folder, shard)[0] for shard in sorted(set(weight_map.values()))}
+    shards = {shard: read_header(folder, shard) for shard in sorted(set(weight_map.values()))}
     held = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
     if held != weight_map or sum(map(len, shards.values())) != len(held):
         wrong = sorted(set(held.items()) ^ set(weight_map.items())) or [("a tensor", "two shards")]
@@ -129,47 +124,36 @@ def read_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     found: dict[str, torch.Tensor] = {}
-    for file in read_headers(folder, name):
-        with as_ours(
-            lambda gist, file=file: PackageError(  # type: ignore[misc]
-                f"{file} cannot be read: {gist}", expected="a safetensors file", next_step=AGAIN
-            )
-        ):
+    with as_ours(
+        lambda gist: PackageError(f"{name} cannot be read: {gist}", expected="a safetensors file", next_step=AGAIN)
+    ):
+        for file in read_headers(folder, name):
             found |= load_file(folder / file)
     return found
 
 
-def package_weights(folder: Path, names: Sequence[str]) -> tuple[str, dict[str, dict[str, Tensor]]]:
-    """Return the weight file of a package, or its index of shards; and which tensors each file holds.
+def package_weights(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Return which tensors each weight file of a package holds: file -> tensor -> type and shape.
 
     Raises:
-        PackageError: no weights, weights of two models, only a pickle, or files that transformers would not read.
+        PackageError: no weights, weights of two models, only a pickle; or what `read_headers` raises.
     """
-    if layout.WEIGHTS in names and layout.WEIGHTS_INDEX in names:
+    main = [name for name in (layout.WEIGHTS, layout.WEIGHTS_INDEX) if name in names]
+    if len(main) > 1:
         raise PackageError(
-            f"both {layout.WEIGHTS} and {layout.WEIGHTS_INDEX} are there, which may be two different models",
+            f"both {main[0]} and {main[1]} are there, which may be two different models",
             expected="one of them",
             next_step="remove the stale one, or write the package again with hub_tools.save_package",
         )
-    pickles = [name for name in names if layout.kind_of(name) == "pickle"]
-    if layout.WEIGHTS not in names and layout.WEIGHTS_INDEX not in names:
+    if not main:
+        pickles = [name for name in names if layout.kind_of(name) == "pickle"]
         raise PackageError(
-            f"the only weights are pickles, which were not opened: {', '.join(map(repr, pickles[:5]))}"
-            if pickles
-            else f"{layout.WEIGHTS} is not in {folder}",
+            f"{layout.WEIGHTS} is not in {folder}"
+            + (f"; the only weights are pickles, which were not opened: {pickles[:5]}" if pickles else ""),
             expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
             next_step="gpt2-value convert FOLDER OUT reads pickles without running them" if pickles else AGAIN,
         )
-    main = layout.WEIGHTS if layout.WEIGHTS in names else layout.WEIGHTS_INDEX
-    shards = read_headers(folder, main, pattern=layout.SHARD)
-    for file in shards:
-        if read_header(folder, file)[1].get("format") != "pt":  # transformers reads no others
-            raise PackageError(
-                f"{file}: its metadata does not say which framework wrote it",
-                expected="{'format': 'pt'}",
-                next_step=AGAIN,
-            )
-    return main, shards
+    return read_headers(folder, main[0], pattern=layout.SHARD)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Head | None:
@@ -186,15 +170,12 @@ def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> H
             next_step=AGAIN,
         )
     expected = expected_shapes(config)
-    head_names = {name for name in expected if name.startswith(layout.HEAD_PREFIX)}
-    unknown = sorted(set(tensors) - set(expected))
-    missing = sorted(set(expected) - set(tensors))
-    if head_names and not any(name.startswith(layout.HEAD_PREFIX) for name in tensors):
-        missing = [name for name in missing if name not in head_names]  # no head at all is reported, not refused
-    if unknown or missing:
-        what = f"unknown tensors: {unknown[:5]}" if unknown else f"missing tensors: {missing[:5]}"
+    of_head = {name for name in expected if name.startswith(layout.HEAD_PREFIX)}
+    has_head = not of_head or any(name.startswith(layout.HEAD_PREFIX) for name in tensors)
+    # no head at all is reported, not refused
+    if wrong := sorted(set(tensors) ^ (set(expected) if has_head else set(expected) - of_head)):
         raise PackageError(
-            f"{what} ({len(unknown)} unknown, {len(missing)} missing)",
+            f"{len(wrong)} tensors are missing or unknown: {wrong[:5]}",
             expected="exactly the tensors that config.json calls for",
             next_step=AGAIN,
         )
@@ -205,23 +186,20 @@ def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> H
                 expected=f"shape {list(expected[name])}, in one of {sorted(FLOATS)}",
                 next_step=AGAIN,
             )
-    if not head_names:
-        return Head((), "")
-    head = tensors.get(layout.HEAD_PREFIX + "summary.weight")
-    return Head(head.shape, FLOATS[head.dtype]) if head is not None else None
+    if not has_head:
+        return None
+    head = tensors.get(f"{layout.HEAD_PREFIX}summary.weight")
+    return Head(head.shape, FLOATS[head.dtype]) if head else Head((), "")
 
 
-def build_model(
-    config: GPT2ValueConfig | Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, init_value_head: bool = False
-) -> GPT2ValueModel:
+def build_model(config: GPT2ValueConfig, tensors: Mapping[str, torch.Tensor]) -> GPT2ValueModel:
     """Return a model of this installed version's class that holds exactly these tensors, in eval mode.
 
     The tensors become its parameters: they are not copied, and keep their dtypes and device. No random number is drawn.
 
     Args:
-        config: of the model, or the fields that `config.checked_config` returned.
+        config: of the model.
         tensors: every tensor of the model's state dict; `lm_head.weight` may be left out where it is tied.
-        init_value_head: the head's may be left out too; then it starts with the value 0.
 
     Raises:
         PackageError: a configuration that the model cannot have, or tensors that are missing, unknown, or of another
@@ -229,34 +207,23 @@ def build_model(
     """
     import torch
 
-    from configuration_gpt2_value import GPT2ValueConfig
     from modeling_gpt2_value import GPT2ValueModel
 
-    def misfit(gist: str) -> PackageError:
-        return PackageError(
+    with as_ours(
+        lambda gist: PackageError(
             f"these weights and this config are not one model: {gist}",
             expected="the tensors that config.json calls for",
             next_step=AGAIN,
         )
-
-    with as_ours(misfit):
-        if isinstance(config, Mapping):
-            plain = config.get("model_type") != layout.MODEL_TYPE
-            fields = {name: value for name, value in config.items() if not (plain and name == "model_type")}
-            config = GPT2ValueConfig.from_dict(fields)
+    ):
         with torch.device("meta"):
             model = GPT2ValueModel(config)
-        tied = model.config.tie_word_embeddings
         state = dict(tensors)
         device = state["transformer.wte.weight"].device
-        if tied:
+        if model.config.tie_word_embeddings:
             state["lm_head.weight"] = state["transformer.wte.weight"]
-        for name, weight in model.v_head.named_parameters(prefix="v_head"):
-            if init_value_head and name not in state:
-                state[name] = torch.zeros_like(weight, device=device)
         model.load_state_dict(state, assign=True)
-        if tied:
-            model.tie_weights()
+        model.tie_weights()
         for name, buffer in list(model.named_buffers()):  # causal masks, which transformers 4 and 5.0 keep beside them
             owner, _, attribute = name.rpartition(".")
             mask = torch.ones(buffer.shape, dtype=torch.bool, device=device).tril() if buffer.dim() else None
