@@ -12,13 +12,13 @@ import torch
 from conftest import make_tiny_model, plain_twin, write_published_checkpoint
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
+from support.settings import assert_close
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    GPT2Model,
     TextIteratorStreamer,
     pipeline,
 )
@@ -28,17 +28,15 @@ from generation_gpt2_value import respond_to_batch
 from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel, GPT2ValueOutput, ValueHead
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9], [7, 7, 2, 64, 33, 12]])
+ONES = torch.ones_like(IDS)
 FORWARD = inspect.signature(GPT2LMHeadModel.forward).parameters
-# transformers 5.24 renames it.
-CACHE = "cache" if "cache" in inspect.signature(GPT2Model.forward).parameters else "past_key_values"
+CACHE = "cache" if "cache" in FORWARD else "past_key_values"  # transformers 5.24 renames it
 
 
 def padded(amount, side="left"):
     """IDS with padding, and the mask."""
-    pad, zero = torch.full((2, amount), 95), torch.zeros((2, amount), dtype=torch.long)
-    pairs = ((pad, zero), (IDS, torch.ones_like(IDS)))
-    ids, masks = zip(*(pairs if side == "left" else pairs[::-1]), strict=True)
-    return torch.cat(ids, 1), torch.cat(masks, 1)
+    columns = (amount, 0) if side == "left" else (0, amount)
+    return torch.nn.functional.pad(IDS, columns, value=95), torch.nn.functional.pad(ONES, columns)
 
 
 # The same numbers as GPT-2
@@ -46,31 +44,28 @@ def padded(amount, side="left"):
 
 def test_every_argument_of_gpt2_gives_what_gpt2_gives():
     model, crossing = (make_tiny_model(attn_implementation="eager", add_cross_attention=c) for c in (False, True))
-    twin = plain_twin(model)
     labels, encoder = IDS.masked_fill(IDS == 7, -100), torch.randn(2, 3, 32)
+    embeddings = model.transformer.wte(IDS)
+    encoder_mask = torch.tensor([[1, 1, 0]] * 2)
     each = {
         "input_ids": {},
-        "inputs_embeds": {"input_ids": None, "inputs_embeds": twin.transformer.wte(IDS)},
-        "attention_mask": {"attention_mask": torch.ones_like(IDS)},
-        "token_type_ids": {"token_type_ids": torch.ones_like(IDS)},
+        "inputs_embeds": {"input_ids": None, "inputs_embeds": embeddings},
+        "attention_mask": {"attention_mask": ONES},
+        "token_type_ids": {"token_type_ids": ONES},
         "position_ids": {"position_ids": torch.arange(6).flip(0)[None]},
         "encoder_hidden_states": {"encoder_hidden_states": encoder},
-        "encoder_attention_mask": {
-            "encoder_hidden_states": encoder,
-            "encoder_attention_mask": torch.tensor([[1, 1, 0]] * 2),
-        },
-        "labels": {"labels": labels},
+        "encoder_attention_mask": {"encoder_hidden_states": encoder, "encoder_attention_mask": encoder_mask},
+        "labels": {"labels": labels, "output_hidden_states": True},
         "logits_to_keep": {"logits_to_keep": 2},
         "use_cache": {"use_cache": False},
         "output_hidden_states": {"output_hidden_states": True},
         "output_attentions": {"output_attentions": True},
         "head_mask": {"head_mask": torch.tensor([[1.0, 0, 1, 0]] * 2)} if "head_mask" in FORWARD else {},
-        "return_dict": {"return_dict": False},
+        "return_dict": {"labels": labels, "return_dict": False},
         "some logits": {"logits_to_keep": torch.tensor([0, 3])},
         "shift_labels": {"labels": labels, "shift_labels": IDS.roll(-1, 1)},
         "num_items_in_batch": {"labels": labels, "num_items_in_batch": 5},
         "cache_position": {"cache_position": torch.arange(6)},
-        "everything": {"labels": labels, "output_hidden_states": True, "output_attentions": True},
     }
     assert set(FORWARD) - {"self", "kwargs", "past_key_values", "cache"} <= set(each)
     for name, arguments in each.items():
@@ -79,20 +74,20 @@ def test_every_argument_of_gpt2_gives_what_gpt2_gives():
         plain.loss_type = "ForCausalLM"
         ours, theirs = own(**{"input_ids": IDS, **arguments}), plain(**{"input_ids": IDS, **arguments})
         if name != "return_dict":
+            assert isinstance(ours, GPT2ValueOutput)
             assert list(ours) == [*theirs, "value"], name
-            assert ours.value.shape == IDS.shape
-            ours, theirs = ours.to_tuple()[:-1], theirs.to_tuple()
-        for a, b in zip(ours, theirs, strict=False):
+            ours, theirs = ours.to_tuple(), theirs.to_tuple()
+        assert ours[-1].shape == IDS.shape
+        for a, b in zip(ours[:-1], theirs, strict=True):
             for x, y in zip(*((t if isinstance(t, tuple) else (t,)) for t in (a, b)), strict=True):
                 assert torch.equal(x, y) if isinstance(x, torch.Tensor) else type(x) is type(y), name
 
 
 def test_an_argument_that_nobody_knows_yet_is_handed_on(tiny_model):
     """As generate(tokenizer=...), outlines and pipelines do; what GPT-2 does with it, it does here."""
-    expected = tiny_model(IDS).logits
     for arguments in ({"tokenizer": object()}, {"argument_of_next_year": 1}):
         try:
-            plain_twin(tiny_model)(IDS, **arguments)
+            expected = plain_twin(tiny_model)(IDS, **arguments).logits
         except TypeError:
             with pytest.raises(TypeError):
                 tiny_model(IDS, **arguments)
@@ -100,34 +95,24 @@ def test_an_argument_that_nobody_knows_yet_is_handed_on(tiny_model):
             assert torch.equal(tiny_model(IDS, **arguments).logits, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_gpt2s_bit_for_bit(dtype):
+def test_logits_are_gpt2s_bit_for_bit():
     for attention in ("eager", "sdpa"):
-        model = make_tiny_model(attn_implementation=attention).to(dtype)
-        twin = plain_twin(model).to(dtype)
-        assert model.config._attn_implementation == twin.config._attn_implementation == attention
-        assert torch.equal(model(IDS).logits, twin(IDS).logits)
+        for dtype in (torch.float32, torch.bfloat16):
+            model = make_tiny_model(attn_implementation=attention).to(dtype)
+            twin = plain_twin(model).to(dtype)
+            assert model.config._attn_implementation == twin.config._attn_implementation == attention
+            assert torch.equal(model(IDS).logits, twin(IDS).logits)
 
 
 def test_the_state_dict_and_the_seeded_weights_are_gpt2s_and_the_head(tiny_config):
-    torch.manual_seed(3)
-    ours = GPT2ValueModel(tiny_config).state_dict()
-    torch.manual_seed(3)
-    theirs = GPT2LMHeadModel(
-        GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=96, n_positions=64, eos_token_id=0)
-    ).state_dict()
+    states = []
+    for cls in (GPT2ValueModel, GPT2LMHeadModel):
+        torch.manual_seed(3)
+        fields = {name: getattr(tiny_config, name) for name in ("n_layer", "n_embd", "n_head", "vocab_size")}
+        states.append(cls(GPT2Config(**fields, n_positions=64, eos_token_id=0)).state_dict())
+    ours, theirs = states
     assert ours.keys() - theirs.keys() == {"v_head.summary.weight", "v_head.summary.bias"}
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
-
-
-def test_the_tuple_has_the_outputs_order(tiny_model):
-    items = tiny_model(IDS, labels=IDS, output_hidden_states=True, return_dict=False)
-    output = tiny_model(IDS, labels=IDS, output_hidden_states=True)
-    assert isinstance(output, GPT2ValueOutput)
-    assert torch.equal(items[0], output.loss)
-    assert torch.equal(items[1], output.logits)
-    assert torch.equal(items[-1], output.value)
-    assert len(items) == len(list(output)) == 5
 
 
 def test_nothing_is_said_and_nothing_of_tomorrow_is_called(tiny_model, transformers_log):
@@ -137,7 +122,7 @@ def test_nothing_is_said_and_nothing_of_tomorrow_is_called(tiny_model, transform
         tiny_model(IDS, labels=IDS).loss.backward()
         tiny_model(IDS[:, 4:], **{CACHE: tiny_model(IDS[:, :4]).past_key_values if CACHE != "cache" else None})
         tiny_model.rescore(tiny_model.rollout(list(IDS), max_new_tokens=3))
-        tiny_model.generate(IDS, max_new_tokens=2, pad_token_id=0, attention_mask=torch.ones_like(IDS))
+        tiny_model.generate(IDS, max_new_tokens=2, pad_token_id=0, attention_mask=ONES)
     assert not transformers_log.records
 
 
@@ -162,8 +147,8 @@ def test_padding_changes_nothing(side, attention):
     for amount in (1, 20):
         ids, mask = padded(amount, side)
         output = model(ids, attention_mask=mask)
-        torch.testing.assert_close(output.logits[mask.bool()], alone.logits.flatten(0, 1), atol=1e-5, rtol=0)
-        torch.testing.assert_close(output.value[mask.bool()], alone.value.flatten(), atol=1e-5, rtol=0)
+        assert_close(output.logits[mask.bool()], alone.logits.flatten(0, 1))
+        assert_close(output.value[mask.bool()], alone.value.flatten())
         assert output.value.isfinite().all()
 
 
@@ -179,8 +164,8 @@ def test_a_cache_gives_the_same_numbers_with_padding_or_without(tiny_model):
         first = tiny_model(tokens[:, :cut], attention_mask=None if seen is None else seen[:, :cut], use_cache=True)
         rest = tiny_model(tokens[:, cut:], attention_mask=seen, **{CACHE: cache_of(first)})
         n = tokens.shape[1] - cut
-        torch.testing.assert_close(rest.logits, whole.logits[:, -n:], atol=1e-5, rtol=0)
-        torch.testing.assert_close(rest.value, whole.value[:, -n:], atol=1e-5, rtol=0)
+        assert_close(rest.logits, whole.logits[:, -n:])
+        assert_close(rest.value, whole.value[:, -n:])
 
 
 def test_a_mask_of_the_new_tokens_only_is_refused_whatever_the_cache_is_called(tiny_model):
@@ -195,13 +180,10 @@ def test_a_mask_of_the_new_tokens_only_is_refused_whatever_the_cache_is_called(t
 # The head
 
 
-def test_a_new_head_says_exactly_zero(tiny_config):
+def test_a_head_starts_with_the_configured_spread_and_at_zero_by_default(tiny_config):
     value = GPT2ValueModel(tiny_config).eval()(IDS).value
     assert value.dtype == torch.float32
     assert (value == 0).all()
-
-
-def test_the_head_starts_with_the_configured_spread(tmp_path):
     model = make_tiny_model(n_embd=256, value_head_initializer_range=0.3)
     assert 0.25 < model.v_head.summary.weight.std() < 0.35
     assert not model.v_head.summary.bias.any()
@@ -228,15 +210,14 @@ def test_the_head_computes_in_float32(dtype, tmp_path):
         assert loaded.transformer.wte.weight.dtype == dtype
 
 
-def test_a_head_without_projection_to_one_label_gives_hidden_sizes_and_no_rollout():
+@pytest.mark.parametrize("field", ["summary_use_proj", "summary_proj_to_labels"])
+def test_a_head_without_projection_to_one_label_gives_hidden_sizes_and_no_rollout(field):
     drawn = make_tiny_model().rollout(list(IDS), max_new_tokens=2)
-    for fields in ({"summary_use_proj": False}, {"summary_proj_to_labels": False}):
-        model = make_tiny_model(**fields)
-        assert model(IDS).value.shape == (*IDS.shape, 32)
-        for use in (lambda m=model: m.rollout(list(IDS), max_new_tokens=2), lambda m=model: m.rescore(drawn)):
-            with pytest.raises(ValueError, match="one scalar for each token"):
-                use()
-    assert isinstance(make_tiny_model(summary_use_proj=False).v_head.summary, torch.nn.Identity)
+    model = make_tiny_model(**{field: False})
+    assert model(IDS).value.shape == (*IDS.shape, 32)
+    for use, given in ((model.rollout, list(IDS)), (model.rescore, drawn)):
+        with pytest.raises(ValueError, match="one scalar for each token"):
+            use(given)
 
 
 @pytest.mark.parametrize("field", ["summary_first_dropout", "summary_last_dropout"])
@@ -254,34 +235,32 @@ def test_the_heads_dropouts_act_in_training_only(field):
         assert 4 < outputs.std() < 8  # sum of 32 draws from {0, 2}: sqrt(32)
 
 
-def body_gradient(model):
+def body_learns(model):
+    """Whether the gradient of the values reaches the body; it always reaches the head."""
     model.zero_grad()
     model(IDS, return_dict=True).value.sum().backward()
-    return model.transformer.h[0].mlp.c_fc.weight.grad
+    assert model.v_head.summary.weight.grad.abs().sum() > 0
+    return model.transformer.h[0].mlp.c_fc.weight.grad is not None
 
 
-def test_detaching_stops_the_gradient_at_the_head_and_is_saved(tiny_model, tmp_path):
-    assert body_gradient(tiny_model).abs().sum() > 0
+def test_detaching_stops_the_gradient_at_the_head_and_is_saved_and_copied(tiny_model, tmp_path):
+    assert body_learns(tiny_model)
+    twins = copy.deepcopy(tiny_model), pickle.loads(pickle.dumps(tiny_model))
     tiny_model.detach_head()  # the seed's word; it is detach_value_head
     tiny_model.save_pretrained(tmp_path)
-    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    for each in (tiny_model, model):
+    for each in (tiny_model, AutoModel.from_pretrained(tmp_path, trust_remote_code=True)):
         assert each.config.detach_value_head is True
-        assert body_gradient(each) is None
-        assert each.v_head.summary.weight.grad.abs().sum() > 0
+        assert not body_learns(each)
         each.attach_value_head()
-        assert body_gradient(each).abs().sum() > 0
-
-
-def test_a_model_can_be_copied_and_pickled(tiny_model):
-    for twin in (copy.deepcopy(tiny_model), pickle.loads(pickle.dumps(tiny_model))):
+        assert body_learns(each)
+    for twin in twins:
         assert torch.equal(twin(IDS).value, tiny_model(IDS).value)
         twin.detach_value_head()
-        assert body_gradient(twin) is None
-        assert tiny_model.config.detach_value_head is False
+        assert not body_learns(twin)
+    assert body_learns(tiny_model)
 
 
-# Loading
+# Loading and saving
 
 
 @pytest.mark.parametrize("safetensors", [True, False])
@@ -297,34 +276,26 @@ def test_a_published_checkpoint_of_any_size_loads_without_a_word(tmp_path, safet
         assert not model.training
 
 
-def lose(folder, *keys):
-    weights = load_file(folder / "model.safetensors")
-    save_file({k: w for k, w in weights.items() if k not in keys}, folder / "model.safetensors", {"format": "pt"})
+LOST = {
+    "whole": {"v_head.summary.weight": None, "v_head.summary.bias": None},
+    "half": {"v_head.summary.bias": None},
+    "another shape": {"v_head.summary.weight": torch.ones(2, 32)},
+}
 
 
-@pytest.mark.parametrize("keys", [("v_head.summary.weight", "v_head.summary.bias"), ("v_head.summary.bias",)])
-def test_a_package_without_its_head_is_refused(tiny_model, tmp_path, keys):
+@pytest.mark.parametrize("how", LOST)
+def test_a_package_without_its_head_is_refused(tiny_model, tmp_path, how):
     tiny_model.save_pretrained(tmp_path)
-    lose(tmp_path, *keys)
-    for load in (
-        lambda **more: GPT2ValueModel.from_pretrained(tmp_path, **more),
-        lambda **more: AutoModel.from_pretrained(tmp_path, trust_remote_code=True, **more),
-    ):
-        with pytest.raises(ValueError, match=re.escape("v_head.summary.bias") + ".*init_value_head=True"):
-            load()
-        assert torch.equal(load(init_value_head=True)(IDS).logits, tiny_model(IDS).logits)
-
-
-def test_a_head_of_another_shape_is_refused_even_when_mismatches_are_ignored(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["v_head.summary.weight"] = torch.ones(2, 32)
+    weights = {**load_file(tmp_path / "model.safetensors"), **LOST[how]}
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="another shape"):
-        GPT2ValueModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
-
-
-# Saving
+    for load, more in (
+        (GPT2ValueModel.from_pretrained, {"ignore_mismatched_sizes": True}),
+        (AutoModel.from_pretrained, {"ignore_mismatched_sizes": True, "trust_remote_code": True}),
+    ):
+        with pytest.raises(ValueError, match=re.escape("v_head.summary.") + ".*init_value_head=True"):
+            load(tmp_path, **more)
+        assert torch.equal(load(tmp_path, init_value_head=True, **more)(IDS).logits, tiny_model(IDS).logits)
 
 
 def test_save_and_load_again_and_again_loses_nothing(tiny_model, tmp_path, transformers_log):
@@ -335,13 +306,12 @@ def test_save_and_load_again_and_again_loses_nothing(tiny_model, tmp_path, trans
         assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
         topics = ("configuration", "decoding", "generation", "modeling", "sampling", "scoring")
         assert {path.name for path in folder.glob("*.py")} == {f"{topic}_gpt2_value.py" for topic in topics}
-        assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "gpt2_value"
         model, info = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         assert type(model).__module__.startswith("transformers_modules")
         assert torch.equal(model(IDS).logits, expected.logits)
-        torch.testing.assert_close(model(IDS).value, expected.value, atol=1e-6, rtol=0)
+        assert_close(model(IDS).value, expected.value, 1e-6)
     assert not transformers_log.records
 
 
@@ -352,7 +322,7 @@ def test_embeddings_stay_tied_through_resizing_and_saving(tiny_model, tmp_path):
     for each in (tiny_model, model):
         assert each.lm_head.weight is each.transformer.wte.weight
         assert each(IDS).logits.shape[-1] == each.config.vocab_size == 100
-    torch.testing.assert_close(model(IDS).value, tiny_model(IDS).value, atol=1e-6, rtol=0)
+    assert_close(model(IDS).value, tiny_model(IDS).value, 1e-6)
 
 
 # The config
@@ -374,7 +344,6 @@ def test_embeddings_stay_tied_through_resizing_and_saving(tiny_model, tmp_path):
         ("num_labels", 2),
         ("detach_value_head", 1),
         ("value_head_initializer_range", -1.0),
-        ("value_head_initializer_range", "0.1"),
         ("layer_norm_epsilon", 0.0),
     ],
 )
@@ -385,16 +354,14 @@ def test_a_bad_field_is_refused_by_name(field, value):
 
 def test_every_field_survives_save_and_load(tmp_path):
     fields = {"n_layer": 3, "n_ctx": 1024, "summary_activation": "tanh", "summary_last_dropout": 0.25}
-    fields |= {"detach_value_head": True, "value_head_initializer_range": 0.1}
+    fields |= {"detach_value_head": True, "value_head_initializer_range": 0.1, "num_labels": 1}
     config = GPT2ValueConfig(**fields)
     config.auto_map = {"AutoConfig": "somebody/else--configuration_gpt2_value.GPT2ValueConfig"}
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
-    assert all((tmp_path / f"{name.split('.')[0]}.py").is_file() for name in AUTO_MAP.values())
     auto = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     for loaded in (GPT2ValueConfig.from_pretrained(tmp_path), auto):
         assert {name: getattr(loaded, name) for name in fields} == fields
-        assert loaded.num_labels == 1
 
 
 def test_a_plain_gpt2_config_loses_only_what_says_which_class_it_is_for(tmp_path):
@@ -444,7 +411,7 @@ def test_generate_with_left_padding_a_streamer_or_a_draft_gives_what_the_prompt_
     alone = tiny_model.generate(IDS, **arguments)
     ids, mask = padded(3)
     assert torch.equal(tiny_model.generate(ids, attention_mask=mask, **arguments)[:, 3:], alone)
-    streamer = TextIteratorStreamer(tiny_tokenizer, skip_prompt=True, timeout=10)
+    streamer = TextIteratorStreamer(tiny_tokenizer, skip_prompt=True)
     tiny_model.generate(IDS[:1], streamer=streamer, **arguments)
     assert "".join(streamer) == tiny_tokenizer.decode(alone[0, 6:])
     for draft in (plain_twin(tiny_model), make_tiny_model(seed=1)):
@@ -477,11 +444,6 @@ def test_the_cells_in_order(tiny_tokenizer, tmp_path):
     assert logits.shape == (1, tokens, 96)
     assert values.shape == (1, tokens)
     assert [type(item).__name__ for item in model(input_ids, use_cache=False)] == ["Tensor", "Tensor"]
-    assert torch.equal(model(input_ids, lm_labels=input_ids)[0], model(input_ids, labels=input_ids)[0])
-
-    pred_ids = torch.argmax(logits, dim=-1)
-    pairs = [(tokenizer.decode(input_ids[:, i]), tokenizer.decode(pred_ids[:, i])) for i in range(tokens)]
-    assert len(pairs) == tokens
 
     queries = torch.cat([tokenizer.encode(text, return_tensors="pt") for text in ("My most", "My best")])
     responses = respond_to_batch(model, queries, txt_len=10)
@@ -493,5 +455,5 @@ def test_the_cells_in_order(tiny_tokenizer, tmp_path):
 
     model.save_pretrained(tmp_path / "package")
     loaded = AutoModel.from_pretrained(tmp_path / "package", trust_remote_code=True)
-    torch.testing.assert_close(loaded(IDS).value, model(IDS)[-1], atol=1e-6, rtol=0)
+    assert_close(loaded(IDS).value, model(IDS)[-1], 1e-6)
     assert torch.equal(GPT2HeadWithValueModel.from_pretrained(tmp_path / "package")(IDS)[0], model(IDS)[0])

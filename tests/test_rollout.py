@@ -7,72 +7,51 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_tiny_model, plain_twin, sampling_logprobs
+from conftest import make_tiny_model, plain_twin
 from scipy import stats
-from support.settings import EOS, RAGGED, seeded
+from support.settings import EOS, RAGGED, assert_as_drawn, assert_close, by_hand, seeded
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM
 
 from generation_gpt2_value import Rollout, respond_to_batch, rollout
-from sampling_gpt2_value import Sampling, as_mask, compact, draw, kept_set, sampling_distribution
+from sampling_gpt2_value import Sampling, draw, sampling_distribution
 from scoring_gpt2_value import rescore
 
 # Sampling is exact
 
 
-def chi_square_p(counts, expected):
-    """The p-value; cells that expect fewer than 5 are pooled, and impossible ones must be empty."""
-    assert counts[expected == 0].sum() == 0
-    small = expected < 5
-    observed = torch.cat([counts[~small], counts[small].sum()[None]])
-    wanted = torch.cat([expected[~small], expected[small].sum()[None]])
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    return stats.chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue
-
-
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"temperature": 2.0, "top_k": 4, "top_p": 0.8},
+        {"eos_token_id": None},
+        {"temperature": 2.0, "top_k": 4, "top_p": 0.8, "eos_token_id": None},
         {"temperature": 0.5, "eos_token_id": [2, 4], "min_new_tokens": 2},
     ],
     ids=str,
 )
 def test_sampled_sequences_follow_the_enumerated_distribution(settings):
-    """Chi-square over 200,000 sequences; probabilities by enumeration, in float64, with code of this test only."""
+    """Chi-square over 200,000 sequences; probabilities by enumeration, in float64, with code of the tests only."""
     V, T, N = 6, 3, 200_000
-    model = make_tiny_model(vocab_size=V, n_embd=8, n_head=2, n_layer=1)
-    prompt, eos = torch.tensor([1, 3]), settings.get("eos_token_id", [])
+    model, prompt = make_tiny_model(vocab_size=V, n_embd=8, n_head=2, n_layer=1), torch.tensor([1, 3])
+    sampling = Sampling(**settings)
     sequences = torch.tensor(list(itertools.product(range(V), repeat=T)))
     with torch.no_grad():
-        logits = (
-            plain_twin(model)(torch.cat([prompt.expand(len(sequences), -1), sequences], 1)).logits[:, 1:-1].double()
-        )
-    logprob = torch.zeros(len(sequences), dtype=torch.float64)
-    ended, impossible = torch.zeros((2, len(sequences)), dtype=torch.bool)
-    for t in range(T):
-        step = logits[:, t].clone()
-        if t < settings.get("min_new_tokens", 0):
-            step[:, eos] = -math.inf
-        step /= settings.get("temperature", 1.0)
-        if k := settings.get("top_k"):
-            step[step < step.sort(descending=True).values[:, k - 1 : k]] = -math.inf
-        if p := settings.get("top_p"):
-            ordered, where = step.softmax(-1).sort(descending=True)
-            drop = ordered.cumsum(-1) - ordered >= p
-            step[drop.scatter(-1, where, drop)] = -math.inf
-        token = sequences[:, t]
-        logprob += torch.where(ended, 0.0, step.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1))
-        impossible |= ended & (token != (eos[0] if eos else 0))  # after the end there is only padding
-        ended |= torch.isin(token, torch.tensor(eos))
-    expected = logprob.exp().masked_fill(impossible, 0.0)
-    assert expected.sum() == pytest.approx(1.0)
+        logits = plain_twin(model)(torch.cat([prompt.expand(len(sequences), -1), sequences], 1)).logits[:, 1:-1]
+    steps = by_hand(logits, sampling).gather(-1, sequences[..., None])[..., 0]  # [V ** T, T]
+    ends = torch.isin(sequences, torch.tensor(sampling.eos_token_id, dtype=torch.long)).long()
+    ended = ends.cumsum(1) - ends > 0  # before this token
+    impossible = (ended & (sequences != (*sampling.eos_token_id, 0)[0])).any(1)  # after the end there is only padding
+    expected = N * steps.masked_fill(ended, 0.0).sum(1).exp().masked_fill(impossible, 0.0)
+    assert expected.sum() == pytest.approx(N)
 
-    settings = {"eos_token_id": None, **settings}
     drawn = model.rollout(prompt[None], max_new_tokens=T, num_return_sequences=N, generator=seeded(), **settings)
     index = (drawn.responses * V ** torch.arange(T - 1, -1, -1)).sum(-1)
-    assert chi_square_p(torch.bincount(index, minlength=V**T), expected * N) > 1e-3
+    counts = torch.bincount(index, minlength=V**T)
+    assert counts[expected == 0].sum() == 0
+    common = expected >= 5  # the others are one cell
+    observed, wanted = (torch.cat([x[common], x[~common].sum()[None]]) for x in (counts, expected))
+    assert stats.chisquare(observed[wanted > 0].numpy(), wanted[wanted > 0].numpy()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("width", [1, 2, 255, 256, 257, 50257])
@@ -81,24 +60,15 @@ def test_drawing_is_the_exact_inverse_of_the_distribution_function(width):
     torch.manual_seed(0)
     logits = torch.randn(1, width) * 3
     logits[0, torch.randperm(width)[: width // 3]] = -math.inf
-    weights = (logits[0] - logits.max()).exp().double()
-    edges = weights.cumsum(-1) / weights.sum()
     possible = (logits[0] > -math.inf).nonzero().squeeze(-1)
-    possible = possible[:: max(1, len(possible) // 500)]
-    middle = (edges[possible] + torch.cat([torch.zeros(1).double(), edges])[possible]) / 2
-    shifted = (logits - logits.max()).expand(len(possible), -1)
-    indices, logprobs = draw(shifted, middle)
-    assert torch.equal(indices, possible)
-    torch.testing.assert_close(logprobs, logits[0].log_softmax(-1)[possible], atol=1e-5, rtol=0)
-
-
-def test_an_impossible_index_is_never_drawn_whatever_the_uniform():
-    for possible in ([0], [255], [256], [700], [999], [3, 512, 998]):
-        logits = torch.full((1, 1000), -math.inf)
-        logits[0, possible] = 0.0
-        uniforms = torch.tensor([0.0, 1e-300, 0.5, 1 - 2**-53, 1.0], dtype=torch.float64)
-        indices, _ = draw(logits.expand(5, -1), uniforms)
-        assert set(indices.tolist()) <= set(possible)
+    weights = (logits[0] - logits.max()).exp().double()
+    edges = nn.functional.pad(weights.cumsum(-1) / weights.sum(), (1, 0))
+    some = possible[:: max(1, len(possible) // 500)]
+    indices, logprobs = draw(logits.expand(len(some), -1), (edges[some] + edges[some + 1]) / 2)
+    assert torch.equal(indices, some)
+    assert_close(logprobs, logits[0].log_softmax(-1)[some])
+    extremes = torch.tensor([0.0, 1e-300, 0.5, 1 - 2**-53, 1.0], dtype=torch.float64)
+    assert torch.isin(draw(logits.expand(5, -1), extremes)[0], possible).all()
 
 
 def test_a_rare_token_is_drawn_as_often_as_it_should():
@@ -108,9 +78,6 @@ def test_a_rare_token_is_drawn_as_often_as_it_should():
     uniforms = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     tail = int((draw(logits.expand(400, -1), uniforms[-400:])[0] > 0).sum())
     assert tail == pytest.approx(200_000 * 50256e-8 / (1 + 50256e-8), abs=1)
-
-
-# The one distribution, and the sets that draws chose among
 
 
 def test_truncation_keeps_exactly_the_tokens_it_should():
@@ -124,45 +91,20 @@ def test_truncation_keeps_exactly_the_tokens_it_should():
         ({"top_k": 99}, 4),
         ({}, 4),
     ):
-        probs = sampling_logprobs(logits, Sampling(**settings)).exp()
+        probs = sampling_distribution(logits, Sampling(**settings)).softmax(-1)
         assert (probs > 0).sum() == kept
-        assert probs.sum() == pytest.approx(1.0)
-        torch.testing.assert_close(probs[:kept] / probs[0], logits[:kept].exp() / 0.4)
-    ties = sampling_logprobs(torch.zeros(5, 100), Sampling(top_k=7)).exp()
-    assert ((ties > 0).sum(-1) == 7).all()
-
-
-@pytest.mark.parametrize("vocabulary", [50, 2000])
-def test_what_was_kept_is_kept_by_whoever_scores_it(vocabulary):
-    """A model that ranks the tokens otherwise gives these tokens a probability, and no others; as ids or as bits."""
-    for settings in ({"top_k": 3}, {"top_k": 40, "top_p": 0.6}, {"top_p": 1e-9}):
-        torch.manual_seed(0)
-        mine, other = torch.randn(2, 5, 4, vocabulary) * 2
-        sampling = Sampling(**settings)
-        possible = sampling_logprobs(mine, sampling) > -math.inf
-        bits = kept_set(sampling_distribution(mine, sampling), sampling)
-        expected = other.double().masked_fill(~possible, -math.inf).log_softmax(-1)
-        for kept in (bits, compact(bits, vocabulary)):
-            found = sampling_logprobs(other, sampling, kept=kept)
-            assert torch.equal(found > -math.inf, possible)
-            torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
-
-
-def test_ids_of_kept_sets_are_those_of_the_bits_however_the_rows_are_parted():
-    logits = torch.full((5, 40, 50257), -math.inf)  # two rows a part, and one
-    logits.scatter_(-1, torch.randint(50257, (5, 40, 7), generator=seeded()), 0.0)
-    ids = compact(kept_set(logits, Sampling(top_k=7)), 50257)
-    assert ids.dtype == torch.int32
-    assert torch.equal(as_mask(ids, 50257), logits == 0)
+        assert_close(probs[:kept] / probs[0], logits[:kept].exp() / 0.4)
+    ties = sampling_distribution(torch.zeros(5, 100), Sampling(top_k=7))
+    assert ((ties == 0).sum(-1) == 7).all()
 
 
 # What a rollout says of itself
 
 
 def test_the_masks_say_what_was_drawn():
-    model = make_tiny_model()
-    drawn = model.rollout(RAGGED * 20, max_new_tokens=12, eos_token_id=EOS, pad_token_id=90, min_new_tokens=2)
-    P = drawn.sequences.shape[1] - 12
+    model, T = make_tiny_model(), 12
+    drawn = model.rollout(RAGGED * 20, max_new_tokens=T, eos_token_id=EOS, pad_token_id=90, min_new_tokens=2)
+    P = drawn.sequences.shape[1] - T
     assert drawn.sequences.dtype == drawn.attention_mask.dtype == torch.long
     assert drawn.response_mask.dtype == drawn.truncated.dtype == torch.bool
     assert drawn.logprobs.dtype == drawn.values.dtype == torch.float32
@@ -193,8 +135,7 @@ def test_the_end_of_text_is_the_models_own_unless_it_is_none():
     assert model.rollout(RAGGED, max_new_tokens=2).sampling.eos_token_id == (7, 9)
     never = model.rollout(RAGGED, max_new_tokens=7, eos_token_id=None)
     assert never.sampling.eos_token_id == ()
-    assert never.response_mask.all()
-    assert never.truncated.all()
+    assert (never.response_mask.all(1) & never.truncated).all()
     assert respond_to_batch(model, torch.tensor([[5, 6]] * 50), txt_len=20).shape == (50, 20)
     model.config.eos_token_id = None
     assert model.rollout(RAGGED, max_new_tokens=3).truncated.all()
@@ -214,12 +155,16 @@ def test_a_seeded_generator_repeats_the_rollout_and_rows_of_a_prompt_stand_toget
 def test_rows_can_be_selected_repeated_moved_and_loaded_in_batches():
     model = make_tiny_model()
     drawn = model.rollout(RAGGED, max_new_tokens=6, top_p=0.9)
-    whole = rescore(model, drawn).logprobs
-    torch.testing.assert_close(rescore(model, drawn.repeat(3)).logprobs, whole.repeat(3, 1), atol=1e-5, rtol=0)
-    for rows in (slice(1, 3), [3, 0], torch.tensor([2]), torch.tensor([True, False, False, True])):
-        part = drawn[rows]
-        assert isinstance(part, Rollout)
-        torch.testing.assert_close(rescore(model, part).logprobs, whole[rows], atol=1e-5, rtol=0)
+    for part, rows in (
+        (drawn.repeat(2), [0, 1, 2, 3] * 2),
+        (drawn[1:3], [1, 2]),
+        (drawn[[3, 0]], [3, 0]),
+        (drawn[torch.tensor([2])], [2]),
+        (drawn[torch.tensor([True, False, False, True])], [0, 3]),
+        (drawn.to("cpu"), [0, 1, 2, 3]),
+    ):
+        assert torch.equal(part.sequences, drawn.sequences[rows])
+        assert_as_drawn(rescore(model, part), part)
     sampler = BatchSampler(RandomSampler(drawn), batch_size=3, drop_last=False)
     batches = list(DataLoader(drawn, sampler=sampler, batch_size=None))
     assert [len(batch) for batch in batches] == [3, 1]
@@ -227,50 +172,41 @@ def test_rows_can_be_selected_repeated_moved_and_loaded_in_batches():
     for rows in (0, True, torch.tensor(1), (0, 1), range(2)):
         with pytest.raises(TypeError, match="selected by a slice, a list or a 1-D tensor"):
             drawn[rows]
-    assert torch.equal(drawn.to("cpu").sequences, drawn.sequences)
     with pytest.raises(TypeError):
         drawn.to(torch.float64)
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_p": 0.2}], ids=str)
 def test_rollouts_of_other_lengths_and_kept_sets_are_joined(settings):
-    model, settings = make_tiny_model(), {"eos_token_id": EOS, **settings}
+    model = make_tiny_model()
     long, short = (
-        model.rollout(prompts, max_new_tokens=T, generator=seeded(), **settings)
+        model.rollout(prompts, max_new_tokens=T, generator=seeded(), eos_token_id=EOS, **settings)
         for prompts, T in ((RAGGED * 3, 12), (RAGGED[:2], 5))
     )
     for parts in ([long, short], [short, long], [long[:0], short, long]):
         both = Rollout.cat(parts)
         assert both.responses.shape == (14, 12)
-        scored = rescore(model, both)
-        torch.testing.assert_close(scored.logprobs, both.logprobs, atol=1e-5, rtol=0)
-        torch.testing.assert_close(scored.values, both.values, atol=1e-5, rtol=0)
-        first = 0
-        for part in parts:
-            rows = slice(first, first + len(part))
-            for ours, theirs, masks in (
-                ("responses", "responses", "response_mask"),
-                ("logprobs", "logprobs", "response_mask"),
-                ("sequences", "sequences", "attention_mask"),
-            ):
-                found = getattr(both, ours)[rows][getattr(both, masks)[rows].bool()]
-                assert torch.equal(found, getattr(part, theirs)[getattr(part, masks).bool()])
-            assert torch.equal(both.truncated[rows], part.truncated)
-            first += len(part)
+        assert_as_drawn(rescore(model, both), both)
+        for name, mask in (
+            ("sequences", "attention_mask"),
+            ("responses", "response_mask"),
+            ("logprobs", "response_mask"),
+        ):
+            given = [getattr(part, name)[getattr(part, mask).bool()] for part in parts]
+            assert torch.equal(getattr(both, name)[getattr(both, mask).bool()], torch.cat(given))
+        assert torch.equal(both.truncated, torch.cat([part.truncated for part in parts]))
     for others in ([], [long, model.rollout(RAGGED, max_new_tokens=2, temperature=0.5)]):
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises(ValueError, match="the same sampling"):
             Rollout.cat(others)
 
 
 def test_a_repr_is_three_short_lines():
     drawn = make_tiny_model().rollout(RAGGED * 40, max_new_tokens=12, top_p=0.9)
-    lines = repr(drawn).splitlines()
-    assert len(lines) == 3
-    assert all(len(line) <= 160 for line in lines)
-    assert "160" in lines[0]
-    assert "top_p=0.9" in repr(drawn)
-    mean = drawn.logprobs[drawn.response_mask].mean()
-    assert f"{mean:.2f}"[:4] in repr(drawn)
+    first, second, third = repr(drawn).splitlines()
+    assert max(map(len, (first, second, third))) <= 160
+    assert "160" in first
+    assert "top_p=0.9" in second
+    assert f"{drawn.logprobs[drawn.response_mask].mean():.2f}"[:4] in third
     assert repr(drawn[:0])
 
 
@@ -287,7 +223,7 @@ def test_a_rollout_is_read_again_without_unpickling_code(package, tmp_path):
     torch.save({**vars(theirs), "sampling": dataclasses.asdict(theirs.sampling)}, tmp_path / "rollout.pt")
     fields = torch.load(tmp_path / "rollout.pt", weights_only=True)
     ours = Rollout(**{**fields, "sampling": Sampling(**fields["sampling"])})
-    torch.testing.assert_close(rescore(model, ours).logprobs, theirs.logprobs, atol=1e-5, rtol=0)
+    assert_as_drawn(rescore(model, ours), theirs)
 
 
 # Prompts of any form
@@ -295,56 +231,42 @@ def test_a_rollout_is_read_again_without_unpickling_code(package, tmp_path):
 
 def test_every_form_of_prompts_gives_the_same_rollout(tiny_tokenizer):
     model, lists = make_tiny_model(), [prompt.tolist() for prompt in RAGGED]
-    left, right = torch.full((2, 4, 8), 95), torch.zeros((2, 4, 8), dtype=torch.long)  # ids, masks; columns of padding
-    tensors = {"left": [left[0], right[0]], "right": [left[1], right[1]]}
-    for row, prompt in enumerate(RAGGED):
-        for side, where in (("left", slice(8 - len(prompt), None)), ("right", slice(0, len(prompt)))):
-            tensors[side][0][row, where], tensors[side][1][row, where] = prompt, 1
-    forms = [(RAGGED, None), (lists, None), (tuple(prompt.to(torch.int16) for prompt in RAGGED), None)]
-    forms += [*tensors.values(), (tensors["right"][0].to(torch.uint8), tensors["right"][1].tolist())]
-    forms += [({"input_ids": tensors["left"][0], "attention_mask": tensors["left"][1]}, None)]
-    forms += [(tiny_tokenizer.pad({"input_ids": lists}, return_tensors="pt"), None)]
-    forms += [(tiny_tokenizer.pad({"input_ids": lists}, return_tensors="pt", padding_side="left"), None)]
-    tensors["left"][0][:, 0] = -100  # padding may be any number
-    drawn = [
-        rollout(model, queries, attention_mask=mask, max_new_tokens=10, top_p=0.9, generator=seeded())
-        for queries, mask in forms
-    ]
-    for other in drawn[1:]:
-        assert other.sequences.dtype == torch.int64
-        assert torch.equal(other.responses, drawn[0].responses)
-        torch.testing.assert_close(other.logprobs, drawn[0].logprobs, atol=1e-5, rtol=0)
-        torch.testing.assert_close(other.values, drawn[0].values, atol=1e-5, rtol=0)
-        torch.testing.assert_close(rescore(model, other).logprobs, drawn[0].logprobs, atol=1e-5, rtol=0)
-
-
-def test_what_a_tokenizer_returns_is_a_prompt(tiny_tokenizer):
-    model, texts = make_tiny_model(), ["a text", "b"]
-    batch = tiny_tokenizer(texts, return_tensors="pt", padding=True)
-    expected = rollout(model, tiny_tokenizer(texts).input_ids, max_new_tokens=4, generator=seeded())
-    for queries in (batch, tiny_tokenizer(texts)):
-        drawn = rollout(model, queries, max_new_tokens=4, generator=seeded())
+    left, right = (
+        tiny_tokenizer.pad({"input_ids": lists}, return_tensors="pt", padding_side=side) for side in ("left", "right")
+    )
+    odd = left.input_ids.masked_fill(left.attention_mask == 0, -100)  # padding may be any number
+    expected = rollout(model, RAGGED, max_new_tokens=10, top_p=0.9, generator=seeded())
+    for queries, mask in (
+        (lists, None),
+        (tuple(prompt.to(torch.int16) for prompt in RAGGED), None),
+        (left, None),
+        (dict(right), None),
+        (odd, left.attention_mask),
+        (right.input_ids.to(torch.uint8), right.attention_mask.tolist()),
+    ):
+        drawn = rollout(model, queries, attention_mask=mask, max_new_tokens=10, top_p=0.9, generator=seeded())
+        assert drawn.sequences.dtype == torch.int64
         assert torch.equal(drawn.responses, expected.responses)
-    with pytest.raises(TypeError, match="input_ids"):
-        rollout(model, input_ids=batch.input_ids)
-    with pytest.raises(TypeError, match="input_ids"):
-        model.rollout(**batch)
+        assert_as_drawn(drawn, expected)
+        assert_as_drawn(rescore(model, drawn), expected)
+    texts = tiny_tokenizer(["a text", "b"])  # without padding
+    assert torch.equal(*(rollout(model, q, generator=seeded()).responses for q in (texts, texts.input_ids)))
+    for call in (lambda: rollout(model, input_ids=odd), lambda: model.rollout(**right)):
+        with pytest.raises(TypeError, match="input_ids"):
+            call()
 
 
 def test_padding_without_a_mask_is_warned_of_at_the_callers_line():
-    model = make_tiny_model()
-    with_padding = torch.tensor([[9, 9, 5, 17], [41, 9, 7, 2]])
-    for prompts in (with_padding, with_padding.flip(1)):
+    model, padded = make_tiny_model(), torch.tensor([[9, 9, 5, 17], [41, 9, 7, 2]])
+    for prompts in (padded, padded.flip(1)):
         for draw_by in (lambda p: model.rollout(p, eos_token_id=9), lambda p: rollout(model, p, eos_token_id=9)):
             with pytest.warns(UserWarning, match="9 begins or ends some rows of queries.*attention_mask") as said:
                 draw_by(prompts)
             assert (said[0].filename, said[0].lineno) == (__file__, draw_by.__code__.co_firstlineno)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mask = (with_padding != 9).long()
-        rollout(model, with_padding, attention_mask=mask, max_new_tokens=2, eos_token_id=9)
-        rollout(model, with_padding[:1], max_new_tokens=2, eos_token_id=9)  # all prompts begin with the end of text
-        rollout(model, list(with_padding), max_new_tokens=2, eos_token_id=9)
+        for prompts, mask in ((padded, padded != 9), (padded[:1], None), (list(padded), None)):
+            rollout(model, prompts, attention_mask=mask, max_new_tokens=2, eos_token_id=9)
 
 
 # Bad input, refused before any compute
@@ -366,26 +288,22 @@ REFUSED = [
     ([], {}, ValueError, "at least one prompt"),
     ([torch.tensor([1]), torch.tensor([])], {}, ValueError, "row 1 has no tokens"),
     (TWO, {"attention_mask": torch.tensor([[0, 0], [1, 1]])}, ValueError, "row 0 has no tokens"),
-    (torch.zeros((2, 0), dtype=torch.long), {}, ValueError, "row 0 has no tokens"),
     (torch.zeros((0, 3), dtype=torch.long), {}, ValueError, "there are no rows"),
     (TWO.float(), {}, TypeError, "float32; expected token ids"),
-    ([torch.tensor([1.0])], {}, TypeError, "float32; expected token ids"),
-    (TWO * 1j, {}, TypeError, "complex64; expected token ids"),
     (TWO > 0, {}, TypeError, "bool; expected token ids"),
     (TWO + 95, {}, ValueError, "row 0 holds the id 96, outside the vocabulary of 96"),
     (TWO - 4, {"attention_mask": torch.ones_like(TWO)}, ValueError, "row 0 holds the id -3"),
     (torch.tensor([1, 2]), {}, TypeError, r"queries\[0\] has the shape \[\]"),
-    (TWO, {"attention_mask": torch.ones(2, 3)}, ValueError, "expected the same"),
+    (TWO, {"attention_mask": torch.ones(2, 3)}, ValueError, "attention_mask has another shape"),
     (TWO, {"attention_mask": [[1, 1]]}, ValueError, "attention_mask has another shape"),
     (TWO, {"attention_mask": torch.full((2, 2), 0.5)}, ValueError, "other numbers than 0 and 1"),
-    ([TWO[0]], {"attention_mask": TWO[:, :1]}, ValueError, "attention_mask has another shape"),
     (TWO, {"max_new_tokens": 63}, ValueError, "65 tokens, this model's positions end at 64"),
     (TWO, {"generator": 5}, TypeError, "generator is a int"),
     *(
-        (TWO, {name: value}, ValueError, f"{name}={value}".replace("+", r"\+"))
+        (TWO, {name: value}, ValueError, f"{name}={value!r}".replace("+", r"\+"))
         for name, values in {
-            "max_new_tokens": (0,),
-            "temperature": (0.0, -1.0, math.nan, math.inf, 1e-320, 1e308, True, 1j),
+            "max_new_tokens": (0, "3"),
+            "temperature": (0.0, -1.0, math.nan, math.inf, 1e-320, 1e308, True),
             "top_p": (0.0, 1.1, math.nan),
             "top_k": (-1, 2.5, True),
             "eos_token_id": (96, 3.0, True, -1),
@@ -394,7 +312,6 @@ REFUSED = [
         }.items()
         for value in values
     ),
-    (TWO, {"max_new_tokens": "3"}, ValueError, "max_new_tokens='3'"),
     (TWO, {"eos_token_id": [1, 2.5]}, ValueError, "eos_token_id=2.5"),
     (TWO, {"min_new_tokens": 30, "eos_token_id": 1}, ValueError, "min_new_tokens=30; expected 0 to"),
     (TWO, {"min_new_tokens": 3, "eos_token_id": None}, ValueError, "no effect without eos_token_id"),
@@ -406,16 +323,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("queries", "arguments", "error", "message"), REFUSED)
+@pytest.mark.filterwarnings("ignore:.*begins or ends some rows")
 def test_bad_input_is_refused_before_any_compute(unused_model, queries, arguments, error, message):
     before = torch.get_rng_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of padding without a mask
-        with pytest.raises(error, match=message):
-            unused_model.rollout(queries, **arguments)
+    with pytest.raises(error, match=message):
+        unused_model.rollout(queries, **arguments)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_refused_with_row_and_step(number):
     model, reference = make_tiny_model(), make_tiny_model()
     drawn = model.rollout(RAGGED, max_new_tokens=5, eos_token_id=None)
