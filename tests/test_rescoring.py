@@ -4,59 +4,71 @@ import math
 
 import pytest
 import torch
-from conftest import make_tiny_model, plain_twin, sampling_logprobs
-from support.settings import EOS, RAGGED, SETTINGS, checkpoint_layers, seeded
+from conftest import make_tiny_model, plain_twin
+from support.settings import (
+    EOS,
+    RAGGED,
+    SETTINGS,
+    assert_as_drawn,
+    assert_close,
+    by_hand,
+    checkpoint_layers,
+    of_drawn,
+    own_logits,
+    seeded,
+)
 
 import scoring_gpt2_value
-from generation_gpt2_value import rollout
-from scoring_gpt2_value import rescore
-
-
-@pytest.fixture(params=["small chunks", "one chunk"])
-def chunks(request, monkeypatch):
-    """7 tokens at a time, which are computed again in the backward pass; or all of them, whose logits are kept."""
-    if request.param == "small chunks":
-        small_chunks(monkeypatch)
+from generation_gpt2_value import rescore, rollout
 
 
 def small_chunks(monkeypatch):
+    """7 tokens at a time, which are computed again in the backward pass."""
     for name, size in (("CHUNK", 96 * 7), ("KEPT_BYTES", 0)):
         monkeypatch.setattr(scoring_gpt2_value, name, size)
 
 
-def plainly(model, drawn):
-    """Log-probabilities, values and entropy by full logits of the whole sequences, in one piece."""
-    T = drawn.responses.shape[1]
-    output = model(drawn.sequences, attention_mask=drawn.attention_mask)
-    early = (torch.arange(T) < drawn.sampling.min_new_tokens).expand(len(drawn), T)
-    logprobs = sampling_logprobs(output.logits[:, -T - 1 : -1], drawn.sampling, early=early, kept=drawn.kept)
-    possible = logprobs.exp() > 0
-    found = {
-        "logprobs": logprobs.gather(-1, drawn.responses[..., None]).squeeze(-1),
-        "values": output.value[:, -T - 1 : -1],
-        "entropy": -(logprobs.exp() * logprobs.masked_fill(~possible, 0.0)).sum(-1),
+def plainly(model, other, drawn):
+    """Log-probabilities, values, entropy and KL by full logits of the whole sequences, in one piece."""
+    logprobs = by_hand(own_logits(model, drawn), drawn.sampling)  # [B, T, V]
+    possible = logprobs > -math.inf
+    with torch.no_grad():
+        theirs = own_logits(other, drawn).double() / drawn.sampling.temperature
+        theirs = theirs.masked_fill(~possible, -math.inf).log_softmax(-1).masked_fill(~possible, 0.0)
+    probs, finite = logprobs.exp(), logprobs.masked_fill(~possible, 0.0)
+    values = model(drawn.sequences, attention_mask=drawn.attention_mask).value
+    each = {
+        "values": values[:, -drawn.responses.shape[1] - 1 : -1],
+        "entropy": -(probs * finite).sum(-1).float(),
+        "kl": (probs * (finite - theirs)).sum(-1).float(),
     }
-    return {name: torch.where(drawn.response_mask, numbers, 0.0) for name, numbers in found.items()}
+    masked = {name: torch.where(drawn.response_mask, numbers, 0.0) for name, numbers in each.items()}
+    return {"logprobs": of_drawn(logprobs, drawn), **masked}
 
 
-def hooked(model):
-    model.lm_head.register_forward_hook(lambda module, args, output: None)
-    return model
-
-
+@pytest.mark.parametrize("chunks", ["small chunks", "one chunk"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_lean_scoring_gives_the_numbers_and_gradients_of_full_logits(settings, chunks):
-    for model in (make_tiny_model(), hooked(make_tiny_model())):
+def test_lean_scoring_gives_the_numbers_and_gradients_of_full_logits(settings, chunks, monkeypatch):
+    """The divergence is the sum over the tokens that could be drawn; it does not teach the reference."""
+    if chunks == "small chunks":
+        small_chunks(monkeypatch)
+    other, weights = plain_twin(make_tiny_model(seed=1)), {"logprobs": 1.0, "values": 0.3, "entropy": -0.5, "kl": 0.7}
+    for hooked in (False, True):  # by its body and output layer, and by its own call
+        model = make_tiny_model()
+        if hooked:
+            model.lm_head.register_forward_hook(lambda module, args, output: None)
         drawn = rollout(model, RAGGED, max_new_tokens=10, generator=seeded(), **settings)
-        gradients = []
-        for scored in (vars(rescore(model, drawn, with_entropy=True)), plainly(model, drawn)):
+        assert not drawn.logprobs.requires_grad
+        scores, gradients = [], []
+        for scored in (vars(rescore(model, drawn, with_entropy=True, reference=other)), plainly(model, other, drawn)):
             model.zero_grad()
-            weights = {"logprobs": 1.0, "values": 0.3, "entropy": -0.5}
             sum((scored[name] * weight).sum() for name, weight in weights.items()).backward()
-            gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
-            gradients[-1]["scores"] = torch.cat([scored[name].detach() for name in weights])
-        for name, gradient in gradients[0].items():
-            torch.testing.assert_close(gradient, gradients[1][name], atol=2e-4, rtol=1e-4)
+            gradients.append([weight.grad.clone() for weight in model.parameters()])
+            scores.append({name: scored[name].detach() for name in weights})
+        torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(*gradients, atol=2e-4, rtol=1e-4)
+        assert other.transformer.wte.weight.grad is None
+        assert rescore(model, drawn, reference=plain_twin(model)).kl.abs().max() < 1e-5
 
 
 def test_gradients_are_exact_in_float64():
@@ -79,103 +91,63 @@ def test_gradients_are_exact_in_float64():
         assert analytic[place].item() == pytest.approx(numeric, abs=1e-7, rel=1e-6)
 
 
+@pytest.fixture
+def logit_rows(monkeypatch):
+    """For each product with an output layer, how many tokens it was for."""
+    rows, linear = [], torch.nn.functional.linear
+
+    def watched(inputs, weight, bias=None):
+        if len(weight) == 96:
+            rows.append(inputs.shape[:-1].numel())
+        return linear(inputs, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    return rows
+
+
 @pytest.mark.parametrize("grad", [True, False])
-def test_no_more_than_a_chunk_of_logits_is_held(grad, monkeypatch):
+def test_no_more_than_a_chunk_of_logits_is_held(grad, monkeypatch, logit_rows):
     small_chunks(monkeypatch)
-    seen, original = [], scoring_gpt2_value.sampling_distribution
-
-    def watched(logits, *settings, **more):
-        seen.append(len(logits))
-        return original(logits, *settings, **more)
-
-    monkeypatch.setattr(scoring_gpt2_value, "sampling_distribution", watched)
-    for model in (make_tiny_model(), hooked(make_tiny_model())):
-        drawn = rollout(model, RAGGED, max_new_tokens=10, eos_token_id=EOS)
-        rescore(model, drawn)  # checks itself, so that the next need not
-        seen.clear()
-        with torch.set_grad_enabled(grad):
-            scored = rescore(model, drawn)
-        assert max(seen) == 7
-        assert sum(seen) == drawn.response_mask.sum()  # padding is not scored
-        if grad:
-            (scored.logprobs.sum() + scored.values.sum()).backward()
-            assert sum(seen) == 2 * drawn.response_mask.sum()  # each chunk once more
-            assert max(seen) == 7
+    model = make_tiny_model()
+    drawn = rollout(model, RAGGED, max_new_tokens=10, eos_token_id=EOS)
+    rescore(model, drawn)  # checks itself, so that the next need not
+    logit_rows.clear()
+    with torch.set_grad_enabled(grad):
+        scored = rescore(model, drawn)
+    assert max(logit_rows) == 7
+    assert sum(logit_rows) == drawn.response_mask.sum()  # padding is not scored
+    if grad:
+        (scored.logprobs.sum() + scored.values.sum()).backward()
+        assert sum(logit_rows) == 2 * drawn.response_mask.sum()  # each chunk once more
+        assert max(logit_rows) == 7
 
 
-def test_values_alone_run_no_output_layer(monkeypatch):
+def test_values_alone_run_no_output_layer(logit_rows):
     for model in (make_tiny_model(), make_tiny_model().train()):
         drawn = rollout(model, RAGGED, max_new_tokens=10, top_p=0.9)
-        expected = rescore(model, drawn)
-        handle = model.lm_head.register_forward_pre_hook(lambda *args: pytest.fail("the output layer was run"))
-        with torch.no_grad():
-            scored = rescore(model, drawn, values_only=True)
-        assert scored.logprobs is scored.entropy is scored.kl is None
-        torch.testing.assert_close(scored.values, expected.values, atol=1e-5, rtol=0)
-        rescore(model, drawn, values_only=True).values.sum().backward()
+        logit_rows.clear()
+        scored = rescore(model, drawn, values_only=True)
+        scored.values.sum().backward()
+        assert logit_rows == []
         assert model.transformer.wte.weight.grad.abs().sum() > 0
-        handle.remove()
-        with pytest.raises((TypeError, ValueError), match="values_only"):
+        assert scored.logprobs is scored.entropy is scored.kl is None
+        assert_close(scored.values, rescore(model, drawn).values)
+        with pytest.raises(ValueError, match="values_only"):
             rescore(model, drawn, values_only=True, with_entropy=True)
-    with pytest.raises((TypeError, ValueError), match="value"):
+    with pytest.raises(ValueError, match="gives no values"):
         rescore(plain_twin(model), drawn, values_only=True)
-
-
-# Entropy and divergence
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_divergence_is_the_sum_over_the_tokens_that_could_be_drawn(settings, chunks):
-    model, other = make_tiny_model(), plain_twin(make_tiny_model(seed=1))
-    drawn = rollout(model, RAGGED, max_new_tokens=10, generator=seeded(), **settings)
-    scored = rescore(model, drawn, reference=other, with_entropy=True)
-    positions = (drawn.attention_mask.cumsum(-1) - 1).clamp(min=0)
-    early = (torch.arange(10) < drawn.sampling.min_new_tokens).expand(len(drawn), 10)
-    with torch.no_grad():
-        p, q = (
-            sampling_logprobs(
-                m(drawn.sequences, attention_mask=drawn.attention_mask, position_ids=positions).logits[:, -11:-1],
-                drawn.sampling,
-                early=early,
-                kept=drawn.kept,
-            ).double()
-            for m in (model, other)
-        )
-    possible = p > -math.inf
-    assert torch.equal(possible, q > -math.inf)
-    ratio = p.masked_fill(~possible, 0.0) - q.masked_fill(~possible, 0.0)
-    expected = torch.where(drawn.response_mask, (p.exp() * ratio).sum(-1), 0.0)
-    torch.testing.assert_close(scored.kl.double(), expected, atol=1e-4, rtol=1e-4)
-    assert rescore(model, drawn).entropy is None
-    assert rescore(model, drawn, reference=plain_twin(model)).kl.abs().max() < 1e-5
-
-
-def test_the_divergence_teaches_the_model_and_not_the_reference():
-    model, other = make_tiny_model(seed=0), make_tiny_model(seed=1)
-    drawn = rollout(model, RAGGED, max_new_tokens=6)
-    assert not drawn.logprobs.requires_grad
-    rescore(model, drawn, reference=other).kl.mean().backward()
-    assert model.transformer.wte.weight.grad.abs().sum() > 0
-    assert other.transformer.wte.weight.grad is None
-    scored = rescore(plain_twin(model), drawn)
-    assert scored.values is None
-    torch.testing.assert_close(scored.logprobs, drawn.logprobs, atol=1e-5, rtol=0)
 
 
 def test_means_over_draws_are_the_entropy_and_the_divergence():
     """Two ways to compute one number: the estimate from draws that PPO uses, and the sum over the vocabulary."""
     model, other = make_tiny_model(), make_tiny_model(seed=1)
     for settings in ({}, {"top_p": 0.6, "temperature": 1.3}, {"top_k": 4}):
-        drawn = rollout(
-            model, [RAGGED[0]], max_new_tokens=1, num_return_sequences=20_000, generator=seeded(), **settings
-        )
+        settings = {"max_new_tokens": 1, "num_return_sequences": 20_000, "generator": seeded(), **settings}
+        drawn = rollout(model, [RAGGED[0]], **settings)
         exact = rescore(model, drawn[:1], reference=other, with_entropy=True)
         ratio = drawn.logprobs - rescore(other, drawn).logprobs
         for estimates, expected in ((-drawn.logprobs, exact.entropy), (ratio, exact.kl)):
             assert abs(estimates.mean() - expected[0, 0]) < 4 * estimates.std() / 20_000**0.5
-
-
-# Checkpointed layers
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -186,7 +158,7 @@ def test_checkpointed_layers_are_run_again_without_dropout(reentrant):
             checkpoint_layers(model, reentrant)
         drawn = model.rollout(RAGGED, max_new_tokens=6, generator=seeded())
         scored = model.rescore(drawn)
-        torch.testing.assert_close(scored.logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+        assert_as_drawn(scored, drawn)
         (scored.logprobs.sum() + scored.values.sum()).backward()
         return model.transformer.h[0].mlp.c_fc.weight.grad
 

@@ -20,8 +20,6 @@ from support.families import ALL, COLUMNS, ENDS, PROMPTS, build, difference  # n
 
 from generation_gpt2_value import SelfCheckError, rollout  # noqa: E402
 
-BOUND = 1e-4
-
 
 def outcome(family):
     """`right`, `refused`, `WRONG` or `not built`, and the number or the message."""
@@ -32,30 +30,25 @@ def outcome(family):
         return "not built", f"{type(error).__name__}: {error}".splitlines()[0]
     try:
         largest = max(difference(model, eos_token_id=ends) for ends in (None, ENDS))
-    except (TypeError, ValueError, SelfCheckError) as error:
-        named = type(model).__name__ in str(error)
-        return "refused" if named else "WRONG", f"{type(error).__name__}: {error}"
     except Exception as error:
-        return "WRONG", f"{type(error).__name__}: {error}"
-    if largest > BOUND:
+        typed = isinstance(error, (TypeError, ValueError, SelfCheckError)) and type(model).__name__ in str(error)
+        return "refused" if typed else "WRONG", f"{type(error).__name__}: {error}"
+    if largest > 1e-4:
         return "WRONG", f"{largest:.0e}"
-    refused = refusals(model)
-    return ("WRONG", refused[0]) if refused else ("right", f"{largest:.0e}")
+    return refusal_in_16_bits(model) or ("right", f"{largest:.0e}")
 
 
-def refusals(model):
-    """What an honest model's rollouts in 16 bits were refused for: nothing, if all is well."""
-    found = []
+def refusal_in_16_bits(model):
     for dtype in (torch.bfloat16, torch.float16):
-        model = copy.deepcopy(model).to(dtype)
+        low = copy.deepcopy(model).to(dtype)
         for settings in ({"eos_token_id": None, "top_k": 5}, {"eos_token_id": ENDS, "top_p": 0.8, "temperature": 0.5}):
             try:
-                rollout(model, PROMPTS, max_new_tokens=COLUMNS, **settings)
+                rollout(low, PROMPTS, max_new_tokens=COLUMNS, **settings)
             except SelfCheckError as error:
-                found.append(f"{dtype}, {settings}: {error}")
+                return "WRONG", f"{dtype}, {settings}: {error}"
             except (RuntimeError, ValueError):  # a layer without this dtype, or numbers that it cannot hold
                 break
-    return found
+    return None
 
 
 def main():
