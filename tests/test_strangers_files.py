@@ -125,7 +125,7 @@ def test_what_lies_in_a_shared_module_cache_is_not_run(package, tmp_path, monkey
             )
     loaded = load_package(package, reviewed_sha256=inspect_package(package).code_sha256)
     assert same_weights(loaded.model, make_tiny_model())
-    assert verify_package(package, trust_remote_code=True).folder == package
+    assert verify_package(package, trust_remote_code=True).package.folder == package
     assert not (tmp_path / "ran").exists()
     assert not list(Path(sys.modules[type(loaded.model).__module__].__file__).parent.glob("*.pyc"))
 
@@ -138,7 +138,7 @@ def test_code_that_is_exchanged_after_it_was_hashed_is_not_run(package, tmp_path
         return run(*args, **how)
 
     monkeypatch.setattr(verify.subprocess, "run", exchange_and_run)
-    assert verify_package(package).folder == package
+    assert verify_package(package).package.folder == package
     assert not (tmp_path / "ran").exists()
 
 

@@ -20,7 +20,7 @@ from .. import layout, limits
 from ..errors import PackageError, visible
 from ..files import AGAIN, file_in, read_json, sha256_in
 from . import config as config_fields
-from .record import Record, read_record, releases, versions_of
+from .record import Record, read_record, versions_of
 from .stage import Stage, checked_package_config, local_folder, package_file_limit, repository_id
 from .weights import FLOATS, Head, check_tensors, package_weights
 
@@ -202,7 +202,7 @@ def is_code(name: str) -> bool:
 
 def _read_code(folder: Path, sha256: Mapping[str, str]) -> tuple[CodeFile, ...]:
     """Say of each file of code which versions have it, and refuse code that a person cannot review."""
-    installed, known = layout.installed_hashes(), releases()
+    installed = layout.installed_hashes()
     for name in sha256:
         if name.endswith(".py") and (reasons := disguises((folder / name).read_bytes())):
             raise PackageError(
@@ -211,7 +211,7 @@ def _read_code(folder: Path, sha256: Mapping[str, str]) -> tuple[CodeFile, ...]:
                 next_step="do not use this package",
             )
     return tuple(
-        CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest, known))
+        CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest))
         for name, digest in sha256.items()
     )
 

@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..files import AGAIN
 from .inspect import PackageReport, inspect_stage
-from .record import Release, diff_command, release_of
+from .record import diff_command, release_of, releases
 from .stage import Stage, make_loadable, stage_package
 from .tokenizer import load_tokenizer
 from .verify import does_not_run, refusals
@@ -115,17 +115,17 @@ def load_package(
         _refuse(package, MissingHeadError)
         release = _approve(package, reviewed)
         _refuse(replace(package, changed=tuple(sorted(set(package.changed) - set(reviewed)))), ChangedFileError)
-        code = release.sha256 if release else package.code_sha256
+        code = releases()[release] if release else package.code_sha256
         make_loadable(copy, () if code == layout.installed_hashes() else code)
         model = _load(copy, package, code, dtype)
-        _check_model(model, package, release, dtype)
+        _check_model(model, package, dtype)
         tokenizer = None
         if package.tokenizer is not None:
             tokenizer = load_tokenizer(copy.folder, package.source, config=model.config)
             _refuse_other_vocabulary(package, tokenizer)
     model.name_or_path = model.config._name_or_path = package.source
     model.config._commit_hash = package.commit
-    return LoadedPackage(model, tokenizer, package.commit, release.version if release else None, package)
+    return LoadedPackage(model, tokenizer, package.commit, release, package)
 
 
 def _load(copy: Stage, package: PackageReport, code: Mapping[str, str], dtype: torch.dtype | None) -> Any:
@@ -173,7 +173,7 @@ def _imported(copy: Stage, code: Mapping[str, str]) -> Any:
     return importlib.import_module(f"{package}.{MODELING}")
 
 
-def _check_model(model: Any, package: PackageReport, release: Release | None, dtype: Any) -> None:
+def _check_model(model: Any, package: PackageReport, dtype: Any) -> None:
     """Refuse weights that are not finite, and a model that does not run here, or gives NaN."""
     from .sharded import computed
 
@@ -187,7 +187,7 @@ def _check_model(model: Any, package: PackageReport, release: Release | None, dt
     try:
         numbers = computed(model)
     except UnsavableModelError as error:
-        raise does_not_run(package, release, error.found) from error
+        raise does_not_run(package, error.found) from error
     for name in not_finite(numbers):
         raise LoadError(
             f"{package.source} gives NaN or infinite {name}, though none of its weights is: some are too large",
@@ -232,7 +232,7 @@ def _refuse(package: PackageReport, kind: type[GPT2ValueHubError]) -> None:
             raise refusal
 
 
-def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> Release | None:
+def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> str | None:
     """Return the release whose code the package has, or None if its code was reviewed; refuse any other code."""
     code = package.code_sha256
     release = release_of(code)

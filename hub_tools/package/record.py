@@ -1,21 +1,18 @@
 """The record of a save: a probe, what the model computed on it, and the hashes of what was written. And the releases:
 the hashes of every released version's code (`make release-hashes` adds the version that is about to be released).
 
-The numbers are float32, computed on the
-CPU whatever the model's dtype and device, so that the same weights give the same numbers (to rounding) on
-every machine.
+The numbers are float32, computed on the CPU whatever the model's dtype and device, so that the same weights give the
+same numbers (to rounding) on every machine.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .. import layout, limits
 from ..errors import ChangedFileError, PackageError
@@ -23,6 +20,7 @@ from ..files import AGAIN, read_json
 
 FORMAT = 1
 PROBE_TEXT = "My most favourite movie is"
+RELEASES = Path(__file__).with_name("releases.json")
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,10 @@ class Record:
     tokenizer_ids: list[int] | None  # of PROBE_TEXT; None without a tokenizer
     versions: dict[str, str]
     sha256: dict[str, str]
+    format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        text = json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False, sort_keys=True)
+        text = json.dumps(asdict(self), allow_nan=False, sort_keys=True)
         (folder / layout.RECORD).write_text(text + "\n", encoding="utf-8")
 
 
@@ -62,88 +61,56 @@ def probe(config: Any) -> tuple[list[int], list[int]]:
 
 
 def read_record(folder: Path) -> Record:
-    """Read the record of a package, and check its shape.
+    """Read the record of a package, and check the types of its fields.
 
     Raises:
-        PackageError: see `files`.
+        PackageError: it cannot be read (see `files`), or is no record.
     """
     fields = read_json(folder, layout.RECORD, limit=limits.RECORD_BYTES)
-
-    def ids(value: Any) -> bool:
-        return isinstance(value, list) and bool(value) and all(type(i) is int and 0 <= i < 1 << 31 for i in value)
-
-    def row(value: Any) -> bool:
-        return isinstance(value, list) and all(type(x) in (int, float) and math.isfinite(x) for x in value)
-
-    def rows(value: Any, width: int | None) -> bool:
-        return (
-            isinstance(value, list)
-            and len(value) == len(fields["token_ids"])
-            and all(row(line) and len(line) == (width or len(value[0]) or 1) for line in value)
+    kinds = get_type_hints(Record)
+    wrong = [name for name, kind in kinds.items() if not _fits(fields.get(name, ...), kind)]
+    if wrong or fields["format"] != FORMAT:
+        name = wrong[0] if wrong else "format"
+        raise PackageError(
+            f"{layout.RECORD}: {name!r} is {str(fields.get(name, 'missing'))[:80]}",
+            expected=f"a record of format {FORMAT}, as save_package writes it",
+            next_step=AGAIN,
         )
-
-    def table(value: Any) -> bool:
-        return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-
-    checks: dict[str, Callable[[Any], bool]] = {  # in this order: later ones rely on earlier ones
-        "format": lambda value: value == FORMAT,
-        "token_ids": lambda value: ids(value) and len(value) <= 16,
-        "logit_ids": lambda value: ids(value) and len(value) <= 32,
-        "logits": lambda value: rows(value, len(fields["logit_ids"])),
-        "logsumexp": lambda value: row(value) and len(value) == len(fields["token_ids"]),
-        "values": lambda value: rows(value, None),
-        "tokenizer_ids": lambda value: value is None or ids(value),
-        "versions": table,
-        "sha256": lambda value: table(value) and all(re.fullmatch("[0-9a-f]{64}", x) for x in value.values()),
-    }
-    for name, holds in checks.items():
-        if name not in fields or not holds(fields[name]):
-            raise PackageError(
-                f"{layout.RECORD}: {name!r} is {str(fields.get(name, 'missing'))[:80]}",
-                expected=f"a record of format {FORMAT}, as save_package writes it",
-                next_step=AGAIN,
-            )
-    return Record(**{name: fields[name] for name in checks if name != "format"})
+    return Record(**{name: fields[name] for name in kinds})
 
 
-# Releases
-
-RELEASES = Path(__file__).with_name("releases.json")
-
-
-@dataclass(frozen=True)
-class Release:
-    """The code of one version: file name -> SHA-256, in hexadecimal."""
-
-    version: str
-    sha256: dict[str, str]
-
-    def is_in(self, code: Mapping[str, str]) -> bool:
-        """Whether `code` (name -> SHA-256) has every file of this release that a loader runs, unchanged."""
-        return all(code.get(name) == digest for name, digest in self.sha256.items())
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file is of a type: a number, a text, a list or a table of such, or a union."""
+    parts = get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(each, parts[0]) for each in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(each, parts[1]) for each in value.values())
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
-def releases() -> tuple[Release, ...]:
-    """Return every version whose code is known: the installed one (as on the disk), then releases, newest first.
+def releases() -> dict[str, dict[str, str]]:
+    """Return the versions whose code is known, newest first: version -> file name -> SHA-256. The first is the
+    installed one, as it is on the disk.
 
     Raises:
         PackageError: the installation is incomplete.
     """
-    recorded = _recorded(RELEASES)
-    return (
-        Release(layout.__version__, layout.installed_hashes()),
-        *(Release(version, recorded[version]) for version in reversed(recorded)),
-    )
+    recorded = json.loads(RELEASES.read_text(encoding="utf-8"))
+    older = {version: recorded[version] for version in reversed(recorded) if version != layout.__version__}
+    return {layout.__version__: layout.installed_hashes(), **older}
 
 
-def release_of(code: Mapping[str, str]) -> Release | None:
-    """Return the version whose code this is (name -> SHA-256), all of it unchanged; None for any other code."""
-    return next((release for release in releases() if release.is_in(code)), None)
+def release_of(code: Mapping[str, str]) -> str | None:
+    """Return the version whose code this is (name -> SHA-256): every file of it, unchanged. None for other code."""
+    return next((version for version, files in releases().items() if files.items() <= code.items()), None)
 
 
-def versions_of(name: str, sha256: str, among: tuple[Release, ...]) -> tuple[str, ...]:
+def versions_of(name: str, sha256: str) -> tuple[str, ...]:
     """Return the versions that have a file of this name and content."""
-    return tuple(dict.fromkeys(release.version for release in among if release.sha256.get(name) == sha256))
+    return tuple(version for version, files in releases().items() if files.get(name) == sha256)
 
 
 def diff_command(source: str, commit: str | None = None) -> str:
@@ -151,28 +118,21 @@ def diff_command(source: str, commit: str | None = None) -> str:
     return shlex.join(["gpt2-value", "inspect", source, "--diff", *(["--revision", commit] if commit else [])])
 
 
-def record_release(to: Path = RELEASES) -> dict[str, str]:
+def record_release() -> dict[str, str]:
     """Add the installed version's files to the list of releases; return their hashes.
 
     Raises:
         ChangedFileError: this version was released already, with other hashes.
     """
-    recorded, installed = _recorded(to), layout.installed_hashes()
-    if recorded.get(layout.__version__, installed) != installed:
+    recorded, installed = json.loads(RELEASES.read_text(encoding="utf-8")), layout.installed_hashes()
+    if recorded.setdefault(layout.__version__, installed) != installed:
         raise ChangedFileError(
             f"version {layout.__version__} was released with other code than is here now",
             expected="code that stays as it was released",
             next_step="raise __version__ in hub_tools/layout.py, and run the same again",
         )
-    recorded[layout.__version__] = installed
-    to.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
+    RELEASES.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
     return installed
-
-
-def _recorded(file: Path) -> dict[str, dict[str, str]]:
-    """Read version -> file name -> SHA-256, in the order of release."""
-    found: dict[str, dict[str, str]] = json.loads(file.read_text(encoding="utf-8"))
-    return found
 
 
 if __name__ == "__main__":

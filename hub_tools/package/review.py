@@ -15,7 +15,7 @@ from .. import layout
 from ..errors import visible
 from ..files import open_in, sha256_in
 from .inspect import disguises, is_code
-from .record import releases, versions_of
+from .record import versions_of
 from .stage import local_folder, repository_id
 
 LONGEST = 200_000  # bytes of a file that are shown: the largest file of any release has a tenth
@@ -49,11 +49,11 @@ def code_differences(source: str, *, revision: str | None = None) -> Iterator[st
 
 
 def _differences(folder: Path) -> Iterator[str]:
-    installed, known = layout.installed_code(), releases()
+    installed = layout.installed_code()
     names = sorted(filter(is_code, os.listdir(folder)))
     for name in names:
         digest, shown = sha256_in(folder, name), _on_one_line(name)
-        versions = versions_of(name, digest, known)
+        versions = versions_of(name, digest)
         if layout.__version__ in versions:
             continue
         yield f"{shown}  sha256 {digest}"

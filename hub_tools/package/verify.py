@@ -12,9 +12,9 @@ import os
 import shlex
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from ..errors import (
     GPT2ValueHubError,
     LoadError,
     MissingHeadError,
-    OptionsError,
     PackageError,
     ResourceLimitError,
     UnsavableModelError,
@@ -34,42 +33,34 @@ from ..errors import (
 from ..files import AGAIN
 from ..limited_process import run_limited, search_path_of
 from .inspect import PackageReport, inspect_stage
-from .record import PROBE_TEXT, Record, Release, diff_command, read_record, release_of
+from .record import PROBE_TEXT, Record, diff_command, read_record, release_of
 from .stage import make_loadable, stage_package
 
 TOLERANCE = 1e-5  # of the largest recorded number, or of 1 if that is larger
-PASSED_ON_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY")
-TIMEOUT_AT_MOST = 7 * 24 * 3600
 PROBE_SCRIPT = Path(__file__).with_name("probe.py")
+HIDDEN_MODULES = (*(name.removesuffix(".py") for name in layout.REMOTE_CODE), "hub_tools", "sampler_audit")
 
 
 @dataclass(frozen=True)
 class VerificationReport:
     """A package that loaded in a fresh interpreter and computed the recorded numbers."""
 
-    folder: Path
     max_logit_difference: float  # absolute, also over the log of the softmax's denominator
     max_value_difference: float  # absolute
     logit_tolerance: float  # absolute
     value_tolerance: float  # absolute
-    saved_with: dict[str, str]
-    loaded_with: dict[str, str]
-    load_seconds: float
-    forward_seconds: float
-    seconds: float  # all of it, the interpreter's start included
-    peak_memory_bytes: int | None  # of the fresh interpreter, torch included; None where the system does not say
     package: PackageReport
 
     def __str__(self) -> str:
         return (
             f"{self.package.source} verified: logits differ by at most {self.max_logit_difference:.2g} (allowed: "
             f"{self.logit_tolerance:.2g}), values by {self.max_value_difference:.2g} (allowed: "
-            f"{self.value_tolerance:.2g}); loaded in {self.load_seconds:.1f} s"
+            f"{self.value_tolerance:.2g})"
         )
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return {**asdict(self), "folder": str(self.folder), "package": self.package.to_json()}
+        return {**asdict(self), "package": self.package.to_json()}
 
 
 def verify_package(
@@ -110,8 +101,6 @@ def verify_package(
         ResourceLimitError: it took longer than `timeout`.
         And everything that `inspect_package` raises.
     """
-    started = time.perf_counter()
-    _check_timeout(timeout)
     with stage_package(source, revision=revision, token=token) as copy:
         package = inspect_stage(copy, os.fspath(source))
         for refusal in refusals(package):
@@ -119,44 +108,52 @@ def verify_package(
                 raise refusal
         record = read_record(copy.folder)
         found = _run(package, make_loadable(copy, package.code_sha256), record, timeout)
-    _check_loading(found)
-    logit_tolerance = TOLERANCE * max(1.0, _largest(record.logits), _largest([record.logsumexp]))
-    value_tolerance = TOLERANCE * max(1.0, _largest(record.values))
-    logit_difference = max(
-        _difference(record.logits, found["logits"]), _difference([record.logsumexp], [found["logsumexp"]])
-    )
-    value_difference = _difference(record.values, found["values"])
-    for what, difference, tolerance in (
-        ("logits", logit_difference, logit_tolerance),
-        ("values", value_difference, value_tolerance),
-    ):
-        if not difference <= tolerance:  # NaN is not
-            raise VerificationError(
-                f"the {what} differ from the recorded ones by {difference:.3g}",
-                expected=f"at most {tolerance:.3g} (saved: {record.versions}, loaded: {found['versions']})",
-                next_step="save the package again; if the versions differ, verify with those that it was "
-                "saved with, to see which of the two changed the numbers",
-            )
+    if found["loading_info"]:
+        raise LoadError(
+            f"the package loads, but not strictly: {str(found['loading_info'])[:500]}",
+            expected="no key missing, unknown or of another shape",
+            next_step=AGAIN,
+        )
+    if found["not_finite"]:
+        raise UnsavableModelError(
+            f"NaN or infinite values in {', '.join(found['not_finite'][:5])}",
+            expected="finite weights",
+            next_step=AGAIN,
+        )
+    versions = f"saved: {record.versions}, loaded: {found['versions']}"
+    ours, theirs = ([*each["logits"], each["logsumexp"]] for each in (vars(record), found))
+    logit_difference, logit_tolerance = _compare("logits", ours, theirs, versions)
+    value_difference, value_tolerance = _compare("values", record.values, found["values"], versions)
     if record.tokenizer_ids != found["tokenizer_ids"]:
         raise VerificationError(
             f"the tokenizer gives {found['tokenizer_ids']} for {PROBE_TEXT!r}",
             expected=f"{record.tokenizer_ids}, as recorded",
             next_step="save the package again with its tokenizer",
         )
-    return VerificationReport(
-        folder=package.folder,
-        max_logit_difference=logit_difference,
-        max_value_difference=value_difference,
-        logit_tolerance=logit_tolerance,
-        value_tolerance=value_tolerance,
-        saved_with=record.versions,
-        loaded_with=found["versions"],
-        load_seconds=found["load_seconds"],
-        forward_seconds=found["forward_seconds"],
-        seconds=time.perf_counter() - started,
-        peak_memory_bytes=found["peak_memory_bytes"],
-        package=package,
-    )
+    return VerificationReport(logit_difference, value_difference, logit_tolerance, value_tolerance, package)
+
+
+def _compare(what: str, recorded: list[list[float]], found: list[list[float]], versions: str) -> tuple[float, float]:
+    """Return the largest absolute difference, and how large it may be.
+
+    Raises:
+        VerificationError: it is larger, or the shapes differ.
+    """
+    tolerance = TOLERANCE * max([1.0, *(abs(number) for row in recorded for number in row)])
+    difference = math.inf
+    if [len(row) for row in recorded] == [len(row) for row in found]:
+        pairs = [pair for rows in zip(recorded, found, strict=True) for pair in zip(*rows, strict=True)]
+        difference = max(
+            (abs(ours - theirs) if math.isfinite(theirs) else math.inf for ours, theirs in pairs), default=0.0
+        )
+    if difference > tolerance:
+        raise VerificationError(
+            f"the {what} differ from the recorded ones by {difference:.3g}",
+            expected=f"at most {tolerance:.3g} ({versions})",
+            next_step="save the package again; if the versions differ, verify with those that it was "
+            "saved with, to see which of the two changed the numbers",
+        )
+    return difference, tolerance
 
 
 def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
@@ -174,35 +171,19 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
                 "GPT2ValueModel.from_pretrained(FOLDER, init_value_head=True), then save_package",
             )
         )
-    if package.missing:
-        found.append(
-            PackageError(
-                f"{package.folder} has no {', '.join(package.missing)}",
-                expected="a complete package, as save_package writes it",
-                next_step="GPT2ValueModel.from_pretrained(FOLDER), then hub_tools.save_package writes it all",
-            )
-        )
-    if package.pickles:
-        found.append(
-            PackageError(
-                f"{_names(package.pickles)}: pickles, which can run code when they are opened",
-                expected="weights in safetensors, and nothing else",
-                next_step="move them out of the package",
-            )
-        )
-    if package.foreign:
-        found.append(
-            PackageError(
-                f"{_names(package.foreign)} do not belong to a package",
-                expected="the files that save_package writes, and documents beside them",
-                next_step="move them out of the package",
-            )
-        )
+    for names, what, next_step in (
+        (package.missing, "missing", "GPT2ValueModel.from_pretrained(FOLDER), then save_package writes it all"),
+        (package.pickles, "pickles, which can run code when they are opened", "move them out of the package"),
+        (package.foreign, "files that do not belong to a package", "move them out of the package"),
+    ):
+        if names:
+            expected = "the files that save_package writes, and documents beside them"
+            found.append(PackageError(f"{what}: {_listed(names)}", expected=expected, next_step=next_step))
     other = [file.name for file in package.code if not file.installed]
     if other and release_of(package.code_sha256) is None:
         found.append(
             UntrustedCodeError(
-                f"the package's code is no released version's: {_names(other)}; it was not run",
+                f"the package's code is no released version's: {_listed(other)}; it was not run",
                 expected="code that is byte-identical to the installed version's, or to a released one's",
                 next_step=f"read it: {diff_command(package.source)}; then pass trust_remote_code=True "
                 "(--trust-remote-code)",
@@ -211,7 +192,7 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
     if package.changed:
         found.append(
             ChangedFileError(
-                f"{_names(package.changed)}: not as saved (compared by SHA-256 with {layout.RECORD})",
+                f"{_listed(package.changed)}: not as saved (compared by SHA-256 with {layout.RECORD})",
                 expected="the files that save_package wrote, byte for byte (the card may be edited)",
                 next_step="download the package again; after editing on purpose, load it and save_package it",
             )
@@ -219,17 +200,8 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
     return found
 
 
-def _names(names: Iterable[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _check_timeout(timeout: float) -> None:
-    if not 0 < timeout <= TIMEOUT_AT_MOST:  # NaN is not
-        raise OptionsError(
-            f"timeout is {timeout}",
-            expected=f"seconds: more than 0, and at most {TIMEOUT_AT_MOST:,}",
-            next_step="leave it out (600 s), or name a number of seconds",
-        )
 
 
 def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -> dict[str, Any]:
@@ -241,26 +213,19 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
             "token_ids": record.token_ids,
             "logit_ids": record.logit_ids,
             "text": PROBE_TEXT if record.tokenizer_ids is not None else None,
-            "hidden_modules": [
-                *(name.removesuffix(".py") for name in layout.REMOTE_CODE),
-                "hub_tools",
-                "sampler_audit",
-            ],
+            "hidden_modules": HIDDEN_MODULES,
             "search_path": search_path_of("torch", "transformers"),
             "result": str(result),
         }
-        environment = {name: os.environ[name] for name in PASSED_ON_THREADS if name in os.environ}
-        environment |= {
-            "HOME": home,
-            "HF_HOME": home,
+        environment = {
+            **dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP"), home),
             "HF_MODULES_CACHE": str(Path(home, "modules")),
             "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "CUDA_VISIBLE_DEVICES": "",
-            "TMPDIR": home,
-            "TEMP": home,
         }
+        if "OMP_NUM_THREADS" in os.environ:
+            environment["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
         try:
             done = run_limited(
                 PROBE_SCRIPT,
@@ -279,71 +244,22 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
             ) from error
         if done.returncode != 0 or not result.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-            what = f"{package.folder} does not load in a fresh interpreter ({ended}): {last[:500]}"
-            if done.returncode >= 0:
-                raise does_not_run(package, release_of(package.code_sha256), what, details=done.stderr)
-            raise LoadError(
-                what,
-                expected="AutoModel.from_pretrained(FOLDER, trust_remote_code=True) to succeed",
-                next_step="make sure that there is enough memory, and try again",
-                details=done.stderr,
-            )
+            raise does_not_run(package, f"exit status {done.returncode}: {last[:500]}", details=done.stderr)
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return found
 
 
-def does_not_run(package: PackageReport, release: Release | None, found: str, *, details: str = "") -> LoadError:
+def does_not_run(package: PackageReport, found: str, *, details: str = "") -> LoadError:
     """Return the error for a package whose code does not run here; older code of ours has a way out."""
-    older = release is not None and release.sha256 != layout.installed_hashes()
-    if not older or release is None:
-        return LoadError(
-            found,
-            expected="AutoModel.from_pretrained(FOLDER, trust_remote_code=True) to succeed",
-            next_step=AGAIN,
-            details=details,
-        )
-    from importlib.metadata import version
-
+    release = release_of(package.code_sha256)
+    by, next_step = "", f"make sure that there is enough memory; {AGAIN}"
+    if release not in (None, layout.__version__):
+        by = f" by the code of gpt2-value {release}, which it brings"
+        newer = shlex.join(["gpt2-value", "convert", package.source, "NEW_FOLDER"])
+        next_step = f"write it again with this version's code, with equal values: {newer}"
     return LoadError(
-        f"the code of gpt2-value {release.version}, which {package.source} brings, does not run on transformers "
-        f"{version('transformers')}: {found}",
-        expected="a version of transformers that its code knows, or a package with newer code",
-        next_step="write it again with this version's code, with equal values: "
-        + shlex.join(["gpt2-value", "convert", package.source, "NEW_FOLDER"]),
+        f"{package.source} does not run{by}, on transformers {version('transformers')}: {found}",
+        expected="AutoModel.from_pretrained(FOLDER, trust_remote_code=True) to succeed, and a forward pass",
+        next_step=next_step,
         details=details,
     )
-
-
-def _check_loading(found: dict[str, Any]) -> None:
-    if found["loading_info"]:
-        raise LoadError(
-            f"the package loads, but not strictly: {str(found['loading_info'])[:500]}",
-            expected="no key missing, unknown or of another shape",
-            next_step=AGAIN,
-        )
-    if found["class"] != "GPT2ValueModel" or not found["module"].startswith("transformers_modules."):
-        raise LoadError(
-            f"AutoModel gave a {found['module']}.{found['class']}",
-            expected="the package's own GPT2ValueModel",
-            next_step=AGAIN,
-        )
-    if found["not_finite"]:
-        raise UnsavableModelError(
-            f"NaN or infinite values in {', '.join(found['not_finite'][:5])}",
-            expected="finite weights",
-            next_step=AGAIN,
-        )
-
-
-def _largest(rows: list[list[float]]) -> float:
-    return max((abs(number) for row in rows for number in row), default=0.0)
-
-
-def _difference(recorded: list[list[float]], found: list[list[float]]) -> float:
-    """Return the largest absolute difference; infinity where the shapes differ."""
-    if [len(row) for row in recorded] != [len(row) for row in found]:
-        return math.inf
-    rows = zip(recorded, found, strict=True)
-    pairs = [pair for ours, theirs in rows for pair in zip(ours, theirs, strict=True)]
-    return max((abs(a - b) if math.isfinite(b) else math.inf for a, b in pairs), default=0.0)
