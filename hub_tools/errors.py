@@ -65,10 +65,15 @@ class SaveFailedError(GPT2ValueHubError, OSError):
 
 # Reading
 
+AGAIN = "download the package again, or write it again with hub_tools.save_package"
+
 
 class PackageError(GPT2ValueHubError, ValueError):
     """A file of a package or checkpoint is missing, damaged, too large, unsafe (a pickle, a link that leads out), or
     not what the other files call for."""
+
+    def __init__(self, found: str, *, expected: str = "", next_step: str = AGAIN) -> None:
+        super().__init__(found, expected=expected, next_step=next_step)
 
 
 class NotAPackageError(PackageError):

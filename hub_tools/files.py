@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .errors import AGAIN as AGAIN
 from .errors import PackageError
 from .layout import sha256_of
 from .limits import JSON_LEVELS, MIB
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
-
-AGAIN = "download the package again, or write it again with hub_tools.save_package"
 
 
 def in_units(bytes: int) -> str:
@@ -48,7 +47,6 @@ def file_in(folder: Path, name: str) -> Path:
         raise PackageError(
             f"{name!r} is a link to nothing" if os.path.islink(path) else f"{name[:300]!r} is not in {folder}",
             expected=f"a file {name[:300]}",
-            next_step=AGAIN,
         ) from error
     homes = [folder.resolve()]
     if homes[0].parent.name == "snapshots":
@@ -61,7 +59,7 @@ def file_in(folder: Path, name: str) -> Path:
             + shlex.join(["cp", "--remove-destination", str(real), str(path)]),
         )
     if not stat.S_ISREG(mode):
-        raise PackageError(f"{name!r} is not a regular file", expected="a file", next_step=AGAIN)
+        raise PackageError(f"{name!r} is not a regular file", expected="a file")
     return path
 
 
@@ -106,7 +104,7 @@ def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
     with open_in(folder, name) as opened:
         size = os.fstat(opened.fileno()).st_size
         if size > limit:
-            raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
+            raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}")
         return parse_json(opened.read(limit), name)
 
 
@@ -126,9 +124,9 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
         _refuse_extremes(value)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         what = "JSON nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
-        raise PackageError(f"{name} holds {what}", expected="valid JSON", next_step=AGAIN) from error
+        raise PackageError(f"{name} holds {what}", expected="valid JSON") from error
     if not isinstance(value, dict):
-        raise PackageError(f"{name} holds a {type(value).__name__}", expected="a JSON object", next_step=AGAIN)
+        raise PackageError(f"{name} holds a {type(value).__name__}", expected="a JSON object")
     return value
 
 

@@ -190,6 +190,7 @@ def overlapping(found):
     found[second]["data_offsets"] = found[first]["data_offsets"]
 
 
+INDEX = '{"weight_map": {"transformer.wte.weight": "model-00001-of-00001.safetensors"}}'
 REFUSED = {
     "no config": (instead(layout.CONFIG, lambda path: None), "config.json"),
     "no weights": (instead(layout.WEIGHTS, lambda path: None), "model.safetensors"),
@@ -226,7 +227,7 @@ REFUSED = {
     "another shape": (entry(shape=[1, 1]), BIAS),
     "an unknown tensor": (header(lambda found: found.update(x=found.pop("transformer.ln_f.bias"))), "'x'"),
     "a record that is none": (fields(layout.RECORD, token_ids="abc"), "'token_ids'"),
-    "two sets of weights": (lambda package: (package / layout.WEIGHTS_INDEX).write_text("{}"), "two different models"),
+    "two sets of weights": (lambda package: (package / layout.WEIGHTS_INDEX).write_text(INDEX), "two different models"),
     "10 GB of code": (size(MODELING, 10 << 30), "10,737,418,240 bytes"),
 }
 

@@ -121,8 +121,8 @@ def test_a_review_of_some_files_does_not_cover_the_others(package, tmp_path):
     [
         ({MODELING: "0" * 64}, errors.UntrustedCodeError),
         ({"not_there.py": "0" * 64}, errors.UntrustedCodeError),
-        ({MODELING: "yes"}, errors.OptionsError),
-        ({MODELING: True}, errors.OptionsError),
+        ({MODELING: "yes"}, errors.UntrustedCodeError),
+        ({MODELING: True}, errors.UntrustedCodeError),
         (True, errors.OptionsError),
         ("*", errors.OptionsError),
     ],

@@ -200,9 +200,8 @@ def inspect(
     Reads JSON, hashes code, and of the weights reads the headers, also on the Hub. Pickles are named and never
     opened. Exits with 3 if the package can be read, but verify would refuse it.
     """
-    from ..package.inspect import inspect_package
+    from ..package.inspect import code_differences, inspect_package
     from ..package.record import diff_command
-    from ..package.review import code_differences
     from ..package.verify import refusals
 
     refuse_revision_of_a_folder(package, revision)

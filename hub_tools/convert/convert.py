@@ -297,7 +297,7 @@ def _read_model(weights: Path, config: _Path | None = None, *, named: bool = Fal
         )
     given = read_json(file.parent, file.name)
     fields = checked_config(given, where=str(file), also=FIELDS)
-    unknown = unknown_fields(CONFIG, given, also=FIELDS)
+    unknown = unknown_fields(given, fields)
     notes = (f"fields of {CONFIG} that are not known here, and were left out: {listed([*unknown])}",) if unknown else ()
     limit = limits.foreign_bytes(count_numbers(fields), fields["n_layer"] * fields["n_positions"] ** 2)
     read = _Checkpoint(read_tensors(weights, limit=limit, follow=named), fields, [weights], [home], limit, notes=notes)

@@ -6,7 +6,6 @@ Everything is read from a private copy. Pickles become safetensors first, in a p
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,6 @@ from ..package.config import checked_shards
 from ..package.stage import stage
 from ..package.weights import read_weights
 from . import unpickle
-
-SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin|pt|pth)")
 
 
 def read_tensors(file: Path, *, limit: int, follow: bool = False) -> dict[str, torch.Tensor]:
@@ -43,7 +40,7 @@ def read_tensors(file: Path, *, limit: int, follow: bool = False) -> dict[str, t
     folder, name = file.parent, file.name
     weight_map = {"": name}
     if name.endswith(".json"):
-        weight_map = checked_shards(read_json(folder, name, limit=limits.INDEX_BYTES), pattern=SHARD)
+        weight_map = checked_shards(read_json(folder, name, limit=limits.INDEX_BYTES))
     wanted = set(weight_map.values())
     with stage(folder, limit_of=lambda each: limit if each in wanted else None, total=limit) as copy:
         for lost in sorted(wanted - set(copy.names)):

@@ -15,7 +15,6 @@ from typing import Any
 
 from .. import layout, limits
 from ..errors import NotAPackageError, PackageError, visible
-from ..files import AGAIN
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,14 @@ def _is_ids(value: Any) -> bool:
 
 
 BOOL = _one_of(True, False)
-PROBABILITY = _number(0, 1)
+NUMBER, PROBABILITY = _number(-1e12), _number(0, 1)
 ID = _int(-1)
 IDS = Allowed("a token's id, or a list of at most 1,000", _is_ids)
 WORD = Allowed("a word", lambda value: isinstance(value, str) and re.fullmatch(r"\w{1,80}", value) is not None)
 TEXT = Allowed("a text", lambda value: isinstance(value, str))
 # As texts, or as transformers writes an AddedToken. `try_tokenizer` bounds their length.
 TOKENS = Allowed("a token, or tokens", lambda value: isinstance(value, (str, list, dict)))
+SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin|pt|pth)")
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 GPT2_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 
@@ -76,16 +76,12 @@ CONFIG: Table = {
     **dict.fromkeys(("dtype", "torch_dtype"), _one_of("float32", "float16", "bfloat16")),
     "transformers_version": TEXT,
     **dict.fromkeys((*SIZES, "n_inner"), _int(1)),
-    "activation_function": _one_of(
-        "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh",
-        "gelu_python_tanh", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6",
-        "sigmoid", "silu", "swish", "tanh",
-    ),  # those of transformers' activations that have no weights
+    "activation_function": WORD,  # one with weights of its own does not load strictly
     **dict.fromkeys(
         ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout",
          "layer_norm_epsilon"), PROBABILITY,
     ),
-    **dict.fromkeys(("initializer_range", "value_head_initializer_range"), _number(0, 1e6)),
+    **dict.fromkeys(("initializer_range", "value_head_initializer_range"), NUMBER),
     "summary_type": _one_of("last", "first", "mean", "cls_index"),
     "summary_activation": _one_of("tanh"),
     **dict.fromkeys(
@@ -128,7 +124,12 @@ ALIASES = {
 # Of `generate()`'s settings, those that choose among the tokens of one model, within a small multiple of its memory.
 GENERATION: Table = {
     **dict.fromkeys(
-        ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), _int(0)
+        (
+            "max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size",
+            "temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+            "encoder_repetition_penalty", "diversity_penalty", "length_penalty", "guidance_scale", "max_time",
+        ),
+        NUMBER,
     ),
     **dict.fromkeys(("num_beams", "num_return_sequences"), _int(1, 16)),
     **dict.fromkeys(
@@ -139,16 +140,13 @@ GENERATION: Table = {
         BOOL,
     ),
     "early_stopping": _one_of(True, False, "never"),
+    "exponential_decay_length_penalty": _list_of(NUMBER),
     **dict.fromkeys(
-        ("temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
-         "encoder_repetition_penalty", "diversity_penalty", "max_time"),
-        _number(0),
-    ),
-    **dict.fromkeys(("length_penalty", "guidance_scale"), _number(-1e12)),
-    "exponential_decay_length_penalty": _list_of(_number(0)),
-    **dict.fromkeys(("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"), ID),
-    **dict.fromkeys(
-        ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"), IDS
+        (
+            "bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "eos_token_id",
+            "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+        ),
+        IDS,
     ),
     "transformers_version": TEXT,
 }  # fmt: skip
@@ -191,7 +189,7 @@ _OF_NO_EFFECT = {
     "_name_or_path", "n_ctx", "task_specific_params", "gradient_checkpointing", "problem_type", "output_past",
     "_num_labels", "id2label", "label2id", "is_decoder", "_commit_hash", "backend", "from_slow", "is_local",
     "local_files_only", "name_or_path", "processor_class", "special_tokens_map_file", "max_len", "tokenizer_type",
-    *REFUSED, *ALIASES,
+    *OF_THE_CLASS, *REFUSED, *ALIASES,
 }  # fmt: skip
 
 
@@ -213,22 +211,17 @@ def reduce(file: str, fields: Mapping[str, Any], *, where: str = "", also: Table
     kept = {name: value for name, value in fields.items() if name in table}
     for name, value in kept.items():
         if value is not None and not table[name].holds(value):
-            raise PackageError(
-                f"{where or file}: {name[:80]!r} is {repr(value)[:80]}",
-                expected=table[name].expected,
-                next_step=AGAIN,
-            )
+            raise PackageError(f"{where or file}: {name[:80]!r} is {repr(value)[:80]}", expected=table[name].expected)
     return kept
 
 
-def unknown_fields(file: str, fields: Mapping[str, Any], *, also: Table | None = None) -> tuple[str, ...]:
-    """Return the names of the fields that `reduce` leaves out, safe to print; without those that have no effect."""
-    known = {*_TABLES.get(file, fields), *(also or ()), *_OF_NO_EFFECT}
-    return tuple(sorted(visible(name[:80]) for name in set(fields) - known))
+def unknown_fields(fields: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the fields that `reduce` left out, safe to print; without those that have no effect."""
+    return tuple(sorted(visible(name[:80]) for name in set(fields) - set(known) - _OF_NO_EFFECT))
 
 
-def checked_shards(index: Mapping[str, Any], *, pattern: re.Pattern[str] = layout.SHARD) -> dict[str, str]:
-    """Return the map of an index of shards: tensor -> file, each a plain name that matches `pattern`.
+def checked_shards(index: Mapping[str, Any]) -> dict[str, str]:
+    """Return the map of an index of shards: tensor -> file, each a plain name of a weight file beside it.
 
     transformers opens these files wherever they are, so an index is not trusted to name them.
 
@@ -237,13 +230,12 @@ def checked_shards(index: Mapping[str, Any], *, pattern: re.Pattern[str] = layou
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise PackageError("the index of shards has no weight_map", expected="tensors and files", next_step=AGAIN)
+        raise PackageError("the index of shards has no weight_map", expected="tensors and files")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or not pattern.fullmatch(shard) or "/" in shard or "\\" in shard:
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise PackageError(
                 f"the index of shards names the file {str(shard)[:200]!r}",
                 expected="files beside it, like model-00001-of-00002.safetensors",
-                next_step=AGAIN,
             )
     return weight_map
 
@@ -268,7 +260,7 @@ def checked_config(
     """
 
     def refuse(name: str, expected: str) -> PackageError:
-        return PackageError(f"{where}: {name!r} is {str(fields.get(name))[:80]!r}", expected=expected, next_step=AGAIN)
+        return PackageError(f"{where}: {name!r} is {str(fields.get(name))[:80]!r}", expected=expected)
 
     model_type = fields.get("model_type", "gpt2")  # the first GPT-2 checkpoints do not say
     if model_type not in (layout.MODEL_TYPE, "gpt2"):
@@ -290,8 +282,6 @@ def checked_config(
         if fields.get(name) is None:
             raise refuse(name, "a positive whole number")
     found = reduce(layout.CONFIG, fields, where=where, also=also)
-    if found["n_embd"] % found["n_head"]:
-        raise refuse("n_embd", f"a multiple of n_head = {found['n_head']}")
     most = math.isqrt(limits.MASK_BYTES // found["n_layer"])
     if found["n_positions"] > most:
         raise refuse(

@@ -1,4 +1,4 @@
-"""Read a package without running any of it: JSON and safetensors headers; pickles are never opened.
+"""Read a package without running any of it: JSON, code and safetensors headers; pickles are never opened.
 
 Needs neither torch nor transformers. The idea to look before loading is from skops:
 https://skops.readthedocs.io/en/stable/persistence.html.
@@ -6,23 +6,26 @@ https://skops.readthedocs.io/en/stable/persistence.html.
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import tempfile
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import layout, limits
 from ..errors import PackageError, visible
-from ..files import AGAIN, file_in, read_json, sha256_in
+from ..files import open_in, read_json, sha256_in
 from . import config as config_fields
 from .record import Record, read_record, versions_of
-from .stage import Stage, checked_package_config, local_folder, package_file_limit, repository_id
+from .stage import Stage, fetched, repository_id, stage_package
 from .weights import FLOATS, Head, check_tensors, package_weights
+
+LONGEST = 200_000  # bytes of a file that `code_differences` shows: the largest file of any release has a tenth
 
 
 @dataclass(frozen=True)
@@ -108,112 +111,119 @@ def inspect_package(
         PackageError: tensors that are missing, unknown, or of the wrong shape or dtype.
         PackageError: `auto_map` does not name the package's own classes.
     """
-    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    options["local_files_only"] = local_files_only
-    repo_id = repository_id(source, **options)
-    if repo_id is None:
-        return _inspect(local_folder(source), os.fspath(source), hash_weights=hash_weights)
-    from ..hub import ask, download
+    cache = None if cache_dir is None else Path(cache_dir)
+    with (
+        _at_hand(
+            source,
+            whole=hash_weights,
+            local_files_only=local_files_only,
+            revision=revision,
+            token=token,
+            cache_dir=cache,
+        ) as (folder, readable, commit),
+        stage_package(folder, with_weights=hash_weights) as copy,
+    ):
+        report = inspect_stage(copy, os.fspath(source))
+    return replace(report, folder=readable, commit=commit)
 
-    options["cache_dir"] = None if cache_dir is None else Path(cache_dir)
-    if hash_weights or local_files_only or ask.offline():
-        snapshot = download.fetch(repo_id, **options)
-        report = _inspect(snapshot.folder, repo_id, hash_weights=hash_weights)
-    else:
-        del options["local_files_only"]
-        with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as outline:
-            snapshot = download.fetch_outline(repo_id, Path(outline), **options)
-            report = _inspect(Path(outline), repo_id)
-    return replace(report, folder=snapshot.folder, commit=snapshot.commit)
+
+@contextmanager
+def _at_hand(
+    source: str | os.PathLike[str], *, whole: bool = False, local_files_only: bool = False, **options: Any
+) -> Iterator[tuple[Path, Path, str | None]]:
+    """Yield a folder with a package, where people can read its JSON and code, and its commit.
+
+    Of a repository on the Hub, only the headers of the weights are downloaded, unless all of it is wanted.
+    """
+    repo_id = repository_id(source, local_files_only=local_files_only, **options)
+    if repo_id is not None and not (whole or local_files_only):
+        from ..hub import ask, download
+
+        if not ask.offline():
+            with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as outline:
+                snapshot = download.fetch_outline(repo_id, Path(outline), **options)
+                yield Path(outline), snapshot.folder, snapshot.commit
+            return
+    folder, commit = fetched(source, local_files_only=local_files_only, **options)
+    yield folder, folder, commit
 
 
 def inspect_stage(copy: Stage, source: str) -> PackageReport:
-    """Report on a private copy of a package (see `stage_package`), for which the hashes of all files are known."""
-    report = _inspect(copy.folder, source, names=copy.names, sha256=copy.sha256)
-    return replace(report, folder=copy.source, commit=copy.commit)
+    """Report on the copy of a package (see `stage_package`). Where it has no weights, their headers are read from the
+    source."""
+    names, kinds = copy.names, {name: layout.kind_of(name) for name in copy.names}
+    fields = {
+        file: read_json(copy.folder, file, limit=limits.INDEX_BYTES)
+        for file in config_fields.REDUCED
+        if file in copy.sha256
+    }
+    known = {file: config_fields.reduce(file, held) for file, held in fields.items()}
+    unknown = {file: config_fields.unknown_fields(held, known[file]) for file, held in fields.items()}
+    config, tokenizer = known[layout.CONFIG], known.get(layout.TOKENIZER_CONFIG)
 
-
-def _inspect(
-    folder: Path,
-    source: str,
-    *,
-    hash_weights: bool = False,
-    names: Sequence[str] = (),
-    sha256: Mapping[str, str] | None = None,
-) -> PackageReport:
-    """Report on a folder. For a stage, `names` are the names in its source, and `sha256` the hashes of its files."""
-    names = names or sorted(os.listdir(folder))
-    kinds = {name: layout.kind_of(name) for name in names}
-    config = checked_package_config(read_json(folder, layout.CONFIG))
-    limit_of = partial(
-        package_file_limit,
-        vocabulary=limits.vocabulary_bytes(config["vocab_size"]),
-        weights=limits.weight_bytes(config_fields.count_numbers(config)),
-    )
-    most = {name: limit for name in names if (limit := limit_of(name)) is not None}
-    for name, limit in most.items():
-        if (size := file_in(folder, name).stat().st_size) > limit:
-            raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
-    if sha256 is None:
-        sha256 = {name: sha256_in(folder, name) for name in most if hash_weights or kinds[name] != "weights"}
-    shards = package_weights(folder, names)
+    are_copied = any(name.endswith(".safetensors") for name in copy.sha256)
+    shards = package_weights(copy.folder if are_copied else copy.source, names)
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     head = check_tensors(tensors, config)
     dtypes: dict[str, int] = {}
     for tensor in tensors.values():
         dtypes[FLOATS[tensor.dtype]] = dtypes.get(FLOATS[tensor.dtype], 0) + tensor.elements
 
-    fields = {file: read_json(folder, file, limit=most[file]) for file in config_fields.REDUCED if file in names}
-    for file, held in fields.items():
-        config_fields.reduce(file, held)
-    tokenizer = fields.get(layout.TOKENIZER_CONFIG)
-    record = read_record(folder) if layout.RECORD in names else None
+    record = read_record(copy.folder) if layout.RECORD in names else None
     parts = (*layout.REMOTE_CODE, layout.CARD, layout.RECORD, layout.GENERATION_CONFIG)
-    used = {layout.WEIGHTS_INDEX, *shards}
+    unused = {name for name in names if kinds[name] == "weights"} - {layout.WEIGHTS_INDEX, *shards}
     return PackageReport(
         source=source,
-        folder=folder,
-        commit=None,
+        folder=copy.source,
+        commit=copy.commit,
         parameters=sum(dtypes.values()),
         dtypes=dtypes,
-        weight_files={name: (folder / name).stat().st_size for name in shards},
+        weight_files={name: (copy.source / name).stat().st_size for name in shards},
         head=head,
         tied_embeddings=config_fields.tied(config),
         **{name: config[name] for name in config_fields.SIZES},
         tokenizer=None if tokenizer is None else str(tokenizer.get("tokenizer_class")),
-        code=_read_code(folder, {name: sha256[name] for name in most if is_code(name)}),
+        code=_read_code(copy),
         versions={} if record is None else record.versions,
         missing=tuple(name for name in parts if name not in names),
-        changed=() if record is None else _changed(record, names, sha256),
+        changed=() if record is None else _changed(record, copy),
         pickles=tuple(name for name in names if kinds[name] == "pickle"),
-        foreign=tuple(
-            name for name in names if kinds[name] == "foreign" or (kinds[name] == "weights" and name not in used)
-        ),
-        unknown_fields={
-            file: unknown for file, held in fields.items() if (unknown := config_fields.unknown_fields(file, held))
-        },
+        foreign=tuple(name for name in names if kinds[name] == "foreign" or name in unused),
+        unknown_fields={file: odd for file, odd in unknown.items() if odd},
     )
 
 
-def is_code(name: str) -> bool:
-    """Whether loading a package with a file of this name may run it."""
+def _changed(record: Record, copy: Stage) -> tuple[str, ...]:
+    """Return the files that differ from the record: changed, missing, or added since. Weights may have no hash here."""
+    saved = record.sha256
+    here = {
+        name: copy.sha256.get(name, saved.get(name, "added")) for name in copy.names if layout.written_by_save(name)
+    }
+    names = {*here, *saved} - {layout.CARD, layout.RECORD, layout.HANDLER}  # 0.2.0 recorded its own handler
+    return tuple(sorted(name for name in names if here.get(name) != saved.get(name)))
+
+
+# Code
+
+
+def _is_code(name: str) -> bool:
     return name.endswith(layout.CODE_SUFFIXES) and name != layout.HANDLER
 
 
-def _read_code(folder: Path, sha256: Mapping[str, str]) -> tuple[CodeFile, ...]:
+def _read_code(copy: Stage) -> tuple[CodeFile, ...]:
     """Say of each file of code which versions have it, and refuse code that a person cannot review."""
     installed = layout.installed_hashes()
-    for name in sha256:
-        if name.endswith(".py") and (reasons := disguises((folder / name).read_bytes())):
+    found = []
+    for name in filter(_is_code, copy.names):
+        if name.endswith(".py") and (reasons := disguises((copy.folder / name).read_bytes())):
             raise PackageError(
                 f"{name!r} cannot be reviewed, since it looks otherwise than it runs: {reasons[0]}",
                 expected="code in UTF-8 with printable characters alone",
                 next_step="do not use this package",
             )
-    return tuple(
-        CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest))
-        for name, digest in sha256.items()
-    )
+        digest = copy.sha256[name]
+        found.append(CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest)))
+    return tuple(found)
 
 
 def disguises(code: bytes) -> list[str]:
@@ -235,8 +245,56 @@ def disguises(code: bytes) -> list[str]:
     return found
 
 
-def _changed(record: Record, names: Sequence[str], sha256: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the files that differ from the record: changed, missing, or added since. Some may have no known hash."""
-    here = {name for name in names if layout.written_by_save(name)} - {layout.CARD, layout.RECORD}
-    changed = {name for name, saved in record.sha256.items() if sha256.get(name, saved) != saved}
-    return tuple(sorted(changed | ((set(record.sha256) ^ here) - {layout.HANDLER})))  # 0.2.0 recorded its own
+def code_differences(source: str, *, revision: str | None = None) -> Iterator[str]:
+    """Yield, line by line, what makes each file of a package's code another one than the installed version's.
+
+    Every character that a terminal would obey, or that has no shape, is an escape. Lines that begin with `DANGER` name
+    what a reader cannot judge: compiled files, other encodings, hidden line breaks, files too large to be read. There
+    is no line where all code is this version's.
+
+    Args:
+        source: a folder, or the id of a repository on the Hub.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        NotAPackageError: there is no such folder.
+        PackageError: a file of code is a link that leads out of the folder, or no regular file.
+        And what `fetch_outline` raises.
+    """
+    with _at_hand(source, revision=revision) as (folder, _, _):
+        yield from _differences(folder)
+
+
+def _differences(folder: Path) -> Iterator[str]:
+    installed = layout.installed_code()
+    names = sorted(filter(_is_code, os.listdir(folder)))
+    for name in names:
+        digest, shown = sha256_in(folder, name), _on_one_line(name)
+        versions = versions_of(name, digest)
+        if layout.__version__ in versions:
+            continue
+        yield f"{shown}  sha256 {digest}"
+        if versions:
+            yield f"as in version {', '.join(versions)}"
+        with open_in(folder, name) as file:
+            code = file.read(LONGEST + 1)
+        if len(code) > LONGEST:
+            yield f"DANGER: more than {LONGEST:,} bytes, which are not shown here; no release has such a file"
+        elif not name.endswith(".py"):
+            yield "DANGER: compiled code, which nobody can read; it is not shown here"
+        else:
+            yield from (f"DANGER: {_on_one_line(reason)}" for reason in disguises(code))
+            ours = installed[name].read_text(encoding="utf-8") if name in installed else ""
+            theirs = code.decode("utf-8", errors="backslashreplace").replace("\r\n", "\n")
+            before, after = (text.removesuffix("\n").split("\n") for text in (ours, theirs))
+            for line in difflib.unified_diff(before, after, f"installed/{shown}", f"package/{shown}", lineterm=""):
+                yield _on_one_line(line)
+    if lost := [name for name in installed if name not in names]:
+        yield f"missing: {', '.join(lost)}"
+    if deeper := sorted(_on_one_line(str(path.relative_to(folder))) for path in folder.glob("*/*.py*")):
+        yield f"DANGER: code in folders, where no package has any: {', '.join(deeper[:8])}"
+
+
+def _on_one_line(text: str) -> str:
+    """Text as it is shown, without a way to look like the next line."""
+    return visible(text).replace("\n", "\\n")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -21,21 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from .. import layout
 from ..errors import (
+    AGAIN,
     ChangedFileError,
-    GPT2ValueHubError,
     LoadError,
     MissingHeadError,
     OptionsError,
-    TokenizerMismatchError,
     UnsavableModelError,
     UntrustedCodeError,
     as_ours,
 )
-from ..files import AGAIN
 from .inspect import PackageReport, inspect_stage
 from .record import diff_command, release_of, releases
 from .stage import Stage, make_loadable, stage_package
-from .tokenizer import load_tokenizer
+from .tokenizer import check_tokenizer, load_tokenizer
 from .verify import does_not_run, refusals
 from .weights import not_finite
 
@@ -103,18 +100,26 @@ def load_package(
         LoadError: it does not load, or not strictly; or it does not run here, or gives NaN.
         TokenizerMismatchError: its tokenizer has ids that the model does not have.
         ResourceLimitError: the folder for temporary files has no room for the copy.
-        OptionsError: an option that a folder has no use for, or `reviewed_sha256` with something that is no hash.
+        OptionsError: an option that a folder has no use for, or `reviewed_sha256` that is no mapping.
         And everything that `inspect_package` raises.
     """
-    reviewed = _checked(reviewed_sha256)
+    if not isinstance(reviewed_sha256, (Mapping, type(None))):
+        raise OptionsError(
+            f"reviewed_sha256 is a {type(reviewed_sha256).__name__}",
+            expected="a mapping: file name -> SHA-256 in hexadecimal",
+            next_step="gpt2-value inspect prints names and hashes",
+        )
+    reviewed = {name: str(digest).lower() for name, digest in (reviewed_sha256 or {}).items()}
     cache = None if cache_dir is None else Path(cache_dir)
     with stage_package(
         source, revision=revision, token=token, cache_dir=cache, local_files_only=local_files_only
     ) as copy:
         package = inspect_stage(copy, os.fspath(source))
-        _refuse(package, MissingHeadError)
         release = _approve(package, reviewed)
-        _refuse(replace(package, changed=tuple(sorted(set(package.changed) - set(reviewed)))), ChangedFileError)
+        for refusal in refusals(replace(package, changed=tuple(sorted(set(package.changed) - set(reviewed))))):
+            # nothing foreign is read or run, and loading needs neither card nor record
+            if isinstance(refusal, (MissingHeadError, ChangedFileError)):
+                raise refusal
         code = releases()[release] if release else package.code_sha256
         make_loadable(copy, () if code == layout.installed_hashes() else code)
         model = _load(copy, package, code, dtype)
@@ -122,7 +127,7 @@ def load_package(
         tokenizer = None
         if package.tokenizer is not None:
             tokenizer = load_tokenizer(copy.folder, package.source, config=model.config)
-            _refuse_other_vocabulary(package, tokenizer)
+            check_tokenizer(tokenizer, package.vocab_size)
     model.name_or_path = model.config._name_or_path = package.source
     model.config._commit_hash = package.commit
     return LoadedPackage(model, tokenizer, package.commit, release, package)
@@ -194,42 +199,6 @@ def _check_model(model: Any, package: PackageReport, dtype: Any) -> None:
             expected="a model that computes finite numbers",
             next_step="ask its author for one" if dtype is None else f"load it without dtype: {dtype} overflows",
         )
-
-
-def _refuse_other_vocabulary(package: PackageReport, tokenizer: Any) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for, as `save_package` does."""
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= package.vocab_size:
-        raise TokenizerMismatchError(
-            f"the tokenizer of {package.source} has the id {largest}, and its vocabulary ends at "
-            f"{package.vocab_size - 1}",
-            expected="no id that the model has no embedding for",
-            next_step=AGAIN,
-        )
-
-
-def _checked(reviewed: Mapping[str, str] | None) -> dict[str, str]:
-    """Check the reviewed hashes, and return them in lower case."""
-    given = {} if reviewed is None else reviewed
-    is_table = isinstance(given, Mapping)
-    if not is_table or not all(re.fullmatch("[0-9a-fA-F]{64}", str(digest)) for digest in given.values()):
-        raise OptionsError(
-            f"reviewed_sha256 is {str(reviewed)[:200]}",
-            expected="a mapping: file name -> SHA-256, 64 hexadecimal digits",
-            next_step="gpt2-value inspect prints names and hashes",
-        )
-    return {name: digest.lower() for name, digest in given.items()}
-
-
-def _refuse(package: PackageReport, kind: type[GPT2ValueHubError]) -> None:
-    """Refuse a package that `verify_package` would refuse with this type of error.
-
-    Its other refusals do not matter for loading: foreign files are neither read nor run, and loading needs neither card
-    nor record.
-    """
-    for refusal in refusals(package):
-        if isinstance(refusal, kind):
-            raise refusal
 
 
 def _approve(package: PackageReport, reviewed: Mapping[str, str]) -> str | None:

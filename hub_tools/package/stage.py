@@ -125,13 +125,14 @@ def stage(
 
 
 @contextmanager
-def stage_package(source: str | os.PathLike[str], **options: Any) -> Iterator[Stage]:
+def stage_package(source: str | os.PathLike[str], *, with_weights: bool = True, **options: Any) -> Iterator[Stage]:
     """`stage` for a package, in a folder or on the Hub: copies config, weights, code, tokenizer and record.
 
     The sizes in `config.json` decide how large the files may be.
 
     Args:
         source: a package's folder, or the id of a repository on the Hub (`owner/name`).
+        with_weights: copy the weights too.
         options: of `download.fetch`, for a repository.
 
     Raises:
@@ -143,7 +144,8 @@ def stage_package(source: str | os.PathLike[str], **options: Any) -> Iterator[St
     weights = limits.weight_bytes(config_fields.count_numbers(config))
 
     def limit_of(name: str) -> int | None:
-        return package_file_limit(name, vocabulary=vocabulary, weights=weights)
+        left_out = name.endswith(".safetensors") and not with_weights
+        return None if left_out else package_file_limit(name, vocabulary=vocabulary, weights=weights)
 
     with stage(folder, limit_of=limit_of, total=weights + limits.BESIDE_BYTES) as copy:
         yield replace(copy, commit=commit)

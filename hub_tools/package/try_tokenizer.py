@@ -55,8 +55,7 @@ def tokens_in(path: Path) -> Iterator[str]:
         yield from path.read_text(encoding="utf-8").splitlines()
     elif path.suffix == ".json":
         fields = json.loads(path.read_text(encoding="utf-8"))
-        others = ("chat_template", "normalizer", "pre_tokenizer", "post_processor", "decoder")
-        yield from texts_in({name: value for name, value in fields.items() if name not in others})
+        yield from texts_in([each for name, each in fields.items() if name not in ("chat_template", "normalizer")])
 
 
 def try_tokenizer(folder: Path, *, growth: int, longest: int) -> None:
