@@ -1,11 +1,9 @@
 """What `make demo` runs, on real models: the training, the fit of the value head, and all at once."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import demo
@@ -15,10 +13,12 @@ import typer
 from conftest import make_tiny_model
 from fit_value_head import Scored, fit_value_head, own_reviews, written_reviews
 from review_grammar import judge
+from support.settings import seeded
+from torch.nn.functional import pad
 from train_small_gpt2 import Recipe, small_gpt2
 from transformers import AutoTokenizer, BertConfig, GPT2LMHeadModel
 
-from hub_tools import inspect_package
+from hub_tools import inspect_package, save_package
 from hub_tools.errors import SourceError
 from modeling_gpt2_value import GPT2ValueModel
 
@@ -28,10 +28,9 @@ QUICK = Recipe(vocab_size=400, n_positions=256, n_embd=32, n_layer=1, n_head=2, 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A checkpoint that was trained for a moment, and its cache."""
-    cache = tmp_path_factory.mktemp("cache")
+    """A checkpoint that was trained for a moment, in a cache of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         return small_gpt2(QUICK)
 
 
@@ -48,17 +47,12 @@ def tokenizer(small):
 # Training
 
 
-def test_a_checkpoint_is_trained_once_and_then_found_in_the_cache(small, monkeypatch):
+def test_a_checkpoint_is_trained_once_and_another_time_with_the_same_weights(small, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(small.folder.parent.parent))
-    again = small_gpt2(QUICK)
-    assert small.trained_now
-    assert not again.trained_now
-    assert dataclasses.replace(again, trained_now=True) == small
+    assert dataclasses.replace(small_gpt2(QUICK), trained_now=True) == small
     assert [path.name for path in small.folder.parent.iterdir()] == [small.folder.name]  # no draft is left
-
-
-def test_the_same_recipe_gives_the_same_weights(small, monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert small.loss < torch.tensor(float(QUICK.vocab_size)).log()
+    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))  # an empty home
     state = torch.get_rng_state()
     twin = small_gpt2(QUICK)
@@ -66,53 +60,32 @@ def test_the_same_recipe_gives_the_same_weights(small, monkeypatch, tmp_path):
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (twin.folder / file).read_bytes() == (small.folder / file).read_bytes()
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_another_recipe_has_another_place_in_the_cache():
-    changed = [dataclasses.replace(QUICK, **{field.name: 97}) for field in dataclasses.fields(QUICK)]
-    assert len({recipe.fingerprint() for recipe in [QUICK, *changed]}) == 1 + len(changed)
-
-
-def test_training_that_fails_leaves_nothing_in_the_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="divisible"):
         small_gpt2(dataclasses.replace(QUICK, n_head=5))
-    assert list((tmp_path / "gpt2-value").iterdir()) == []
-
-
-def test_training_lowers_the_loss(small):
-    uniform = torch.tensor(float(QUICK.vocab_size)).log()
-    assert small.loss < uniform
+    assert list(twin.folder.parent.iterdir()) == [twin.folder]  # nothing is left of what failed
 
 
 def test_the_checkpoint_is_laid_out_like_the_published_gpt2(small, tokenizer):
-    config = json.loads((small.folder / "config.json").read_text())
-    published = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "resid_pdrop": 0.1,
-        "summary_first_dropout": 0.1,
-    }
-    assert {name: config[name] for name in published} == published
-    assert config["architectures"] == ["GPT2LMHeadModel"]
     assert {"vocab.json", "merges.txt", "tokenizer.json"} <= set(os.listdir(small.folder))
-    _, info = GPT2LMHeadModel.from_pretrained(small.folder, output_loading_info=True)
+    model, info = GPT2LMHeadModel.from_pretrained(small.folder, output_loading_info=True)
     assert not any(info.values())
+    assert (model.config.activation_function, model.config.resid_pdrop) == ("gelu_new", 0.1)
     text = 'My least favourite movie is "Größe"!<|endoftext|>'
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
-    assert ids[-1] == tokenizer.eos_token_id == config["eos_token_id"]
+    assert ids[-1] == tokenizer.eos_token_id == model.config.eos_token_id
 
 
 # The value head
 
 
-def test_fitting_finds_a_linear_value(model):
+def test_fitting_finds_a_linear_value_and_touches_the_head_alone(model):
     """One-token texts whose return is a linear function of what the head sees: the fit must find it."""
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     tokens = torch.arange(QUICK.vocab_size)[:, None]
     with torch.no_grad():
         features = model.transformer(tokens).last_hidden_state[:, 0]  # [texts, n_embd]
-    direction = torch.randn(QUICK.n_embd, generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(QUICK.n_embd, generator=seeded())
     returns = features @ direction / (features @ direction).std() + 0.7
     mask = torch.ones_like(tokens)
     fit = fit_value_head(model, Scored(tokens, mask, mask.bool(), returns))
@@ -120,43 +93,31 @@ def test_fitting_finds_a_linear_value(model):
         values = model(tokens).value[:, 0]
     assert fit.explained_variance > 0.99
     assert (values - returns).abs().mean() < 0.05
-
-
-def test_fitting_touches_the_head_alone(model, tokenizer):
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    fit_value_head(model, written_reviews(tokenizer, number=32))
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {"v_head.summary.weight", "v_head.summary.bias"}
     assert model.config.detach_value_head
-    assert not model.v_head._forward_pre_hooks
 
 
 def test_padding_and_unmarked_states_have_no_part_in_the_fit(model, tokenizer):
     scored = written_reviews(tokenizer, number=32)
     fit_value_head(model, scored)
     head = model.v_head.summary.weight.clone()
-    wider = partial(torch.nn.functional.pad, pad=(0, 7))
-    padded = Scored(
-        wider(scored.sequences, value=5), wider(scored.attention_mask), wider(scored.states), scored.returns
-    )
-    fit = fit_value_head(model, padded)
+    columns = (scored.sequences, scored.attention_mask, scored.states)
+    fit = fit_value_head(model, Scored(*(pad(column, (0, 7)) for column in columns), scored.returns))
     assert fit.states == scored.states.sum()
     assert torch.allclose(model.v_head.summary.weight, head, atol=1e-3)
 
 
 @pytest.mark.parametrize("fields", [{"summary_use_proj": False}, {"summary_activation": "tanh"}])
-def test_a_head_that_is_not_linear_is_refused(fields):
-    one = torch.ones((6, 1), dtype=torch.long)
-    with pytest.raises(ValueError, match="not linear"):
-        fit_value_head(make_tiny_model(**fields), Scored(one, one, one.bool(), torch.ones(6)))
+def test_a_head_that_is_not_linear_is_refused(fields, tokenizer):
+    with pytest.raises(SourceError, match="not linear"):
+        demo.fit(make_tiny_model(**fields, vocab_size=400, n_positions=256), tokenizer, on_policy=False, say=print)
 
 
 def test_own_reviews_are_scored_by_the_judge_from_the_end_of_the_prompt_on(model, tokenizer):
     scored = own_reviews(model, tokenizer, batches=2, batch_size=4)
     assert len(scored.returns) == 8
-    for ids, mask, states, score in zip(
-        scored.sequences, scored.attention_mask, scored.states, scored.returns, strict=True
-    ):
+    for ids, mask, states, score in zip(*vars(scored).values(), strict=True):
         assert float(score) == pytest.approx(judge(tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)))
         first, last = states.nonzero().squeeze(-1)[[0, -1]]
         assert mask[states].all()
@@ -167,46 +128,21 @@ def test_own_reviews_are_scored_by_the_judge_from_the_end_of_the_prompt_on(model
 # All of it
 
 
-def refusal(capsys, base, folder):
-    with pytest.raises(typer.Exit) as stopped:
-        demo.main(base=str(base), folder=folder)
-    assert stopped.value.exit_code == 1
-    assert not folder.exists()
-    return capsys.readouterr().err
-
-
-def test_a_base_that_does_not_exist_is_refused_with_what_to_type(capsys, tmp_path):
-    said = refusal(capsys, tmp_path / "nowhere", tmp_path / "out")
-    assert "nowhere is no folder" in said
-    assert "make demo BASE=" in said
-
-
-def test_a_base_that_is_no_gpt2_is_refused_with_what_to_type(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [("nowhere", "is no folder"), ("bert", "'bert'"), ("mute", "tokenizer"), (None, "XDG_CACHE_HOME=")],
+)
+def test_a_base_that_will_not_do_is_refused_with_what_to_type(base, says, capsys, monkeypatch, small, tmp_path):
     BertConfig().save_pretrained(tmp_path / "bert")
-    said = refusal(capsys, tmp_path / "bert", tmp_path / "out")
-    assert "'bert'" in said
-    assert "make demo BASE=" in said
-
-
-def test_a_base_without_tokenizer_is_refused_with_what_to_type(capsys, tmp_path, small):
     GPT2LMHeadModel.from_pretrained(small.folder).save_pretrained(tmp_path / "mute")
-    said = refusal(capsys, tmp_path / "mute", tmp_path / "out")
-    assert "tokenizer" in said
-    assert "make demo BASE=" in said
-
-
-def test_a_base_whose_head_cannot_be_fitted_is_refused(small, tokenizer):
-    tanh = GPT2ValueModel.from_pretrained(small.folder, summary_activation="tanh")
-    with pytest.raises(SourceError, match="not linear"):
-        demo.fit(tanh, tokenizer, on_policy=False, say=print)
-
-
-def test_a_cache_that_cannot_be_written_is_refused_with_what_to_type(capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # which cannot be written
     with pytest.raises(typer.Exit):
-        demo.main(folder=tmp_path / "out")
-    assert "XDG_CACHE_HOME=" in capsys.readouterr().err
+        demo.main(base=base and str(tmp_path / base), folder=tmp_path / "out")
+    said = capsys.readouterr().err
+    assert says in said
+    assert base is None or "make demo BASE=" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_demo_runs_from_a_checkpoint_to_the_page(small, tmp_path):
@@ -221,29 +157,23 @@ def test_the_demo_runs_from_a_checkpoint_to_the_page(small, tmp_path):
     package = inspect_package(tmp_path / "out" / "package")
     assert package.n_embd == QUICK.n_embd
     assert f'AutoModel.from_pretrained("{package.folder}", trust_remote_code=True)' in done.stdout
-    for prompt in demo.PROMPTS:
-        assert f"{prompt} …" in done.stdout
+    assert all(f"{prompt} …" in done.stdout for prompt in demo.PROMPTS)
     assert f"gpt2-value app {package.folder.relative_to(tmp_path)}" in done.stdout  # the demo ends by naming it
-    page = (tmp_path / "out" / "responses.html").read_text()
-    assert page.count('class="gv-response"') == len(demo.PROMPTS)
+    assert (tmp_path / "out" / "responses.html").read_text().count('class="gv-response"') == len(demo.PROMPTS)
 
 
 def test_the_stranger_reports_the_rollout_of_the_package(model, tokenizer, tmp_path):
     fit_value_head(model, written_reviews(tokenizer, number=32))
-    demo.save_package(model, tmp_path / "package", tokenizer)
+    save_package(model, tmp_path / "package", tokenizer)
     answers = demo.ask_a_stranger(tmp_path / "package", max_new_tokens=12, seed=5)
-    rollout = model.rollout(
-        [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in demo.PROMPTS],
-        max_new_tokens=12,
-        eos_token_id=tokenizer.eos_token_id,
-        generator=torch.Generator().manual_seed(5),
-    )
+    queries = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in demo.PROMPTS]
+    end = tokenizer.eos_token_id
+    rollout = model.rollout(queries, max_new_tokens=12, eos_token_id=end, generator=seeded(5))
     for row, tokens in enumerate(answers):
-        drawn = [token for token in tokens if "logprob" in token]
-        mask = rollout.response_mask[row]
+        drawn, mask = [token for token in tokens if "logprob" in token], rollout.response_mask[row]
+        befores = [token["value_before"] for token in drawn]
         assert [token["logprob"] for token in drawn] == pytest.approx(rollout.logprobs[row][mask].tolist(), abs=1e-5)
-        assert [token["value_before"] for token in drawn] == pytest.approx(rollout.values[row][mask].tolist(), abs=1e-5)
+        assert befores == pytest.approx(rollout.values[row][mask].tolist(), abs=1e-5)
         # The value after a token is the value before the next one.
-        befores = [token["value_before"] for token in drawn[1:]]
-        assert [token["value"] for token in drawn[:-1]] == pytest.approx(befores, abs=1e-5)
+        assert [token["value"] for token in drawn[:-1]] == pytest.approx(befores[1:], abs=1e-5)
         assert "".join(token["text"] for token in tokens).startswith(demo.PROMPTS[row])

@@ -7,17 +7,16 @@ import time
 
 import pytest
 import torch
-from conftest import make_tiny_model, plain_twin, sampling_logprobs
+from conftest import make_tiny_model, plain_twin
+from support.settings import seeded
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from generation_gpt2_value import rescore
 from gpt2_value import show
 from gpt2_value.view import TokenTexts, labels, tokens
-from gpt2_value.view.html import DARK_INK, _colourings
 from sampler_audit import rollout_from_tokens
 
-QUERIES = [[5, 6, 7], [8], [9, 10]]
 HOSTILE = [
     "<script>document.title='run'</script>",
     '"><img src=x onerror=alert(1)>',
@@ -48,9 +47,8 @@ def words(texts, decoder=None):
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
 
 
-def drawn(model, rows=QUERIES, **settings):
-    generator = torch.Generator().manual_seed(0)
-    return model.rollout(rows, **{"max_new_tokens": 20, "eos_token_id": 0, "generator": generator, **settings})
+def drawn(model, rows=([5, 6, 7], [8], [9, 10]), **settings):
+    return model.rollout(list(rows), **{"max_new_tokens": 20, "eos_token_id": 0, "generator": seeded(), **settings})
 
 
 class Tags(html.parser.HTMLParser):
@@ -95,52 +93,47 @@ def test_all_numbers_are_those_of_rescoring(tiny_model, other, tiny_tokenizer, s
             "their_logprob": theirs.logprobs,
             "their_before": theirs.values,
         }.items():
-            shown = torch.tensor([getattr(token, name) for token in response])
-            assert torch.allclose(shown, column[row][mask], atol=1e-4), name
-        after = torch.tensor([token.after for token in found])
-        assert torch.allclose(after, states[row][rollout.attention_mask[row].bool()], atol=1e-4)
-        assert all(token.rank <= token.choices for token in response)
+            shown = [getattr(token, name) for token in response]
+            assert shown == pytest.approx(column[row][mask].tolist(), abs=1e-4), name
+        after = states[row][rollout.attention_mask[row].bool()]
+        assert [token.after for token in found] == pytest.approx(after.tolist(), abs=1e-4)
         for token in response:
             chances = [chance for _, chance in token.likeliest if chance]  # 0 is cut off
             assert chances == sorted(chances, reverse=True)
+            assert 1 <= token.rank <= token.choices
             assert token.rank > 1 or math.exp(token.logprob) == pytest.approx(chances[0], abs=1e-5)
 
 
-def test_without_a_model_the_numbers_are_the_rollouts_own(tiny_model, other, tiny_tokenizer):
+def test_without_a_model_the_numbers_are_the_rollouts_own(tiny_model, tiny_tokenizer):
     rollout = drawn(tiny_model)
-    alone, against = (tokens.read(rollout, tiny_tokenizer, None, compare) for compare in (None, other))
-    for row, found in enumerate(alone):
+    for row, found in enumerate(tokens.read(rollout, tiny_tokenizer, None, None)):
         response = [token for token in found if token.drawn]
         mask = rollout.response_mask[row]
         assert [token.logprob for token in response] == rollout.logprobs[row][mask].tolist()
         assert [token.before for token in response] == rollout.values[row][mask].tolist()
         assert [token.after for token in response[:-1]] == [token.before for token in response[1:]]
         assert response[-1].after is None  # nobody computed it
-    assert all(token.log_ratio is not None for token in against[0] if token.drawn)
-    plain = plain_twin(tiny_model)
-    assert "gv-lines" not in show(drawn(tiny_model), tiny_tokenizer, plain).html.split("</style>")[1]
+    plain = show(rollout, tiny_tokenizer, plain_twin(tiny_model)).html
+    assert "gv-lines" not in plain.split("</style>")[1]
 
 
 def test_what_cannot_be_shown_is_named(tiny_model, tiny_tokenizer):
-    for wrong, named in (((None, tiny_tokenizer), "NoneType"), ((tiny_model.rollout([[1]]), None), "tokenizer")):
-        with pytest.raises(TypeError, match=named):
+    rollout, larger = drawn(tiny_model), make_tiny_model(vocab_size=97)
+    for error, named, *wrong in (
+        (TypeError, "NoneType", None, tiny_tokenizer),
+        (TypeError, "tokenizer", rollout, None),
+        (ValueError, "96 and 97", rollout, tiny_tokenizer, tiny_model, larger),
+    ):
+        with pytest.raises(error, match=named):
             show(*wrong)
-
-
-def test_models_with_other_vocabularies_are_refused(tiny_model, tiny_tokenizer):
-    with pytest.raises(ValueError, match="96 and 97"):
-        show(drawn(tiny_model), tiny_tokenizer, tiny_model, make_tiny_model(vocab_size=97))
 
 
 def test_texts_that_nobody_drew_have_no_sums_over_draws(tiny_model, other, tiny_tokenizer):
     texts = rollout_from_tokens([[0], [0]], [[5, 6, 7], [8]])
-    page = show(texts, tiny_tokenizer, tiny_model, other)
-    assert "by these draws" not in page.html
+    assert "by these draws" not in show(texts, tiny_tokenizer, tiny_model, other).html
     assert "by these draws" in show(drawn(tiny_model), tiny_tokenizer, tiny_model, other).html
     first = tokens.read(texts, tiny_tokenizer, tiny_model)[0][1]
-    with torch.no_grad():
-        logits = tiny_model(torch.tensor([[0]])).logits[0, 0]
-    assert first.logprob == pytest.approx(sampling_logprobs(logits, texts.sampling)[5].item(), abs=1e-5)
+    assert first.logprob == pytest.approx(rescore(tiny_model, texts).logprobs[0, 0].item(), abs=1e-5)
 
 
 def test_hostile_tokens_stay_text(tiny_model, other, tmp_path):
@@ -156,16 +149,8 @@ def test_hostile_tokens_stay_text(tiny_model, other, tmp_path):
     assert "default-src 'none'" in saved
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]", saved)
     text = "".join(found.text)
-    for escape in (
-        r"\u202eabc\u200f",
-        r"\x00\x1b[2J",
-        "⏎",
-        "&amp;",
-        "(empty)",
-        "<script>document.title='run'</script>",
-    ):
+    for escape in (r"\u202eabc\u200f", r"\x00\x1b[2J", "⏎", "&amp;", "(empty)", HOSTILE[0], "3,600,000·characters"):
         assert escape in text
-    assert "3,600,000·characters" in text
     assert len(saved) < 200_000
 
 
@@ -198,19 +183,16 @@ def test_numbers_that_are_not_finite_are_shown(tiny_model, tiny_tokenizer, colum
 
 def test_text_can_be_read_on_every_colour(tiny_model, other, tiny_tokenizer):
     def luminance(colour):
-        parts = (part / 255 for part in colour)
+        parts = (part / 255 for part in bytes.fromhex(colour))
         linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
         return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    found = tokens.read(drawn(tiny_model), tiny_tokenizer, tiny_model, other)[0]
-    scales = _colourings(found, "the other")
-    assert [one.name for one in scales] == ["value", "logprob", "entropy", "ratio"]
     page = show(drawn(tiny_model, max_new_tokens=50), tiny_tokenizer, tiny_model, other).html
-    pairs = set(re.findall(r"--\w+:#(\w{6});--\w+-number:'[^']*';--\w+-ink:#(\w{6})", page))
-    assert len({ink for _, ink in pairs}) == 2
-    assert DARK_INK[1:] in {ink for _, ink in pairs}
-    for colours in pairs:  # the background, the ink
-        dark, light = sorted(luminance(bytes.fromhex(colour)) for colour in colours)
+    found = re.findall(r"--(\w+):#(\w{6});--\w+-number:'[^']*';--\w+-ink:#(\w{6})", page)
+    assert {name for name, *_ in found} == {"value", "logprob", "entropy", "ratio"}
+    assert len({ink for *_, ink in found}) == 2  # dark and light
+    for _, *colours in found:  # the background, the ink
+        dark, light = sorted(map(luminance, colours))
         assert (light + 0.05) / (dark + 0.05) > 4, colours  # WCAG 2 asks 4.5 of small text, 3 of large
 
 
