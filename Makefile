@@ -98,13 +98,12 @@ launches: .venv/.done  ## every accelerate launch line of docs/many-gpus.md, wit
 	@touch $@
 
 compare-trl: .venv/.done .trl/.done  ## checkpoints, PPO and an exported critic against TRL 1.12.0 itself (slow)
-	rm -rf .trl/checkpoints .trl/ppo .trl/critic
+	rm -rf .trl/checkpoints .trl/ppo
 	.trl/bin/python tests/slow/compare_with_trl.py write .trl/checkpoints
 	$(BIN)/python tests/slow/compare_with_trl.py compare .trl/checkpoints
+	$(BIN)/python tests/slow/compare_ppo_with_trl.py export .trl/ppo
 	.trl/bin/python tests/slow/compare_ppo_with_trl.py write .trl/ppo
 	$(BIN)/python tests/slow/compare_ppo_with_trl.py compare .trl/ppo
-	$(BIN)/python tests/slow/critic_in_trl.py write .trl/critic
-	.trl/bin/python tests/slow/critic_in_trl.py compare .trl/critic
 
 pictures: demo  ## the README's pictures, from the demo's page and the app in a headless Chromium
 	$(BIN)/python tests/slow/pictures.py

@@ -1,13 +1,14 @@
-"""Advantages and losses of gpt2_value.ppo against those that TRL 1.12.0's PPOTrainer computes on the same batch.
+"""Values, advantages and losses of this project against those of TRL 1.12.0's PPOTrainer on the same batch.
 
+    python tests/slow/compare_ppo_with_trl.py export FOLDER        with this package
     TRL-PYTHON tests/slow/compare_ppo_with_trl.py write FOLDER     with TRL 1.12.0 (the last with the trainer)
     python tests/slow/compare_ppo_with_trl.py compare FOLDER       with this package
 
-The first runs TRL's own `train()` for one rollout and two updates, and saves what it held in its hands on the way: it
-replaces no computation, but looks at the local variables of `train()` whenever that calls `masked_mean` or
-`masked_whiten`. The second puts the same log-probabilities, values and scores through the functions of gpt2_value, and
-prints where the numbers agree and where they do not. It exits with 1 where they differ and docs/ppo.md does not say so.
-`make compare-trl` runs both.
+The first exports a critic. The second runs TRL's own `train()` with it as `value_model`, for one rollout and two
+updates, and saves what it held in its hands on the way: it replaces no computation, but looks at the local variables of
+`train()` whenever that calls `masked_mean` or `masked_whiten`. The third puts the same tokens, log-probabilities and
+scores through our model and the functions of gpt2_value, and prints where the numbers agree and where they do not. It
+exits with 1 where they differ and docs/ppo.md does not say so. `make compare-trl` runs all.
 """
 
 import argparse
@@ -21,32 +22,48 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from safetensors.torch import load_file, save_file
-from trl_steps import PPO_CONFIG, write_or_compare
+from trl_steps import run_step
 
-SHOWS = [("TRL", "advantages and losses of gpt2_value.ppo against PPOTrainer's (`make compare-trl`)")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 B, P, T, V = 16, 5, 14, 40
 END, OWN = V - 1, V - 2  # the end of a text, and a token that is nothing but padding
-CASES = {"padding is a token of its own": OWN, "padding is the end-of-text token": END}
-SETTINGS = {"kl_coef": 0.2, "gamma": 1.0, "lam": 0.95}
-CLIP = 0.2
+CASES = {"a token of its own": OWN, "the end-of-text token": END}
+SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": V, "n_positions": 32, "initializer_range": 0.3}
+IDS = {"bos_token_id": END, "eos_token_id": END}
+KL_COEF, GAMMA, LAM, CLIP = 0.2, 1.0, 0.95, 0.2
 EXACT = 1e-5
 
 
-def write(folder: Path) -> None:
+def critic():
+    """A model with values that differ from token to token."""
+    from gpt2_value import GPT2ValueConfig, GPT2ValueModel
+
+    torch.manual_seed(0)
+    model = GPT2ValueModel(GPT2ValueConfig(**SHAPE, **IDS, value_head_initializer_range=0.3)).eval()
+    with torch.no_grad():
+        model.v_head.summary.bias.fill_(0.7)  # a classifier's `score` has none: it must be somewhere else
+    return model
+
+
+def export(folder):
+    from gpt2_value import export_critic
+
+    export_critic(critic(), folder / "critic", head="sequence-classification")
+
+
+def write(folder):
     """Run TRL once for each case, and save what it computed."""
-    import transformers
     import trl
 
     for number, (name, pad) in enumerate(CASES.items()):
-        save_file(numbers_of_trl(pad), folder / f"case-{number}.safetensors")
-        print(f"TRL {trl.__version__}, transformers {transformers.__version__}: {name}")
+        save_file(numbers_of_trl(folder / "critic", pad), folder / f"case-{number}.safetensors")
+        print(f"TRL {trl.__version__}: padding is {name}")
 
 
-def numbers_of_trl(pad: int) -> dict[str, torch.Tensor]:
+def numbers_of_trl(critic, pad):
     """Local variables of TRL's `train()` after its advantages and at each of its updates."""
-    import datasets
     from tokenizers import Tokenizer, models
-    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     class Digits(torch.nn.Module):
@@ -62,139 +79,144 @@ def numbers_of_trl(pad: int) -> dict[str, torch.Tensor]:
         def forward(self, input_ids, **kwargs):
             return argparse.Namespace(hidden_states=[(input_ids.cumsum(1) % 7 - 3).float().unsqueeze(-1)])
 
-    seen: dict[str, torch.Tensor] = {}
-    of_updates: list[dict[str, torch.Tensor]] = []
-    raw: list[torch.Tensor] = []
-    mean, whiten, log_softmax = ppo_trainer.masked_mean, ppo_trainer.masked_whiten, ppo_trainer.selective_log_softmax
+    found = {}
+    original = {name: getattr(ppo_trainer, name) for name in ("masked_mean", "masked_whiten", "selective_log_softmax")}
 
-    def watched_whiten(values, mask, *args, **kwargs):
-        held = sys._getframe(1).f_locals
-        names = ("responses", "values", "scores", "rewards", "returns", "padding_mask", "padding_mask_p1")
-        seen.update({name: held[name].clone() for name in names} | {"advantages": values.clone()})
-        seen["white"] = whiten(values, mask, *args, **kwargs)
-        return seen["white"]
+    def keep(names, under=""):
+        held = sys._getframe(2).f_locals
+        found.update({f"{under}{name}": torch.as_tensor(held[name]).detach().clone() for name in names})
 
-    def watched_mean(values, mask, *args, **kwargs):
-        held = sys._getframe(1).f_locals
-        if "pg_loss" in held:  # the fourth of an update: both losses are there
-            names = ("new_logprobs", "mb_logprobs", "mb_advantage", "vpred", "mb_values", "mb_return")
-            update = {name: held[name].detach().clone() for name in (*names, "pg_loss", "vf_loss")}
-            update["rows"] = torch.as_tensor(held["micro_batch_inds"])
-            of_updates.append(update)
-        return mean(values, mask, *args, **kwargs)
+    def whiten(values, *args, **kwargs):
+        names = ["query_responses", "responses", "values", "scores", "rewards", "returns"]
+        keep([*names, "padding_mask", "padding_mask_p1"])
+        found["advantages"], found["white"] = values.clone(), original["masked_whiten"](values, *args, **kwargs)
+        return found["white"]
 
-    def watched_log_softmax(logits, index):
-        raw.append(log_softmax(logits, index).detach().clone())
-        return log_softmax(logits, index)
+    def mean(*args, **kwargs):
+        if "pg_loss" in sys._getframe(1).f_locals:  # the fourth of an update: both losses are there
+            names = ["new_logprobs", "mb_logprobs", "mb_advantage", "vpred", "mb_values", "mb_return"]
+            number = sum(name.endswith("pg_loss") for name in found)
+            keep([*names, "micro_batch_inds", "pg_loss", "vf_loss"], f"update-{number}/")
+        return original["masked_mean"](*args, **kwargs)
 
-    patches = {"masked_mean": watched_mean, "masked_whiten": watched_whiten}
-    for name, function in (patches | {"selective_log_softmax": watched_log_softmax}).items():
-        setattr(ppo_trainer, name, function)
+    def log_softmax(logits, index):
+        logprobs = original["selective_log_softmax"](logits, index)
+        found.setdefault("ref_logprobs" if "logprobs" in found else "logprobs", logprobs.detach().clone())
+        return logprobs
 
-    words = {str(token): token for token in range(V)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")), eos_token=str(END), pad_token=str(pad)
-    )
+    for name, watched in zip(original, (mean, whiten, log_softmax), strict=True):
+        setattr(ppo_trainer, name, watched)
+    words = Tokenizer(models.WordLevel({str(token): token for token in range(V)}, unk_token="0"))
+    tokens = {"eos_token": str(END), "pad_token": str(pad), "padding_side": "left"}
     torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": V, "n_positions": 32, "num_labels": 1}
-    config = GPT2Config(
-        **sizes, tie_word_embeddings=False, eos_token_id=END, bos_token_id=END, pad_token_id=pad, initializer_range=0.3
-    )
+    config = GPT2Config(**SHAPE, **IDS, tie_word_embeddings=False, pad_token_id=pad)
     policy, reference = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
     with torch.no_grad():  # rows of ones read the bias of the last layer norm alone: these two logits are constants
         for model in (policy, reference):
             model.transformer.ln_f.bias.fill_(1)
             model.lm_head.weight[OWN] = -2.0  # -64: never drawn
             model.lm_head.weight[END] = 0.1  # +3.2
-    prompts = torch.randint(OWN, (B, P), generator=torch.Generator().manual_seed(1)).tolist()
+    prompts = [{"input_ids": torch.randint(OWN, (1 + row % P,)).tolist()} for row in range(B)]
+    value_model = AutoModelForSequenceClassification.from_pretrained(critic)
+    before = value_model.score.weight.clone()
     with tempfile.TemporaryDirectory() as output:
         arguments = PPOConfig(
-            **PPO_CONFIG,
             output_dir=output,
+            use_cpu=True,
+            bf16=False,
+            seed=0,
+            stop_token="eos",
+            num_sample_generations=0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
             learning_rate=3e-3,
             per_device_train_batch_size=B,
+            gradient_accumulation_steps=1,
+            num_mini_batches=1,
             num_ppo_epochs=2,
             local_rollout_forward_batch_size=B,
             total_episodes=B,
             response_length=T,
             temperature=1.0,
+            kl_coef=KL_COEF,
+            gamma=GAMMA,
+            lam=LAM,
             cliprange=CLIP,
             cliprange_value=CLIP,
-            **SETTINGS,
         )
         trainer = PPOTrainer(
             args=arguments,
-            processing_class=tokenizer,
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, **tokens),
             model=policy,
             ref_model=reference,
             reward_model=Digits(),
-            value_model=GPT2ForSequenceClassification(config),
-            train_dataset=datasets.Dataset.from_dict({"input_ids": prompts}),
-            eval_dataset=datasets.Dataset.from_dict({"input_ids": prompts}),
+            value_model=value_model,
+            train_dataset=prompts,
+            eval_dataset=prompts,
         )
         trainer.train()
-    for name, function in {"masked_mean": mean, "masked_whiten": whiten, "selective_log_softmax": log_softmax}.items():
+    for name, function in original.items():
         setattr(ppo_trainer, name, function)
-    if (seen["responses"] == OWN).any() and pad == END:
-        raise SystemExit("the token that should never be drawn was drawn")
     (logged,) = (line for line in trainer.state.log_history if "policy/approxkl_avg" in line)
-    told = {name: torch.tensor(logged[f"{name}"]) for name in ("policy/approxkl_avg", "val/ratio")}
-    updates = {f"update-{n}/{name}": value for n, update in enumerate(of_updates) for name, value in update.items()}
-    found = {**seen, "logprobs": raw[0], "ref_logprobs": raw[1], **told, **updates}
+    found |= {name: torch.tensor(logged[name]) for name in ("policy/approxkl_avg", "val/ratio")}
+    found["critic was trained"] = (value_model.score.weight != before).any()
     return {name: value.contiguous() for name, value in found.items()}
 
 
-def compare(folder: Path) -> int:
+def compare(folder):
     """Print the table; returns how many numbers differ that should not."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import gpt2_value
-
     wrong = 0
     print("| padding | number | rows or tokens | largest difference | |\n|---|---|---|---:|---|")
-    for number, name in enumerate(CASES):
-        for what, which, gap, expected in gaps(gpt2_value, load_file(folder / f"case-{number}.safetensors")):
-            is_equal = gap <= EXACT
-            wrong += is_equal != (expected == "")
-            print(f"| {name.removeprefix('padding is ')} | {what} | {which} | {gap:.1e} | {expected or 'equal'} |")
+    for number, (name, pad) in enumerate(CASES.items()):
+        for what, which, gap, expected in gaps(load_file(folder / f"case-{number}.safetensors"), pad):
+            wrong += (gap <= EXACT) != (expected == "")
+            print(f"| {name} | {what} | {which} | {gap:.1e} | {expected or 'equal'} |")
     print(f"\n{wrong} of these are not as they should be" if wrong else "\nall as they should be")
     return wrong
 
 
-def gaps(ppo, trl):
+def gaps(trl, pad):
     """(what, of which rows or tokens, largest difference, why it may differ or "") of one case."""
+    import gpt2_value as ours
+
     is_end = (trl["responses"] == END).long()
     mask = is_end.cumsum(1) - is_end == 0  # drawn, the end among them
     ended = is_end.bool().any(1)
-    rewards = ppo.token_rewards(trl["scores"], trl["logprobs"], trl["ref_logprobs"], mask, SETTINGS["kl_coef"])
-    how = {"gamma": SETTINGS["gamma"], "lam": SETTINGS["lam"]}
-    advantages, returns = ppo.advantages_and_returns(rewards, trl["values"], mask, **how)
+    yield "critic trained", "", float(not trl["critic was trained"]), ""
+    tokens = trl["query_responses"]
+    with torch.no_grad():
+        values = critic()(tokens, attention_mask=(tokens != pad).long()).value[:, -T - 1 : -1]
+    yield "values", "drawn", ((values - trl["values"]).abs() * mask).max().item(), ""
+    rewards = ours.token_rewards(trl["scores"], trl["logprobs"], trl["ref_logprobs"], mask, KL_COEF)
+    advantages, returns = ours.advantages_and_returns(rewards, trl["values"], mask, GAMMA, LAM)
     pads_with_end = bool((trl["padding_mask"] & mask).any())
     place = "its KL leaves the end token out" if pads_with_end else "its score stands after the last drawn token"
     for rows, of, why in ((~ended, "without an end", ""), (ended, "with an end", place)):
-        for what, ours in (("rewards", rewards), ("advantages", advantages), ("returns", returns)):
-            yield what, of, ((ours - trl[what]).abs() * mask)[rows].max().item(), why
+        for what, found in (("rewards", rewards), ("advantages", advantages), ("returns", returns)):
+            yield what, of, ((found - trl[what]).abs() * mask)[rows].max().item(), why
     learnt = ~trl["padding_mask"]
-    white = ppo.whiten(trl["advantages"], learnt)
-    gap = ((trl["white"] - white).abs() * learnt).max().item()
-    yield "whitened advantages, of its own", "it trains", gap, "it divides by n - 1, ours by n"
-    n = learnt.sum()
-    gap = ((trl["white"] * (n / (n - 1)).sqrt() - white).abs() * learnt).max().item()
-    yield "the same, times sqrt(n / (n - 1))", "it trains", gap, ""
-    approxkl, ratios, updates = [], [], sum(name.endswith("/pg_loss") for name in trl)
-    for number in range(updates):
+    white, n = ours.whiten(trl["advantages"], learnt), learnt.sum()
+    for what, scale, why in (
+        ("whitened advantages, of its own", 1, "it divides by n - 1, ours by n"),
+        ("the same, times sqrt(n / (n - 1))", (n / (n - 1)).sqrt(), ""),
+    ):
+        yield what, "it trains", ((trl["white"] * scale - white).abs() * learnt).max().item(), why
+    means = {"policy/approxkl_avg": [], "val/ratio": []}
+    for number in range(2):
         u = {name.split("/")[1]: value for name, value in trl.items() if name.startswith(f"update-{number}/")}
-        learnt, valued = ~trl["padding_mask"][u["rows"]], ~trl["padding_mask_p1"][u["rows"]]
-        ours = ppo.policy_loss(u["new_logprobs"], u["mb_logprobs"], u["mb_advantage"], learnt, CLIP)
-        yield f"policy loss, update {number}", "it trains", (ours - u["pg_loss"]).abs().item(), ""
-        ours = ppo.value_loss(u["vpred"], u["mb_values"], u["mb_return"], valued, CLIP)
-        yield f"value loss, update {number}", "it trains, and one more", (ours - u["vf_loss"]).abs().item(), ""
+        learnt, valued = (~trl[name][u["micro_batch_inds"]] for name in ("padding_mask", "padding_mask_p1"))
+        loss = ours.policy_loss(u["new_logprobs"], u["mb_logprobs"], u["mb_advantage"], learnt, CLIP)
+        yield f"policy loss, update {number}", "it trains", (loss - u["pg_loss"]).abs().item(), ""
+        loss = ours.value_loss(u["vpred"], u["mb_values"], u["mb_return"], valued, CLIP)
+        yield f"value loss, update {number}", "it trains, and one more", (loss - u["vf_loss"]).abs().item(), ""
         change = u["new_logprobs"] - u["mb_logprobs"]
-        approxkl.append(0.5 * ppo.masked_mean(change**2, learnt))
-        ratios.append(ppo.masked_mean(change.exp(), learnt))
-    for what, logged, ours in (("approxkl", "policy/approxkl_avg", approxkl), ("mean ratio", "val/ratio", ratios)):
-        gap = (trl[logged] - torch.stack(ours).mean()).abs().item()
-        yield what, "drawn against all", gap, "its mean is over padding too"
+        means["policy/approxkl_avg"].append(0.5 * ours.masked_mean(change**2, learnt))
+        means["val/ratio"].append(ours.masked_mean(change.exp(), learnt))
+    for name, found in means.items():
+        gap = (trl[name] - torch.stack(found).mean()).abs().item()
+        yield name, "drawn against all", gap, "its mean is over padding too"
 
 
 if __name__ == "__main__":
-    sys.exit(write_or_compare(__doc__, "where the numbers lie", write, compare))
+    sys.exit(run_step(__doc__, export=export, write=write, compare=compare))

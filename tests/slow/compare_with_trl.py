@@ -22,9 +22,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from trl_steps import write_or_compare
+from trl_steps import run_step
 
-SHOWS = [("TRL", "converted checkpoints against TRL 1.12.0 itself (`make compare-trl`)")]
 CASES = "cases.json"
 NUMBERS = "numbers.safetensors"
 SEED = 11
@@ -191,4 +190,4 @@ def compare(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(write_or_compare(__doc__, "where the checkpoints lie", write, compare))
+    sys.exit(run_step(__doc__, write=write, compare=compare))
