@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 # What an interpreter needs of its surroundings; tokens, proxies, PYTHON* and HF_* stay behind.
-PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TZ")
+PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS")
 
 
 def run_limited(

@@ -394,7 +394,7 @@ def test_what_the_hub_does_not_give_is_a_typed_error(server, package, cache):
         with pytest.raises(errors.GPT2ValueHubError, match="alice/secret") as refused:
             function("alice/secret", cache_dir=cache, token="hf_wrong")
         assert "hf_wrong" not in str(refused.value)
-        with pytest.raises(errors.OptionsError):
+        with pytest.raises(errors.NotAPackageError, match="owner/name"):
             function("alice/bad--name", cache_dir=cache)
 
 

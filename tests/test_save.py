@@ -51,7 +51,7 @@ def test_a_package_loads_by_every_auto_class_with_the_same_numbers(tiny_model, t
     assert saved.parameters == sum(weight.numel() for weight in tiny_model.parameters())
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # others may read what they may list
     assert str(saved) == f"{folder} written: {saved.parameters:,} parameters, {len(saved.files)} files, " + (
-        f"{saved.size / 1000:.1f} kB\n{saved.load_lines}"
+        f"{sum(saved.files.values()) / 1000:.1f} kB\n{saved.load_lines}"
     )
     names = {}
     exec(saved.load_lines, names)
@@ -320,7 +320,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model, tiny
 def test_what_is_no_tokenizer_is_refused(tiny_model, kept):
     # transformers 5 makes an empty one where a folder has no tokenizer files
     empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), eos_token="<|endoftext|>")
-    for tokenizer, found in ((empty, "none of them"), ("gpt2", "a str")):
+    for tokenizer, found in ((empty, "without tokens"), ("gpt2", "a str")):
         with pytest.raises(errors.TokenizerMismatchError, match=found):
             save_package(tiny_model, kept, tokenizer)
 

@@ -96,9 +96,7 @@ def render_card(
         model=model,
         versions=versions,
         tokenizer=tokenizer,
-        base=base_model,
         code_files=layout.REMOTE_CODE,
-        record=layout.RECORD,
         lines=load_lines(repo_id or ".", tokenizer=tokenizer),
         repo_id=repo_id,
     )
@@ -106,9 +104,5 @@ def render_card(
 
 def with_repo_id(card: bytes, repo_id: str) -> bytes:
     """Return the card as if it had been rendered with `repo_id`. A card that names a repository is unchanged."""
-    found = card
-    for tokenizer in (True, False):
-        here, there = (load_lines(where, tokenizer=tokenizer) for where in (".", repo_id))
-        block = f"In the folder of this package:\n\n```python\n{here}\n```".encode()
-        found = found.replace(block, f"```python\n{there}\n```".encode())
-    return found
+    named = card.replace(b'from_pretrained(".", ', f"from_pretrained({json.dumps(repo_id)}, ".encode())
+    return named.replace(b"In the folder of this package:\n\n", b"")

@@ -43,16 +43,15 @@ def load_and_measure(
         dtype=torch.float32,
         output_loading_info=True,
     )
-    result = measure(model.eval(), token_ids, logit_ids)
-    # transformers 4.57 gives lists, 5 gives sets; an entry is a key, or a key and two shapes
-    result["loading_info"] = {name: sorted(map(str, found)) for name, found in info.items() if found}
-    result["not_finite"] = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
-    result["tokenizer_ids"] = None
+    info["NaN or infinite"] = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
+    if wrong := {name: list(found)[:5] for name, found in info.items() if found}:
+        raise SystemExit(f"its weights do not load strictly: {wrong}")
+    tokenizer_ids = None
     if text is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-        result["tokenizer_ids"] = tokenizer(text)["input_ids"]
-    result["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return result
+        tokenizer_ids = tokenizer(text)["input_ids"]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {**measure(model.eval(), token_ids, logit_ids), "tokenizer_ids": tokenizer_ids, "versions": versions}
 
 
 def main() -> None:

@@ -46,14 +46,9 @@ class SavedPackage:
     replaced: bool  # whether there was a package at this place before
     load_lines: str  # the lines that load it, in any Python that has torch and transformers
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(self.files.values())
-
     def __str__(self) -> str:
         done = "replaced" if self.replaced else "written"
-        summary = f"{self.parameters:,} parameters, {len(self.files)} files, {in_units(self.size)}"
+        summary = f"{self.parameters:,} parameters, {len(self.files)} files, {in_units(sum(self.files.values()))}"
         return f"{self.folder} {done}: {summary}\n{self.load_lines}"
 
 
@@ -249,17 +244,10 @@ def _refuse_other_numbers(model: nn.Module, found: Numbers, twin: GPT2ValueModel
 
 def _check_class(model: Any) -> None:
     """Refuse wrappers and other models, with the way out."""
-    name = type(model).__name__
     model_type = model.config.model_type if isinstance(model, transformers.PreTrainedModel) else None
-    if model_type == "gpt2":
-        raise MissingHeadError(
-            f"a {name}, which has no value head",
-            expected="a GPT2ValueModel",
-            next_step="model.save_pretrained(FOLDER); GPT2ValueModel.from_pretrained(FOLDER) gives it a head",
-        )
-    if model_type != layout.MODEL_TYPE:
+    if model_type not in (layout.MODEL_TYPE, "gpt2"):  # a plain GPT-2 lacks the weights of a head
         raise UnsavableModelError(
-            f"a {name}",
+            f"a {type(model).__name__}",
             expected="a GPT2ValueModel itself, without a wrapper",
             next_step="pass the model inside it: model.module, or model._orig_mod where it is compiled; with adapters "
             "copy.deepcopy(model).merge_and_unload(); of TRL's, save_pretrained, then: gpt2-value convert FOLDER OUT",
@@ -277,8 +265,8 @@ def _check_weights(weights: Weights, config: Mapping[str, Any]) -> None:
         raise kind(
             f"missing weights: {missing[:3]}; unknown weights: {unknown[:3]}",
             expected="exactly the weights of a GPT2ValueModel, whose code travels with them",
-            next_step="remove what was added to the model, merge adapters with PEFT's merge_and_unload(); a head comes "
-            "with GPT2ValueModel.from_pretrained(FOLDER, init_value_head=True)",
+            next_step="remove what was added to the model, and merge adapters with PEFT's merge_and_unload(); give a "
+            "GPT-2 a head: model.save_pretrained(FOLDER), GPT2ValueModel.from_pretrained(FOLDER, init_value_head=True)",
         )
     for name, tensor in weights.items():
         if tensor.is_meta or tuple(tensor.shape) != expected[name] or tensor.dtype not in FLOATS:

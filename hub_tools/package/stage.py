@@ -6,19 +6,18 @@ folder are copied once, each within its limit, and everything after that reads, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .. import layout, limits
-from ..errors import GPT2ValueHubError, NotAPackageError, OptionsError, PackageError, ResourceLimitError
+from ..errors import NotAPackageError, OptionsError, PackageError, ResourceLimitError, as_ours
 from ..files import AGAIN, open_in, read_json
 from . import config as config_fields
 
@@ -35,64 +34,58 @@ class Stage:
 
 
 def repository_id(source: str | os.PathLike[str], **options: Any) -> str | None:
-    """Return `source` if it has the form `owner/name` and is no local path; None for a folder.
+    """Return `source` if it names a repository on the Hub, `owner/name`; None for a folder.
 
     Args:
         source: what the user named.
         options: of a download, as `revision` and `token`; none of them applies to a folder.
 
     Raises:
+        NotAPackageError: it is neither.
         OptionsError: one of the options is set, but `source` is a folder.
     """
-    if isinstance(source, str) and not os.path.exists(source):
-        parts = source.split("/")
-        if len(parts) == 2 and not {"", ".", "..", "~"}.intersection(parts):
-            return source
-    for name, value in options.items():
-        if value:
+    if os.path.isdir(source):
+        if given := [name for name, value in options.items() if value]:
             raise OptionsError(
-                f"{name}={'...' if name == 'token' else value} for {os.fspath(source)!r}",
+                f"{', '.join(given)} for {os.fspath(source)!r}",
                 expected="owner/name of a repository on the Hub: a folder has no use for it",
-                next_step=f"leave {name} out",
+                next_step="leave it out",
             )
-    return None
+        return None
+    from ..hub.ask import is_repository_id
 
-
-def local_folder(source: str | os.PathLike[str]) -> Path:
-    """Return the folder that `source` names.
-
-    Raises:
-        NotAPackageError: there is none.
-    """
-    folder = Path(source)
-    if os.path.isdir(folder):  # and not is_dir(), which fails on names that are too long
-        return folder
+    name = os.fspath(source)
+    if "/" in name and is_repository_id(name):
+        return name
     raise NotAPackageError(
-        f"{os.fspath(source)!r} is not a folder",
-        expected="the folder of a value-head package",
+        f"{name!r} is not a folder",
+        expected="the folder of a value-head package, or owner/name of a repository on the Hub",
         next_step="write one: gpt2-value create --base openai-community/gpt2 FOLDER",
     )
 
 
 def fetched(source: str | os.PathLike[str], **options: Any) -> tuple[Path, str | None]:
-    """Return the folder of a package, and its commit where it was downloaded. `options` are those of `download.fetch`.
+    """Return the folder of a package, and its commit where it was downloaded.
 
     Raises:
-        OptionsError, NotAPackageError: see `repository_id` and `local_folder`.
-        And what `download.fetch` raises.
+        What `repository_id` and `download.fetch` raise, whose options these are.
     """
     repo_id = repository_id(source, **options)
     if repo_id is None:
-        return local_folder(source), None
-    from ..hub import download
+        return Path(source), None
+    from ..hub.download import fetch
 
-    snapshot = download.fetch(repo_id, **options)
+    snapshot = fetch(repo_id, **options)
     return snapshot.folder, snapshot.commit
 
 
 @contextmanager
 def stage(
-    source: str | os.PathLike[str], *, limit_of: Callable[[str], int | None], total: int = limits.WEIGHT_BYTES_AT_MOST
+    source: str | os.PathLike[str],
+    *,
+    limit_of: Callable[[str], int | None],
+    total: int = limits.WEIGHT_BYTES_AT_MOST,
+    commit: str | None = None,
 ) -> Iterator[Stage]:
     """Copy the wanted files of `source`, and yield the copy; it is removed afterwards.
 
@@ -103,29 +96,43 @@ def stage(
         source: a folder.
         limit_of: maps a file's name to the most bytes that it may have, or to None if it is not wanted.
         total: the most bytes that all of the files may have together.
+        commit: of a repository on the Hub.
 
     Raises:
-        NotAPackageError: there is no such folder.
+        PackageError: the folder cannot be read, or has too many files.
         PackageError: a wanted file is a link out of the folder, a device, a pipe or a folder, or cannot be read.
-        PackageError: a file, or all together, or the list of files, is larger than its limit.
+        PackageError: a file, or all together, is larger than its limit.
         ResourceLimitError: the temporary folder has no room for the copy.
     """
-    folder = Path(source)
+    folder, sha256 = Path(source), {}
+    with as_ours(lambda gist: PackageError(f"{folder} cannot be read: {gist}", next_step="check its permissions")):
+        names = sorted(os.listdir(folder))
+    if len(names) > limits.NAMES_IN_A_FOLDER:
+        raise PackageError(
+            f"{folder} has more than {limits.NAMES_IN_A_FOLDER:,} files",
+            expected="a folder with one model",
+            next_step="move the model's files to a folder of their own",
+        )
     with tempfile.TemporaryDirectory(prefix="gpt2-value-", ignore_cleanup_errors=True) as home:
         copy = Path(home, "files")
         copy.mkdir(mode=0o700)
-        names, sha256, left = _names(folder), {}, total
-        for name in names:
-            limit = limit_of(name)
-            if limit is not None:
+        wanted = {name: limit for name in names if (limit := limit_of(name)) is not None}
+        for name, limit in wanted.items():
+            most = min(limit, total)
+            with open_in(folder, name) as opened, as_ours(_no_room):
+                size = os.fstat(opened.fileno()).st_size
+                if size > most:
+                    raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {most:,}", next_step=AGAIN)
                 with open(copy / name, "xb") as copied:
-                    sha256[name], size = _copy(folder, name, copied, limit=min(limit, left))
-                left -= size
-        yield Stage(copy, folder, names, sha256)
+                    shutil.copyfileobj(opened, copied)
+                sha256[name] = layout.sha256_of(copy / name)
+            total -= size
+        yield Stage(copy, folder, tuple(names), sha256, commit)
 
 
-@contextmanager
-def stage_package(source: str | os.PathLike[str], *, with_weights: bool = True, **options: Any) -> Iterator[Stage]:
+def stage_package(
+    source: str | os.PathLike[str], *, with_weights: bool = True, **options: Any
+) -> AbstractContextManager[Stage]:
     """`stage` for a package, in a folder or on the Hub: copies config, weights, code, tokenizer and record.
 
     The sizes in `config.json` decide how large the files may be.
@@ -147,8 +154,7 @@ def stage_package(source: str | os.PathLike[str], *, with_weights: bool = True, 
         left_out = name.endswith(".safetensors") and not with_weights
         return None if left_out else package_file_limit(name, vocabulary=vocabulary, weights=weights)
 
-    with stage(folder, limit_of=limit_of, total=weights + limits.BESIDE_BYTES) as copy:
-        yield replace(copy, commit=commit)
+    return stage(folder, limit_of=limit_of, total=weights + limits.BESIDE_BYTES, commit=commit)
 
 
 def checked_package_config(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,51 +216,9 @@ def make_loadable(copy: Stage, code: Iterable[str]) -> Path:
     return copy.folder
 
 
-def _names(folder: Path) -> tuple[str, ...]:
-    """Return the names in a folder, sorted."""
-    try:
-        with os.scandir(folder) as entries:
-            found = [entry.name for entry, _ in zip(entries, range(limits.NAMES_IN_A_FOLDER + 1), strict=False)]
-    except OSError as error:
-        raise NotAPackageError(
-            f"{os.fspath(folder)!r} cannot be read: {error.strerror}",
-            expected="a folder with a model",
-            next_step="check the name, and the permissions of the folder",
-        ) from error
-    if len(found) > limits.NAMES_IN_A_FOLDER:
-        raise PackageError(
-            f"{folder} has more than {limits.NAMES_IN_A_FOLDER:,} files",
-            expected="a folder with one model",
-            next_step="move the model's files to a folder of their own",
-        )
-    return tuple(sorted(found))
-
-
-def _copy(folder: Path, name: str, copied: BinaryIO, *, limit: int) -> tuple[str, int]:
-    """Copy one file of a folder into an open one of ours; return its SHA-256 and size."""
-    digest, here = hashlib.sha256(), tempfile.gettempdir()
-    try:
-        with open_in(folder, name) as opened:
-            size = os.fstat(opened.fileno()).st_size
-            if size > limit:
-                raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}", next_step=AGAIN)
-            if size > (free := shutil.disk_usage(here).free):
-                raise _no_room(f"{name} has {size:,} bytes, and {here} has room for {free:,}")
-            left = size
-            while left and (piece := opened.read(min(left, limits.MIB))):
-                digest.update(piece)
-                copied.write(piece)
-                left -= len(piece)
-    except GPT2ValueHubError:
-        raise
-    except OSError as error:
-        raise _no_room(f"copying {name} to a private place failed: {error.strerror}") from error
-    return digest.hexdigest(), size
-
-
-def _no_room(found: str) -> ResourceLimitError:
+def _no_room(gist: str) -> ResourceLimitError:
     return ResourceLimitError(
-        found,
+        f"copying files to {tempfile.gettempdir()} failed: {gist}",
         expected="room for a private copy of the files that are read",
         next_step="name a folder on a larger disk for temporary files: export TMPDIR=FOLDER",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import layout, limits
-from ..errors import GPT2ValueHubError, LoadError, ResourceLimitError, TokenizerMismatchError, as_ours
+from ..errors import LoadError, TokenizerMismatchError, as_ours
 from ..files import AGAIN
 from ..limited_process import run_limited, search_path_of
 
@@ -24,8 +24,8 @@ def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
         config: the model's config, which gives the tokenizer's class if the tokenizer's settings do not.
 
     Raises:
-        ResourceLimitError: opening it, or using it, took more memory or time than `limits` allows.
-        LoadError: its files are not complete, transformers cannot load them, or their class is not a tokenizer's.
+        LoadError: its files are not complete, transformers cannot load them, their class is not a tokenizer's, or
+            opening or using it took more memory or time than `limits` allows.
     """
     try_in_a_process(folder, source)
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def try_in_a_process(folder: Path, source: str) -> None:
     """Open and use the tokenizer in a process with limits; see `try_tokenizer`.
 
     Raises:
-        ResourceLimitError, LoadError: see `load_tokenizer`.
+        LoadError: see `load_tokenizer`.
     """
     seconds = limits.WAITING * limits.TOKENIZER_SECONDS
     try:
@@ -58,29 +58,19 @@ def try_in_a_process(folder: Path, source: str) -> None:
             # one thread, because every thread takes address space, and that is limited
             environment={"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
         )
-    except subprocess.TimeoutExpired:
-        what = f"that did not end in {seconds:g} s"
-    else:
-        if done.returncode == 0:
-            return
-        what = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        if done.returncode < 0:
-            what = f"that was ended by signal {-done.returncode}"
-        elif "MemoryError" not in what and ", too " not in what:
-            raise _does_not_load(source, what)
-    raise ResourceLimitError(
-        f"the tokenizer of {source} was tried in a process of its own: {what[:300]}",
-        expected=f"a tokenizer that needs at most {limits.TOKENIZER_MEMORY >> 30} GiB and "
-        f"{limits.TOKENIZER_SECONDS:g} s of processor time, with tokens of at most {limits.TOKEN_CHARACTERS:,} "
-        "characters",
-        next_step="do not use it; load the model without it, or ask its author",
-    )
+    except subprocess.TimeoutExpired as error:
+        raise _does_not_load(source, f"its trial did not end in {seconds:g} s") from error
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise _does_not_load(source, f"its trial ended with exit status {done.returncode}: {last[:300]}")
 
 
-def _does_not_load(source: str, gist: str) -> GPT2ValueHubError:
+def _does_not_load(source: str, gist: str) -> LoadError:
     return LoadError(
         f"{source} does not load, because of its tokenizer: {gist}",
-        expected="a tokenizer that this version of transformers can load",
+        expected="a tokenizer that this version of transformers can load, that needs at most "
+        f"{limits.TOKENIZER_MEMORY >> 30} GiB and {limits.TOKENIZER_SECONDS:g} s of processor time, with tokens of at "
+        f"most {limits.TOKEN_CHARACTERS:,} characters",
         next_step=AGAIN,
     )
 
@@ -93,20 +83,15 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
     """
     from transformers import PreTrainedTokenizerBase
 
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or (
+        set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
+    ):
         raise TokenizerMismatchError(
-            f"the tokenizer is a {type(tokenizer).__name__}",
-            expected="a transformers tokenizer",
-            next_step="AutoTokenizer.from_pretrained(...); PreTrainedTokenizerFast wraps one of tokenizers",
+            f"the tokenizer is a {type(tokenizer).__name__}, without tokens but for special ones",
+            expected="a transformers tokenizer that reads text; version 5 makes an empty one where it finds no files",
+            next_step="load it from where its files are; PreTrainedTokenizerFast wraps one of tokenizers",
         )
-    vocabulary = tokenizer.get_vocab()
-    if set(vocabulary) <= set(tokenizer.all_special_tokens):
-        raise TokenizerMismatchError(
-            f"the tokenizer has {len(vocabulary)} tokens, none of them an ordinary one",
-            expected="a tokenizer that can read text; transformers 5 makes an empty one where it finds no files",
-            next_step="load it from where its files are, or save without a tokenizer",
-        )
-    largest = max(vocabulary.values())
+    largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise TokenizerMismatchError(
             f"the tokenizer has the id {largest}, and the model's vocabulary ends at {vocab_size - 1}",
