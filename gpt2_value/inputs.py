@@ -34,9 +34,10 @@ class RewardError(SettingsError):
 @contextlib.contextmanager
 def refused(what: str) -> Iterator[None]:
     """Turn what libraries raise about their input into a `SettingsError`, with the first line of what they say."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    spoiled = (EOFError, pickle.PickleError, SafetensorError)
+    spoiled = (EOFError, pickle.PickleError, SafetensorError, StrictDataclassError)
     try:
         yield
     except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, *spoiled) as error:
@@ -134,8 +135,8 @@ def classifier(name: str, label: str, device: torch.device) -> tuple[Callable[[l
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, trust_remote_code=False, output_loading_info=True
         )
-        if missing := [*info["missing_keys"], *("its vocabulary" for _ in range(len(tokenizer) < 2))]:
-            raise ValueError(f"found no {', '.join(missing)}")
+        if len(tokenizer) < 2 or info["missing_keys"]:
+            raise ValueError(f"found no {', '.join(info['missing_keys']) or 'vocabulary'}")
     labels = {text: number for number, text in model.config.id2label.items()}
     if label not in labels:
         raise SettingsError(f"classifier_label={label!r}; expected one of {', '.join(sorted(labels))}.")

@@ -612,7 +612,7 @@ class Run:
         except RewardError as error:
             cause = error
         if failures := [text for text in gather_object([cause and str(cause)]) if text]:
-            raise RewardError(failures[0]) from cause
+            raise cause or RewardError(failures[0])
         return rewards
 
     def collect(self, iteration: int) -> Batch:

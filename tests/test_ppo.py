@@ -1,10 +1,8 @@
 """gpt2_value.ppo on real models: it learns, resumes, measures what it says, and refuses what it can know to fail."""
 
-import ast
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import random
 import runpy
@@ -25,11 +23,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassificatio
 from gpt2_value import (
     GPT2ValueModel,
     PPOSettings,
-    find_kept_sets,
     inspect_package,
-    rescore,
     rollout,
-    rollout_from_tokens,
     save_package,
     train,
 )
@@ -95,6 +90,18 @@ def as_command(settings):
     return parts
 
 
+def started(command, launcher=(), **variables):
+    """A process that runs the command."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "gpt2_value.ppo", *command],
+        env=os.environ | {"PYTHONPATH": paths} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def weights(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
 
@@ -102,7 +109,9 @@ def weights(folder):
 # Resuming
 
 
-def test_a_run_whose_reward_fails_goes_on_with_the_same_numbers_and_loses_nothing(quick, monkeypatch):
+@pytest.mark.parametrize("kind", ["weights", "LoRA", "a critic of its own"])
+def test_a_run_whose_reward_fails_goes_on_with_the_same_numbers_and_loses_nothing(quick, base, kind, monkeypatch):
+    quick = dataclasses.replace(quick, lora_rank=2 * (kind == "LoRA"), critic=base if "critic" in kind else None)
     whole = trained(quick)
     broken = elsewhere(quick, "broken")
     monkeypatch.setattr(ppo_rewards, "calls", -1)  # the first call is the trial
@@ -118,36 +127,26 @@ def test_a_run_whose_reward_fails_goes_on_with_the_same_numbers_and_loses_nothin
     assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
 
 
-def test_a_run_killed_or_interrupted_at_random_moments_continues_with_the_same_numbers(quick, monkeypatch):
+def test_a_run_killed_or_interrupted_at_random_moments_continues_with_the_same_numbers(quick):
     quick = dataclasses.replace(quick, iterations=12, kl_target=1.0)
     whole = trained(quick)
     killed = elsewhere(quick, "killed")
     file = killed.out / "metrics.jsonl"
-    # Processes are forked from one that has imported everything, so that most of their time is the run's own.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "examples", ROOT / "tests"))))
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["gpt2_value.ppo", "accelerate", "modeling_gpt2_value", "hub_tools"])
     dice, stopped = random.Random(0), []
     while True:
-        process = forks.Process(target=exit_with, args=(as_command(killed),))
-        process.start()
-        seen = len(file.read_bytes()) if file.exists() else 0
-        while process.is_alive() and (len(file.read_bytes()) if file.exists() else 0) <= seen:
+        process = started(as_command(killed))
+        seen = file.stat().st_size if file.exists() else 0
+        while process.poll() is None and (file.stat().st_size if file.exists() else 0) <= seen:
             time.sleep(0.002)
-        if len(stopped) < 5:
-            process.join(dice.uniform(0, 0.25))  # somewhere in the next iterations
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGINT if len(stopped) % 2 else signal.SIGKILL)
-        process.join()
-        if process.exitcode == 0:
+        if len(stopped) < 4:
+            time.sleep(dice.uniform(0, 0.25))  # somewhere in the next iterations
+            process.send_signal(signal.SIGINT if len(stopped) % 2 else signal.SIGKILL)
+        said = process.communicate()[1]
+        if process.returncode == 0:
             break
-        stopped.append(process.exitcode)
-    assert {-signal.SIGKILL, 130} == set(stopped)
+        stopped.append(process.returncode)
+    assert {-signal.SIGKILL, 130} == set(stopped), said
     assert numbers(killed.out) == whole
-
-
-def exit_with(command):
-    sys.exit(main(command))
 
 
 def test_more_iterations_go_on_from_the_last_and_fewer_are_refused(quick):
@@ -194,7 +193,6 @@ def test_a_folder_that_holds_not_all_of_a_run_is_refused_and_left_as_it_is(quick
     train(dataclasses.replace(quick, iterations=2))
     for name, content, said in (
         ("checkpoint.pt", b"", "checkpoint.pt cannot be read; put it back"),
-        ("checkpoint.pt", (quick.out / "checkpoint.pt").read_bytes()[:2000], "checkpoint.pt cannot be read"),
         ("checkpoint.pt", None, "without a checkpoint.pt; give another --out"),
         ("metrics.jsonl", (quick.out / "metrics.jsonl").read_bytes()[:-9], "does not hold the 2 iterations"),
         ("metrics.jsonl", None, "does not hold the 2 iterations"),
@@ -219,7 +217,6 @@ def test_a_folder_that_holds_not_all_of_a_run_is_refused_and_left_as_it_is(quick
         (lambda texts: [1.0], "returned 1 rewards for 4 responses"),
         (lambda texts: [0.0] * 3, "returned 3 rewards for 4 responses"),
         (lambda texts: None, "returned None for 4 responses"),
-        (lambda texts: "four", "returned 'four' for 4"),
         (lambda texts: torch.zeros(4, 1), r"returned \[0.0\] for response 0, of 6 tokens"),
         (lambda texts: [[0.0] * 6, 0.0, None, 0.0], "returned None for response 2"),
         (lambda texts: [0.0, [1.0] * 5, 0.0, 0.0], r"returned \[1.0, .* for response 1"),
@@ -227,7 +224,6 @@ def test_a_folder_that_holds_not_all_of_a_run_is_refused_and_left_as_it_is(quick
         (lambda texts: [0.0, 0.0, 1e300, 10**400], "returned 1e.300 for response 2"),
         (lambda texts: [0.0, 0.0, 0.0, 10**400], "returned 10* for response 3"),
         (lambda texts: [[math.nan] * 6] * 4, r"returned \[nan, .* for response 0"),
-        (lambda texts: ["1", "2", "3", "4"], "returned '1' for response 0"),
         (lambda texts: [{"score": 1.0}] * 4, "for response 0"),
         (lambda texts: texts[4], r"raised IndexError\(.*"),
     ],
@@ -299,12 +295,11 @@ def test_a_classifier_gives_the_logit_of_its_label_and_gets_a_pad_token(quick, b
         with torch.no_grad():
             alone = judge(torch.tensor([tokenizer(text)["input_ids"][:20]])).logits[0, 1].item()
         assert logit(["short", text])[1] == pytest.approx(alone, abs=1e-5)
-    config.save_pretrained(tmp_path / "bare")
     judge.save_pretrained(tmp_path / "bare")
     for changes, said in (
         ({"classifier_label": "BEST"}, "expected one of BAD, GOOD"),
         ({"classifier": base}, "found no score.weight"),
-        ({"classifier": str(tmp_path / "bare")}, "found no its vocabulary|sentencepiece"),
+        ({"classifier": str(tmp_path / "bare")}, "found no vocabulary|sentencepiece"),
     ):
         with pytest.raises(SettingsError, match=said):
             train(dataclasses.replace(settings, **changes))
@@ -322,13 +317,7 @@ def test_a_classifier_gives_the_logit_of_its_label_and_gets_a_pad_token(quick, b
         ({"reward": lambda texts: [0.0]}, "returned 1 rewards for 4 responses"),
         ({"kl_estimator": "k2"}, "one of k1, k3, exact"),
         ({"cut_prompts": (3, 2)}, "1 <= least <= most"),
-        ({"cut_prompts": (3,)}, "1 <= least <= most"),
         ({"iterations": 0}, "iterations=0; expected a whole number, at least 1"),
-        ({"epochs": 1.5}, "epochs=1.5; expected a whole number"),
-        ({"length_adaptive_lambda": 0}, "length_adaptive_lambda=0; expected a number, above 0"),
-        ({"lam": 1.1}, "lam=1.1; expected a number, from 0 to 1"),
-        ({"seed": -1}, "seed=-1; expected a whole number, from 0 to"),
-        ({"clip": -0.1}, "clip=-0.1; expected a number, at least 0"),
         ({"tracker": "nobody"}, "tracker='nobody' is not installed; expected one of .*tensorboard"),
         ({"prompts": ["word " * 260]}, r"longest prompt has \d+ tokens \('word word.*more than the 256 of base.*--cut"),
         ({"prompts": [" ", ""]}, "a prompt a line, or a list of texts .*found no text"),
@@ -347,12 +336,13 @@ def test_what_cannot_be_is_refused_before_the_first_iteration(quick, wrong, said
     assert not (quick.out / "checkpoint.pt").exists()
 
 
-def test_a_number_that_is_none_is_refused_before_the_first_iteration(quick):
+def test_a_number_out_of_its_range_is_refused_before_the_first_iteration(quick):
     assert len(NUMBERS) > 25
-    for name in NUMBERS:
-        for wrong in (math.nan, math.inf, -math.inf, "1"):
-            with pytest.raises(SettingsError, match=f"{name}='?{wrong}"):
-                train(dataclasses.replace(quick, **{name: wrong}))
+    cases = [(name, wrong) for name in NUMBERS for wrong in (math.nan, math.inf, -math.inf, "1")]
+    cases += [("epochs", 1.5), ("lam", 1.1), ("length_adaptive_lambda", 0), ("seed", -1), ("clip", -0.1)]
+    for name, wrong in cases:
+        with pytest.raises(SettingsError, match=f"{name}='?{wrong}'?; expected a"):
+            train(dataclasses.replace(quick, **{name: wrong}))
 
 
 def test_a_model_that_cannot_be_trained_is_refused_by_name(quick, base, tmp_path):
@@ -403,22 +393,21 @@ def test_the_first_pass_over_a_rollout_changes_nothing(quick):
     assert metrics["explained_variance"] == pytest.approx(0, abs=1e-6)  # a new head says 0 everywhere
 
 
-@pytest.mark.parametrize("way", [{"temperature": 0.7, "top_k": 5}, {"top_p": 0.8, "lora_rank": 2}], ids=str)
-def test_the_kl_of_an_untrained_policy_is_zero_by_every_estimator_and_setting(quick, way):
+@pytest.mark.parametrize(
+    "way",
+    [{"temperature": 0.7, "top_k": 20, "learning_rate": 5e-3}, {"top_p": 0.8, "lora_rank": 2, "learning_rate": 5e-2}],
+    ids=["weights", "LoRA"],
+)
+def test_estimators_of_the_kl_are_0_at_first_and_agree_on_a_trained_policy(quick, way):
+    larger = {"batch_size": 48, "minibatch_size": 12, "kl_coef": 0.0, "iterations": 3}
+    first, last = {}, {}
     for kind in ("k1", "k3", "exact"):
-        (metrics,) = trained(elsewhere(quick, kind, iterations=1, epochs=1, kl_estimator=kind, **way))
-        assert metrics["kl"] == pytest.approx(0, abs=1e-4)
-
-
-def test_estimators_agree_on_a_trained_policy(quick):
-    """k1 and k3 are estimates of the exact KL; after some training all three are of the same size."""
-    found = {}
-    larger = {"batch_size": 48, "minibatch_size": 12, "kl_coef": 0.0, "iterations": 3, "learning_rate": 5e-3}
-    for kind in ("k1", "k3", "exact"):
-        found[kind] = trained(elsewhere(quick, kind, kl_estimator=kind, **larger))[-1]["kl"]
-    assert found["exact"] > 0.2
-    assert found["k3"] == pytest.approx(found["exact"], rel=0.3)
-    assert found["k1"] == pytest.approx(found["exact"], abs=0.5 * found["exact"])
+        lines = trained(elsewhere(quick, kind, kl_estimator=kind, **larger, **way))
+        first[kind], last[kind] = lines[0]["kl"], lines[-1]["kl"]
+    assert first == pytest.approx(dict.fromkeys(first, 0), abs=1e-4)
+    assert last["exact"] > 0.1
+    assert last["k3"] == pytest.approx(last["exact"], rel=0.3)
+    assert last["k1"] == pytest.approx(last["exact"], abs=0.5 * last["exact"])
 
 
 def test_a_response_without_an_end_is_scored_as_the_options_say(quick):
@@ -463,26 +452,18 @@ def test_every_setting_is_an_option_whose_name_is_shown_in_full(quick, capsys, m
     assert settings_of([*as_command(quick), "--cut-prompts", "2", "8"]).cut_prompts == [2, 8]
 
 
-def test_importing_the_file_needs_torch_alone():
-    for name, allowed in (("ppo", {"torch", "gpt2_value"}), ("critic", {"torch"}), ("inputs", {"torch"})):
-        tree = ast.parse((ROOT / "gpt2_value" / f"{name}.py").read_text())
-        found = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-        found |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-        assert {module.split(".")[0] for module in found} - sys.stdlib_module_names == allowed
+def test_importing_the_run_needs_torch_alone():
+    others = "accelerate", "matplotlib", "peft", "safetensors", "transformers"
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import gpt2_value.ppo"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_file_alone_runs_where_the_project_is_installed(quick, tmp_path):
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    shutil.copy(ROOT / "gpt2_value" / "ppo.py", folder)
-    (folder / "wave.py").write_text("def f(texts):\n    return [len(text) / 100 for text in texts]\n")
-    command = as_command(dataclasses.replace(quick, reward="wave:f", iterations=1))
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; sys.argv[1:] = {command!r}; " + (
-        "runpy.run_path('ppo.py', run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    shutil.copy(ROOT / "gpt2_value" / "ppo.py", tmp_path)
+    (tmp_path / "wave.py").write_text("def f(texts):\n    return [len(text) / 100 for text in texts]\n")
+    command = [sys.executable, "ppo.py", *as_command(dataclasses.replace(quick, reward="wave:f", iterations=1))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "iterations 0 to 1, 1 thread(s)" in done.stderr
     assert done.stdout.startswith("reward ")
@@ -505,16 +486,12 @@ def test_while_the_critic_warms_up_the_policy_stays(quick, base, critic, caplog)
     assert changed(run.task.model) == (set() if critic == "own" else head)
     assert all(line["approxkl"] == 0 or critic == "body" for line in numbers(quick.out))
     assert all(line["ratio"] == pytest.approx(1, abs=1e-5) for line in numbers(quick.out))
-    assert numbers(quick.out)[1]["explained_variance"] != 0
     run = train(dataclasses.replace(quick, iterations=4))
     assert len(changed(run.task.model) - head) > 4
     if critic == "own":
         assert changed(run.task.critic) > head
         assert not changed(run.task.model) & head
         assert inspect_package(quick.out / "critic").n_embd == QUICK.n_embd
-        again = elsewhere(quick, "again", iterations=4)
-        train(dataclasses.replace(again, iterations=2))
-        assert trained(again) == numbers(quick.out)
 
 
 def test_every_option_of_the_critic_and_of_the_advantages_changes_what_is_learnt(quick):
@@ -541,7 +518,7 @@ def test_a_package_is_a_base_that_asks_nothing_and_is_attached_where_it_is_told(
 # LoRA
 
 
-def test_a_lora_has_its_base_as_reference_resumes_and_becomes_a_package(quick, base):
+def test_a_lora_has_its_base_as_reference_and_becomes_a_package(quick, base):
     quick = dataclasses.replace(quick, lora_rank=2, learning_rate=1e-2)
     run = train(quick)
     assert run.task.reference is None
@@ -554,10 +531,6 @@ def test_a_lora_has_its_base_as_reference_resumes_and_becomes_a_package(quick, b
         with run.task.model.disable_adapter():
             assert torch.equal(run.task.model(tokens).logits, plain.eval()(tokens).logits)
     assert not torch.allclose(learnt, plain(tokens).logits, atol=1e-3)
-    again = elsewhere(quick, "again")
-    train(dataclasses.replace(again, iterations=3))
-    train(again)
-    assert len(numbers(again.out)) == 6
 
 
 # Prompts
@@ -580,7 +553,6 @@ def test_every_prompt_is_used_once_before_any_is_used_again(quick):
     seen = [int(query) for iteration in range(5) for query in run.prompts(iteration)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
-    assert [int(query) for query in run.prompts(2)] == seen[8:12]  # of any iteration, without those before
 
 
 # Several processes
@@ -592,17 +564,14 @@ def test_two_processes_learn_what_one_does_and_end_together(quick):
     quick = dataclasses.replace(quick, batch_size=64, minibatch_size=16, iterations=3, cpu=False)
     one = trained(quick)
     two = elsewhere(quick, "two")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", "-m", "gpt2_value.ppo", *as_command(two)]
-    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    failed, done = (
-        subprocess.run(launch, capture_output=True, text=True, env={**os.environ, **paths, "FAILS_IN_RANK": rank})
-        for rank in ("1", "")
-    )
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    failed = started(as_command(two), launcher, FAILS_IN_RANK="1")
+    said = failed.communicate()[1]
+    done = started(as_command(two), launcher)
     assert failed.returncode != 0
-    assert failed.stderr.count("error: ppo_rewards:vowels raised OSError('in rank 1')") == 2
-    assert done.returncode == 0, done.stderr
-    assert "iterations 1 to 3" in done.stderr  # one was done before the reward failed
+    assert said.count("error: ppo_rewards:vowels raised OSError('in rank 1')") == 2
+    assert "iterations 1 to 3" in done.communicate()[1]  # one was done before the reward failed
+    assert done.returncode == 0
     lines = numbers(two.out)
     assert [line["iteration"] for line in lines] == list(range(3))
     for name in ("reward", "response_length", "entropy"):
@@ -617,18 +586,12 @@ def test_two_processes_learn_what_one_does_and_end_together(quick):
 # Learning
 
 
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory):
-    """The demo's task, with a checkpoint that was trained for seconds, until it wrote some of the grammar's words."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return demo_settings(Recipe(vocab_size=768, n_embd=64, n_layer=1, steps=200))
-
-
-def test_the_sentiment_of_a_lexicon_rises(writer, tmp_path):
+def test_the_sentiment_of_a_lexicon_rises(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    writer = demo_settings(Recipe(vocab_size=768, n_embd=64, n_layer=1, steps=200))  # it writes the grammar's words
     settings = PPOSettings(
         **writer,
-        out=tmp_path,
+        out=tmp_path / "run",
         iterations=12,
         batch_size=48,
         max_new_tokens=24,
@@ -642,25 +605,3 @@ def test_the_sentiment_of_a_lexicon_rises(writer, tmp_path):
     assert kl[-1] > 0.5
     assert max(explained[-3:]) > 0.1
     assert metrics[0]["clip_fraction"] > metrics[-1]["clip_fraction"]
-
-
-# Tokens of another engine
-
-
-def test_tokens_that_an_engine_hands_over_train_as_those_of_a_rollout(quick):
-    """The engine is `rollout`, of which only the tokens come back: sets and numbers are found by scoring."""
-
-    def engine(model, queries, **settings):
-        drawn = rollout(model, queries, **settings)
-        tokens = [row[mask].tolist() for row, mask in zip(drawn.responses, drawn.response_mask, strict=True)]
-        back = find_kept_sets(model, rollout_from_tokens(queries, tokens, sampling=drawn.sampling))
-        with torch.no_grad():
-            scored = rescore(model, back)
-        return dataclasses.replace(back, logprobs=scored.logprobs, values=scored.values)
-
-    settings = dataclasses.replace(quick, top_k=20, temperature=0.8, iterations=3)
-    expected = trained(settings)
-    other = elsewhere(settings, "engine")
-    train(other, sample=engine)
-    for line, its in zip(numbers(other.out), expected, strict=True):
-        assert line == pytest.approx(its, rel=1e-3, abs=1e-4)
