@@ -293,10 +293,10 @@ def another_config(model):
 @pytest.mark.parametrize(
     ("spoil", "names"),
     [
-        (not_finite, r"transformer\.h\.1\.mlp\.c_fc\.bias has 1 "),
-        (lambda model: model.transformer.wpe.to("meta"), r"transformer\.wpe\.weight is .* on the meta device"),
+        (not_finite, r"'transformer\.h\.1\.mlp\.c_fc\.bias': 1"),
+        (lambda model: model.transformer.wpe.to("meta"), r"transformer\.wpe\.weight' is .* on the meta device"),
         (more_weights, r"second_head\.bias"),
-        (another_shape, r"transformer\.wpe\.weight is .* of shape \[32, 32\]"),
+        (another_shape, r"transformer\.wpe\.weight' is F32 of shape \[32, 32\]"),
         (lambda model: model.double(), "float64"),
         (another_config, "summary_activation"),
     ],

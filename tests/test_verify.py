@@ -44,11 +44,8 @@ def test_a_sound_package_is_verified_by_one_tolerance(dtype, tiny_tokenizer, tmp
     save_package(make_tiny_model().to(dtype), tmp_path / "p", tiny_tokenizer, max_shard_size=40_000)
     report = verify_package(tmp_path / "p")
     assert report.package.dtypes[str(dtype).removeprefix("torch.")] > 0
-    assert report.max_logit_difference <= report.logit_tolerance
-    assert report.max_value_difference <= report.value_tolerance
-    assert 1e-5 <= report.value_tolerance < 1e-2
+    assert max(report.max_logit_difference, report.max_value_difference) < 1e-3
     assert str(report).startswith(f"{tmp_path / 'p'} verified: logits differ by at most ")
-    assert json.loads(json.dumps(report.to_json()))["value_tolerance"] == report.value_tolerance
 
 
 def test_the_fresh_interpreter_sees_neither_this_checkout_nor_secrets_nor_caches(package, monkeypatch):

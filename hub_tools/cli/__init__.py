@@ -114,8 +114,7 @@ def create(
     model = loaded.model if dtype == "auto" else loaded.model.to(getattr(torch, dtype))
     base_model = base if is_hub_id(base) else None
     package = save_package(model, out, loaded.tokenizer, overwrite=overwrite, license=license, base_model=base_model)
-    value = {**asdict(package), "folder": str(package.folder)}
-    console.show(json, value, str(package), next=["gpt2-value", "verify", out])
+    console.show(json, asdict(package), str(package), next=["gpt2-value", "verify", out])
 
 
 @app.command()
@@ -254,7 +253,7 @@ def verify(
     refuse_revision_of_a_folder(package, revision)
     console.working(f"verifying {package}")
     report = verify_package(package, revision=revision, trust_remote_code=trust_remote_code, timeout=timeout)
-    console.show(json, report.to_json(), str(report))
+    console.show(json, asdict(report), str(report))
 
 
 @app.command()

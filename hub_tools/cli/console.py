@@ -27,12 +27,12 @@ def show(as_json: bool, value: dict[str, Any], text: str | None = None, *, next:
     """Print a result: one JSON object, alone on stdout, for a script; else for people.
 
     Args:
-        value: as plain JSON values.
+        value: as JSON values, or what `str` writes.
         text: the same for people; by default its `facts`.
         next: the command to type next.
     """
     if as_json:
-        print(json.dumps(value, indent=2))
+        print(json.dumps(value, indent=2, default=str))
         return
     typer.echo(visible_lines(facts(value) if text is None else text))
     if next:

@@ -118,8 +118,8 @@ def diff_command(source: str, commit: str | None = None) -> str:
     return shlex.join(["gpt2-value", "inspect", source, "--diff", *(["--revision", commit] if commit else [])])
 
 
-def record_release() -> dict[str, str]:
-    """Add the installed version's files to the list of releases; return their hashes.
+def record_release() -> None:
+    """Add the installed version's files to the list of releases.
 
     Raises:
         ChangedFileError: this version was released already, with other hashes.
@@ -132,9 +132,7 @@ def record_release() -> dict[str, str]:
             next_step="raise __version__ in hub_tools/layout.py, and run the same again",
         )
     RELEASES.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
-    return installed
 
 
 if __name__ == "__main__":
-    for name, digest in record_release().items():
-        print(f"{layout.__version__}  {digest}  {name}")
+    record_release()

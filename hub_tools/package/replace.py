@@ -177,11 +177,9 @@ def check_target(
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # a file, too long, a loop of links, a NUL, no JSON
         problem = f"cannot be replaced: {gist(error)}"
     if problem:
-        also = f", or one that holds a {model_type} model alone" if overwrite else ""
         raise FolderRefusedError(
             f"{str(folder)[:300]} {problem}",
-            expected=f"a new folder, or an empty one{also}",
-            next_step="choose another folder, or move away what is there"
-            + ("" if overwrite else "; to replace a model: overwrite=True (--overwrite)"),
+            expected=f"a new folder, an empty one, or, to be overwritten, one that holds a {model_type} model alone",
+            next_step="choose another folder, or move away what is there; overwrite=True (--overwrite) replaces",
         )
     return target

@@ -19,7 +19,7 @@ from configuration_gpt2_value import GPT2ValueConfig
 from modeling_gpt2_value import GPT2ValueModel
 
 from .. import layout
-from ..errors import MissingHeadError, TokenizerMismatchError, UnsavableModelError, as_ours
+from ..errors import MissingHeadError, PackageError, TokenizerMismatchError, UnsavableModelError, as_ours
 from ..files import in_units
 from . import config as config_fields
 from .card import load_lines, render_card
@@ -28,9 +28,8 @@ from .record import PROBE_TEXT, Record, probe
 from .replace import check_target, replacing
 from .sharded import Gathered, Numbers, Weights, computed, in_first_process
 from .tokenizer import check_tokenizer, write_tokenizer
-from .weights import build_model, not_finite
+from .weights import FLOATS, Tensor, build_model, check_tensors, not_finite
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Of the largest number, how far the copy's numbers may be from the model's: the same operations on the same machine
 # round alike in float32; half precision, and weights that are gathered from several devices, are computed otherwise.
 CLOSE, COARSE = 1e-5, 2e-2
@@ -146,35 +145,32 @@ def _write_record(folder: Path, model: GPT2ValueModel, tokenizer: Any, versions:
     in_float32 = model if all(w.dtype == torch.float32 for w in model.parameters()) else copy.deepcopy(model).float()
     numbers = measure(in_float32, token_ids, logit_ids)
     if damaged := not_finite({name: torch.tensor(values) for name, values in numbers.items()}):
-        raise UnsavableModelError(
-            f"the model's {', '.join(damaged)} are NaN or infinite, though none of its weights is: some are too large",
-            expected="a model that computes finite numbers in float32",
-            next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
-        )
+        raise _unsavable(f"its {', '.join(damaged)} are NaN or infinite, though no weight is: some are too large")
     tokenizer_ids = None
     if tokenizer is not None:
-        with as_ours(_cannot_read):
+        with as_ours(
+            lambda gist: TokenizerMismatchError(
+                f"the tokenizer cannot read {PROBE_TEXT!r}: {gist}",
+                expected="a tokenizer that reads any text",
+                next_step="load it as the class that wrote its files, or save without a tokenizer",
+            )
+        ):
             tokenizer_ids = tokenizer(PROBE_TEXT)["input_ids"]
     sha256 = {path.name: layout.sha256_of(path) for path in sorted(folder.iterdir()) if path.name != layout.CARD}
     record = Record(token_ids, logit_ids, **numbers, tokenizer_ids=tokenizer_ids, versions=versions, sha256=sha256)
     record.write(folder)
 
 
-def _cannot_read(gist: str) -> TokenizerMismatchError:
-    return TokenizerMismatchError(
-        f"the tokenizer cannot read {PROBE_TEXT!r}: {gist}",
-        expected="a tokenizer that reads any text",
-        next_step="load it as the class that wrote its files, or save without a tokenizer",
-    )
-
-
 # From the model that was passed to a copy of this installed version's class
 
 
-def _unsavable(gist: str) -> UnsavableModelError:
+def _unsavable(found: str) -> UnsavableModelError:
     return UnsavableModelError(
-        f"the model could not be loaded again: {gist}",
-        next_step="correct the field in model.config or model.generation_config, and save again",
+        f"the model cannot be saved: {found}",
+        expected="a GPT2ValueModel itself, in memory, whose weights and config say all that it computes",
+        next_step="pass the model inside a wrapper (model.module, model._orig_mod), merge adapters "
+        "(copy.deepcopy(model).merge_and_unload()), remove hooks, set in model.config what differs from it, convert "
+        "with model.float(), resize with model.resize_token_embeddings; after NaN, go back to an earlier checkpoint",
     )
 
 
@@ -188,13 +184,24 @@ def installed_copy(model: nn.Module | Gathered) -> GPT2ValueModel:
         UnsavableModelError, MissingHeadError: see `save_package`.
     """
     given: Any = model.model if isinstance(model, Gathered) else model
-    _check_class(given)
-    config: Any = GPT2ValueConfig.from_dict(given.config.to_dict())
-    # refuse now what could be written but not loaded again
-    fields = config_fields.checked_config(json.loads(config.to_json_string()))
+    if not isinstance(given, transformers.PreTrainedModel) or not isinstance(given.config, transformers.GPT2Config):
+        raise _unsavable(f"it is a {type(given).__name__}")
     held = model.weights if isinstance(model, Gathered) else given.state_dict()
     weights = {name: tensor.detach() for name, tensor in held.items()}
-    _check_weights(weights, fields)
+    try:  # refuse now what could be written but not loaded again
+        config: Any = GPT2ValueConfig.from_dict({**given.config.to_dict(), "model_type": layout.MODEL_TYPE})
+        fields = config_fields.checked_config(json.loads(config.to_json_string()))
+        head = check_tensors(_described(weights, fields), fields)
+    except PackageError as error:
+        raise _unsavable(f"{error.found}; expected: {error.expected}") from error
+    if head is None:
+        raise MissingHeadError(
+            f"a {type(given).__name__} without weights of a value head",
+            expected="a GPT2ValueModel",
+            next_step="model.save_pretrained(FOLDER); GPT2ValueModel.from_pretrained(FOLDER, init_value_head=True)",
+        )
+    if damaged := not_finite(weights):
+        raise _unsavable(f"NaN or infinite values in {damaged}")
     twin: Any = build_model(config, weights)
     twin.set_attn_implementation(given.config._attn_implementation)
     if given.generation_config is not None:
@@ -234,52 +241,17 @@ def _refuse_other_numbers(model: nn.Module, found: Numbers, twin: GPT2ValueModel
             or module._forward_pre_hooks
         ]
         why = f"; of another class, with hooks or with another forward: {', '.join(suspects[:5])}" if suspects else ""
-        raise UnsavableModelError(
-            f"the model's {name} differ by {difference} from those of a copy made of its weights and its config{why}",
-            expected="a model whose numbers its weights and its config give: the package holds nothing else",
-            next_step="set what differs in model.config (an activation, tie_word_embeddings), or in the weights, or "
-            "remove it, and save again",
-        )
+        raise _unsavable(f"its {name} differ by {difference} from what its weights and its config give{why}")
 
 
-def _check_class(model: Any) -> None:
-    """Refuse wrappers and other models, with the way out."""
-    model_type = model.config.model_type if isinstance(model, transformers.PreTrainedModel) else None
-    if model_type not in (layout.MODEL_TYPE, "gpt2"):  # a plain GPT-2 lacks the weights of a head
-        raise UnsavableModelError(
-            f"a {type(model).__name__}",
-            expected="a GPT2ValueModel itself, without a wrapper",
-            next_step="pass the model inside it: model.module, or model._orig_mod where it is compiled; with adapters "
-            "copy.deepcopy(model).merge_and_unload(); of TRL's, save_pretrained, then: gpt2-value convert FOLDER OUT",
+def _described(weights: Weights, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Describe weights as the header of a weight file would, which holds tied ones once."""
+    names = {getattr(torch, torchs): name for name, torchs in FLOATS.items()}
+    return {
+        name: Tensor(
+            "without data, on the meta device," if weight.is_meta else names.get(weight.dtype, str(weight.dtype)),
+            tuple(weight.shape),
         )
-
-
-def _check_weights(weights: Weights, config: Mapping[str, Any]) -> None:
-    """Refuse weights that are not exactly the model's, that are not here, or that are not finite."""
-    expected = config_fields.expected_shapes(config)
-    expected["lm_head.weight"] = expected["transformer.wte.weight"]
-    missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
-    if missing or unknown:
-        headless = any(name.startswith(layout.HEAD_PREFIX) for name in missing)
-        kind = MissingHeadError if headless else UnsavableModelError
-        raise kind(
-            f"missing weights: {missing[:3]}; unknown weights: {unknown[:3]}",
-            expected="exactly the weights of a GPT2ValueModel, whose code travels with them",
-            next_step="remove what was added to the model, and merge adapters with PEFT's merge_and_unload(); give a "
-            "GPT-2 a head: model.save_pretrained(FOLDER), GPT2ValueModel.from_pretrained(FOLDER, init_value_head=True)",
-        )
-    for name, tensor in weights.items():
-        if tensor.is_meta or tuple(tensor.shape) != expected[name] or tensor.dtype not in FLOATS:
-            where = " on the meta device, without data" if tensor.is_meta else ""
-            raise UnsavableModelError(
-                f"{name} is {tensor.dtype} of shape {list(tensor.shape)}{where}",
-                expected=f"weights in memory, in one of {', '.join(map(str, FLOATS))}, of shape {list(expected[name])}",
-                next_step="load the model without offloading; gather sharded weights (ZeRO-3); convert with "
-                "model.float(); resize with model.resize_token_embeddings, which keeps the config in step",
-            )
-    for name, count in not_finite(weights).items():
-        raise UnsavableModelError(
-            f"{name} has {count:,} NaN or infinite values of {weights[name].numel():,}",
-            expected="finite weights",
-            next_step="go back to a checkpoint from before the run diverged; the folder is untouched",
-        )
+        for name, weight in weights.items()
+        if name != "lm_head.weight" or not config_fields.tied(config)
+    }

@@ -141,8 +141,5 @@ def _gather(model: nn.Module) -> Weights:
 
     found: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     # Parts of unequal sizes are padded to be gathered, and on a CPU the padding stays in the weight's storage.
-    return {name: tensor.clone() if _is_padded(tensor) else tensor for name, tensor in found.items()}
-
-
-def _is_padded(tensor: torch.Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() > tensor.nbytes
+    padded = {name: tensor for name, tensor in found.items() if tensor.untyped_storage().nbytes() > tensor.nbytes}
+    return {**found, **{name: tensor.clone() for name, tensor in padded.items()}}

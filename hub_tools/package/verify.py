@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,20 +46,13 @@ class VerificationReport:
 
     max_logit_difference: float  # absolute, also over the log of the softmax's denominator
     max_value_difference: float  # absolute
-    logit_tolerance: float  # absolute
-    value_tolerance: float  # absolute
     package: PackageReport
 
     def __str__(self) -> str:
         return (
-            f"{self.package.source} verified: logits differ by at most {self.max_logit_difference:.2g} (allowed: "
-            f"{self.logit_tolerance:.2g}), values by {self.max_value_difference:.2g} (allowed: "
-            f"{self.value_tolerance:.2g})"
+            f"{self.package.source} verified: logits differ by at most {self.max_logit_difference:.2g}, "
+            f"values by {self.max_value_difference:.2g}"
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return {**asdict(self), "package": self.package.to_json()}
 
 
 def verify_package(
@@ -108,30 +101,28 @@ def verify_package(
         found = _run(package, make_loadable(copy, package.code_sha256), record, timeout)
     versions = f"saved: {record.versions}, loaded: {found['versions']}"
     ours, theirs = ([*each["logits"], each["logsumexp"]] for each in (vars(record), found))
-    logit_difference, logit_tolerance = _compare("logits", ours, theirs, versions)
-    value_difference, value_tolerance = _compare("values", record.values, found["values"], versions)
+    logit_difference = _compare("logits", ours, theirs, versions)
+    value_difference = _compare("values", record.values, found["values"], versions)
     if record.tokenizer_ids != found["tokenizer_ids"]:
         raise VerificationError(
             f"the tokenizer gives {found['tokenizer_ids']} for {PROBE_TEXT!r}",
             expected=f"{record.tokenizer_ids}, as recorded",
             next_step="save the package again with its tokenizer",
         )
-    return VerificationReport(logit_difference, value_difference, logit_tolerance, value_tolerance, package)
+    return VerificationReport(logit_difference, value_difference, package)
 
 
-def _compare(what: str, recorded: list[list[float]], found: list[list[float]], versions: str) -> tuple[float, float]:
-    """Return the largest absolute difference, and how large it may be.
+def _compare(what: str, recorded: list[list[float]], found: list[list[float]], versions: str) -> float:
+    """Return the largest absolute difference; infinity stands for NaN.
 
     Raises:
-        VerificationError: it is larger, or the shapes differ.
+        VerificationError: it is too large, or the shapes differ.
     """
     tolerance = TOLERANCE * max([1.0, *(abs(number) for row in recorded for number in row)])
     difference = math.inf
     if [len(row) for row in recorded] == [len(row) for row in found]:
         pairs = [pair for rows in zip(recorded, found, strict=True) for pair in zip(*rows, strict=True)]
-        difference = max(
-            (abs(ours - theirs) if math.isfinite(theirs) else math.inf for ours, theirs in pairs), default=0.0
-        )
+        difference = max([abs(a - b) if math.isfinite(b) else math.inf for a, b in pairs], default=0.0)
     if difference > tolerance:
         raise VerificationError(
             f"the {what} differ from the recorded ones by {difference:.3g}",
@@ -139,7 +130,7 @@ def _compare(what: str, recorded: list[list[float]], found: list[list[float]], v
             next_step="save the package again; if the versions differ, verify with those that it was "
             "saved with, to see which of the two changed the numbers",
         )
-    return difference, tolerance
+    return difference
 
 
 def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
@@ -147,50 +138,53 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
 
     These are a missing head, files that are missing, foreign or changed, pickles, and code of another version.
     """
-    found: list[GPT2ValueHubError] = []
-    if package.head is None:
-        found.append(
-            MissingHeadError(
-                f"the weights in {package.folder} have no value head (v_head.summary.weight and .bias)",
-                expected="a head of shape [1, n_embd]",
-                next_step="ask its author for a complete one, or give it a new head: "
-                "GPT2ValueModel.from_pretrained(FOLDER, init_value_head=True), then save_package",
-            )
-        )
-    for names, what, next_step in (
-        (package.missing, "missing", "GPT2ValueModel.from_pretrained(FOLDER), then save_package writes it all"),
-        (package.pickles, "pickles, which can run code when they are opened", "move them out of the package"),
-        (package.foreign, "files that do not belong to a package", "move them out of the package"),
-    ):
-        if names:
-            expected = "the files that save_package writes, and documents beside them"
-            found.append(PackageError(f"{what}: {_listed(names)}", expected=expected, next_step=next_step))
     other = [file.name for file in package.code if not file.installed]
-    if other and release_of(package.code_sha256) is None:
-        found.append(
-            UntrustedCodeError(
-                f"the package's code is no released version's: {_listed(other)}; it was not run",
-                expected="code that is byte-identical to the installed version's, or to a released one's",
-                next_step=f"read it: {diff_command(package.source)}; then pass trust_remote_code=True "
-                "(--trust-remote-code)",
-            )
+    ours = release_of(package.code_sha256) is not None
+    findings: tuple[tuple[type[GPT2ValueHubError], Sequence[str], str, str], ...] = (
+        (
+            MissingHeadError,
+            () if package.head else (layout.HEAD_PREFIX,),
+            "no value head in the weights",
+            "GPT2ValueModel.from_pretrained(FOLDER, init_value_head=True) gives it a new one; save_package writes it",
+        ),
+        (
+            PackageError,
+            package.missing,
+            "missing from the package",
+            "GPT2ValueModel.from_pretrained(FOLDER), then save_package writes it all",
+        ),
+        (
+            PackageError,
+            package.pickles,
+            "pickles, which can run code when they are opened",
+            "move them out of the package",
+        ),
+        (PackageError, package.foreign, "files that do not belong to a package", "move them out of the package"),
+        (
+            UntrustedCodeError,
+            () if ours else other,
+            "code of no released version; it was not run",
+            f"read it: {diff_command(package.source)}; then pass trust_remote_code=True (--trust-remote-code)",
+        ),
+        (
+            ChangedFileError,
+            package.changed,
+            f"not as saved (compared by SHA-256 with {layout.RECORD})",
+            "download the package again; after editing on purpose, load it and save_package it",
+        ),
+    )
+    return [
+        kind(
+            f"{package.source}: {', '.join(map(repr, names))}: {what}",
+            expected="the files that save_package writes, byte for byte, and documents beside them",
+            next_step=next_step,
         )
-    if package.changed:
-        found.append(
-            ChangedFileError(
-                f"{_listed(package.changed)}: not as saved (compared by SHA-256 with {layout.RECORD})",
-                expected="the files that save_package wrote, byte for byte (the card may be edited)",
-                next_step="download the package again; after editing on purpose, load it and save_package it",
-            )
-        )
-    return found
+        for kind, names, what, next_step in findings
+        if names
+    ]
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))
-
-
-def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -> dict[str, Any]:
+def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -> Any:
     """Run `probe.py` on `folder`, a copy of the package, in an isolated interpreter, and return its result."""
     with tempfile.TemporaryDirectory(prefix="gpt2-value-verify-") as home:
         result = Path(home, "result.json")
@@ -229,8 +223,7 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
         if done.returncode != 0 or not result.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise does_not_run(package, f"exit status {done.returncode}: {last[:500]}", details=done.stderr)
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
+        return json.loads(result.read_text(encoding="utf-8"))
 
 
 def does_not_run(package: PackageReport, found: str, *, details: str = "") -> LoadError:
