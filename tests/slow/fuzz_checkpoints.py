@@ -184,4 +184,4 @@ READERS: dict[str, Callable[[Path, Path, Path, str], str]] = {"export": export, 
 HUNT = Hunt(__file__, cases, write_bases, prepare)
 
 if __name__ == "__main__":
-    main(HUNT, by_record=True)
+    main(HUNT)

@@ -9,7 +9,9 @@ the options, and for what is watched.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import stat
 import sys
@@ -23,6 +25,7 @@ if __name__ == "__main__":
 from support.mutations import mutations
 from support.spoiling import CANARY, RECORD, Mutation
 
+from hub_tools import layout
 from slow.fuzz_runner import LOADED, Attempt, Case, Hunt, Watch, main, weights_in
 
 RECORDS = ("kept", "fitted", "removed")
@@ -41,15 +44,11 @@ def cases() -> list[Case]:
 def prepare(home: Path) -> Attempt:
     import hub_tools.package.load  # noqa: F401  # importing is no part of a case's time
 
-    bases, watch = {path.name: weights_in(path) for path in home.glob("base-*")}, Watch()
-
-    def attempt(mutation: Mutation, record: str) -> tuple[str, bool]:
-        return try_case(home, mutation, record, bases[f"base-{mutation.base}"], watch)
-
-    return attempt
+    watch = Watch()
+    return lambda mutation, record: try_case(home, mutation, record, watch)
 
 
-def try_case(home: Path, mutation: Mutation, record: str, original: dict[str, bytes], watch: Watch) -> tuple[str, bool]:
+def try_case(home: Path, mutation: Mutation, record: str, watch: Watch) -> tuple[str, bool]:
     """Spoil, inspect, load; the outcome, and whether it is one of the two that are allowed."""
     from hub_tools import inspect_package, load_package
     from hub_tools.errors import GPT2ValueHubError
@@ -63,24 +62,22 @@ def try_case(home: Path, mutation: Mutation, record: str, original: dict[str, by
             fit_record(folder)
         elif record == "removed":
             (folder / RECORD).unlink()
-        outcomes = []
         for function in (inspect_package, load_package):
+            outcome = LOADED
             try:
                 with watch.over(Path(parent)):
-                    result = function(folder)
+                    found = function(folder)
+                if function is load_package:
+                    outcome = difference(found, folder, home / f"base-{mutation.base}" if record == "kept" else folder)
             except GPT2ValueHubError as error:
-                outcomes.append(type(error).__name__)
+                outcome = type(error).__name__
             except BaseException as error:  # the Rust libraries' panics are no Exceptions
                 return f"{function.__name__}: {type(error).__name__}: {str(error)[:200]}", False
-            else:
-                outcomes.append("read" if function is inspect_package else difference(result, folder, original, record))
             if watch.seen:
                 return f"{function.__name__}: {watch.seen[0]}", False
-        if (Path(parent) / CANARY).exists():
+        if (Path(parent) / CANARY).exists() or remote_modules() != imported:
             return "code of the package ran", False
-        if remote_modules() != imported:
-            return "code of the package was imported", False
-        return outcomes[-1], outcomes[-1].endswith("Error") or outcomes[-1] == LOADED
+        return outcome, outcome.endswith("Error") or outcome == LOADED
 
 
 def remote_modules() -> set[str]:
@@ -88,8 +85,8 @@ def remote_modules() -> set[str]:
     return {name for name in sys.modules if name.startswith(("transformers_modules", "gpt2_value_code"))}
 
 
-def difference(loaded: Any, folder: Path, original: dict[str, bytes], record: str) -> str:
-    """LOADED if the model has, bit by bit, the weights that are in the files (the saved ones, says their record)."""
+def difference(loaded: Any, folder: Path, saved: Path) -> str:
+    """LOADED if the model has, bit by bit, the weights that are in the files, which are the saved ones."""
     import torch
 
     model = loaded.model
@@ -98,35 +95,26 @@ def difference(loaded: Any, folder: Path, original: dict[str, bytes], record: st
         for name, weight in model.state_dict().items()
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
-    if held != weights_in(folder):
-        return "loaded weights that are not those in the files"
-    if record == "kept" and held != original:
-        return "loaded weights that are not those that were saved"
+    if not held == weights_in(folder) == weights_in(saved):
+        return "loaded weights that are not those in the files, or that were saved"
     if not all(weight.isfinite().all() for weight in model.state_dict().values()):
         return "loaded weights that are not finite"
-    if not all(file.installed for file in loaded.package.code if file.name.endswith("_gpt2_value.py")):
-        return "loaded with other code beside it"
     return LOADED
 
 
 def fit_record(folder: Path) -> None:
     """Make the record's hashes those of the files that are there, as somebody would who means harm."""
-    from hub_tools import layout
-
     path = folder / RECORD
-    try:
+    with contextlib.suppress(ValueError, AttributeError, TypeError):  # where it is the record itself that is spoiled
         record = json.loads(path.read_text())
-    except ValueError:  # it is the record itself that is spoiled
-        return
-    regular = {
-        entry.name
-        for entry in folder.iterdir()
-        if stat.S_ISREG(entry.lstat().st_mode) and entry.stat().st_size < 1 << 30 and layout.written_by_save(entry.name)
-    }
-    record["sha256"] = {
-        name: layout.sha256_of(folder / name) for name in sorted(regular - {layout.CARD, layout.RECORD})
-    }
-    path.write_text(json.dumps(record))
+        regular = [name for name in os.listdir(folder) if stat.S_ISREG((folder / name).lstat().st_mode)]
+        kept = {layout.CARD, RECORD}
+        record["sha256"] = {
+            name: layout.sha256_of(folder / name)
+            for name in sorted(regular)
+            if layout.written_by_save(name) and name not in kept and (folder / name).stat().st_size < 1 << 30
+        }
+        path.write_text(json.dumps(record))
 
 
 def write_bases(home: Path) -> None:
@@ -156,4 +144,4 @@ def write_bases(home: Path) -> None:
 HUNT = Hunt(__file__, cases, write_bases, prepare)
 
 if __name__ == "__main__":
-    main(HUNT, by_record=False)
+    main(HUNT)

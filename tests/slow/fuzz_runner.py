@@ -3,10 +3,8 @@
 `fuzz_packages.py` and `fuzz_checkpoints.py` say what is spoiled and what reads it; both take these options:
 
     --every 10        # a tenth of the cases
-    --results FILE    # each outcome is written there; the cases that it holds already are not tried again
     --processes 1     # how many at a time; 2 otherwise
     --seconds 120     # for one case, on a machine that has other things to do
-    --list            # every case and its outcome
 
 Cases run in processes that may not grow by more than a GiB, and that are stopped when one case takes longer than
 `CASE_SECONDS`. An audit hook watches what Python opens, imports and runs; the time of the last access, what others do.
@@ -22,15 +20,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from support.spoiling import Mutation, data_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,100 +57,43 @@ class Outcome:
     grown: int = 0  # bytes by which the process's peak memory grew
 
 
-def run_all(
-    hunt: Hunt,
-    *,
-    processes: int = 2,
-    every: int = 1,
-    seconds: float = CASE_SECONDS,
-    results: Path | None = None,
-) -> list[Outcome]:
-    """The outcome of every case, or of `every` how many-th, in their order.
-
-    Args:
-        hunt: what is tried.
-        processes: how many run at a time.
-        every: 10 for a tenth of the cases.
-        seconds: for one case.
-        results: a file of outcomes, which is added to.
-    """
-    everything = hunt.cases()
-    found = _held(results, everything)
-    numbers = range(0, len(everything), every)
-    todo = [number for number in numbers if number not in found]
-    with (
-        tempfile.TemporaryDirectory(prefix="fuzz-") as home,
-        open(results or os.devnull, "a", encoding="utf-8") as log,
-        Progress(console=Console(stderr=True)) as progress,
-    ):
+def run_all(hunt: Hunt, *, processes: int = 2, every: int = 1, seconds: float = CASE_SECONDS) -> list[Outcome]:
+    """The outcome of every case, or of `every` how many-th; so many processes run at a time."""
+    numbers = list(range(0, len(hunt.cases()), every))
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as home, ThreadPoolExecutor(processes) as pool:
         hunt.write_bases(Path(home))
-        bar = progress.add_task(Path(hunt.program).stem, total=len(numbers), completed=len(numbers) - len(todo))
-
-        def note(number: int, outcome: Outcome) -> None:
-            found[number] = outcome
-            log.write(json.dumps([number, asdict(outcome)]) + "\n")
-            log.flush()
-            progress.advance(bar)
-
-        def share(part: int) -> None:
-            run_share(hunt, Path(home), todo[part::processes], seconds, note)
-
-        threads = [threading.Thread(target=share, args=(part,)) for part in range(processes)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return [found[number] for number in numbers]
+        shares = [
+            pool.submit(run_share, hunt, Path(home), numbers[part::processes], seconds) for part in range(processes)
+        ]
+        return [outcome for share in shares for outcome in share.result()]
 
 
-def _held(results: Path | None, everything: list[Case]) -> dict[int, Outcome]:
-    """The outcomes that a file has of these cases."""
-    found: dict[int, Outcome] = {}
-    if results is not None and results.exists():
-        for line in results.read_text(encoding="utf-8").splitlines():
-            number, fields = json.loads(line)
-            outcome = Outcome(**fields)
-            mutation, record = everything[number] if number < len(everything) else (None, "")
-            if mutation and (mutation.kind, mutation.name, record) == (outcome.kind, outcome.name, outcome.record):
-                found[number] = outcome
+def run_share(hunt: Hunt, home: Path, todo: list[int], seconds: float) -> list[Outcome]:
+    """The outcomes of the cases `todo`, tried in a process of their own; a new one goes on where one ended."""
+    everything, found = hunt.cases(), []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HOME": str(home / "hf"), "PYTHONPATH": str(ROOT)}
+    while len(found) < len(todo):
+        done = subprocess.run(
+            [sys.executable, hunt.program, "--worker", str(home), str(seconds)],
+            input=json.dumps(todo[len(found) :]),
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        found += [Outcome(**json.loads(line)) for line in done.stdout.splitlines()]
+        if done.returncode != 0:
+            mutation, record = everything[todo[len(found)]]
+            why = "hung" if "Timeout (" in done.stderr else f"ended with {done.returncode}"
+            found.append(Outcome(mutation.kind, mutation.name, record, f"the process {why}", good=False))
     return found
-
-
-def run_share(hunt: Hunt, home: Path, todo: list[int], seconds: float, note: Callable[[int, Outcome], None]) -> None:
-    """The cases `todo`, in a process of their own; a new one goes on where one ended."""
-    everything = hunt.cases()
-    while todo:
-        number = todo[0]
-        arguments = [sys.executable, hunt.program, "--worker", str(home), str(seconds)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1"}
-        environment |= {"HF_HOME": str(home / "hf"), "PYTHONPATH": str(ROOT)}
-        with (
-            tempfile.TemporaryFile("w+") as errors,
-            tempfile.TemporaryFile("w+") as numbers,
-        ):
-            json.dump(todo, numbers)
-            numbers.seek(0)
-            with subprocess.Popen(
-                arguments, stdin=numbers, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-            ) as process:
-                for line in process.stdout or ():
-                    number, outcome = json.loads(line)
-                    if outcome is not None:
-                        note(number, Outcome(**outcome))
-                ended = process.wait()
-            if ended != 0:
-                errors.seek(0)
-                why = "hung" if "Timeout (" in errors.read() else f"ended with {ended}"
-                mutation, record = everything[number]
-                note(number, Outcome(mutation.kind, mutation.name, record, f"the process {why}", good=False))
-        todo = todo[todo.index(number) + 1 :]
 
 
 # In the process
 
 
 def work(hunt: Hunt, home: Path, seconds: float) -> None:
-    """Try the cases that stdin lists, and print each one's number before it and its outcome after it."""
+    """Try the cases that stdin lists, and print each one's outcome."""
     import resource
 
     import torch
@@ -172,7 +111,6 @@ def work(hunt: Hunt, home: Path, seconds: float) -> None:
         limit = pages * os.sysconf("SC_PAGE_SIZE") + GROWTH
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     for number in todo:
-        print(json.dumps([number, None]), file=report, flush=True)
         faulthandler.dump_traceback_later(seconds, exit=True)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         mutation, record = everything[number]
@@ -180,7 +118,7 @@ def work(hunt: Hunt, home: Path, seconds: float) -> None:
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         faulthandler.cancel_dump_traceback_later()
         result = Outcome(mutation.kind, mutation.name, record, outcome, good, grown)
-        print(json.dumps([number, asdict(result)]), file=report, flush=True)
+        print(json.dumps(asdict(result)), file=report, flush=True)
 
 
 class Watch:
@@ -244,8 +182,7 @@ def weights_in(folder: Path) -> dict[str, bytes]:
 def table(outcomes: list[Outcome]) -> Iterator[str]:
     """Lines: kind of mutation, cases, loaded, refused by which errors, defects."""
     yield f"{'mutation':<18}{'cases':>6}{'loaded':>8}{'refused':>9}{'defects':>9}   refused by"
-    kinds = dict.fromkeys(outcome.kind for outcome in outcomes)
-    for kind in [*kinds, "all"]:
+    for kind in [*dict.fromkeys(outcome.kind for outcome in outcomes), "all"]:
         mine = [outcome for outcome in outcomes if kind in (outcome.kind, "all")]
         counts = Counter(outcome.outcome for outcome in mine if outcome.good)
         loaded = counts.pop(LOADED, 0)
@@ -254,28 +191,20 @@ def table(outcomes: list[Outcome]) -> Iterator[str]:
         yield f"{kind:<18}{len(mine):>6}{loaded:>8}{sum(counts.values()):>9}{bad:>9}   {errors}"
 
 
-def main(hunt: Hunt, *, by_record: bool) -> None:
-    """Run as a worker, or try everything and print it; `by_record`: a table for each."""
+def main(hunt: Hunt) -> None:
+    """Run as a worker, or try everything and print it: a table for each reader, or treatment of the record."""
     if sys.argv[1:2] == ["--worker"]:
         work(hunt, Path(sys.argv[2]), float(sys.argv[3]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--results", type=Path)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=CASE_SECONDS)
-    parser.add_argument("--list", action="store_true")
-    options = parser.parse_args()
-    outcomes = run_all(
-        hunt, processes=options.processes, every=options.every, seconds=options.seconds, results=options.results
-    )
+    outcomes = run_all(hunt, **vars(parser.parse_args()))
     bad = [outcome for outcome in outcomes if not outcome.good]
-    for what, listed in (("", outcomes if options.list else []), ("DEFECT ", bad)):
-        for outcome in listed:
-            print(f"{what}{outcome.kind}: {outcome.name} [{outcome.record}] -> {outcome.outcome}")
-    for record in dict.fromkeys(outcome.record for outcome in outcomes) if by_record else ():
-        print(f"-- {record}")
-        print("\n".join(table([outcome for outcome in outcomes if outcome.record == record])))
-    print("\n".join(table(outcomes)))
+    for outcome in bad:
+        print(f"DEFECT {outcome.kind}: {outcome.name} [{outcome.record}] -> {outcome.outcome}")
+    for record in dict.fromkeys(outcome.record for outcome in outcomes):
+        print("\n".join([f"-- {record}", *table([outcome for outcome in outcomes if outcome.record == record])]))
     print(f"{len(outcomes)} cases; the most memory for one: {max(outcome.grown for outcome in outcomes) / 1e6:.1f} MB")
     raise SystemExit(bool(bad))

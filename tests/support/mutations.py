@@ -1,4 +1,4 @@
-"""Ways to spoil a package: truncated, flipped, lying, linked, armed. Each is repeatable, and harmless to read about.
+"""Ways to spoil a package: damaged, lying, linked, armed. Each is repeatable, and harmless to read about.
 
 `mutations()` lists them; `fuzz_packages.py` applies them. Whatever would run code in them would create the file that
 `CANARY` names, in the package's parent folder.
@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from support.mutations_of_json import not_json, tokenizers, wrong_fields
+from hub_tools.package import config
 from support.spoiling import (
     CANARY,
     CODE,
     CONFIG,
     GENERATION,
+    HOSTILE,
     INDEX,
     MODELING,
     RECORD,
@@ -31,122 +32,59 @@ from support.spoiling import (
     Bomb,
     Edit,
     Mutation,
-    append,
     bytes_edit,
-    data_of,
-    flip,
+    damaged,
     header_edit,
+    instead,
     json_edit,
     link_out,
-    replace_by_folder,
+    put,
 )
+
+# Fields that no table has: they would run something, name other files, or hide a method.
+ODD = (
+    "to_dict", "validate", "from_dict", "save_pretrained", "__class__", "__dict__", "_commit_hash", "name_or_path",
+    "text_config", "sub_configs", "adapter_config", "custom_generate", "assistant_model", "cache_config", "vocab_file",
+    "tokenizer_file", "init_inputs", "backend", "torchscript", "base_model_tp_plan", *config.REFUSED, *config.ALIASES,
+)  # fmt: skip
 
 
 def mutations() -> list[Mutation]:
     """All of them, in the same order on every run."""
     makers = (
-        truncated, flipped, spliced, lying_headers, wrong_weights, wrong_shards, wrong_fields, not_json, tokenizers,
-        special_files, pickles, changed_code,
+        damaged_files, lying_headers, wrong_weights, wrong_shards, wrong_fields, not_json, tokenizers, special_files,
+        pickles, changed_code,
     )  # fmt: skip
     return [mutation for maker in makers for mutation in maker()]
 
 
-def truncated() -> Iterator[Mutation]:
-    places = {WEIGHTS: (0, 1, 7, 8, 9, 100, 1000, 3000, -5000, -1000, -64, -4, -1)}
-    texts = (CONFIG, GENERATION, RECORD, TOKENIZER, TOKENIZER_CONFIG, *CODE)
-    places |= dict.fromkeys(texts, (0, 1, 30, -100, -3, -1))
-    for name, lengths in places.items():
-        for length in lengths:
-            yield Mutation("truncated", f"{name} [:{length}]", bytes_edit(name, lambda data, n=length: data[:n]))
-    for length in (0, 1, 50, -30, -2):
-        yield Mutation("truncated", f"{INDEX} [:{length}]", bytes_edit(INDEX, lambda d, n=length: d[:n]), "shards")
-
-
-def flipped() -> Iterator[Mutation]:
-    """One bit, anywhere in the file."""
-    counts = {CONFIG: 60, GENERATION: 10, RECORD: 15, TOKENIZER: 20, TOKENIZER_CONFIG: 10, MODELING: 5, CODE[0]: 5}
-    for name, count in counts.items():
-        for seed in range(count):
-            yield Mutation("flipped bit", f"{name} #{seed}", bytes_edit(name, lambda d, s=seed: flip(d, s, 0, len(d))))
-    for seed in range(60):
-        yield Mutation(
-            "flipped bit", f"header #{seed}", bytes_edit(WEIGHTS, lambda d, s=seed: flip(d, s, 0, data_of(d)))
-        )
-    for seed in range(30):
-        edit = bytes_edit(WEIGHTS, lambda d, s=seed: flip(d, s, data_of(d), len(d)))
-        yield Mutation("flipped bit", f"data #{seed}", edit)
-    for seed in range(20):
-        yield Mutation(
-            "flipped bit", f"index #{seed}", bytes_edit(INDEX, lambda d, s=seed: flip(d, s, 0, len(d))), "shards"
-        )
-
-
-def spliced() -> Iterator[Mutation]:
-    """A few bytes removed, doubled or replaced, in any file."""
-
-    def splice(folder: Path, seed: int) -> None:
-        rng = random.Random(seed)
-        path = rng.choice(sorted(folder.iterdir()))
-        data = bytearray(path.read_bytes())
-        for _ in range(rng.randint(1, 4)):
-            begin = rng.randrange(len(data))
-            end = min(len(data), begin + rng.randint(1, 40))
-            data[begin:end] = rng.choice([b"", data[begin:end] * 2, rng.randbytes(end - begin), b"9" * 30, b'"', b"{["])
-        path.write_bytes(data)
-
-    for seed in range(60):
-        yield Mutation("spliced", f"#{seed}", lambda folder, s=seed: splice(folder, s), ("one", "shards")[seed % 2])
+def damaged_files() -> Iterator[Mutation]:
+    for name in (WEIGHTS, CONFIG, GENERATION, RECORD, TOKENIZER, TOKENIZER_CONFIG):
+        yield from damaged(name, 60)
+    yield from damaged(MODELING, 10)
+    yield from damaged(INDEX, 40, "shards")
 
 
 def lying_headers() -> Iterator[Mutation]:
     for length in (0, 1, 2, 1 << 16, 17 << 20, 100 << 20, 1 << 31, (1 << 63) - 1, 1 << 63, (1 << 64) - 1):
-        edit = bytes_edit(WEIGHTS, lambda d, n=length: struct.pack("<Q", n) + d[8:])
+        edit = bytes_edit(WEIGHTS, lambda data, n=length: struct.pack("<Q", n) + data[8:])
         yield Mutation("lying header", f"length {length}", edit)
-
-    def sparse(folder: Path) -> None:
-        """A header of 32 MiB in a file of a TiB that takes no space."""
-        with open(folder / WEIGHTS, "r+b") as file:
-            file.write(struct.pack("<Q", 32 << 20))
-            file.truncate(1 << 40)
-
-    yield Mutation("lying header", "sparse TiB", sparse)
-    name = "transformer.wte.weight"
-    entries: dict[str, dict[str, Any]] = {
-        "huge shape": {"shape": [1 << 62, 1 << 62]},
-        "no shape": {"shape": None},
-        "shape of 1000": {"shape": [1] * 1000},
-        "transposed": {"shape": [16, 24]},
-        "negative offsets": {"data_offsets": [-1536, 0]},
-        "unknown dtype": {"dtype": "F8_E4M3"},
-        "half the dtype": {"dtype": "F16"},
-        "integers": {"dtype": "I32"},
-        "one key more": {"evil": 1},
-    }
-    for what, entry in entries.items():
-        yield Mutation("lying header", what, header_edit(lambda h, e=entry: h[name].update(e)))
-    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    heads: dict[str, Callable[[dict[str, Any]], Any]] = {
+    name, empty = "transformer.wte.weight", {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    headers: dict[str, Callable[[dict[str, Any]], Any]] = {
         "overlap": lambda h: h[name].update(data_offsets=h["transformer.h.0.attn.c_attn.weight"]["data_offsets"]),
-        "missing entry": lambda h: h.pop(name),
-        "no entries": lambda h: h.clear(),
-        "no metadata": lambda h: h.pop("__metadata__"),
-        "other framework": lambda h: h.update(__metadata__={"format": "flax"}),
-        "odd name": lambda h: h.update({"../../" + name: h.pop(name)}),
-        "empty tensors": lambda h: h.update({f"x{i}": dict(empty) for i in range(5000)}),
+        "empty tensors": lambda h: h.update({f"x{i}": empty for i in range(5000)}),
         "key twice": lambda h: json.dumps(h)[:-1].encode() + b"," + json.dumps({name: h[name]})[1:].encode(),
         "deep": lambda h: b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-        "trailing spaces": lambda h: json.dumps(h).encode() + b" " * 64,
     }  # fmt: skip
-    for what, edit in heads.items():
-        yield Mutation("lying header", what, header_edit(edit))
+    for what, change in headers.items():
+        yield Mutation("lying header", what, header_edit(WEIGHTS, change))
 
 
 def wrong_weights() -> Iterator[Mutation]:
     import torch
+    from safetensors.torch import load_file, save_file
 
     def tensors(edit: Callable[[dict[str, Any]], Any]) -> Edit:
-        from safetensors.torch import load_file, save_file
-
         def apply(folder: Path) -> None:
             weights = load_file(folder / WEIGHTS)
             edit(weights)
@@ -154,101 +92,134 @@ def wrong_weights() -> Iterator[Mutation]:
 
         return apply
 
-    def fill(name: str, value: float) -> Callable[[dict[str, Any]], Any]:
-        return lambda weights: weights[name].view(-1)[-1:].fill_(value)
+    changes: dict[str, Callable[[Any], Any]] = {
+        "missing": lambda tensor: None,
+        "not a number": lambda tensor: tensor.clone().index_fill_(0, torch.tensor([0]), float("nan")),
+        "infinite": lambda tensor: tensor.clone().index_fill_(0, torch.tensor([0]), -float("inf")),
+        "float64": lambda tensor: tensor.double(),
+        "integers": lambda tensor: tensor.to(torch.int8),
+        "of two": lambda tensor: tensor.expand(2, *tensor.shape).contiguous(),
+        "another model's": lambda tensor: tensor + 1,
+        "empty": lambda tensor: tensor[:0],
+    }
+    for name in ("transformer.wte.weight", "transformer.ln_f.bias", "v_head.summary.weight"):
+        for what, change in changes.items():
 
-    for value in (float("nan"), float("inf"), -float("inf")):
-        for name in ("transformer.wte.weight", "transformer.h.0.mlp.c_fc.bias", "v_head.summary.weight"):
-            yield Mutation("not finite", f"{value} in {name}", tensors(fill(name, value)))
-    head = "v_head.summary.weight"
+            def replace(weights: dict[str, Any], name: str = name, change: Callable[..., Any] = change) -> None:
+                changed = change(weights.pop(name))
+                weights.update({} if changed is None else {name: changed})
+
+            yield Mutation("wrong tensors", f"{name} {what}", tensors(replace))
     edits: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "no head": lambda w: [w.pop(name) for name in (head, "v_head.summary.bias")],
-        "half a head": lambda w: w.pop(head),
-        "missing layer norm": lambda w: w.pop("transformer.ln_f.bias"),
-        "extra tensor": lambda w: w.update(evil=torch.zeros(3)),
+        "no head": lambda w: [w.pop(name) for name in list(w) if name.startswith("v_head.")],
         "extra layer": lambda w: w.update({"transformer.h.7.ln_1.bias": torch.zeros(16)}),
         "untied output": lambda w: w.update({"lm_head.weight": torch.ones(24, 16)}),
-        "old masks": lambda w: w.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16)}),
-        "prefix lost": lambda w: [w.update({k.removeprefix("transformer."): w.pop(k)}) for k in list(w)],
-        "head of two": lambda w: w.update({head: torch.zeros(2, 16)}),
-        "head transposed": lambda w: w.update({head: torch.zeros(16, 1)}),
-        "smaller vocabulary": lambda w: w.update({"transformer.wte.weight": torch.zeros(23, 16)}),
-        "empty embedding": lambda w: w.update({"transformer.wpe.weight": torch.zeros(0, 16)}),
-        "float64": lambda w: w.update({head: w[head].double()}),
-        "int8": lambda w: w.update({head: w[head].to(torch.int8)}),
-        "bool": lambda w: w.update({head: w[head].bool()}),
         "nothing": lambda w: w.clear(),
-        "another model's": lambda w: [tensor.add_(1) for tensor in w.values()],
     }
-    for what, edit in edits.items():
-        yield Mutation("wrong tensors", what, tensors(edit))
-
-    def long_context(folder: Path) -> None:
-        """Small weights, consistent with their config, from which transformers 4 makes 4 GB of masks."""
-        tensors(lambda w: w.update({"transformer.wpe.weight": torch.zeros(1 << 16, 16)}))(folder)
-        json_edit(CONFIG, lambda c: c.update(n_positions=1 << 16))(folder)
-
-    yield Mutation("wrong tensors", "65,536 positions", long_context)
+    for what, change in edits.items():
+        yield Mutation("wrong tensors", what, tensors(change))
 
 
 def wrong_shards() -> Iterator[Mutation]:
-    def index(edit: Callable[[dict[str, Any]], Any]) -> Edit:
-        return json_edit(INDEX, lambda value: edit(value["weight_map"]))
-
-    first = "transformer.wte.weight"
-    targets: tuple[Any, ...] = (
-        "../outside.safetensors", "/etc/passwd", "/dev/zero", "sub/model-00001-of-00002.safetensors", WEIGHTS,
-        "pytorch_model.bin", "model-00001-of-00002.safetensors\0", "", ".", None, 7, ["x"],
-        "model-99999-of-99999.safetensors", "..\\outside.safetensors", "file:///etc/passwd",
-        "model-00001-of-00002.safetensors/../../outside.safetensors", "\ud800.safetensors", "x" * 5000, "CON",
-        "model-0000\u0661-of-00002.safetensors", "model-00001-of-00002.safetensors:x",
-        "./model-00001-of-00002.safetensors",
+    first, shard = "transformer.wte.weight", "model-00001-of-00002.safetensors"
+    targets = (
+        "../outside.safetensors", "/dev/zero", f"sub/{shard}", WEIGHTS, "pytorch_model.bin", f"{shard}\0", ".",
+        "model-99999-of-99999.safetensors", "..\\outside.safetensors", f"{shard}/../../outside.safetensors",
+        "\ud800.safetensors", "model-0000\u0661-of-00002.safetensors", f"./{shard}", *HOSTILE,
     )  # fmt: skip
     for target in targets:
-        yield Mutation("index", f"names {target!r:.60}", index(lambda m, t=target: m.update({first: t})), "shards")
-    whole: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "empty": lambda m: m.clear(),
-        "one tensor less": lambda m: m.pop(first),
-        "one tensor more": lambda m: m.update(evil=m[first]),
-        "shards exchanged": lambda m: m.update({first: sorted(set(m.values()) - {m[first]})[0]}),
-        "100,000 names": lambda m: m.update({f"x{i}": m[first] for i in range(100_000)}),
-    }
-    for what, edit in whole.items():
-        yield Mutation("index", what, index(edit), "shards")
-    yield Mutation("index", "weight_map is a list", json_edit(INDEX, lambda v: v.update(weight_map=[1])), "shards")
+        edit = json_edit(INDEX, lambda v, t=target: v["weight_map"].update({first: t}))
+        yield Mutation("index", f"names {json.dumps(target)[:60]}", edit, "shards")
+    many = json_edit(INDEX, lambda v: v["weight_map"].update({f"x{i}": shard for i in range(100_000)}))
+    yield Mutation("index", "100,000 names", many, "shards")
 
     def shards(folder: Path) -> list[Path]:
         return sorted(folder.glob("model-*.safetensors"))
 
     files: dict[str, Edit] = {
         "first missing": lambda f: shards(f)[0].unlink(),
-        "last missing": lambda f: shards(f)[-1].unlink(),
-        "all missing": lambda f: [path.unlink() for path in shards(f)] and None,
-        "first twice": lambda f: shards(f)[1].write_bytes(shards(f)[0].read_bytes()) and None,
+        "all missing": lambda f: [path.unlink() for path in shards(f)],
+        "first twice": lambda f: shards(f)[1].write_bytes(shards(f)[0].read_bytes()),
         "truncated": lambda f: os.truncate(shards(f)[0], 500),
-        "a folder": lambda f: replace_by_folder(shards(f)[0]),
-        "a file beside": lambda f: (f / WEIGHTS).write_bytes(shards(f)[0].read_bytes()) and None,
+        "a file beside": lambda f: (f / WEIGHTS).write_bytes(shards(f)[0].read_bytes()),
         "link out": lambda f: link_out(f, shards(f)[0].name),
     }
     for what, move in files.items():
         yield Mutation("shards", what, move, "shards")
-    yield Mutation("shards", "index beside one file", lambda f: (f / INDEX).write_text('{"weight_map": {}}') and None)
+
+
+def wrong_fields() -> Iterator[Mutation]:
+    """Every field that is known, and some that are not, with values of the wrong type or size, or gone."""
+    for file, table in ((CONFIG, config.CONFIG), (GENERATION, config.GENERATION), (TOKENIZER_CONFIG, config.TOKENIZER)):
+        for number, field in enumerate((*table, *ODD)):
+            for value in random.Random(number).sample(HOSTILE, 3 if field in table else 1):
+                edit = json_edit(file, lambda c, f=field, v=value: c.update({f: v}))
+                yield Mutation("wrong field", f"{file}: {field}={json.dumps(value)[:20]}", edit)
+            if field in table:
+                yield Mutation("wrong field", f"no {field}", json_edit(file, lambda c, f=field: c.pop(f, None)))
+
+
+def not_json(
+    files: Sequence[str] = (CONFIG, GENERATION, RECORD, TOKENIZER_CONFIG, TOKENIZER, INDEX),
+) -> Iterator[Mutation]:
+    def more(text: bytes) -> Callable[[bytes], bytes]:
+        return lambda data: data.rstrip()[:-1] + b"," + text + b"}"
+
+    texts: dict[str, Callable[[bytes], bytes]] = {
+        "byte order mark": lambda data: b"\xef\xbb\xbf" + data,
+        "utf-16": lambda data: data.decode().encode("utf-16"),
+        "deep lists": lambda data: b"[" * 200_000,
+        "two values": lambda data: data + data,
+        "latin-1": more(b'"\xe9": 1'),
+        "surrogate": more(b'"\\ud800": 1'),
+        "deep objects": more(b'"x":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+        "400 lists": more(b'"x":' + b"[" * 400 + b"]" * 400),
+        "huge integer": more(b'"x":' + b"9" * 5000),
+        "integer that no float holds": more(b'"x":1' + b"0" * 400),
+        "huge float": more(b'"x":1e999'),
+        "NaN": more(b'"x":NaN'),
+        "key twice, the last of many": more(b",".join(b'"%d":0' % n for n in (*range(60_000), 59_999))),
+    }
+    for name in files:
+        base = "shards" if name == INDEX else "one"
+        for what, edit in texts.items():
+            yield Mutation("not JSON", f"{name}: {what}", bytes_edit(name, edit), base)
+        yield Mutation("not JSON", f"{name}: a TiB", lambda folder, n=name: os.truncate(folder / n, 1 << 40), base)
+
+
+def tokenizers() -> Iterator[Mutation]:
+    for name in ("T5Tokenizer", "BertTokenizer", "LlamaTokenizer", "RagTokenizer", "BigBirdTokenizer", "GPT2Tokenizer"):
+        edit = json_edit(TOKENIZER_CONFIG, lambda c, n=name: c.update(tokenizer_class=n))
+        yield Mutation("tokenizer", f"class {name}", edit)
+    for file in ("special_tokens_map.json", "added_tokens.json"):
+        for field in ("vocab_file", "tokenizer_file", "eos_token", "init_inputs", "x" * 5000):
+            for value in HOSTILE:
+                edit = put(file, json.dumps({field: value}))
+                yield Mutation("tokenizer", f"{file}: {field[:20]}={json.dumps(value)[:30]}", edit)
+    for id in ("9" * 5000, "9" * 12, "\u0663", "-1", "x"):
+        edit = json_edit(TOKENIZER_CONFIG, lambda c, i=id: c.update(added_tokens_decoder={i: {"content": "a"}}))
+        yield Mutation("tokenizer", f"added_tokens_decoder of {id[:12]!r}", edit)
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    padding = {"direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    shortening = {"strategy": "LongestFirst", "direction": "Right"}
+    parts: dict[str, dict[str, Any]] = {
+        "bad expression": {"pre_tokenizer": {**split, "pattern": {"Regex": "(((("}}},
+        "slow expression": {"pre_tokenizer": {**split, "pattern": {"Regex": "(a+)+$"}}},
+        "padding": {"padding": {**padding, "strategy": {"Fixed": 1 << 60}}},
+        "truncation": {"truncation": {"max_length": 1, "stride": 5, **shortening}},
+        "added tokens": {"added_tokens": [{"id": 1 << 31, "content": ""}]},
+    }
+    for what, fields in parts.items():
+        yield Mutation("tokenizer", what, json_edit(TOKENIZER, lambda t, f=fields: t.update(f)))
+    for name in ("vocab.json", "merges.txt", "spiece.model", "added_tokens.json", "special_tokens_map.json"):
+        yield Mutation("tokenizer", f"{name} of noise", put(name, random.Random(1).randbytes(999)))
+    yield Mutation("tokenizer", "no tokenizer.json", lambda folder: (folder / TOKENIZER).unlink())
 
 
 def special_files(
     names: Sequence[str] = (CONFIG, WEIGHTS, GENERATION, TOKENIZER, TOKENIZER_CONFIG, RECORD, MODELING, "README.md"),
 ) -> Iterator[Mutation]:
     """Links, devices, pipes, sockets and folders in the places of files."""
-
-    def instead(make: Callable[[Path], Any]) -> Callable[[str], Edit]:
-        def of(name: str) -> Edit:
-            def apply(folder: Path) -> None:
-                (folder / name).unlink()
-                make(folder / name)
-
-            return apply
-
-        return of
 
     def unix_socket(path: Path) -> None:
         here = os.getcwd()
@@ -259,72 +230,51 @@ def special_files(
         finally:
             os.chdir(here)
 
-    kinds: dict[str, Callable[[str], Edit]] = {
-        "link out": lambda name: lambda folder: link_out(folder, name),
-        "link to itself": instead(lambda path: path.symlink_to(path.name)),
-        "link to nothing": instead(lambda path: path.symlink_to("nothing")),
-        "link to a device": instead(lambda path: path.symlink_to("/dev/zero")),
-        "link to this process": instead(lambda path: path.symlink_to("/proc/self/environ")),
-        "pipe": instead(os.mkfifo),
-        "socket": instead(unix_socket),
-        "folder": instead(lambda path: path.mkdir()),
-        "missing": instead(lambda path: None),
+    kinds: dict[str, Callable[[Path], Any]] = {
+        "link to itself": lambda path: path.symlink_to(path.name),
+        "link to nothing": lambda path: path.symlink_to("nothing"),
+        "link to a device": lambda path: path.symlink_to("/dev/zero"),
+        "link to this process": lambda path: path.symlink_to("/proc/self/environ"),
+        "pipe": os.mkfifo,
+        "socket": unix_socket,
+        "folder": Path.mkdir,
+        "missing": lambda path: None,
     }
-    for what, make in kinds.items():
-        for name in names:
-            yield Mutation("special file", f"{name}: {what}", make(name))
+    for name in names:
+        yield Mutation("special file", f"{name}: link out", lambda folder, n=name: link_out(folder, n))
+        for what, make in kinds.items():
+            yield Mutation("special file", f"{name}: {what}", instead(name, make))
 
 
 def pickles() -> Iterator[Mutation]:
-    def bomb(folder: Path) -> bytes:
-        return pickle.dumps(Bomb(str(folder.parent / CANARY)))
+    beside = ("pytorch_model.bin", "model.pt", "training_args.bin", "vocab.pkl", "x.PKL", "tokenizer.pickle")
+    for name in (*beside, WEIGHTS, CONFIG, TOKENIZER, GENERATION, RECORD):
+        for others in ("beside", "alone"):
 
-    names = (
-        "pytorch_model.bin",
-        "model.pt",
-        "training_args.bin",
-        "vocab.pkl",
-        "optimizer.pt",
-        "x.PKL",
-        "tokenizer.pickle",
-    )
-    for name in names:
-        yield Mutation("pickle", f"{name} beside", lambda f, n=name: (f / n).write_bytes(bomb(f)) and None)
-    for name in (*names, WEIGHTS):
+            def edit(folder: Path, name: str = name, others: str = others) -> None:
+                if others == "alone":
+                    (folder / WEIGHTS).unlink()
+                (folder / name).write_bytes(pickle.dumps(Bomb(folder)))
 
-        def alone(folder: Path, name: str = name) -> None:
-            (folder / WEIGHTS).unlink()
-            (folder / name).write_bytes(bomb(folder))
-
-        yield Mutation("pickle", f"{name} for the weights", alone)
-    for name in (CONFIG, TOKENIZER, GENERATION, RECORD):
-        yield Mutation("pickle", f"as {name}", lambda f, n=name: (f / n).write_bytes(bomb(f)) and None)
+            yield Mutation("pickle", f"{name} {others}", edit)
 
 
 def changed_code() -> Iterator[Mutation]:
     def arm(folder: Path) -> str:
-        return f"open({str(folder.parent / CANARY)!r}, 'w')\n"
+        return f"\nopen({str(folder.parent / CANARY)!r}, 'w')\n"
 
     for name in CODE:
-        yield Mutation("code", f"{name} appended", lambda f, n=name: append(f / n, "\n" + arm(f)))
-        yield Mutation("code", f"{name} replaced", lambda f, n=name: (f / n).write_text(arm(f)) and None)
-        yield Mutation("code", f"{name} one space more", lambda f, n=name: append(f / n, " "))
+        yield Mutation("code", f"{name} appended", lambda f, n=name: (f / n).write_text((f / n).read_text() + arm(f)))
+        yield Mutation("code", f"{name} one space more", bytes_edit(name, lambda data: data + b" "))
         yield Mutation("code", f"{name} missing", lambda f, n=name: (f / n).unlink())
     beside = (
-        "__init__.py", "armed.py", "setup.py", "sitecustomize.py", "conftest.py", "torch.py", "transformers.py",
+        "__init__.py", "armed.py", "setup.py", "sitecustomize.py", "torch.py", "transformers.py", "armed.pth",
         "custom_generate/generate.py", "sub/modeling_gpt2_value.py", "__pycache__/modeling_gpt2_value.cpython-311.pyc",
-        "usercustomize.py", "armed.pth", "modeling_gpt2_value.so",
+        "modeling_gpt2_value.so", *CODE,
     )  # fmt: skip
     for name in beside:
-
-        def put(folder: Path, name: str = name) -> None:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(arm(folder))
-
-        yield Mutation("code", f"{name} beside", put)
+        yield Mutation("code", f"{name} beside", lambda folder, n=name: put(n, arm(folder))(folder))
     adapter = (
         '{"base_model_name_or_path": "../outside", "peft_type": "LORA", "auto_mapping": {"parent_library": "armed"}}'
     )
-    yield Mutation(
-        "code", "adapter_config.json beside", lambda f: (f / "adapter_config.json").write_text(adapter) and None
-    )
+    yield Mutation("code", "adapter_config.json beside", put("adapter_config.json", adapter))

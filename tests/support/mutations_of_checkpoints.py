@@ -13,19 +13,18 @@ import pickletools
 import random
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hub_tools.convert import adapters, heads
 from hub_tools.package import config
-from support import mutations, mutations_of_json
-from support.spoiling import CANARY, CODE, CONFIG, GENERATION, INDEX, RECORD, Edit, Mutation, header_edit, json_edit
+from support import mutations, spoiling
+from support.spoiling import CANARY, CODE, CONFIG, GENERATION, INDEX, RECORD, Mutation, header_edit, json_edit
 
 ADAPTER_CONFIG, ADAPTER, PICKLE = "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin"
 HOSTILE: tuple[Any, ...] = (
-    *mutations_of_json.HOSTILE, -1e300, "../outside", "/etc/passwd", "\x1b[2J\u202e", ["x"] * 1000,
+    *spoiling.HOSTILE, -1e300, "../outside", "/etc/passwd", "\x1b[2J\u202e", ["x"] * 1000,
     {"x" * 1000: 1}, [[1]], False,
 )  # fmt: skip
 CONFIG_FIELDS = (
@@ -43,14 +42,9 @@ def of_checkpoints() -> Iterator[Mutation]:
     for field in CONFIG_FIELDS:
         for value in HOSTILE:
             yield _set(CONFIG, field, value)
-    for made in (
-        mutations_of_json.wrong_fields,
-        mutations_of_json.tokenizers,
-    ):
-        yield from made()
-    for mutation in mutations_of_json.not_json():
-        if mutation.name.partition(":")[0] in (CONFIG, GENERATION, "tokenizer_config.json"):
-            yield mutation
+    yield from mutations.wrong_fields()
+    yield from mutations.tokenizers()
+    yield from mutations.not_json((CONFIG, GENERATION, "tokenizer_config.json"))
     for number, field in enumerate(("temperature", "eos_token_id", "watermarking_config", "custom_generate", "x")):
         for value in random.Random(number).sample(HOSTILE, 8):
             yield _set(GENERATION, field, value)
@@ -60,7 +54,7 @@ def of_checkpoints() -> Iterator[Mutation]:
         yield _set("tokenizer_config.json", field, "../outside.json")
     yield from _headers("model.safetensors")
     yield from mutations.special_files((CONFIG, GENERATION, "tokenizer.json", "tokenizer_config.json"))
-    for mutation in (*mutations.flipped(), *mutations.truncated(), *mutations.lying_headers()):
+    for mutation in (*mutations.damaged_files(), *mutations.lying_headers()):
         if mutation.base == "one" and not mutation.name.startswith((RECORD, *CODE)):
             yield mutation
 
@@ -68,9 +62,7 @@ def of_checkpoints() -> Iterator[Mutation]:
 def of_shards() -> Iterator[Mutation]:
     """For a checkpoint in shards."""
     yield from mutations.wrong_shards()
-    for mutation in mutations_of_json.not_json():
-        if mutation.name.startswith(INDEX):
-            yield mutation
+    yield from mutations.not_json((INDEX,))
     shard = "model-00001-of-00003.safetensors"
     yield from mutations.special_files((INDEX, shard))
 
@@ -87,9 +79,7 @@ def of_adapters() -> Iterator[Mutation]:
     )
     yield from _headers(ADAPTER)
     yield from mutations.special_files((ADAPTER_CONFIG, ADAPTER, "value_head.safetensors"))
-    for mutation in mutations_of_json.not_json():
-        if mutation.name.startswith(f"{CONFIG}:"):
-            yield replace(mutation, edit=_under_another_name(CONFIG, ADAPTER_CONFIG, mutation.edit))
+    yield from mutations.not_json((ADAPTER_CONFIG,))
 
 
 def of_pickles(count: int) -> Iterator[Mutation]:
@@ -129,23 +119,7 @@ def _headers(name: str) -> Iterator[Mutation]:
                     entries = [entry for name, entry in sorted(header.items()) if name != "__metadata__"]
                     entries[number * len(entries) // 3][key] = value
 
-                yield Mutation("header", f"{number}.{key}={json.dumps(value)[:30]}", _header_edit(name, edit))
-
-
-def _header_edit(name: str, edit: Callable[[dict[str, Any]], None]) -> Edit:
-    return _under_another_name("model.safetensors", name, header_edit(edit))
-
-
-def _under_another_name(usual: str, name: str, edit: Edit) -> Edit:
-    """An edit that knows a file by its usual name, of the file `name`."""
-
-    def apply(folder: Path) -> None:
-        (folder / name).rename(folder / usual)
-        edit(folder)
-        if os.path.lexists(folder / usual):
-            (folder / usual).rename(folder / name)
-
-    return apply if usual != name else edit
+                yield Mutation("header", f"{number}.{key}={json.dumps(value)[:30]}", header_edit(name, edit))
 
 
 def _records(file: Path) -> dict[str, bytes]:
