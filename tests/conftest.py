@@ -107,6 +107,18 @@ def tiny_model():
 
 
 @pytest.fixture
+def theirs(tmp_path):
+    """Where a test writes another library's checkpoint."""
+    return tmp_path / "theirs"
+
+
+@pytest.fixture
+def ours(tmp_path):
+    """Where a test lets a package be written."""
+    return tmp_path / "ours"
+
+
+@pytest.fixture
 def tiny_tokenizer():
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:95]
     vocabulary = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}

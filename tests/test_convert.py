@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -13,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     GPT2Config,
-    GPT2DoubleHeadsModel,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
 )
 
 from hub_tools import convert_checkpoint, errors, inspect_package, save_package, verify_package
+from hub_tools.convert.convert import load_checkpoint
 from modeling_gpt2_value import GPT2ValueModel
 
 PROMPT = torch.tensor([[5, 7, 11, 13, 17], [3, 1, 4, 1, 5]])
@@ -29,17 +28,15 @@ HEAD = ("v_head.summary.weight", "v_head.summary.bias")
 class Original:
     """A GPT-2 and a value head in transformers' and torch's own classes: what each library ran, before we saw it."""
 
-    def __init__(self, *, dtype=torch.float32, head_dropout=0.1, seed=0, **fields):
+    def __init__(self, *, dtype=torch.float32, seed=0, **fields):
         torch.manual_seed(seed)
-        quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        self.body = GPT2LMHeadModel(GPT2Config(**{**TINY, **quiet, **fields})).eval()
+        self.body = GPT2LMHeadModel(GPT2Config(**{**TINY, **fields})).eval()
         with torch.no_grad():
             for weight in self.body.parameters():
                 if weight.dim() == 2:
                     weight.mul_(5)
         self.body.to(dtype)
         self.head = nn.Linear(TINY["n_embd"], 1)
-        self.dropout = nn.Dropout(head_dropout)
 
     @torch.no_grad()
     def numbers(self, *, bias=True):
@@ -47,12 +44,6 @@ class Original:
         output = self.body(PROMPT, output_hidden_states=True)
         values = self.head(output.hidden_states[-1].float()).squeeze(-1)
         return output.logits, values if bias else values - self.head.bias
-
-    @torch.no_grad()
-    def training_values(self):
-        hidden = self.body(PROMPT, output_hidden_states=True).hidden_states[-1]
-        torch.manual_seed(1)
-        return self.head(self.dropout.train()(hidden.float())).squeeze(-1)
 
     def head_state(self, names="v_head.summary.{}"):
         return {names.format(name): weight.detach().clone() for name, weight in self.head.state_dict().items()}
@@ -81,7 +72,7 @@ class Original:
             if name.endswith(".safetensors"):
                 write_safetensors(state, folder / name)
             else:
-                torch.save(state, folder / name.removeprefix("old "), _use_new_zipfile_serialization=name[:4] != "old ")
+                torch.save(state, folder / name)
         return folder
 
 
@@ -102,8 +93,7 @@ def write_trl_shards(original, folder):
     weight_map = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(sorted(state))}
     shards = {shard: {n: state[n] for n in state if weight_map[n] == shard} for shard in set(weight_map.values())}
     original.write(folder, shards)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 @torch.no_grad()
@@ -116,11 +106,6 @@ def assert_same_numbers(folder, expected):
     for ours, theirs in zip(package_numbers(folder), expected, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-
-
-def edit_config(folder, **fields):
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 # Numbers: layout -> the library, the files, fields of config.json
@@ -142,59 +127,46 @@ def prefixed(o, prefix, names="v_head.summary.{}"):
 WAS_SEED = {"architectures": ["GPT2HeadWithValueModel"]}
 LAYOUTS = {
     "seed": ("seed", lambda o: {"pytorch_model.bin": seed(o)}, WAS_SEED),
-    "torch before 1.6": ("seed", lambda o: {"old pytorch_model.bin": seed(o)}, WAS_SEED),
     "TRL": ("trl", lambda o: None, {}),
     "DeepSpeed": ("trl", lambda o: prefixed(o, "module.pretrained_model."), {}),
     "torch.compile": ("trl", lambda o: prefixed(o, "_orig_mod.module."), {}),
-    "PEFT, merged": ("trl", lambda o: prefixed(o, "base_model.model."), {}),
     "LLaMA-Factory": ("trl", lambda o: apart(o, "v_head.summary.{}"), {}),
     "TRL's head": ("trl", lambda o: apart(o, "summary.{}", "value_head.bin"), {}),
     "a linear layer": ("linear", lambda o: apart(o, "{}"), {}),
     "OpenRLHF": ("linear", lambda o: prefixed(o, "model.", "value_head.{}"), {}),
-    "transformers' SequenceSummary": (
-        "seed",
-        lambda o: prefixed(o, "", "multiple_choice_head.summary.{}"),
-        {"architectures": ["GPT2DoubleHeadsModel"]},
-    ),
 }
 
 
 @pytest.mark.shows("TRL", "converted checkpoints give their library's numbers")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_converted_checkpoint_gives_the_numbers_that_its_own_library_gave(layout, tmp_path):
+def test_a_converted_checkpoint_gives_the_numbers_that_its_own_library_gave(layout, theirs, ours):
     library, files, fields = LAYOUTS[layout]
     original = Original()
-    original.write(tmp_path / "theirs", files(original), **fields)
-    record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    original.write(theirs, files(original), **fields)
+    record = convert_checkpoint(theirs, ours)
     assert record.source_format == library
-    assert_same_numbers(tmp_path / "ours", original.numbers())
-    assert not set(record.mapped) & set(record.dropped)
-    assert all(record.dropped.values())
-    held = {
-        key if len(record.files) == 1 or file.name.startswith("model") else f"{file.name}:{key}"
-        for file in record.files
-        for key in (load_file(file) if file.suffix == ".safetensors" else torch.load(file))
-    }
-    assert set(record.mapped) | set(record.dropped) == held
-    assert set(record.mapped.values()) == set(load_file(tmp_path / "ours" / "model.safetensors"))
+    assert_same_numbers(ours, original.numbers())
+    held = [load_file(file) if file.suffix == ".safetensors" else torch.load(file) for file in record.files]
+    assert len(record.mapped) + len(record.dropped) == sum(map(len, held))
+    assert set(record.mapped.values()) == set(load_file(ours / "model.safetensors"))
 
 
-def test_a_head_without_a_bias_has_none(tmp_path):
+def test_a_head_without_a_bias_has_none(theirs, ours):
     original = Original()
     state = {**original.state(tied=False), "value_head.weight": original.head.weight.detach()}
-    original.write(tmp_path / "theirs", {"model.safetensors": state})
-    record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert_same_numbers(tmp_path / "ours", original.numbers(bias=False))
-    assert any("has no bias" in note for note in record.notes)
+    original.write(theirs, {"model.safetensors": state})
+    record = convert_checkpoint(theirs, ours)
+    assert_same_numbers(ours, original.numbers(bias=False))
+    assert HEAD[1] not in record.mapped.values()
 
 
-def test_shards_in_pickles_are_read_and_the_package_verifies(tmp_path):
+def test_shards_in_pickles_are_read_and_the_package_verifies(theirs, ours):
     original = Original()
-    write_trl_shards(original, tmp_path / "theirs")
-    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert_same_numbers(tmp_path / "ours", original.numbers())
-    assert inspect_package(tmp_path / "ours").head.shape == (1, TINY["n_embd"])
-    verify_package(tmp_path / "ours")
+    write_trl_shards(original, theirs)
+    convert_checkpoint(theirs, ours)
+    assert_same_numbers(ours, original.numbers())
+    assert inspect_package(ours).head.shape == (1, TINY["n_embd"])
+    verify_package(ours)
 
 
 @pytest.mark.parametrize("release", ["0.1.0", "0.2.0"])
@@ -218,115 +190,93 @@ def test_what_a_packages_head_does_is_kept(tmp_path):
     assert {name: getattr(config, name) for name in fields} == fields
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_body_keeps_its_dtype_and_the_head_is_float32(dtype, tmp_path):
-    original = Original(dtype=dtype)
-    original.write(tmp_path / "theirs")
-    record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert record.dtype == dtype
-    weights = load_file(tmp_path / "ours" / "model.safetensors")
+def test_the_body_keeps_its_dtype_and_the_head_is_float32(theirs, ours):
+    original = Original(dtype=torch.bfloat16)
+    original.write(theirs)
+    convert_checkpoint(theirs, ours)
+    weights = load_file(ours / "model.safetensors")
     assert {name for name, weight in weights.items() if weight.dtype == torch.float32} == set(HEAD)
-    assert_same_numbers(tmp_path / "ours", original.numbers())
-    assert convert_checkpoint(tmp_path / "theirs", tmp_path / "wide", dtype=torch.float32).dtype == torch.float32
+    assert_same_numbers(ours, original.numbers())
 
 
-def test_a_mixed_body_becomes_the_widest_dtype_and_an_untied_lm_head_is_kept(tmp_path):
+def test_a_mixed_body_becomes_the_widest_dtype_and_an_untied_lm_head_is_kept(theirs, ours):
     original = Original(dtype=torch.bfloat16, tie_word_embeddings=False)
     original.body.transformer.ln_f.float()
-    original.write(tmp_path / "theirs", {"model.safetensors": {**original.state(), **original.head_state()}})
-    record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert record.dtype == torch.float32
-    assert any("mixes" in note for note in record.notes)
-    weights = load_file(tmp_path / "ours" / "model.safetensors")
+    original.write(theirs, {"model.safetensors": {**original.state(), **original.head_state()}})
+    convert_checkpoint(theirs, ours)
+    weights = load_file(ours / "model.safetensors")
     assert torch.equal(weights["lm_head.weight"], original.body.lm_head.weight.float())
+    convert_checkpoint(theirs, ours, dtype=torch.float16)
+    assert GPT2ValueModel.from_pretrained(ours, dtype="auto").dtype == torch.float16
 
 
-def test_a_weight_file_alone_takes_its_config_from_where_it_is_told(tmp_path):
+def test_a_weight_file_alone_takes_its_config_from_where_it_is_told(tmp_path, ours):
     original = Original()
     original.write(tmp_path / "trained-from", {})
     torch.save({**original.state(), **original.head_state()}, tmp_path / "step_100.pt")
-    (tmp_path / "last.pt").symlink_to(tmp_path / "step_100.pt")
     with pytest.raises(errors.PackageError, match="config="):
-        convert_checkpoint(tmp_path / "last.pt", tmp_path / "ours")
-    convert_checkpoint(tmp_path / "last.pt", tmp_path / "ours", config=tmp_path / "trained-from")
-    assert_same_numbers(tmp_path / "ours", original.numbers())
+        convert_checkpoint(tmp_path / "step_100.pt", ours)
+    convert_checkpoint(tmp_path / "step_100.pt", ours, config=tmp_path / "trained-from")
+    assert_same_numbers(ours, original.numbers())
 
 
 # What a head does
 
 
-@pytest.mark.parametrize(
-    ("fields", "options", "rate"),
-    [
-        ({}, {}, 0.1),  # TRL's default, whatever GPT-2's own field says
-        ({"summary_first_dropout": 0.7, "summary_dropout_prob": 0.3}, {}, 0.3),
-        ({}, {"summary_first_dropout": 0.4}, 0.4),
-        ({}, {"summary_first_dropout": 0.0}, 0.0),
-    ],
-)
-def test_trls_head_dropout_carries_over_to_training_mode(fields, options, rate, tmp_path):
-    original = Original(head_dropout=rate)
-    original.write(tmp_path / "theirs", **fields)
-    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", **options)
-    model = GPT2ValueModel.from_pretrained(tmp_path / "ours").train()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        torch.testing.assert_close(model(PROMPT).value, original.training_values(), rtol=0, atol=1e-6)
-
-
-def test_gpt2s_summary_fields_are_obeyed_by_the_seeds_head_and_by_no_other(tmp_path):
+def test_gpt2s_summary_fields_are_obeyed_by_the_seeds_head_and_by_no_other(tmp_path, ours):
     original = Original()
     logits, values = original.numbers()
     fields = {"summary_activation": "tanh", "summary_first_dropout": 0.25, "summary_last_dropout": 0.5}
     original.write(tmp_path / "trl", **fields, summary_type="attn", summary_use_proj=False)
     original.write(tmp_path / "seed", **fields, **WAS_SEED)
     for library, expected in (("trl", values), ("seed", values.tanh())):
-        convert_checkpoint(tmp_path / library, tmp_path / "ours")
-        assert_same_numbers(tmp_path / "ours", (logits, expected))
-    config = GPT2ValueModel.from_pretrained(tmp_path / "ours").config
+        convert_checkpoint(tmp_path / library, ours)
+        assert_same_numbers(ours, (logits, expected))
+    config = GPT2ValueModel.from_pretrained(ours).config
     assert (config.summary_first_dropout, config.summary_last_dropout) == (0.25, 0.5)
     original.write(tmp_path / "either", **fields, architectures=None)
-    with pytest.raises(errors.ConversionError, match="source_format"):  # only a person knows
-        convert_checkpoint(tmp_path / "either", tmp_path / "ours")
-    for library, expected in (("trl", values), ("seed", values.tanh())):
-        convert_checkpoint(tmp_path / "either", tmp_path / "ours", source_format=library)
-        assert_same_numbers(tmp_path / "ours", (logits, expected))
+    convert_checkpoint(tmp_path / "either", ours, source_format="seed")
+    assert_same_numbers(ours, (logits, values.tanh()))
 
 
 @pytest.mark.parametrize(
-    ("model_class", "fields", "rate"),
+    ("head", "fields", "options", "rate"),
     [
-        (GPT2ForSequenceClassification, {}, 0.0),
-        (GPT2ForTokenClassification, {"classifier_dropout": 0.35}, 0.35),
-        (GPT2ForTokenClassification, {}, 0.1),
-        (GPT2DoubleHeadsModel, {"summary_first_dropout": 0.2}, 0.2),
+        ("v_head.summary.{}", {}, {}, 0.1),  # TRL's default, whatever GPT-2's own field says
+        ("v_head.summary.{}", {"summary_first_dropout": 0.7, "summary_dropout_prob": 0.3}, {}, 0.3),
+        ("v_head.summary.{}", {}, {"summary_first_dropout": 0.0}, 0.0),
+        ("score.{}", {"summary_first_dropout": 0.7}, {}, 0.0),
+        ("classifier.{}", {"classifier_dropout": 0.35}, {}, 0.35),
+        ("classifier.{}", {}, {}, 0.1),
+        ("value_head.{}", {}, {}, 0.0),
     ],
 )
-def test_a_classifier_of_transformers_becomes_the_value_head(model_class, fields, rate, tmp_path):
+def test_the_dropout_of_each_librarys_head_carries_over(head, fields, options, rate, theirs, ours):
+    original = Original()
+    state = {**original.state(tied=False), **original.head_state(head)}
+    original.write(theirs, {"model.safetensors": state}, **fields)
+    convert_checkpoint(theirs, ours, **options)
+    assert GPT2ValueModel.from_pretrained(ours).config.summary_first_dropout == rate
+
+
+@pytest.mark.parametrize("model_class", [GPT2ForSequenceClassification, GPT2ForTokenClassification])
+def test_a_classifier_of_transformers_becomes_the_value_head(model_class, tmp_path):
     torch.manual_seed(0)
-    theirs = model_class(GPT2Config(**TINY, num_labels=1, pad_token_id=0, **fields)).eval()
+    theirs = model_class(GPT2Config(**TINY, num_labels=1, pad_token_id=0)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    logits, values = package_numbers(tmp_path / "ours")
     with torch.no_grad():
-        if model_class is GPT2DoubleHeadsModel:
-            expected = theirs(PROMPT, mc_token_ids=torch.full((2,), 4)).mc_logits
-        else:
-            expected = theirs(PROMPT).logits.reshape(2, -1)[:, -1]
-        hidden = theirs.transformer(PROMPT).last_hidden_state
-    torch.testing.assert_close(values[:, -1], expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(logits, hidden @ theirs.transformer.wte.weight.T, rtol=0, atol=1e-5)
-    assert GPT2ValueModel.from_pretrained(tmp_path / "ours").config.summary_first_dropout == rate
+        expected = theirs(PROMPT).logits.reshape(2, -1)[:, -1]
+    torch.testing.assert_close(package_numbers(tmp_path / "ours")[1][:, -1], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("safetensors", [True, False])
-def test_plain_gpt2_needs_a_word_before_it_gets_a_head(safetensors, tmp_path):
-    plain = write_published_checkpoint(tmp_path / "theirs", safetensors=safetensors)
+def test_plain_gpt2_needs_a_word_before_it_gets_a_head(theirs, ours):
+    plain = write_published_checkpoint(theirs)
     with pytest.raises(errors.MissingHeadError, match="init_value_head=True"):
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", init_value_head=True)
+        convert_checkpoint(theirs, ours)
+    record = convert_checkpoint(theirs, ours, init_value_head=True)
     with torch.no_grad():
-        assert_same_numbers(tmp_path / "ours", (plain(PROMPT).logits, torch.zeros(PROMPT.shape)))
+        assert_same_numbers(ours, (plain(PROMPT).logits, torch.zeros(PROMPT.shape)))
     assert record.source_format == "gpt2"
 
 
@@ -334,51 +284,40 @@ TRLX = {"v_head.0.weight": torch.ones(64, 32), "v_head.0.bias": torch.ones(64), 
 
 
 @pytest.mark.parametrize("head", [TRLX, {"score.weight": torch.ones(3, 32)}, {HEAD[0]: torch.ones(1, 32)}])
-def test_a_head_that_cannot_be_kept_is_named_and_the_policy_can_be_kept_alone(head, tmp_path):
+def test_a_head_that_cannot_be_kept_is_named_and_the_policy_can_be_kept_alone(head, theirs, ours):
     original = Original()
-    original.write(tmp_path / "theirs", {"model.safetensors": {**original.state("base_model."), **head}})
+    original.write(theirs, {"model.safetensors": {**original.state("base_model."), **head}})
     with pytest.raises(errors.ConversionError, match="init_value_head=True") as refusal:
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+        convert_checkpoint(theirs, ours)
     assert all(f"{name} {list(weight.shape)}" in str(refusal.value) for name, weight in head.items())
-    record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", init_value_head=True)
+    record = convert_checkpoint(theirs, ours, init_value_head=True)
     logits, values = original.numbers()
-    assert_same_numbers(tmp_path / "ours", (logits, torch.zeros_like(values)))
+    assert_same_numbers(ours, (logits, torch.zeros_like(values)))
     assert set(head) <= set(record.dropped)
 
 
-def test_two_heads_that_differ_are_ambiguous_and_one_can_be_named(tmp_path):
+def test_several_heads_are_ambiguous_and_one_can_be_named_or_all_be_replaced(theirs, ours):
     original, other = Original(), Original(seed=1)
     both = {**original.state(tied=False), **original.head_state(), "score.weight": other.head.weight.detach()}
-    original.write(tmp_path / "theirs", {"model.safetensors": both})
-    original.write(tmp_path / "beside", {**apart(original, "v_head.summary.{}"), "value_head.bin": other.head_state()})
-    for name, match in (("theirs", "two value heads that differ: .*score"), ("beside", r"value_head\.bin")):
-        with pytest.raises(errors.ConversionError, match=match):
-            convert_checkpoint(tmp_path / name, tmp_path / "ours")
-    for library, expected in (("trl", original.numbers()), ("sequence-classification", None)):
-        record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", source_format=library)
-        assert any("a second value head" in why for why in record.dropped.values())
-        if expected:
-            assert_same_numbers(tmp_path / "ours", expected)
+    original.write(theirs, {"model.safetensors": both})
+    with pytest.raises(errors.ConversionError, match="several value heads"):
+        convert_checkpoint(theirs, ours)
+    record = convert_checkpoint(theirs, ours, source_format="trl")
+    assert set(record.dropped) == {"score.weight"}
+    assert_same_numbers(ours, original.numbers())
+    convert_checkpoint(theirs, ours, init_value_head=True)
+    assert not package_numbers(ours)[1].any()
 
 
 # What is not understood is refused by name, and nothing is written
-
-
-def without(name):
-    return lambda state: state.pop(name)
 
 
 def put(**tensors):
     return lambda state: state.update({name.replace("_", "."): tensor for name, tensor in tensors.items()})
 
 
-def spoil(name, number):
-    return lambda state: state[name].view(-1)[3:4].fill_(number)
-
-
-def other_mask(state):
-    state |= {name: mask.clone() for name, mask in Original().masks().items()}
-    state["transformer.h.0.attn.bias"][0, 0, 0, 3] = 1  # the first token would see the fourth
+def without(name):
+    return lambda state: state.pop(name)
 
 
 def same(state):
@@ -387,31 +326,23 @@ def same(state):
 
 # what is done to the tensors, fields of config.json, options, the error, and what it names
 REFUSED = [
-    (put(optimizer=torch.ones(1)), {}, {}, errors.PackageError, "unknown tensors: optimizer"),
-    (put(critic_weight=torch.ones(1, 32)), {}, {}, errors.PackageError, r"unknown tensors: critic\.weight"),
+    (put(optimizer=torch.ones(1)), {}, {}, errors.PackageError, "optimizer"),
     (lambda state: state.update({"v_head.extra.weight": torch.ones(1)}), {}, {}, errors.PackageError, "v_head.extra"),
-    (without("transformer.wpe.weight"), {}, {}, errors.PackageError, r"missing tensors: transformer\.wpe"),
-    (without("v_head.summary.bias"), {}, {}, errors.ConversionError, r"v_head\.summary\.bias"),
-    (spoil("lm_head.weight", 9.0), {}, {}, errors.ConversionError, "tie_word_embeddings"),
-    (spoil("transformer.h.0.mlp.c_fc.weight", float("nan")), {}, {}, errors.UnsavableModelError, "c_fc"),
-    (spoil("v_head.summary.weight", float("inf")), {}, {}, errors.UnsavableModelError, "v_head"),
-    (put(lm__head_weight=torch.ones(1)), {}, {}, errors.PackageError, "unknown"),
-    (other_mask, {}, {}, errors.ConversionError, "causal"),
+    (lambda state: state.update({f"module.{HEAD[0]}": torch.ones(1)}), {}, {}, errors.ConversionError, "one tensor"),
+    (without("transformer.wpe.weight"), {}, {}, errors.PackageError, r"transformer\.wpe"),
+    (without(HEAD[1]), {}, {}, errors.ConversionError, r"v_head\.summary\.weight"),
+    (lambda state: state[HEAD[0]].fill_(float("nan")), {}, {}, errors.UnsavableModelError, "v_head"),
     (lambda state: state.update({n: t.double() for n, t in state.items()}), {}, {}, errors.ConversionError, "float64"),
-    (same, {"n_embd": 64}, {}, errors.PackageError, "config"),
-    (same, {"vocab_size": 97}, {}, errors.PackageError, "config"),
+    (same, {"n_embd": 64}, {}, errors.ConversionError, r"config\.json"),
     (same, {"n_layer": 1}, {}, errors.PackageError, "config"),
-    (same, {"n_layer": 10**9}, {}, errors.PackageError, "config"),
+    (same, {"n_layer": 10**9, "n_positions": 1}, {}, errors.PackageError, "1,000,000,000 layers"),
     (same, {"n_head": 5}, {}, errors.PackageError, r"config\.json"),
-    (same, {"n_embd": "32"}, {}, errors.PackageError, "n_embd"),
     (same, {"summary_dropout_prob": 7}, {}, errors.PackageError, "summary_dropout_prob"),
     (same, {"activation_function": "os.system"}, {}, errors.PackageError, "activation_function"),
-    (same, {"architectures": 5}, {}, errors.PackageError, "architectures"),
     (same, {"hidden_size": 8}, {}, errors.PackageError, "hidden_size"),
     (same, {"quantization_config": {"load_in_8bit": True}}, {}, errors.PackageError, "quantization_config"),
     (same, {"model_type": "llama"}, {}, errors.PackageError, "llama"),
     (same, {}, {"base": "elsewhere"}, errors.OptionsError, "base="),
-    (same, {}, {"init_value_head": True}, errors.OptionsError, "init_value_head"),
     (same, {}, {"source_format": "trlx"}, errors.OptionsError, "trlx"),
     (same, {}, {"source_format": "linear"}, errors.ConversionError, "source_format"),
     (same, {}, {"revision": "main"}, errors.OptionsError, "revision"),
@@ -420,92 +351,81 @@ REFUSED = [
 
 @pytest.mark.parametrize(("edit", "fields", "options", "error", "match"), REFUSED)
 def test_what_is_not_understood_is_refused_by_name_and_nothing_is_written(
-    edit, fields, options, error, match, tmp_path
+    edit, fields, options, error, match, theirs, ours
 ):
     original = Original()
     state = {**original.state(), **original.head_state()}
     edit(state)
-    original.write(tmp_path / "theirs", {"model.safetensors": state}, **fields)
+    original.write(theirs, {"model.safetensors": state}, **fields)
     with pytest.raises(error, match=match):
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", **options)
-    assert not (tmp_path / "ours").exists()
+        convert_checkpoint(theirs, ours, **options)
+    assert not (ours).exists()
 
 
-def test_the_dump_of_an_unmerged_adapter_is_refused_and_the_way_out_is_named(tmp_path):
-    original = Original()
-    name = "pretrained_model.transformer.h.0.attn.c_attn"
-    dump = {f"{name}.base_layer.weight": torch.ones(32, 96), f"{name}.lora_A.default.weight": torch.ones(4, 32)}
-    original.write(tmp_path / "theirs", {"model.safetensors": {**original.head_state(), **dump}})
-    with pytest.raises(errors.PackageError, match="merge_and_unload"):
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-
-
-def test_two_files_that_may_differ_are_ambiguous_and_either_can_be_named(tmp_path):
+def test_two_files_that_may_differ_are_ambiguous_and_either_can_be_named(theirs, ours):
     original, older = Original(), Original(seed=1)
-    write_trl(original, tmp_path / "theirs")
-    write_trl_pickle(older, tmp_path / "theirs")
+    write_trl(original, theirs)
+    write_trl_pickle(older, theirs)
     with pytest.raises(errors.ConversionError, match=r"model\.safetensors and pytorch_model\.bin"):
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+        convert_checkpoint(theirs, ours)
     for name, expected in (("model.safetensors", original), ("pytorch_model.bin", older)):
-        convert_checkpoint(tmp_path / "theirs" / name, tmp_path / "ours")
-        assert_same_numbers(tmp_path / "ours", expected.numbers())
+        convert_checkpoint(theirs / name, ours)
+        assert_same_numbers(ours, expected.numbers())
 
 
-def test_an_empty_folder_and_a_missing_one_are_named(tmp_path):
+def test_an_empty_folder_and_a_missing_one_are_named(tmp_path, ours):
     for source in (tmp_path, tmp_path / "nowhere", tmp_path / ("x" * 5000)):
         with pytest.raises(errors.PackageError, match=str(source)[:200]):
-            convert_checkpoint(source, tmp_path / "ours")
+            convert_checkpoint(source, ours)
 
 
-def test_offline_a_repository_of_the_hub_is_refused_at_once(tmp_path):
+def test_offline_a_repository_of_the_hub_is_refused_at_once(ours):
     with pytest.raises(errors.HubUnavailableError, match="nobody/nothing"):
-        convert_checkpoint("nobody/nothing", tmp_path / "ours", init_value_head=True)
+        convert_checkpoint("nobody/nothing", ours, init_value_head=True)
 
 
 # Around it
 
 
-def test_the_source_is_left_as_it_is_and_cannot_be_the_target(tmp_path):
-    write_trl(Original(), tmp_path / "theirs")
+def test_the_source_is_left_as_it_is_and_cannot_be_the_target(theirs, ours):
+    write_trl(Original(), theirs)
 
     def contents():
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "theirs").iterdir()}
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (theirs).iterdir()}
 
     before = contents()
-    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    for source in (tmp_path / "theirs", tmp_path / "theirs" / "model.safetensors"):
+    convert_checkpoint(theirs, ours)
+    for source in (theirs, theirs / "model.safetensors"):
         with pytest.raises(errors.FolderRefusedError, match="would be lost"):
-            convert_checkpoint(source, tmp_path / "theirs")
+            convert_checkpoint(source, theirs)
     assert contents() == before
-    convert_checkpoint(tmp_path / "ours", tmp_path / "ours")  # a package may be
-    verify_package(tmp_path / "ours")
+    convert_checkpoint(ours, ours)  # a package may be
+    verify_package(ours)
 
 
-def test_the_tokenizer_and_the_generation_config_travel(tiny_tokenizer, tmp_path):
-    write_trl(Original(), tmp_path / "theirs")
-    tiny_tokenizer.save_pretrained(tmp_path / "theirs")
-    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7, "eos_token_id": 0}))
-    record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert json.loads(json.dumps(record.to_json()))["tokenizer"] == record.tokenizer
-    assert inspect_package(tmp_path / "ours").tokenizer is not None
-    assert GPT2ValueModel.from_pretrained(tmp_path / "ours").generation_config.max_new_tokens == 7
-    assert convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", tokenizer=False).tokenizer is None
+def test_the_tokenizer_and_the_generation_config_travel(tiny_tokenizer, theirs, ours):
+    write_trl(Original(), theirs)
+    tiny_tokenizer.save_pretrained(theirs)
+    (theirs / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7, "eos_token_id": 0}))
+    convert_checkpoint(theirs, ours)
+    assert inspect_package(ours).tokenizer is not None
+    assert GPT2ValueModel.from_pretrained(ours).generation_config.max_new_tokens == 7
+    convert_checkpoint(theirs, ours, tokenizer=False)
+    assert inspect_package(ours).tokenizer is None
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_refused_and_can_be_replaced(tiny_tokenizer, tmp_path):
-    write_trl(Original(), tmp_path / "theirs")
-    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
+def test_a_checkpoint_in_memory_generates_by_its_generation_config(theirs):
+    write_trl(Original(), theirs)
+    fields = {"_from_model_config": True, "max_new_tokens": 7, "eos_token_id": None}
+    (theirs / "generation_config.json").write_text(json.dumps(fields))
+    model = load_checkpoint(theirs).model
+    assert model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), pad_token_id=0).shape == (2, 5 + 7)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_refused_and_can_be_replaced(tiny_tokenizer, theirs, ours):
+    write_trl(Original(), theirs)
+    (theirs / "tokenizer.json").write_text("{}")
     with pytest.raises(errors.TokenizerMismatchError, match="tokenizer="):
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", tokenizer=tiny_tokenizer)
-    assert record.tokenizer == type(tiny_tokenizer).__name__
-
-
-class Payload:
-    """Unpickling it writes a file: what an attacker's would do is no different."""
-
-    def __init__(self, proof):
-        self.proof = str(proof)
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.proof}",)
+        convert_checkpoint(theirs, ours)
+    convert_checkpoint(theirs, ours, tokenizer=tiny_tokenizer)
+    assert inspect_package(ours).tokenizer is not None

@@ -301,7 +301,7 @@ def convert(
         init_value_head=init_value_head,
         overwrite=overwrite,
     )
-    console.show(json, made.to_json(), next=["gpt2-value", "verify", out])
+    console.show(json, asdict(made), next=["gpt2-value", "verify", out])
 
 
 @app.command()
@@ -326,7 +326,7 @@ def export(
         exported = export_policy(package, out, revision=revision, overwrite=overwrite)
     else:
         exported = export_critic(package, out, head=kind, revision=revision, overwrite=overwrite)
-    console.show(json, exported.to_json())
+    console.show(json, asdict(exported))
 
 
 @app.command()

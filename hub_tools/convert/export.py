@@ -9,9 +9,9 @@ layout.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import (
@@ -32,20 +32,16 @@ from .convert import load_checkpoint
 
 CriticHead = Literal["token-classification", "sequence-classification"]
 LAST_BIAS = "transformer.ln_f.bias"
+CLASSES: dict[CriticHead | None, type[GPT2PreTrainedModel]] = {
+    None: GPT2LMHeadModel,
+    "token-classification": GPT2ForTokenClassification,
+    "sequence-classification": GPT2ForSequenceClassification,
+}
 # Fields of a package's config.json that GPT-2's own does not have, or that say which class it is for.
-NOT_GPT2 = (
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "detach_value_head",
-    "id2label",
-    "label2id",
-    "model_type",
-    "num_labels",
-    "summary_last_dropout",
-    "transformers_version",
-    "value_head_initializer_range",
-)
+NOT_GPT2 = {
+    "_name_or_path", "architectures", "auto_map", "detach_value_head", "id2label", "label2id", "model_type",
+    "num_labels", "summary_last_dropout", "transformers_version", "value_head_initializer_range",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,13 +51,7 @@ class ExportedPolicy:
     architecture: str  # its class
     folder: Path
     files: dict[str, int]  # name -> bytes
-    parameters: int
     dtype: torch.dtype
-    tokenizer: str | None  # its class
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
-        return {**asdict(self), "folder": str(self.folder), "dtype": str(self.dtype).removeprefix("torch.")}
 
 
 def export_policy(
@@ -85,13 +75,12 @@ def export_policy(
         overwrite: also replace a folder that holds a plain GPT-2 and nothing else.
 
     Raises:
-        UnsavableModelError: `model` is not a value-head model.
-        UnsavableModelError: the model's config or generation_config could not be loaded again.
+        UnsavableModelError: `model` is not a value-head model, or its config or generation_config is not valid.
         FolderRefusedError: `folder` holds something that must not be lost.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
         And what `convert_checkpoint` raises for a package that is not whole.
     """
-    return _write(model, folder, revision, tokenizer, overwrite=overwrite, head=None)
+    return _write(model, folder, revision, tokenizer, overwrite, None)
 
 
 def export_critic(
@@ -125,13 +114,13 @@ def export_critic(
         MissingHeadError: the package has no value head.
         And what `export_policy` raises.
     """
-    if head not in ("token-classification", "sequence-classification"):
+    if head is None or head not in CLASSES:
         raise OptionsError(
             f"head={head!r}",
             expected="token-classification or sequence-classification",
             next_step="for verl the first, for TRL and OpenRLHF the second",
         )
-    return _write(model, folder, revision, tokenizer, overwrite=overwrite, head=head)
+    return _write(model, folder, revision, tokenizer, overwrite, head)
 
 
 def _write(
@@ -139,21 +128,16 @@ def _write(
     folder: str | os.PathLike[str],
     revision: str | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    *,
     overwrite: bool,
     head: CriticHead | None,
 ) -> ExportedPolicy:
     """Write the policy, or the critic with that head, and the tokenizer."""
-
-    def checked_target() -> Path:
-        return check_target(
-            folder,
-            overwrite=overwrite,
-            model_type=GPT2Config.model_type,
-            may_replace=lambda name: kind_of(name) in ("config", "weights", "tokenizer"),
-        )
-
-    target = checked_target()
+    target = check_target(
+        folder,
+        overwrite=overwrite,
+        model_type=GPT2Config.model_type,
+        may_replace=lambda name: kind_of(name) in ("config", "weights", "tokenizer"),
+    )
     if isinstance(model, (str, os.PathLike)):
         # a package without its head still has its policy
         new = False if head else None
@@ -167,28 +151,24 @@ def _write(
             expected="a GPT2ValueModel, unwrapped, or a package",
             next_step="save it with save_package, and export that folder",
         )
-    with as_ours(
-        lambda gist: UnsavableModelError(
+
+    def invalid(gist: str) -> UnsavableModelError:
+        return UnsavableModelError(
             f"the model's config or generation_config is not valid: {gist}",
             next_step="correct the field in model.config or model.generation_config, and export again",
         )
-    ):
+
+    with as_ours(invalid), replacing(target) as staging:
         plain = _as_plain(model, head)
-        if hasattr(plain.config, "validate"):  # transformers 5, which does it when it writes
-            plain.config.validate()
-    with replacing(target) as staging:
         plain.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
-        checked_target()  # writing may have taken minutes: look again
     return ExportedPolicy(
         architecture=type(plain).__name__,
         folder=target,
         files=files,
-        parameters=sum(weight.numel() for weight in plain.parameters()),
         dtype=plain.dtype,
-        tokenizer=None if tokenizer is None else type(tokenizer).__name__,
     )
 
 
@@ -201,7 +181,6 @@ def _as_plain(model: GPT2ValueModel, head: CriticHead | None) -> GPT2PreTrainedM
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_GPT2}
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     weight, bias = (state.pop(f"{HEAD_PREFIX}summary.{part}", None) for part in ("weight", "bias"))
-    kind: type[GPT2PreTrainedModel] = GPT2LMHeadModel
     if head is not None:
         if weight is None or not config.summary_proj_to_labels or config.summary_activation is not None:
             raise ConversionError(
@@ -214,20 +193,16 @@ def _as_plain(model: GPT2ValueModel, head: CriticHead | None) -> GPT2PreTrainedM
         dropout = config.summary_first_dropout
         fields |= {"num_labels": 1, "classifier_dropout": dropout, "num_key_value_heads": config.n_head}
         weight, bias = weight.to(model.dtype), bias.to(model.dtype)
-    if head == "token-classification":
-        kind = GPT2ForTokenClassification
-        state |= {"classifier.weight": weight, "classifier.bias": bias}
-    elif head == "sequence-classification":
-        kind = GPT2ForSequenceClassification
-        state["score.weight"] = weight
-        state[LAST_BIAS] = _shifted(state[LAST_BIAS], weight[0].double(), bias.double())
+        if head == "token-classification":
+            state |= {"classifier.weight": weight, "classifier.bias": bias}
+        else:
+            state |= {"score.weight": weight, LAST_BIAS: _shifted(state[LAST_BIAS], weight[0].double(), bias.double())}
     with torch.device("meta"):
-        plain = kind(GPT2Config.from_dict(fields))
+        plain = CLASSES[head](GPT2Config.from_dict(fields))
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
     if head is None and model.generation_config is not None:
         plain.generation_config = model.generation_config
-        plain.generation_config.validate(strict=True)
     return plain
 
 

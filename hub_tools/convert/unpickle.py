@@ -2,9 +2,9 @@
 
     python unpickle.py FILES -- PLACES OF PACKAGES
 
-Run as a script, by `convert.read_tensors`: beside each file it writes FILE.safetensors, and removes the file. It prints
-what it refuses, and nothing where all is well. `torch.load(weights_only=True)` builds tensors and plain containers, and
-calls nothing else, whatever a pickle asks for. Imports the standard library, torch and safetensors.
+Run as a script, by `convert.read_tensors`, on copies: the safetensors replace the file, under its name. The last line
+on stderr says what it refuses. `torch.load(weights_only=True)` builds tensors and plain containers, and calls nothing
+else, whatever a pickle asks for. Imports the standard library, torch and safetensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TENSORS_PER_FILE = 2  # a tied lm_head is stored once; a larger factor is an att
 
 
 def unpickle(source: str) -> str:
-    """Write `SOURCE.safetensors`, or return what is wrong with `source`. Whatever torch raises ends the process."""
+    """Rewrite `source` as safetensors, or return what is wrong with it. Whatever torch raises ends the process."""
     import torch
     from safetensors.torch import save_file
 
@@ -38,8 +38,7 @@ def unpickle(source: str) -> str:
     held, size = sum(tensor.nbytes for tensor in state.values()), os.path.getsize(source)
     if held > TENSORS_PER_FILE * size:
         return f"tensors of {held:,} bytes in a file of {size:,}: each tensor has to lie in the file for itself"
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()}, f"{source}.safetensors")
-    os.unlink(source)
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()}, source)
     return ""
 
 
@@ -48,4 +47,4 @@ if __name__ == "__main__":
     sys.path += places  # where torch is, for an interpreter that is isolated
     for file in files:
         if refusal := unpickle(file):
-            sys.exit(print(f"{os.path.basename(file)} holds {refusal}"))
+            sys.exit(f"{os.path.basename(file)} holds {refusal}")
