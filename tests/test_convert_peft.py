@@ -108,23 +108,14 @@ def test_the_head_of_an_adapter_is_its_own_or_that_of_its_base(head, tmp_path, o
 
 def test_the_tensors_have_any_of_the_names_that_peft_gave_them(tmp_path, ours):
     adapted = Adapted(tmp_path, package=True, **HEADS["whole"])
+    file = adapted.folder / "adapter_model.safetensors"
     adapted.rename_tensors(
         lambda name: "module." + name.replace("v_head.", "v_head.modules_to_save.").replace("_A.", "_A.default.")
     )
+    torch.save(load_file(file), file.with_suffix(".bin"))  # pickled adapters are read, too
+    file.unlink()
     convert_checkpoint(adapted.folder, ours)
     assert_numbers_of(adapted, ours)
-
-
-@pytest.mark.shows("PEFT", "merged weights are those that PEFT merges")
-def test_the_merged_weights_are_those_that_peft_merges(tmp_path):
-    adapted = Adapted(tmp_path, use_dora=True)
-    torch.save(load_file(adapted.folder / "adapter_model.safetensors"), adapted.folder / "adapter_model.bin")
-    (adapted.folder / "adapter_model.safetensors").unlink()  # pickled adapters are read, too
-    convert_checkpoint(adapted.folder, tmp_path / "ours")
-    ours = load_file(tmp_path / "ours" / "model.safetensors")
-    theirs = adapted.model.merge_and_unload(safe_merge=True).state_dict()
-    for name in set(ours) - {"v_head.summary.weight", "v_head.summary.bias"}:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
 def test_trained_biases_that_an_adapter_lost_are_not_made_up(tmp_path, ours):

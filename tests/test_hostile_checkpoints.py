@@ -3,27 +3,16 @@
 Adapters are in `test_convert_peft.py`.
 """
 
-import contextlib
 import json
 import os
-import pickle
 import struct
 import zipfile
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_convert import (
-    Original,
-    Payload,
-    assert_same_numbers,
-    edit_config,
-    write_trl,
-    write_trl_pickle,
-    write_trl_shards,
-)
+from test_convert import Original, assert_same_numbers, write_trl, write_trl_pickle, write_trl_shards
 
-from hub_tools import convert_checkpoint, errors, export_policy, limits, save_package
+from hub_tools import convert_checkpoint, errors, limits
 from hub_tools.convert.pickles import read_tensors
 
 # Pickles
@@ -44,16 +33,26 @@ def archived(file, records, compression=zipfile.ZIP_STORED):
             archive.writestr(name, content)
 
 
+class Payload:
+    """Unpickling it writes a file: what an attacker's would do is no different."""
+
+    def __init__(self, proof):
+        self.proof = str(proof)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.proof}",)
+
+
 def poison(file, proof, *, legacy=False):
     torch.save({"transformer.wte.weight": Payload(proof)}, file, _use_new_zipfile_serialization=not legacy)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "shard", "value_head.bin", "step_100.pt", "raw"])
-def test_a_pickle_that_would_run_code_runs_nothing(name, legacy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "shard", "value_head.bin", "step_100.pt"])
+def test_a_pickle_that_would_run_code_runs_nothing(name, legacy, tmp_path, monkeypatch, theirs, ours):
     # the switch with which torch's users turn its safety off must not reach us
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    proof, folder = tmp_path / "it-ran", tmp_path / "theirs"
+    proof, folder = tmp_path / "it-ran", theirs
     original = Original()
     source = folder
     if name == "shard":
@@ -66,12 +65,9 @@ def test_a_pickle_that_would_run_code_runs_nothing(name, legacy, tmp_path, monke
         original.write(folder, {})
         source = folder / name if name != "pytorch_model.bin" else folder
         poison(folder / name, proof, legacy=legacy)
-        if name == "raw":
-            (folder / name).write_bytes(pickle.dumps({"transformer.wte.weight": Payload(proof)}, protocol=2))
     with pytest.raises(errors.PackageError, match="Nothing of it was run"):
-        convert_checkpoint(source, tmp_path / "ours")
+        convert_checkpoint(source, ours)
     assert not proof.exists()
-    assert not (tmp_path / "ours").exists()
 
 
 def test_the_payload_of_these_tests_does_run_where_pickles_are_trusted(tmp_path):
@@ -92,17 +88,12 @@ def test_a_pickle_of_repeated_numbers_does_not_become_gibibytes(tmp_path):
     assert set(read(tmp_path / "tied.bin")) == {"a", "b"}
 
 
-def test_a_compressed_archive_does_not_become_gibibytes_nor_other_numbers(tmp_path):
+def test_a_compressed_archive_does_not_become_gibibytes(tmp_path):
     torch.save({"a": torch.zeros(1 << 24)}, tmp_path / "bomb.bin")
     archived(tmp_path / "bomb.bin", records_of(tmp_path / "bomb.bin"), zipfile.ZIP_DEFLATED)
     assert (tmp_path / "bomb.bin").stat().st_size < 1_000_000
     with pytest.raises(errors.PackageError, match=r"bomb\.bin"):
         read(tmp_path / "bomb.bin")
-    state = {"a": torch.randn(1000)}
-    torch.save(state, tmp_path / "packed.bin")
-    archived(tmp_path / "packed.bin", records_of(tmp_path / "packed.bin"), zipfile.ZIP_DEFLATED)
-    with contextlib.suppress(errors.PackageError):  # torch.save compresses nothing, so nobody would miss it
-        assert torch.equal(read(tmp_path / "packed.bin")["a"], state["a"])
 
 
 BOMBS = {
@@ -144,63 +135,36 @@ def test_the_limits_hold_in_an_interpreter_of_its_own(tmp_path, monkeypatch):
 def test_every_kind_of_number_is_read_as_torch_reads_it(legacy, tmp_path):
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
     state = {str(dtype): (10 * torch.randn(3, 5)).to(dtype) for dtype in dtypes}
-    state |= {"scalar": torch.tensor(-1e4), "empty": torch.zeros(0, 4), "slice": torch.randn(9)[2:7]}
-    state |= {"parameter": torch.nn.Parameter(torch.randn(4)), "transposed": torch.randn(4, 3).T}
+    state |= {"scalar": torch.tensor(-1e4), "slice": torch.randn(9)[2:7], "transposed": torch.randn(4, 3).T}
     torch.save(state, tmp_path / "state.bin", _use_new_zipfile_serialization=not legacy)
     ours = read(tmp_path / "state.bin")
-    theirs = torch.load(tmp_path / "state.bin", weights_only=True)
     assert set(ours) == set(state)
-    assert all(ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert all(ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor) for name, tensor in state.items())
 
 
 # Damaged files
 
 
-def truncated(file):
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
-def emptied(file):
-    file.write_bytes(b"")
-
-
-def replaced_by_text(file):
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-
-
-def replaced_by_a_list(file):
-    torch.save([torch.ones(1)], file)
-
-
-def wrapped_in_a_trainer_state(file):
-    torch.save({"model": torch.load(file, weights_only=True), "step": 3}, file)
-
-
-def made_sparse(file):
-    state = torch.load(file, weights_only=True)
-    state["transformer.wte.weight"] = state["transformer.wte.weight"].to_sparse()
-    torch.save(state, file)
-
-
-ANY = (truncated, emptied, replaced_by_text)
-OF_PICKLES = (replaced_by_a_list, wrapped_in_a_trainer_state, made_sparse)
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        *(("model.safetensors", damage) for damage in ANY),
-        *(("pytorch_model.bin", damage) for damage in (*ANY, *OF_PICKLES)),
-    ],
-)
-def test_a_damaged_file_is_refused(name, damage, tmp_path):
-    (write_trl_pickle if name.endswith(".bin") else write_trl)(Original(), tmp_path / "theirs")
-    damage(tmp_path / "theirs" / name)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: LFS])
+def test_a_damaged_file_is_refused(name, damage, theirs, ours):
+    (write_trl_pickle if name.endswith(".bin") else write_trl)(Original(), theirs)
+    (theirs / name).write_bytes(damage((theirs / name).read_bytes()))
     with pytest.raises(errors.PackageError, match=name.replace(".", r"\.")):
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+        convert_checkpoint(theirs, ours)
 
 
-@pytest.mark.parametrize("shape", [[0, 1 << 47, 1 << 47], [1 << 47] * 7 + [0], [1 << 40], [-1], "x"], ids=str)
+@pytest.mark.parametrize("state", [[torch.ones(1)], {"model": {"a": torch.ones(1)}}, {"a": torch.ones(2).to_sparse()}])
+def test_a_pickle_of_something_else_than_a_state_dict_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "a.bin")
+    with pytest.raises(errors.PackageError, match=r"a\.bin"):
+        read(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 47, 1 << 47], [1 << 40], [-1], "x"], ids=str)
 def test_a_header_with_a_shape_beyond_counting_is_not_a_traceback(shape, tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
@@ -208,102 +172,71 @@ def test_a_header_with_a_shape_beyond_counting_is_not_a_traceback(shape, tmp_pat
         read(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize(
-    "target", ["../outside.bin", "/etc/hostname", "missing.bin", "pytorch_model.bin.index.json", None]
-)
-def test_an_index_that_points_elsewhere_or_lies_is_refused(target, tmp_path):
-    write_trl_shards(Original(), tmp_path / "theirs")
+@pytest.mark.parametrize("target", ["../outside.bin", "/etc/hostname", "missing.bin", "pytorch_model.bin.index.json"])
+def test_an_index_that_points_elsewhere_or_lies_is_refused(target, theirs, ours, tmp_path):
+    write_trl_shards(Original(), theirs)
     torch.save(Original().state(), tmp_path / "outside.bin")
-    index = tmp_path / "theirs" / "pytorch_model.bin.index.json"
+    index = theirs / "pytorch_model.bin.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["transformer.wte.weight"] = target
-    if target is None:
-        del content["weight_map"]["transformer.wte.weight"]
     index.write_text(json.dumps(content))
     with pytest.raises(errors.PackageError):
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+        convert_checkpoint(theirs, ours)
 
 
 # Fields
 
-HARMLESS_CONFIGS = [
-    {"num_labels": 1 << 31},
-    {"dtype": 7, "torch_dtype": "save"},
-    {"attribute_map": {"n_embd": "n_layer"}},
-    {"watermarking_config": 5},
-    {"id2label": "x", "label2id": 3},
-    {"to_dict": 1, "__class__": "x", "save_pretrained": None},
-    {"auto_map": {"AutoModel": "other/repo--x.Y"}},
-]
+HARMLESS = {
+    "num_labels": 1 << 31,
+    "torch_dtype": "save",
+    "attribute_map": {"n_embd": "n_layer"},
+    "watermarking_config": 5,
+    "id2label": "x",
+    "to_dict": 1,
+    "__class__": "x",
+    "auto_map": {"AutoModel": "other/repo--x.Y"},
+}
 
 
-def test_a_config_field_that_is_not_known_reaches_no_library_and_changes_no_number(tmp_path):
+def test_a_config_field_that_is_not_known_reaches_no_library_and_changes_no_number(theirs, ours):
     original = Original()
-    for fields in HARMLESS_CONFIGS:
-        original.write(tmp_path / "theirs", **fields)
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-        assert_same_numbers(tmp_path / "ours", original.numbers())
+    original.write(theirs, **HARMLESS)
+    record = convert_checkpoint(theirs, ours)
+    assert_same_numbers(ours, original.numbers())
+    assert any("watermarking_config" in note for note in record.notes)
 
 
-def test_fields_that_were_left_out_are_in_the_record(tmp_path):
-    write_trl(Original(), tmp_path / "theirs")
-    assert not any("left out" in note for note in convert_checkpoint(tmp_path / "theirs", tmp_path / "ours").notes)
-    edit_config(tmp_path / "theirs", attention_of_tomorrow=5)
-    record = convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert any("attention_of_tomorrow" in note for note in record.notes)
-
-
-@pytest.mark.parametrize("function", [convert_checkpoint, export_policy])
-def test_a_generation_config_that_cannot_be_is_refused_by_name(function, tiny_model, tmp_path):
-    write_trl(Original(), tmp_path / "theirs")
-    for fields in (
+@pytest.mark.parametrize(
+    "fields",
+    [
         {"temperature": "\x1b[2J\u202e\x07"},
         {"eos_token_id": {"a": 1}},
         {"num_beams": 1 << 40},
         {"bad_words_ids": [["x"]]},
-    ):
-        (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps(fields))
-        with pytest.raises(errors.PackageError, match=next(iter(fields))) as refusal:
-            function(tmp_path / "theirs", tmp_path / "ours")
-        assert all(char.isprintable() or char == "\n" for char in str(refusal.value))
-    assert not (tmp_path / "ours").exists()
+    ],
+)
+def test_a_generation_config_that_cannot_be_is_refused_by_name(fields, theirs, ours):
+    write_trl(Original(), theirs)
+    (theirs / "generation_config.json").write_text(json.dumps(fields))
+    with pytest.raises(errors.PackageError, match=next(iter(fields))) as refusal:
+        convert_checkpoint(theirs, ours)
+    assert all(char.isprintable() or char == "\n" for char in str(refusal.value))
 
 
 # Files
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "config.json"])
-def test_a_link_out_of_the_checkpoint_is_not_followed(name, tmp_path):
-    (write_trl_pickle if name.endswith(".bin") else write_trl)(Original(), tmp_path / "theirs")
-    (tmp_path / "theirs" / name).rename(tmp_path / "outside")
-    (tmp_path / "theirs" / name).symlink_to(tmp_path / "outside")
+def test_a_link_out_of_the_checkpoint_is_not_followed(name, tmp_path, theirs, ours):
+    (write_trl_pickle if name.endswith(".bin") else write_trl)(Original(), theirs)
+    (theirs / name).rename(tmp_path / "outside")
+    (theirs / name).symlink_to(tmp_path / "outside")
     with pytest.raises(errors.PackageError, match="leads out"):
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
+        convert_checkpoint(theirs, ours)
+    assert not (ours).exists()
 
 
-def test_a_pipe_in_the_place_of_weights_is_refused_and_not_waited_for(tmp_path):
-    write_trl(Original(), tmp_path / "theirs")
-    (tmp_path / "theirs" / "model.safetensors").unlink()
-    os.mkfifo(tmp_path / "theirs" / "model.safetensors")
-    with pytest.raises(errors.PackageError, match="regular file"):
-        convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-
-
-def test_an_adapter_that_lies_in_a_package_does_not_change_its_policy(tiny_model, tmp_path):
-    save_package(tiny_model, tmp_path / "package")
-    (tmp_path / "package" / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "../outside", "megatron_core": "armed.payload"})
-    )
-    (tmp_path / "package" / "adapter_model.safetensors").write_bytes(b"no adapter")
-    export_policy(tmp_path / "package", tmp_path / "policy")
-    exported = load_file(tmp_path / "policy" / "model.safetensors")
-    assert all(torch.equal(weight, tiny_model.state_dict()[name]) for name, weight in exported.items())
-
-
-@pytest.mark.parametrize("function", [convert_checkpoint, export_policy])
-def test_what_a_tokenizer_names_or_links_outside_is_neither_read_nor_copied(function, tiny_tokenizer, tmp_path):
-    theirs = tmp_path / "theirs"
+def test_what_a_tokenizer_names_or_links_outside_is_neither_read_nor_copied(tiny_tokenizer, theirs, tmp_path, ours):
     write_trl(Original(), theirs)
     tiny_tokenizer.save_pretrained(theirs)
     (tmp_path / "secret.json").write_text('{"a-secret": 0}')
@@ -312,8 +245,8 @@ def test_what_a_tokenizer_names_or_links_outside_is_neither_read_nor_copied(func
     (theirs / "tokenizer_config.json").write_text(json.dumps({**settings, **outside}))
     (theirs / "additional_chat_templates").mkdir()
     (theirs / "additional_chat_templates" / "x.jinja").symlink_to(tmp_path / "secret.json")
-    function(theirs, tmp_path / "ours")
-    assert not any(b"a-secret" in path.read_bytes() for path in (tmp_path / "ours").rglob("*") if path.is_file())
+    convert_checkpoint(theirs, ours)
+    assert not any(b"a-secret" in path.read_bytes() for path in (ours).rglob("*") if path.is_file())
     (theirs / "chat_template.jinja").symlink_to(tmp_path / "secret.json")
     with pytest.raises(errors.PackageError, match="chat_template"):
-        function(theirs, tmp_path / "again")
+        convert_checkpoint(theirs, tmp_path / "again")

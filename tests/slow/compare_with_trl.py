@@ -175,15 +175,14 @@ def compare(folder: Path) -> int:
     failed = 0
     for case in told["cases"]:
         record = convert_checkpoint(folder / case["folder"], folder / f"{case['folder']}-package", **case["options"])
-        model = GPT2ValueModel.from_pretrained(record.folder, dtype="auto")
+        model = GPT2ValueModel.from_pretrained(record.package.folder, dtype="auto")
         theirs, ours = load_file(folder / f"{case['folder']}-{NUMBERS}"), measure(model)
         gaps = [
             ((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()).item()
             for name in ("logits", "value", "training_value")
         ]
         failed += not max(gaps) <= case["bound"]
-        read_as = f"{record.source_format}{' + adapter' if record.adapter else ''}".strip()
-        cells = [case["name"], read_as, *(f"{gap:.1e}" for gap in gaps), f"{case['bound']:.0e}"]
+        cells = [case["name"], record.source_format, *(f"{gap:.1e}" for gap in gaps), f"{case['bound']:.0e}"]
         print(f"| {' | '.join(cells)} |")
     print(f"\n{failed} of {len(told['cases'])} are too far" if failed else "\nall within their bounds")
     return failed

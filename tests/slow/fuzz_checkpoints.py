@@ -149,7 +149,7 @@ def pickled(home: Path, folder: Path, out: Path, reader: str) -> str:
         refusal = repr(error)
     if refusal:
         raise PackageError(refusal, next_step="")
-    (folder / "pytorch_model.bin.safetensors").rename(folder / "model.safetensors")
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
     return convert(home, folder, out, reader)
 
 
