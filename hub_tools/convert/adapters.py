@@ -16,8 +16,7 @@ import torch
 from ..errors import ConversionError, MissingLibraryError, PackageError, as_ours
 from ..layout import HEAD_PREFIX
 from ..package.config import BOOL, Allowed
-from ..package.weights import build_model
-from .heads import Translation, listed, plain_name
+from .heads import Translation, listed, model_of, plain_name
 
 MOST_PATTERNS = 512  # PEFT tries each of them for each layer
 # Fields that do not change how the adapter is merged: those of its training, its base, its initialisation; and those
@@ -48,23 +47,23 @@ def _are_alphas(value: Any) -> bool:
 
 # What decides how a LoRA is merged, and what it may be. All else has to be off.
 MERGED: Mapping[str, Allowed] = {
-    "lora_alpha": Allowed(_is_number, "a number"),
+    "lora_alpha": Allowed("a number", _is_number),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), BOOL),
-    "bias": Allowed(lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "modules_to_save": Allowed(_are_names, "a list of names"),
-    "alpha_pattern": Allowed(_are_alphas, "names of layers: a stranger's expressions are not evaluated"),
+    "bias": Allowed("none, all or lora_only", lambda value: value in ("none", "all", "lora_only")),
+    "modules_to_save": Allowed("a list of names", _are_names),
+    "alpha_pattern": Allowed("names of layers: a stranger's expressions are not evaluated", _are_alphas),
 }
 FIELDS: Mapping[str, Allowed] = {
     **MERGED,
-    "peft_type": Allowed(lambda value: value == "LORA", "'LORA'"),
-    "task_type": Allowed(lambda value: value == "CAUSAL_LM", "'CAUSAL_LM'"),
+    "peft_type": Allowed("'LORA'", lambda value: value == "LORA"),
+    "task_type": Allowed("'CAUSAL_LM'", lambda value: value == "CAUSAL_LM"),
     # others (pissa, olora, loftq, corda, lora_ga) change the base model, and the adapter is what differs
     "init_lora_weights": Allowed(
-        lambda value: value in (True, False, "gaussian", "orthogonal", "eva", "mica"),
         "an initialisation that leaves the base model as it is",
+        lambda value: value in (True, False, "gaussian", "orthogonal", "eva", "mica"),
     ),
 }
-OFF = Allowed(lambda value: not value, "no such option: those of a plain LoRA, rsLoRA or DoRA alone are known")
+OFF = Allowed("no such option: those of a plain LoRA, rsLoRA or DoRA alone are known", lambda value: not value)
 
 
 def lora_settings(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +127,7 @@ def merge(
     before = {"lm_head.weight": embeddings, **base.state}
     # Untied, so that an adapter of the embeddings leaves lm_head alone, as it does while it is not merged.
     fields = {**base.fields, "tie_word_embeddings": False}
-    model = build_model(fields, before, init_value_head=True).float()  # rounded once, at the end
+    model = model_of(of, fields, before).float()  # rounded once, at the end
     if not any(name.startswith(HEAD_PREFIX) for name in found):
         del model.v_head  # it is no part of what was trained, also where all linear layers were
     with warnings.catch_warnings(), as_ours(does_not_fit):

@@ -31,9 +31,8 @@ from ..package.config import checked_config, count_numbers, unknown_fields
 from ..package.save import SavedPackage, save_package, save_target
 from ..package.stage import make_loadable, package_file_limit, repository_id, stage
 from ..package.tokenizer import load_tokenizer
-from ..package.weights import build_model
 from .adapters import lora_settings, merge
-from .heads import FIELDS, HEAD, SourceFormat, Translation, listed, plain_name, translate
+from .heads import FIELDS, HEAD, SourceFormat, Translation, listed, model_of, plain_name, translate
 from .pickles import read_tensors
 
 PICKLED_WEIGHTS = "pytorch_model.bin"
@@ -206,15 +205,7 @@ def _read(source: _Path, revision: str | None, config: _Path | None, base: _Path
 
 def _build(read: _Checkpoint, found: Translation, tokenizer: _Tokenizer) -> LoadedCheckpoint:
     """The model, with the generation config and the tokenizer that lie beside its weights."""
-    try:
-        model = build_model(found.fields, found.state, init_value_head=True)
-    except PackageError as error:
-        raise PackageError(
-            f"{read.files[0]}: {error.found}",
-            expected="the tensors of the GPT-2 in its config.json and of a value head, and no others",
-            next_step="pass the config.json that belongs to these weights: config=; remove what is no part of the "
-            "model from the state dict; merge adapters first, by their library's merge_and_unload",
-        ) from error
+    model = model_of(str(read.files[0]), found.fields, found.state)
     home = _first_with([GENERATION_CONFIG], read.homes)
     if home is not None:
         with (

@@ -14,9 +14,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..errors import ConversionError, MissingHeadError, OptionsError
+from configuration_gpt2_value import GPT2ValueConfig
+from modeling_gpt2_value import GPT2ValueModel
+
+from ..errors import ConversionError, MissingHeadError, OptionsError, PackageError, as_ours
 from ..layout import HEAD_PREFIX, MODEL_TYPE
 from ..package.config import OF_THE_CLASS, PROBABILITY, TEXT, Allowed, expected_shapes, tied
+from ..package.weights import build_model
 
 SourceFormat = Literal["package", "seed", "trl", "sequence-classification", "token-classification", "linear", "gpt2"]
 WEIGHT, BIAS = f"{HEAD_PREFIX}summary.weight", f"{HEAD_PREFIX}summary.bias"
@@ -232,6 +236,29 @@ def _head_fields(fields: Mapping[str, Any], library: SourceFormat) -> dict[str, 
         "summary_first_dropout": given[0] if given else DROPOUT if names else 0.0,
         "summary_last_dropout": 0.0,
     }
+
+
+def model_of(where: str, fields: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> GPT2ValueModel:
+    """The model, in evaluation mode, with new weights of 0 for what `state` lacks of the value head.
+
+    Raises:
+        PackageError: the tensors, or the fields of the config, are not those of a GPT-2 with a value head.
+    """
+    new = {
+        name: torch.zeros(shape)
+        for name, shape in expected_shapes({**fields, "n_layer": 0}).items()
+        if name.startswith(HEAD_PREFIX)
+    }
+    try:
+        with as_ours(lambda gist: PackageError(gist, next_step="")):
+            return build_model(GPT2ValueConfig.from_dict(dict(fields)), {**new, **state})
+    except PackageError as error:
+        raise PackageError(
+            f"{where}: {error.found}",
+            expected="the tensors of the GPT-2 in its config.json and of a value head, and no others",
+            next_step="pass the config.json that belongs to these weights: config=; remove what is no part of the "
+            "model from the state dict; merge adapters first, by their library's merge_and_unload",
+        ) from error
 
 
 def listed(names: list[str], most: int = 8) -> str:
