@@ -29,7 +29,7 @@ from ..hub.download import fetch
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX
 from ..package.config import checked_config, count_numbers, unknown_fields
 from ..package.save import SavedPackage, save_package, save_target
-from ..package.stage import make_loadable, package_file_limit, repository_id, stage
+from ..package.stage import make_loadable, package_file_limit, stage
 from ..package.tokenizer import load_tokenizer
 from .adapters import lora_settings, merge
 from .heads import FIELDS, HEAD, SourceFormat, Translation, listed, model_of, plain_name, translate
@@ -227,7 +227,8 @@ def _folder_of(source: _Path, revision: str | None = None) -> Path:
             expected="a checkpoint on this machine, or OWNER/NAME of a repository on the Hub",
             next_step="check the name; name an adapter's base, where that has moved: base=",
         )
-    repository_id(source, revision=revision)  # refuses the revision of a folder
+    if revision is not None:
+        raise OptionsError(f"revision={revision!r} for a folder, which has no revisions", next_step="leave it out")
     return Path(source)
 
 
