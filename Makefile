@@ -121,7 +121,6 @@ sweeps: faults fuzz quantised families common-tests launches audit-power app-tes
 
 faults: .venv/.done  ## fail every request of a push in every way; prints request x fault -> outcome
 	$(BIN)/python tests/slow/fault_sweep.py
-	env -u HF_HUB_DISABLE_XET $(BIN)/python tests/slow/fault_sweep.py --xet
 
 fuzz: .venv/.done  ## spoil packages, checkpoints and adapters in 14,000 ways; prints mutation x outcome
 	$(BIN)/python tests/slow/fuzz_packages.py

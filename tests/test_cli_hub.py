@@ -1,7 +1,7 @@
 """The command and repositories on the Hub: what is not there, or not for this token, is named, with useful advice."""
 
 import pytest
-from support.hub_server import Fault, User
+from support.hub_server import Fault
 
 from hub_tools import layout
 
@@ -31,7 +31,7 @@ def test_what_lies_in_a_repository_in_the_place_of_a_package_is_named(read, serv
     for repo, says in (
         ("alice/empty", "alice/empty holds no package: it has no files"),
         ("alice/pickled", "pytorch_model.bin"),
-        ("alice/pointer", "model.safetensors of alice/pointer is not the file but a pointer of git-lfs"),
+        ("alice/pointer", "git-lfs pointer"),
     ):
         status, out, err = read(repo)
         assert (status, out) == (1, "")
@@ -44,8 +44,7 @@ def test_a_revision_and_a_token_that_are_wrong_are_named(read, files, monkeypatc
     status, out, err = read(REPO, "--revision", "nope")
     assert (status, out) == (1, "")
     assert "alice/value at revision nope" in err
-    assert "check the revision" in err
-    assert "log in" not in err, "no token would help"
+    assert "check the name, the revision" in err
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     status, out, err = read(REPO)
     assert (status, out) == (1, "")
@@ -58,7 +57,8 @@ def test_a_repository_that_may_be_private_asks_for_a_token_where_it_is_set(serve
     status, _, err = gpt2_value("inspect", "alice/nothing")
     assert status == 1
     assert "could not find alice/nothing" in err
-    assert "if it is private, set HF_TOKEN" in err
+    assert "if it is private" in err
+    assert "HF_TOKEN, which overrides the login" in err
     assert "Please make sure" not in err, "a paragraph of huggingface_hub's for every 404"
 
 
@@ -67,17 +67,6 @@ def test_a_token_that_may_not_read_is_not_told_to_propose_a_change(server, files
     status, _, err = gpt2_value("inspect", REPO)
     assert status == 1
     assert "ask its owner for access" in err
-    assert "create-pr" not in err
-
-
-def test_a_repository_that_may_not_be_created_may_be_private(server, gpt2_value, package, monkeypatch):
-    server.create("alice/secret", private=True)
-    server.tokens["hf_bob"] = User("bob")
-    monkeypatch.setenv("HF_TOKEN", "hf_bob")
-    status, out, err = gpt2_value("push", package, "alice/secret")
-    assert (status, out) == (1, "")
-    assert "403" in err
-    assert "it is private" in err
     assert "create-pr" not in err
 
 

@@ -10,7 +10,7 @@ from conftest import make_tiny_model, plain_twin
 from huggingface_hub import try_to_load_from_cache
 from support.hub_server import Fault
 
-from hub_tools import convert_checkpoint, inspect_package, load_package, save_package
+from hub_tools import convert_checkpoint, inspect_package
 from hub_tools.errors import (
     GPT2ValueHubError,
     HubRefusedError,
@@ -23,39 +23,31 @@ from hub_tools.errors import (
 from hub_tools.hub.download import fetch, fetch_outline
 
 REPO = "alice/value"
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
-CASES = [
-    ({}, NotAPackageError, "holds no package"),
-    ({"README.md": b"words"}, NotAPackageError, r"README\.md"),
-    ({"config.json": b"{}", "pytorch_model.bin": b"pickle"}, PackageError, r"pytorch_model\.bin"),
-]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files") / "package"
-    save_package(make_tiny_model(), folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
-def outline(tmp_path):
-    (tmp_path / "outline").mkdir()
-    return tmp_path / "outline"
+def files(saved):
+    return {path.name: path.read_bytes() for path in saved.iterdir()}
 
 
 def sizes_in(cache):
     return {path.name: path.stat().st_size for path in cache.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("content", "error", "found"), CASES, ids=["empty", "a card", "pickles"])
-def test_what_lies_in_the_place_of_a_package_is_named(server, tmp_path, outline, content, error, found):
+IN_ITS_PLACE = {
+    "nothing": ({}, NotAPackageError, "holds no package"),
+    "a card": ({"README.md": b"words"}, NotAPackageError, r"README\.md"),
+    "pickles": ({"config.json": b"{}", "pytorch_model.bin": b"pickle"}, PackageError, r"pytorch_model\.bin"),
+}
+
+
+@pytest.mark.parametrize("case", IN_ITS_PLACE)
+def test_what_lies_in_the_place_of_a_package_is_named(server, tmp_path, case):
+    content, error, found = IN_ITS_PLACE[case]
     server.create(REPO, content)
-    with pytest.raises(error, match=found) as fetched:
-        fetch(REPO, cache_dir=tmp_path / "cache")
-    assert REPO in str(fetched.value)
-    with pytest.raises(error, match=found):
-        fetch_outline(REPO, outline, cache_dir=tmp_path / "cache")
+    for look in (fetch, inspect_package):
+        with pytest.raises(error, match=rf"{REPO}.*{found}"):
+            look(REPO, cache_dir=tmp_path)
 
 
 CHECKPOINTS = [
@@ -73,17 +65,6 @@ def test_of_another_librarys_checkpoint_come_its_weights_heads_and_adapters(serv
     server.create(REPO, content)
     folder = fetch(REPO, cache_dir=tmp_path / "cache", checkpoint=True).folder
     assert {path.name for path in folder.iterdir()} == set(content) - left
-    server.sizes[next(name for name in fetched if "model" in name)] = 30 << 30
-    with pytest.raises(PackageError, match="bytes"):
-        fetch(REPO, cache_dir=tmp_path / "other", checkpoint=True)
-    assert not [name for name in sizes_in(tmp_path / "other") if name in fetched and "model" in name]
-
-
-def test_a_pointer_of_git_lfs_is_named(server, tmp_path, files):
-    server.create(REPO, {**files, "model.safetensors": POINTER})
-    for look in (inspect_package, load_package):
-        with pytest.raises(PackageError, match="git-lfs"):
-            look(REPO, cache_dir=tmp_path)
 
 
 def test_a_download_is_kept_where_transformers_finds_it_and_not_made_twice(server, tmp_path, files, monkeypatch):
@@ -91,21 +72,16 @@ def test_a_download_is_kept_where_transformers_finds_it_and_not_made_twice(serve
     snapshot = fetch(REPO, cache_dir=tmp_path)
     assert snapshot.commit == commit
     assert {path.name: path.read_bytes() for path in snapshot.folder.iterdir()} == files
+    assert Path(try_to_load_from_cache(REPO, "config.json", cache_dir=tmp_path)).read_bytes() == files["config.json"]
     server.requests.clear()
     assert fetch(REPO, cache_dir=tmp_path) == snapshot
     assert "resolve" not in server.routes()
+    server.faults.append(Fault(cut="before"))  # a Hub that is away leaves the cache to answer
+    assert fetch(REPO, cache_dir=tmp_path) == snapshot
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert fetch(REPO, cache_dir=tmp_path) == snapshot
     with pytest.raises(HubUnavailableError, match="not in the cache"):
         fetch(REPO, revision="v9", cache_dir=tmp_path)
-    assert Path(try_to_load_from_cache(REPO, "config.json", cache_dir=tmp_path)).read_bytes() == files["config.json"]
-
-
-def test_a_hub_that_is_away_leaves_the_cache_to_answer(server, tmp_path, files):
-    server.create(REPO, files)
-    snapshot = fetch(REPO, cache_dir=tmp_path)
-    server.faults.append(Fault(cut="before"))
-    assert fetch(REPO, cache_dir=tmp_path) == snapshot
 
 
 def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, files):
@@ -116,31 +92,25 @@ def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, files):
     assert "HF_HOME" in refused.value.next_step
 
 
-LARGE = [
-    ("tokenizer.json", 400 << 20),
-    ("config.json", 2 << 20),
-    ("modeling_gpt2_value.py", 5 << 20),
-    ("model.safetensors", 3 << 30),
-    ("model-00002-of-00002.safetensors", 3 << 30),
-]
+LARGE = {
+    "tokenizer.json": 400 << 20,
+    "modeling_gpt2_value.py": 65 << 20,
+    "model.safetensors": 3 << 30,
+    "model-00002-of-00002.safetensors": 3 << 30,
+}
 
 
-@pytest.mark.parametrize(("name", "size"), LARGE, ids=[name for name, _ in LARGE])
-def test_a_file_larger_than_a_model_needs_is_not_downloaded(server, tmp_path, outline, files, name, size):
-    """Also the base of gigabytes that a small adapter names."""
+@pytest.mark.parametrize("name", LARGE)
+def test_a_file_larger_than_a_model_needs_is_not_downloaded(server, tmp_path, files, name):
     server.create(REPO, {**files, name: b"x"})
-    server.sizes[name] = size
-    with pytest.raises(PackageError, match=r"bytes.*download") as refused:
-        fetch(REPO, cache_dir=tmp_path / "cache")
-    assert name in refused.value.found or "weights" in refused.value.found
-    assert sum(sizes_in(tmp_path / "cache").values()) < 300_000
-    if not name.startswith("model-") and "safetensors" not in name:
-        with pytest.raises(PackageError, match="bytes"):
-            fetch_outline(REPO, outline, cache_dir=tmp_path / "cache")
+    server.sizes[name] = LARGE[name]
+    with pytest.raises(PackageError, match=r"bytes.*download"):
+        fetch(REPO, cache_dir=tmp_path)
+    assert sum(sizes_in(tmp_path).values()) < 300_000
 
 
 @pytest.mark.parametrize("way", ["an endless body", "more than announced", "less", "other bytes"])
-def test_what_is_not_as_announced_is_not_kept(server, tmp_path, outline, files, way):
+def test_what_is_not_as_announced_is_not_kept(server, tmp_path, files, way):
     server.create(REPO, files)
 
     class OfTheConfig(Fault):
@@ -150,14 +120,14 @@ def test_what_is_not_as_announced_is_not_kept(server, tmp_path, outline, files, 
     size = {"an endless body": 0, "more than announced": 50_000_000, "less": 1}.get(way, len(files["config.json"]))
     server.faults.append(OfTheConfig(body=bytes(size), endless=way == "an endless body"))
     with pytest.raises(HubRefusedError):
-        fetch(REPO, cache_dir=tmp_path / "cache")
-    assert not {"config.json", "model.safetensors"} & set(sizes_in(tmp_path / "cache"))
+        fetch(REPO, cache_dir=tmp_path)
+    assert not {"config.json", "model.safetensors"} & set(sizes_in(tmp_path))
 
 
 def test_a_server_that_knows_no_ranges_does_not_make_inspection_read_all(server, tmp_path, files):
     server.create(REPO, files)
     server.ranges = False
-    with pytest.raises(HubRefusedError, match="range"):
+    with pytest.raises(HubRefusedError, match="sends more than"):
         inspect_package(REPO, cache_dir=tmp_path)
 
 
@@ -165,37 +135,34 @@ def test_a_repository_or_revision_that_is_not_there_is_named(server, tmp_path, f
     server.create(REPO, files)
     with pytest.raises(RemoteNotFoundError, match="alice/nothing"):
         fetch("alice/nothing", cache_dir=tmp_path)
-    with pytest.raises(RemoteNotFoundError, match="no such revision"):
+    with pytest.raises(RemoteNotFoundError, match="revision v9"):
         fetch(REPO, revision="v9", cache_dir=tmp_path)
 
 
+def listing(name="config.json", size=2, oid="9e26dfeeb6e641a33dae4961196235bdb965b21b", sha="0" * 40):
+    return {"id": REPO, "sha": sha, "siblings": [{"rfilename": name, "size": size, "blobId": oid}]}
+
+
 ODD = [
-    ("model_info", b'{"id": "a/b", "sha": "../../../evil"}'),
-    ("model_info", b"[]"),
-    ("tree", b'[{"type": "file", "path": "../../evil", "size": 1, "oid": "' + b"0" * 40 + b'"}]'),
-    ("tree", b'[{"type": "file", "path": "config.json", "size": 1, "oid": "../../evil"}]'),
-    ("tree", b'[{"type": "file", "path": "config.json", "size": "many", "oid": "' + b"0" * 40 + b'"}]'),
-    (
-        "tree",
-        json.dumps([{"type": "file", "path": f"{n}", "size": 1, "oid": "0" * 40} for n in range(10_001)]).encode(),
-    ),
+    [],
+    listing(sha="../../../evil"),
+    listing(name="../../evil"),
+    listing(oid="../../evil"),
+    listing(size="many"),
+    {**listing(), "siblings": [listing(name=f"{n}")["siblings"][0] for n in range(10_001)]},
 ]
 
 
-@pytest.mark.parametrize(("route", "body"), ODD, ids=range(len(ODD)))
-def test_nothing_that_a_hub_says_leads_out_of_the_cache(server, tmp_path, outline, files, route, body):
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_nothing_that_a_hub_says_leads_out_of_the_cache(server, tmp_path, files, odd):
     server.create(REPO, files)
-    server.faults.append(Fault(route=route, body=body))
-    if route == "model_info":  # and the rest is as ever
-        oid = "9e26dfeeb6e641a33dae4961196235bdb965b21b"
-        listing = [{"type": "file", "path": "config.json", "size": 2, "oid": oid}]
-        server.faults.append(Fault(route="tree", body=json.dumps(listing).encode()))
-        server.faults.append(Fault(route="resolve", body=b"{}"))
-    for look in (lambda: fetch(REPO, cache_dir=tmp_path / "cache"), lambda: fetch_outline(REPO, outline)):
+    server.faults += [Fault(route="model_info", body=json.dumps(odd).encode()), Fault(route="resolve", body=b"{}")]
+    (tmp_path / "outline").mkdir()
+    looks = (lambda: fetch(REPO, cache_dir=tmp_path / "cache"), lambda: fetch_outline(REPO, tmp_path / "outline"))
+    for look in looks:
         with pytest.raises(GPT2ValueHubError):
             look()
     assert not sizes_in(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} <= {"outline", "cache"}
 
 
 def test_the_base_that_an_adapter_names_is_fetched_within_bounds(server, tmp_path, monkeypatch):
@@ -204,7 +171,7 @@ def test_the_base_that_an_adapter_names_is_fetched_within_bounds(server, tmp_pat
     base = plain_twin(make_tiny_model())
     base.save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
-    adapted = peft.get_peft_model(type(base).from_pretrained(tmp_path / "base"), config)
+    adapted = peft.get_peft_model(base, config)
     adapted.peft_config["default"].base_model_name_or_path = "alice/base"
     adapted.save_pretrained(tmp_path / "adapter")
     for name in ("base", "adapter"):

@@ -1,45 +1,32 @@
 """What a repository holds, and its files, fetched without running any of it: bounded, and as the Hub announced them.
 
-Imports huggingface_hub (0.36 and newer) through `ask`. Files are kept in huggingface_hub's own cache, where
-transformers finds them: https://huggingface.co/docs/huggingface_hub/guides/manage-cache. They are written there by
-`http_get`, one by one, and not by `snapshot_download`, which writes whatever a server sends, to a path of its choosing.
+Files are kept in huggingface_hub's own cache, where transformers finds them:
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache. They are written there by `http_get`, one by one, and
+not by `snapshot_download`, which writes whatever a server sends, to a path of its choosing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
 
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.file_download import http_get
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
 from .. import layout, limits
-from ..errors import (
-    GPT2ValueHubError,
-    HubRefusedError,
-    HubUnavailableError,
-    NotAPackageError,
-    PackageError,
-    SaveFailedError,
-)
-from ..files import LFS_POINTER, read_json
+from ..errors import HubRefusedError, HubUnavailableError, NotAPackageError, PackageError
+from ..files import read_json
 from .ask import Hub, Passing, offline
 
-FIRST_BYTES = 256  # of a file of weights: a pointer of git-lfs is shorter
+FIRST_BYTES = 256  # of a file of weights, which say how long its header is
 ADAPTER_BYTES = 2 << 30  # of an adapter: a LoRA of rank 256, and new embeddings, for the largest GPT-2
-CHUNK = 10_000_000  # bytes of a download that huggingface_hub collects before it writes them
-
 
 _ADAPTER = "adapter_config.json"
 _PICKLED = re.compile(r"(pytorch_model|adapter_model|value_head|v_head)\b.*\.bin")
@@ -47,20 +34,19 @@ _PICKLED = re.compile(r"(pytorch_model|adapter_model|value_head|v_head)\b.*\.bin
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the Hub: git's hash of it and, where it is in large file storage, the SHA-256 of its content."""
+    """A file on the Hub: the SHA-256 of its content where it is in large file storage, and else git's SHA-1."""
 
     size: int
-    oid: str
-    sha256: str | None
+    digest: str
 
     def is_at(self, path: Path) -> bool:
         """Whether this is what a local file holds. Git hashes a file as `blob <size>\\0<content>`."""
         size = path.stat().st_size
-        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % size)
+        digest = hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % size)
         with open(path, "rb") as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)
-        return size == self.size and digest.hexdigest() == (self.sha256 or self.oid)
+        return size == self.size and digest.hexdigest() == self.digest
 
 
 @dataclass(frozen=True)
@@ -89,30 +75,23 @@ def read_repository(hub: Hub, repo_id: str, revision: str | None = None) -> Repo
         What `Hub.ask` raises.
     """
     where = f"find {repo_id}" + (f" at revision {revision}" if revision else "")
-    info = hub.ask(where, hub.api.model_info, repo_id, revision=revision)
-    if not is_hex(info.sha, 40):
-        raise _odd_answer(f"says that {repo_id} is at commit {str(info.sha)[:80]!r}")
-
-    def listed() -> list[Any]:
-        entries = hub.api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
-        return list(itertools.islice(entries, limits.NAMES_IN_A_FOLDER + 1))
-
-    entries, files = hub.ask(f"list the files of {repo_id}", listed), {}
+    info = hub.ask(where, hub.api.model_info, repo_id, revision=revision, files_metadata=True)
+    if not is_hash(info.sha):
+        raise odd_answer(f"says that {repo_id} is at commit {str(info.sha)[:80]!r}")
+    entries, files = info.siblings or [], {}
     if len(entries) > limits.NAMES_IN_A_FOLDER:
-        raise _odd_answer(f"lists more than {limits.NAMES_IN_A_FOLDER:,} files of {repo_id}")
+        raise odd_answer(f"lists more than {limits.NAMES_IN_A_FOLDER:,} files of {repo_id}")
     for entry in entries:
-        if isinstance(entry, RepoFile):
-            file = RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
-            fits = type(file.size) is int and file.size >= 0 and is_hex(file.oid, 40)
-            if not (fits and _stays_inside(entry.path) and (file.sha256 is None or is_hex(file.sha256, 64))):
-                raise _odd_answer(f"lists a file {str(entry.path)[:200]!r} of {str(file)[:200]}")
-            files[entry.path] = file
+        name, size, digest = entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id
+        if type(size) is not int or size < 0 or not is_hash(digest) or not _stays_inside(name):
+            raise odd_answer(f"lists a file {str(name)[:200]!r} of size {str(size)[:80]} and hash {str(digest)[:80]}")
+        files[name] = RemoteFile(size, str(digest))
     return Repository(repo_id, str(info.sha), files, bool(info.private))
 
 
-def is_hex(text: object, digits: int) -> bool:
-    """Whether a text is so many hexadecimal digits: nothing else may touch a path."""
-    return isinstance(text, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", text) is not None
+def is_hash(text: object) -> bool:
+    """Whether a text is a hash, of 40 or 64 hexadecimal digits: nothing else may touch a path."""
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", text) is not None
 
 
 def _stays_inside(name: str) -> bool:
@@ -120,10 +99,11 @@ def _stays_inside(name: str) -> bool:
     return not PurePosixPath(name).is_absolute() and {"..", ".", ""}.isdisjoint(name.split("/")) and "\0" not in name
 
 
-def _odd_answer(found: str) -> HubRefusedError:
+def odd_answer(found: str) -> HubRefusedError:
+    """Return the error for an answer that no Hub gives."""
     return HubRefusedError(
         f"the Hub {found}",
-        expected="commits of 40 hexadecimal digits, and files in the repository with their sizes and hashes",
+        expected="commits of 40 hexadecimal digits, files with their sizes and hashes, and ranges of bytes",
         next_step="make sure that HF_ENDPOINT is a Hub that you trust",
     )
 
@@ -139,7 +119,7 @@ def fetch(
 ) -> Snapshot:
     """Download the files that a loader of a package or a plain GPT-2 reads, at one commit, to the Hub's cache.
 
-    Sizes are checked before anything is downloaded. Pickles are not downloaded. Where the Hub cannot be reached, or in
+    Sizes are checked before anything is downloaded. Pickles are not downloaded. Where the Hub does not answer, or in
     offline mode, the cache answers alone, as it does for transformers.
 
     Args:
@@ -148,27 +128,26 @@ def fetch(
 
     Raises:
         NotAPackageError, PackageError: a repository without a model, or with pickles in the place of its weights.
-        PackageError: a file, or all weights together, larger than such a model needs; a pointer of git-lfs.
+        PackageError: a file, or all weights together, larger than such a model needs.
         RemoteNotFoundError: no such repository or revision, or not for this token.
         AuthenticationError: the Hub does not accept the token, or wants one.
         HubUnavailableError: the Hub cannot be reached, or must not be asked, and the cache does not have it.
         HubRefusedError: the Hub sends other files than it announced.
         SaveFailedError: the system does not let the cache be written.
     """
-    hub = Hub(token)
-    home = Path(cache_dir or constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
+    hub, home = Hub(token), _home(repo_id, cache_dir)
 
     def attempt() -> Snapshot:
         try:
             repository = read_repository(hub, repo_id, revision)
-        except Passing as failure:
-            if not failure.answered and (cached := _cached(home, revision)):
+        except Passing:
+            if cached := _cached(home, revision):
                 return cached
             raise
-        wanted = _wanted(repository, checkpoint=checkpoint)
         folder = home / "snapshots" / repository.commit
-        for name in sorted(wanted, key=lambda name: _limit(name) is None):  # the config before the weights
-            if _limit(name) is None:
+        wanted = _wanted(repository, checkpoint=checkpoint)
+        for name in sorted(wanted, key=_holds_weights):  # the config before the weights
+            if _holds_weights(name):
                 _check_weights(folder, repository, wanted)
             download_file(hub, repository, name, home)
         if revision != repository.commit:  # for the cache alone, another time
@@ -178,7 +157,7 @@ def fetch(
         return Snapshot(folder, repository.commit)
 
     if not (local_files_only or offline()):
-        return _kept(hub, f"download {repo_id}", attempt)
+        return hub.patiently(f"download {repo_id}", attempt)
     if (cached := _cached(home, revision)) is None:
         raise HubUnavailableError(
             f"{repo_id} is not in the cache, and the Hub must not be asked",
@@ -208,71 +187,52 @@ def fetch_outline(
     Raises:
         What `fetch` raises.
     """
-    hub = Hub(token)
-    home = Path(cache_dir or constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
+    hub, home = Hub(token), _home(repo_id, cache_dir)
 
     def attempt() -> Snapshot:
         repository = read_repository(hub, repo_id, revision)
-        wanted = _wanted(repository)
+        wanted = _wanted(repository, checkpoint=False)
         for name, file in repository.files.items():
             top, *below = name.split("/")
             if below:
                 (into / top).mkdir(exist_ok=True)
-            elif name in wanted and _limit(name) is None:
-                with open(into / name, "wb") as outline:
-                    outline.write(_header(hub, repository, name))
-                    outline.truncate(file.size)
-            elif name in wanted and name != layout.CARD:
-                shutil.copyfile(download_file(hub, repository, name, home), into / name)
-            else:
+            elif name not in wanted or name == layout.CARD:
                 (into / name).touch()
+            elif _holds_weights(name):
+                _get_header(hub, repository, name, into / name)
+                os.truncate(into / name, file.size)
+            else:
+                shutil.copyfile(download_file(hub, repository, name, home), into / name)
         return Snapshot(home / "snapshots" / repository.commit, repository.commit)
 
-    return _kept(hub, f"look into {repo_id}", attempt)
+    return hub.patiently(f"look into {repo_id}", attempt)
 
 
-def _kept(hub: Hub, what: str, attempt: Callable[[], Snapshot]) -> Snapshot:
-    try:
-        return hub.patiently(what, attempt)
-    except GPT2ValueHubError:
-        raise
-    except OSError as error:
-        raise SaveFailedError(
-            f"could not {what}: {error}",
-            expected="space, and permission to write, in the cache of the Hub and for temporary files",
-            next_step="free some space, or name another folder: export HF_HOME=FOLDER",
-        ) from error
+def _home(repo_id: str, cache_dir: Path | None) -> Path:
+    """Return where the cache keeps a repository."""
+    return Path(cache_dir or constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
 
 
-def _limit(name: str) -> int | None:
-    """Return the most bytes that a file of this name may have; None for weights, which are bounded together."""
-    kind = layout.kind_of(name)
-    if name.endswith(".safetensors") or kind == "pickle":
-        return None
-    if kind == "config":
-        return limits.CONFIG_BYTES
-    if kind == "tokenizer" and name not in layout.TOKENIZER_SETTINGS:
-        return limits.VOCABULARY_BYTES_AT_MOST
-    return limits.INDEX_BYTES if kind == "record" or name.endswith(".index.json") else limits.CODE_BYTES
+def _holds_weights(name: str) -> bool:
+    return name.endswith(".safetensors") or layout.kind_of(name) == "pickle"
 
 
-def _wanted(repository: Repository, *, checkpoint: bool = False) -> list[str]:
-    """Return the files that a loader reads, after checking that there is a model, and their sizes.
+def _wanted(repository: Repository, *, checkpoint: bool) -> set[str]:
+    """Return the files that a loader reads, after checking that there is a model, and the sizes of all but the weights.
 
     Raises:
         NotAPackageError: it holds no model.
         PackageError: all of its weights are pickles; a file is far larger than any package's.
     """
-    names = [name for name in repository.files if "/" not in name]
+    names = sorted(name for name in repository.files if "/" not in name)
     if layout.CONFIG not in names and not (checkpoint and _ADAPTER in names):
-        files = sorted(name for name in names if layout.kind_of(name) != "litter")
+        files = [name for name in names if layout.kind_of(name) != "litter"]
         raise NotAPackageError(
             f"{repository.repo_id} holds no package: it has {', '.join(files[:5]) or 'no files'}",
             expected=f"a repository with {layout.CONFIG} and {layout.WEIGHTS}, as gpt2-value push makes it",
             next_step="check the name and the revision",
         )
-    kinds = {name: layout.kind_of(name) for name in names}
-    pickled = sorted(name for name in names if _PICKLED.fullmatch(name))
+    pickled = [name for name in names if _PICKLED.fullmatch(name)]
     only_pickles = bool(pickled) and not any(name.endswith(".safetensors") for name in names)
     if only_pickles and not checkpoint:
         raise PackageError(
@@ -282,73 +242,68 @@ def _wanted(repository: Repository, *, checkpoint: bool = False) -> list[str]:
             next_step="ask its author for safetensors; or read them without running them: gpt2-value convert "
             f"{repository.repo_id} OUT",
         )
-    wanted = [n for n in names if kinds[n] in ("config", "weights", "tokenizer", "card", "record") or n.endswith(".py")]
+    kinds = ("config", "weights", "tokenizer", "card", "record")
+    wanted = {name for name in names if layout.kind_of(name) in kinds}
     if checkpoint:
-        wanted = [name for name in wanted if not name.endswith(".py") and kinds[name] != "card"]
-        wanted += [n for n in names if n not in wanted and (n == _ADAPTER or n.endswith(".safetensors"))]
-        wanted += [n for n in names if n.endswith(".bin.index.json")] if only_pickles else []
-        wanted += [n for n in pickled if only_pickles or "head" in n]
+        wanted |= {name for name in names if name == _ADAPTER or name.endswith((".safetensors", ".bin.index.json"))}
+        wanted |= {name for name in pickled if only_pickles or "head" in name}
+    else:
+        wanted |= {name for name in names if name.endswith(".py")}
     for name in wanted:
-        size, limit = repository.files[name].size, _limit(name)
-        if limit is not None and size > limit:
+        size, most = repository.files[name].size, limits.VOCABULARY_BYTES_AT_MOST
+        if size > most and not _holds_weights(name):
             raise PackageError(
                 f"{name} of {repository.repo_id} has {size:,} bytes; nothing was downloaded",
-                expected=f"at most {limit:,}",
+                expected=f"at most {most:,}",
                 next_step="ask its author",
             )
     return wanted
 
 
-def _check_weights(folder: Path, repository: Repository, wanted: list[str]) -> None:
+def _check_weights(folder: Path, repository: Repository, wanted: set[str]) -> None:
     """Refuse weights that have more bytes than the model needs that the config describes."""
-    fields = read_json(folder, layout.CONFIG) if layout.CONFIG in wanted else {}
-    sides = [fields.get(name) for name in ("n_layer", "n_embd", "vocab_size", "n_positions")]
-    layers, width, vocabulary, positions = (side if type(side) is int and 0 < side < 1 << 24 else 0 for side in sides)
-    inner = fields.get("n_inner")
-    inner = inner if type(inner) is int and 0 < inner < 1 << 24 else 4 * width
-    numbers = width * (layers * (4 * width + 2 * inner + 16) + 2 * vocabulary + positions + 4)
+    fields = read_json(folder, layout.CONFIG) if layout.CONFIG in repository.files else {}
+
+    def side(name: str, default: int = 0) -> int:
+        value = fields.get(name)
+        return value if type(value) is int and 0 < value < 1 << 24 else default
+
+    layers, width, vocabulary, positions = map(side, ("n_layer", "n_embd", "vocab_size", "n_positions"))
+    block = 4 * width + 2 * side("n_inner", 4 * width) + 16
+    numbers = width * (layers * block + 2 * vocabulary + positions + 4)
     most = limits.foreign_bytes(numbers, layers * positions * positions) if fields else ADAPTER_BYTES
-    size = sum(repository.files[name].size for name in wanted if _limit(name) is None)
+    size = sum(repository.files[name].size for name in wanted if _holds_weights(name))
     if size > most:
         raise PackageError(
             f"{repository.repo_id} has {size:,} bytes of weights; none were downloaded",
-            expected=f"at most {most:,} for the GPT-2 in its {layout.CONFIG}, of n_layer, n_embd, vocab_size, "
-            f"n_positions {sides}",
+            expected=f"at most {most:,} for the sizes in its {layout.CONFIG}",
             next_step="check the name and the revision, or ask its author",
         )
 
 
-class _Bounded:
-    """A file that takes so many bytes, and no more. `Hub.hear` is told of each piece."""
+class _Bounded(io.FileIO):
+    """A new file that takes so many bytes, and no more."""
 
-    def __init__(self, file: BinaryIO, size: int, hub: Hub, name: str) -> None:
-        self._file, self._size, self._hub, self._name = file, size, hub, name
+    def __init__(self, path: Path, size: int) -> None:
+        super().__init__(path, "w+")
+        self._size = size
 
-    def write(self, data: bytes) -> int:
-        self._hub.hear()
-        if self._file.tell() + len(data) > self._size:
-            raise HubRefusedError(
-                f"the Hub sends more than the {self._size:,} bytes of {self._name} that were asked for",
-                expected="files of the size that the Hub lists, and answers to requests for a range of bytes",
-                next_step="make sure that HF_ENDPOINT is a Hub that you trust",
-            )
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self.tell() + len(data) > self._size:
+            raise odd_answer(f"sends more than the {self._size:,} bytes that were asked for")
+        return super().write(data)
 
 
-def _get(hub: Hub, repository: Repository, name: str, into: BinaryIO, first: int, size: int) -> None:
-    """Write `size` bytes of a remote file to `into`, an empty file, from the byte `first` on."""
+def _get(hub: Hub, repository: Repository, name: str, path: Path, size: int) -> None:
+    """Write the first `size` bytes of a remote file to `path`."""
     headers = build_hf_headers(token=hub.token, library_name="gpt2-value", library_version=layout.__version__)
     if size != repository.files[name].size:
-        headers["Range"] = f"bytes={first}-{first + size - 1}"
+        headers["Range"] = f"bytes=0-{size - 1}"
     url = hf_hub_url(repository.repo_id, name, revision=repository.commit, endpoint=hub.api.endpoint)
-    file: Any = _Bounded(into, size, hub, name)
-    what = f"download {name} of {repository.repo_id}"
-    hub.ask(
-        what, http_get, url, file, headers=headers, expected_size=size, displayed_filename=name, moves=min(size, CHUNK)
-    )
+    how = {"headers": headers, "expected_size": size, "displayed_filename": name}
+    with _Bounded(path, size) as file:
+        if size:
+            hub.ask(f"download {name} of {repository.repo_id}", http_get, url, file, moves=size, **how)
 
 
 def download_file(hub: Hub, repository: Repository, name: str, home: Path) -> Path:
@@ -356,28 +311,21 @@ def download_file(hub: Hub, repository: Repository, name: str, home: Path) -> Pa
 
     Raises:
         HubRefusedError: the Hub sends another file than it listed.
-        PackageError: a pointer of git-lfs.
         What `Hub.ask` raises.
     """
     file, place = repository.files[name], home / "snapshots" / repository.commit / name
-    blob = home / "blobs" / (file.sha256 or file.oid)
+    blob = home / "blobs" / file.digest
     if place.exists():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     blob.parent.mkdir(exist_ok=True)
     if not blob.exists():
-        descriptor, part = tempfile.mkstemp(suffix=".incomplete", dir=blob.parent)
-        try:
-            with open(descriptor, "w+b") as opened:
-                if file.size:
-                    _get(hub, repository, name, opened, 0, file.size)
-            if file.size < FIRST_BYTES:
-                _refuse_pointer(repository, name, Path(part).read_bytes())
-            if not file.is_at(Path(part)):
-                raise _odd_answer(f"sends another {name} than it lists")
+        with tempfile.TemporaryDirectory(dir=home) as private:
+            part = Path(private, "part")
+            _get(hub, repository, name, part, file.size)
+            if not file.is_at(part):
+                raise odd_answer(f"sends another {name} than it lists")
             os.replace(part, blob)
-        finally:
-            Path(part).unlink(missing_ok=True)
     try:
         place.symlink_to(os.path.relpath(blob, place.parent))
     except FileExistsError:  # another process was faster
@@ -387,28 +335,14 @@ def download_file(hub: Hub, repository: Repository, name: str, home: Path) -> Pa
     return place
 
 
-def _header(hub: Hub, repository: Repository, name: str) -> bytes:
-    """Return the start of a safetensors file, up to the end of its header, by one or two requests for a range."""
-    parts, size = [io.BytesIO(), io.BytesIO()], repository.files[name].size
+def _get_header(hub: Hub, repository: Repository, name: str, path: Path) -> None:
+    """Write the start of a safetensors file, up to the end of its header, by one or two requests for a range."""
+    size = repository.files[name].size
     first = min(size, FIRST_BYTES)
-    if size:
-        _get(hub, repository, name, parts[0], 0, first)
-    _refuse_pointer(repository, name, parts[0].getvalue())
-    length = int.from_bytes(parts[0].getvalue()[:8], "little")
-    # an impossible length is left to inspection, which names it
-    if first < 8 + length <= min(size, limits.HEADER_BYTES):
-        _get(hub, repository, name, parts[1], first, 8 + length - first)
-    return b"".join(part.getvalue() for part in parts)
-
-
-def _refuse_pointer(repository: Repository, name: str, start: bytes) -> None:
-    if start.startswith(LFS_POINTER):
-        raise PackageError(
-            f"{name} of {repository.repo_id} is not the file but a pointer of git-lfs to it",
-            expected="the file itself",
-            next_step="ask its author to upload it again, by gpt2-value push; git alone, without git-lfs, uploads "
-            "pointers",
-        )
+    _get(hub, repository, name, path, first)
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    if first < header <= min(size, limits.HEADER_BYTES):  # an impossible length is left to inspection, which names it
+        _get(hub, repository, name, path, header)
 
 
 def _cached(home: Path, revision: str | None) -> Snapshot | None:
@@ -416,5 +350,5 @@ def _cached(home: Path, revision: str | None) -> Snapshot | None:
     ref = home / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision or ""
     folder = home / "snapshots" / commit
-    whole = is_hex(commit, 40) and (folder / layout.CONFIG).exists()
-    return Snapshot(folder, commit) if whole and any(_limit(path.name) is None for path in folder.iterdir()) else None
+    whole = is_hash(commit) and (folder / layout.CONFIG).exists()
+    return Snapshot(folder, commit) if whole and any(_holds_weights(path.name) for path in folder.iterdir()) else None

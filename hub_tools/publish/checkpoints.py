@@ -1,7 +1,6 @@
 """Push checkpoints during training: a copy in memory between two training steps, and the rest in a worker process.
 
-Imports torch, transformers, and of hub_tools `package` and `push`. The work is in `worker`: a thread would share the
-interpreter lock, torch's threads and its random numbers with the training loop.
+A thread would share the interpreter lock, torch's threads and its random numbers with the training loop.
 """
 
 from __future__ import annotations
@@ -12,36 +11,37 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import errors
-from ..errors import CheckpointPushError, GPT2ValueHubError, HubUnavailableError, OptionsError
-from ..hub.ask import Hub
-from ..package.save import installed_copy
+from ..errors import CheckpointPushError, GPT2ValueHubError, HubUnavailableError, OptionsError, SaveFailedError
+from ..hub.ask import Hub, Passing
+from ..package.save import installed_copy, save_package
 from ..package.sharded import Gathered, in_first_process, is_sharded
-from .push import writable_id
+from .push import MAIN, Push, writable_id
+from .worker import CALL, push_checkpoint, tag_best
 
 logger = logging.getLogger(__name__)
 
 PAUSE = 10.0  # seconds between two workers while the Hub does not answer; a newer checkpoint or `flush` ends it
 COMMAND = (sys.executable, "-m", "hub_tools.publish.worker")
-SNAPSHOT, ANSWER = "snapshot.pt", "answer.json"  # in a worker's folder
-GO = b"go"  # what a worker reads when the snapshot is complete
 # What a Trainer logs besides metrics: counters, and how long things took.
 BOOKKEEPING = re.compile(r"step|epoch|total_flos|.*_(runtime|per_second)|num_input_tokens_seen")
+
+_Call = partial[dict[str, Any]]  # of `push_checkpoint`, with a copy of a model that training cannot change
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,6 @@ class PushedCheckpoint:
     commit: str
     url: str
     best: bool  # whether it is the best so far, and carries the tag
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """A copy of a model in main memory, which training cannot change."""
-
-    step: int
-    metrics: dict[str, float]
-    model: nn.Module
-    tokenizer: Any
 
 
 class CheckpointPusher:
@@ -77,9 +67,10 @@ class CheckpointPusher:
     verifies and pushes, without a GPU, on one core at the lowest priority. If checkpoints come faster than that, only
     the newest waits, and those that it replaced are `skipped`; never the last, for which `flush` and `close` wait.
 
-    Memory holds at most two copies of the weights, one that waits and one that is being pushed, and the worker about
-    0.5 GB of torch. The disk holds at most three, the snapshot and its package, twice, in the system's folder for
-    temporary files (`TMPDIR`). If training is killed, the worker ends what it has begun, and removes them.
+    Main memory holds at most two copies of the weights, one that waits and one that is being pushed (and for a moment
+    a third, of a model on a GPU), and the worker about 0.5 GB of torch. The disk holds at most three, the snapshot and
+    its package, twice, in the system's folder for temporary files (`TMPDIR`). If training is killed, the worker ends
+    what it has begun, and removes them.
 
     Temporary failures (5xx, timeouts, no connection) are logged, and the push is repeated until it succeeds or a newer
     checkpoint waits; only `flush` and `close` give up. All other failures (401, 403, 404, a full disk, a worker that
@@ -134,14 +125,11 @@ class CheckpointPusher:
             )
         if greater_is_better is None:
             greater_is_better = not (metric_for_best_model or "").endswith("loss")
-        hub = Hub(token)
-        self.repo_id = repo_id
+        hub, self.repo_id = Hub(token), repo_id
         try:
-            self.repo_id = hub.patiently("check the token", lambda: writable_id(hub, repo_id), seconds=0)
-        except HubUnavailableError as error:
-            if constants.HF_HUB_OFFLINE:
-                raise
-            logger.warning("training starts without the Hub's consent: %s", error.found)
+            self.repo_id = writable_id(hub, repo_id)
+        except Passing as failure:
+            logger.warning("training starts without the Hub's consent: %s", failure)
         self._environment = {
             # the worker then imports the same modules as this process, wherever the training script is
             "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
@@ -151,24 +139,26 @@ class CheckpointPusher:
             "CUDA_VISIBLE_DEVICES": "",
             **({} if token is None else {"HF_TOKEN": token}),
         }
-        self._job = {
-            "push": {"repo_id": self.repo_id, "branch": revision, "private": private},
-            "save": {"base_model": base_model, "license": license, "tags": tags, "max_shard_size": max_shard_size},
-            "best": (metric_for_best_model, 1 if greater_is_better else -1, best_tag),
-            "dataset": dataset,
-        }
+        self._push_checkpoint = partial(
+            push_checkpoint,
+            dataset=dataset,
+            save=partial(
+                save_package, base_model=base_model, license=license, tags=tags, max_shard_size=max_shard_size
+            ),
+            push=partial(Push, self.repo_id, revision or MAIN, private),
+            tag=partial(tag_best, metric=metric_for_best_model, sign=1 if greater_is_better else -1, tag=best_tag),
+        )
         self._owner = os.getpid()
         self._changed = threading.Condition()
         # All of these are read and written while holding _changed.
-        self._waiting: _Snapshot | None = None
-        self._current: _Snapshot | None = None  # being pushed
+        self._waiting: _Call | None = None
+        self._current: _Call | None = None  # being pushed
         self._thread: threading.Thread | None = None  # only while something is being pushed
         self._worker: subprocess.Popen[bytes] | None = None
         self._pushed: list[PushedCheckpoint] = []
         self._skipped: list[int] = []
-        self._failures: list[CheckpointPushError] = []
-        self._flushes = 0  # calls of flush that wait
-        self._closed = False
+        self._failure: CheckpointPushError | None = None  # the last one; earlier ones are in the log
+        self._flushing = self._closed = False
         atexit.register(self._close_and_log)
 
     def push(
@@ -198,17 +188,20 @@ class CheckpointPusher:
         self._check_usable(step)
         numbers = as_numbers(metrics)
         with self._changed:
-            if self._current is not None:
-                self._skip_waiting()  # before the copy is made, so that memory never holds more than two
             copied: nn.Module = installed_copy(model)
+            if self._waiting is not None:
+                logger.info("step %d is skipped: a newer checkpoint is there already", _step(self._waiting))
+                self._skipped.append(_step(self._waiting))
+                self._waiting = None
             if isinstance(model, nn.Module) and any(weight.device.type == "cpu" for weight in model.parameters()):
                 copied = copy.deepcopy(copied)  # which shares its weights until here
-            self._skip_waiting()
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
                 thread.start()  # it waits for our lock; if the system cannot start it, no snapshot is left waiting
                 self._thread = thread
-            self._waiting = _Snapshot(step, numbers, copied, copy.deepcopy(tokenizer))
+            self._waiting = partial(
+                self._push_checkpoint, model=copied, tokenizer=copy.deepcopy(tokenizer), step=step, metrics=numbers
+            )
             self._changed.notify_all()
         self.check()
 
@@ -219,9 +212,9 @@ class CheckpointPusher:
             CheckpointPushError: with the original error as its cause.
         """
         with self._changed:
-            failures, self._failures = self._failures, []
-        if failures:
-            raise failures[-1] from failures[-1].__cause__  # earlier ones are in the log
+            failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def flush(self) -> None:
         """Wait until everything that was handed to `push` is on the Hub, or has failed.
@@ -231,12 +224,12 @@ class CheckpointPusher:
         """
         self._check_usable(None)
         with self._changed:
-            self._flushes += 1
+            self._flushing = True
             self._changed.notify_all()
             try:
                 self._changed.wait_for(lambda: self._thread is None)
             finally:
-                self._flushes -= 1
+                self._flushing = False
         self.check()
 
     def close(self) -> None:
@@ -255,7 +248,7 @@ class CheckpointPusher:
             atexit.unregister(self._close_and_log)
             with self._changed:
                 self._closed = True
-                unpushed = [str(snapshot.step) for snapshot in (self._current, self._waiting) if snapshot is not None]
+                unpushed = [str(_step(call)) for call in (self._current, self._waiting) if call is not None]
                 self._waiting, thread = None, self._thread
                 self._changed.notify_all()
                 if self._worker is not None:
@@ -301,13 +294,6 @@ class CheckpointPusher:
                 f"this CheckpointPusher {why}", next_step="make a new one: CheckpointPusher(repo_id)", step=step
             )
 
-    def _skip_waiting(self) -> None:
-        """Drop the checkpoint that waits, if there is one, because a newer one takes its place."""
-        if self._waiting is not None:
-            logger.info("step %d is skipped: a newer checkpoint is there already", self._waiting.step)
-            self._skipped.append(self._waiting.step)
-            self._waiting = None
-
     # The thread
 
     def _run(self) -> None:
@@ -315,81 +301,80 @@ class CheckpointPusher:
         while True:
             with self._changed:
                 self._current, self._waiting = self._waiting, None
-                if (snapshot := self._current) is None:
+                if (call := self._current) is None:
                     self._thread = None
                     self._changed.notify_all()
                     return
-                is_last = self._flushes > 0  # an attempt that starts during a `flush` is the last one
-            folder = Path(tempfile.mkdtemp(prefix="gpt2-value-checkpoint-"))
             try:
-                pushed = self._work(snapshot, folder)
+                pushed = self._work(call)
             except BaseException as error:  # a thread has no caller, so the next call of a method raises it
                 with self._changed:
-                    self._keep(error, snapshot, may_wait=isinstance(error, HubUnavailableError) and not is_last)
+                    self._keep(error, call)
             else:
                 with self._changed:
                     self._pushed.append(pushed)
                     self._current = None
-                logger.info("step %d is on %s: %s", snapshot.step, self.repo_id, pushed.url)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                logger.info("step %d is on %s: %s", pushed.step, self.repo_id, pushed.url)
 
-    def _work(self, snapshot: _Snapshot, folder: Path) -> PushedCheckpoint:
-        """Run a worker, and return its answer.
+    def _work(self, call: _Call) -> PushedCheckpoint:
+        """Let a worker make a call, and return what it returns.
 
         Raises:
-            CheckpointPushError: it ended without one.
-            What the worker failed with.
+            CheckpointPushError: it ended without an answer.
+            What the call raises.
         """
-        environment = {**os.environ, **self._environment, "TMPDIR": str(folder), "TEMP": str(folder)}
-        command = [*COMMAND, str(folder), str(self._owner)]
-        with self._changed:
-            if self._closed:
-                raise CheckpointPushError("the pusher was closed", next_step="push before close()", step=snapshot.step)
-            # Started before the snapshot is written: if this process is killed meanwhile, the worker removes it.
-            self._worker = worker = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=folder, env=environment)
-        try:
-            job = {**self._job, "step": snapshot.step, "metrics": snapshot.metrics}
-            torch.save((snapshot.model, snapshot.tokenizer, job), folder / SNAPSHOT)
-            worker.communicate(GO)
-        finally:
-            worker.kill()  # it has ended, unless this is an error
-            worker.wait()
-        answer = folder / ANSWER
-        if not answer.exists():
+        with tempfile.TemporaryDirectory(prefix="gpt2-value-checkpoint-", ignore_cleanup_errors=True) as home:
+            torch.save(call, Path(home, CALL))
+            environment = {**os.environ, **self._environment, "TMPDIR": home, "TEMP": home}
+            with self._changed:
+                if self._closed:
+                    raise CheckpointPushError(
+                        "the pusher was closed", next_step="push before close()", step=_step(call)
+                    )
+                self._worker = worker = subprocess.Popen(
+                    [*COMMAND, home],
+                    stdout=subprocess.PIPE,
+                    cwd=home,
+                    env=environment,
+                    start_new_session=True,  # a Ctrl-C is for the training loop, which then ends this process
+                )
+            with suppress(OSError, AttributeError):  # a sandbox forbids it; Windows has no such thing
+                os.setpriority(os.PRIO_PROCESS, worker.pid, 19)
+            printed, _ = worker.communicate()
+        if worker.returncode:
             raise CheckpointPushError(
                 f"the worker that pushes checkpoints ended with exit status {worker.returncode}",
                 next_step="read what it printed; make sure that there is enough memory",
-                step=snapshot.step,
+                step=_step(call),
             )
-        found = json.loads(answer.read_text())
+        found = json.loads(printed.splitlines()[-1])
         if "error" in found:
             kind: type[GPT2ValueHubError] = getattr(errors, found.pop("error"))
             raise kind(**found)
-        return PushedCheckpoint(snapshot.step, snapshot.metrics, **found)
+        return PushedCheckpoint(_step(call), call.keywords["metrics"], **found)
 
-    def _keep(self, cause: BaseException, snapshot: _Snapshot, *, may_wait: bool) -> None:
-        """Keep a failure for the next call; or the snapshot for the next attempt."""
-        gist = cause.found if isinstance(cause, GPT2ValueHubError) else f"{type(cause).__name__}: {cause}"
-        found = f"the checkpoint of step {snapshot.step} is not on {self.repo_id}: {gist}"
-        if may_wait and not self._closed:
+    def _keep(self, cause: BaseException, call: _Call) -> None:
+        """Keep a failure for the next call; or the checkpoint for the next attempt."""
+        if not isinstance(cause, GPT2ValueHubError):
+            cause = SaveFailedError(f"{type(cause).__name__}: {cause}", next_step="correct what this error names")
+        found = f"the checkpoint of step {_step(call)} is not on {self.repo_id}: {cause.found}"
+        if isinstance(cause, HubUnavailableError) and not (self._flushing or self._closed):
             logger.warning("%s; it is tried again, unless a newer one is there", found)
             if self._waiting is None:
-                self._current, self._waiting = None, snapshot
+                self._current, self._waiting = None, call
                 self._changed.wait(PAUSE)
             else:
-                self._skipped.append(snapshot.step)
+                self._skipped.append(_step(call))
             return
-        error = CheckpointPushError(
-            found,
-            expected=getattr(cause, "expected", ""),
-            next_step=getattr(cause, "next_step", "correct what this error names; the next checkpoint is tried anyway"),
-            step=snapshot.step,
-        )
-        error.__cause__ = cause
-        self._failures.append(error)
+        self._failure = CheckpointPushError(found, expected=cause.expected, next_step=cause.next_step, step=_step(call))
+        self._failure.__cause__ = cause
         if not self._closed:  # `close` itself logs what an interrupt stopped
-            logger.error("%s", error)
+            logger.error("%s", self._failure)
+
+
+def _step(call: _Call) -> int:
+    step: int = call.keywords["step"]
+    return step
 
 
 def as_numbers(metrics: Mapping[str, float]) -> dict[str, float]:

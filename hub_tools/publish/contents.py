@@ -1,6 +1,5 @@
-"""What a push makes of a repository's root: the package's files, and of the others those that no loader reads.
-
-Imports of hub_tools `errors`, `files`, `layout`; and PyYAML, which comes with huggingface_hub.
+"""What a push makes of a repository's root: the package's files, without tokens in them, and of the others those that
+no loader reads.
 """
 
 from __future__ import annotations
@@ -8,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import yaml
 from huggingface_hub import metadata_load, metadata_save
 
 from .. import layout
-from ..errors import NotAPackageError, OptionsError, PackageError
+from ..errors import NotAPackageError, OptionsError, PackageError, SecretFoundError
 from ..files import open_in
+from ..limits import HEADER_BYTES
 
 # The files that `from_pretrained` of transformers or peft looks up in a repository: by their names, or by their
 # suffixes where a loader takes any name. Pickles have suffixes that other files have as well (training_args.bin).
@@ -35,6 +36,10 @@ _READ = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _READ_IN = ("additional_chat_templates/", "custom_generate/")  # the folders in which they look
+# User and organisation tokens, and those of OAuth and of jobs, which are JSON web tokens. No \b before them: a token
+# after an underscore is one, too.
+_TOKEN = re.compile(rb"(hf|api_org)_[A-Za-z0-9]{30,}|hf_(oauth|jwt)_[A-Za-z0-9_.\-]{30,}")
+_ESCAPE = re.compile(rb"\\+(?:u00|x|U000000)([0-9A-Fa-f]{2})")  # of JSON, Python and YAML
 
 
 def read_by_a_loader(name: str) -> bool:
@@ -104,3 +109,30 @@ def merge_cards(ours: Path, theirs: Path) -> None:
         if merged == kept:
             return
     metadata_save(ours, merged)
+
+
+def refuse_tokens(folder: Path, words: Mapping[str, str], token: str) -> None:
+    """Refuse to publish a token, the one in use or any other, as it is or escaped, in UTF-8, UTF-16 or UTF-32.
+
+    Args:
+        folder: the files; of safetensors only the header is read.
+        words: what each text is, for the message -> the text.
+        token: the one in use.
+
+    Raises:
+        SecretFoundError: names where it is, and does not repeat it.
+    """
+    texts = {what: text.encode() for what, text in words.items()}
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            header = min(int.from_bytes(file.read(8), "little"), HEADER_BYTES) if path.suffix == ".safetensors" else -1
+            texts[path.name] = file.read(header)
+        texts[f"the name of file {len(texts)}"] = os.fsencode(path.name)
+    for where, text in texts.items():
+        narrow = text.replace(b"\0", b"")
+        plain = _ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), narrow)
+        if any((token and token.encode() in data) or _TOKEN.search(data) for data in (text, narrow, plain)):
+            raise SecretFoundError(
+                f"{where} holds what looks like a Hub token; nothing was uploaded",
+                next_step="take it out; if it was ever published, revoke it in the Hub's settings",
+            )

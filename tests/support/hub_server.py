@@ -2,7 +2,7 @@
 
 It keeps repositories in memory, answers the routes that huggingface_hub and transformers use for a model,
 counts what it was asked and sent, and fails any request in any way when a `Fault` says so. It has no Xet storage.
-Imports the standard library, PyYAML and `hub_store`. The routes are those of https://huggingface.co/docs/hub/api.
+The routes are those of https://huggingface.co/docs/hub/api.
 
     with HubServer() as hub:
         os.environ["HF_ENDPOINT"], os.environ["HF_TOKEN"] = hub.url, hub.token
@@ -13,23 +13,124 @@ from __future__ import annotations
 import base64
 import fnmatch
 import hashlib
+import itertools
 import json
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
+LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack", "*.model")
+GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 
-from support.hub_store import GITATTRIBUTES, Commit, Fault, File, Repo, Request, Store, User, in_lfs
 
-__all__ = ["GITATTRIBUTES", "Fault", "HubServer", "User"]
+# What it keeps
+
+
+@dataclass(frozen=True)
+class User:
+    """Who a token belongs to; `role` is "write" or "read"."""
+
+    name: str
+    role: str = "write"
+
+
+@dataclass(frozen=True)
+class File:
+    """One file in a commit: `oid` is git's hash of the blob; in LFS the content has a SHA-256 as well."""
+
+    content: bytes
+    lfs: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def oid(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
+
+
+@dataclass(frozen=True)
+class Commit:
+    oid: str
+    parent: str | None
+    title: str
+    description: str
+    files: dict[str, File]
+
+
+@dataclass
+class Repo:
+    """`refs` maps full names (refs/heads/main, refs/tags/v1, refs/pr/1) to commits."""
+
+    private: bool
+    refs: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, Commit] = field(default_factory=dict)
+    lfs: dict[str, bytes] = field(default_factory=dict)
+
+    def resolve(self, revision: str) -> Commit | None:
+        for name in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision):
+            if name in self.refs:
+                return self.commits[self.refs[name]]
+        return self.commits.get(revision)
+
+    def history(self, revision: str = "main") -> list[Commit]:
+        """The commits of a branch, newest first."""
+        found, commit = [], self.resolve(revision)
+        while commit is not None:
+            found.append(commit)
+            commit = self.commits.get(commit.parent or "")
+        return found
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it arrived; `size` is its body's bytes."""
+
+    method: str
+    route: str
+    path: str
+    size: int
+    token: str | None
+
+
+@dataclass
+class Fault:
+    """Fail requests to a route: all of them, or the `nth` (from 1), counted from now.
+
+    `status` answers with an error, without acting unless `acts` (as a gateway does that lost patience); `body` answers
+    with these bytes, after acting, and `endless` with bytes that never end; `cut` closes the connection before or after
+    acting; `delay` waits this many seconds first, and alone only delays.
+    """
+
+    route: str = "*"
+    nth: int | None = None
+    status: int | None = None
+    acts: bool = False
+    message: str = "fault"
+    retry_after: str | None = None
+    delay: float = 0.0
+    body: bytes | None = None
+    endless: bool = False
+    cut: Literal["before", "after"] | None = None
+    seen: int = 0
+    hits: int = 0
+
+    def strikes(self, request: Request) -> bool:
+        if not fnmatch.fnmatch(request.route, self.route):
+            return False
+        self.seen += 1
+        hit = self.nth is None or self.seen == self.nth
+        self.hits += hit
+        return hit
 
 
 @dataclass
@@ -48,17 +149,26 @@ class Refused(Exception):
         self.answer = Answer(status, {"error": message}, headers)
 
 
-class HubServer(Store):
-    """The Hub: what it knows, and a thread that answers."""
+def in_lfs(path: str, size: int = 0) -> bool:
+    return size > 10_000_000 or any(fnmatch.fnmatch(path, pattern) for pattern in LFS_PATTERNS)
+
+
+class HubServer:
+    """The Hub: what it knows, and a thread that answers. `tokens` maps bearer tokens to users; `requests` and `faults`
+    may be read and set between calls."""
+
+    token = "hf_" + "alice" * 7
 
     def __init__(self, tokens: dict[str, User] | None = None) -> None:
-        super().__init__(tokens)
-        hub = self
-
-        class Handler(_Handler):
-            server_hub = hub
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.tokens = tokens if tokens is not None else {self.token: User("alice")}
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.faults: list[Fault] = []
+        self.sizes: dict[str, int] = {}  # of files that are said to be larger than they are
+        self.ranges = True  # whether parts of files can be asked for
+        self.lock = threading.RLock()
+        self._serial = itertools.count()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
@@ -71,6 +181,59 @@ class HubServer(Store):
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+
+    # What tests read
+
+    def routes(self) -> list[str]:
+        """The routes asked for, in order."""
+        return [request.route for request in self.requests]
+
+    def uploaded(self) -> Counter[str]:
+        """Bytes received, by route."""
+        received: Counter[str] = Counter()
+        for request in self.requests:
+            received[request.route] += request.size
+        return received
+
+    def history(self, repo_id: str, revision: str = "main") -> list[Commit]:
+        """The commits of a branch, newest first. The oldest is the Hub's own, made with the repository."""
+        return self.repos[repo_id].history(revision)
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        return {path: file.content for path, file in self.history(repo_id, revision)[0].files.items()}
+
+    # What tests and handlers write
+
+    def create(self, repo_id: str, files: dict[str, bytes] | None = None, *, private: bool = False) -> Repo:
+        """A repository with the Hub's own first commit, and one more if `files` are given."""
+        repo = self.repos[repo_id] = Repo(private)
+        self.commit(repo, "refs/heads/main", "initial commit", {".gitattributes": File(GITATTRIBUTES, lfs=False)})
+        if files:
+            self.commit(repo, "refs/heads/main", "by hand", {p: File(c, lfs=in_lfs(p)) for p, c in files.items()})
+        return repo
+
+    def commit(
+        self,
+        repo: Repo,
+        ref: str,
+        title: str,
+        changes: dict[str, File | None],
+        *,
+        parent: str | None = None,
+        description: str = "",
+    ) -> Commit:
+        """Add a commit on `parent` (by default the ref's) and move the ref. A None deletes."""
+        parent = parent or repo.refs.get(ref)
+        files = dict(repo.commits[parent].files) if parent else {}
+        files = {path: file for path, file in (files | changes).items() if file is not None}
+        identity = repr((parent, title, sorted((p, f.oid) for p, f in files.items()), next(self._serial)))
+        oid = hashlib.sha1(identity.encode()).hexdigest()
+        commit = repo.commits[oid] = Commit(oid, parent, title, description, files)
+        repo.refs[ref] = oid
+        return commit
+
+
+# What it answers
 
 
 @dataclass
@@ -107,8 +270,7 @@ class Call:
         return commit
 
     def _may_write(self) -> bool:
-        owner = self.repo_id.split("/")[0]
-        return self.user is not None and self.user.role == "write" and owner in (self.user.name, *self.user.orgs)
+        return self.user == User(self.repo_id.split("/")[0])
 
 
 _ROUTES: list[tuple[str, re.Pattern[str], str, Callable[[Call], Answer]]] = []
@@ -130,9 +292,7 @@ def route(method: str, pattern: str) -> Callable[[Callable[[Call], Answer]], Cal
 def whoami(call: Call) -> Answer:
     if call.user is None:
         raise Refused(401, "Invalid username or password.")
-    auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": call.user.role}}
-    orgs = [{"type": "org", "name": org} for org in call.user.orgs]
-    return Answer(body={"type": "user", "name": call.user.name, "orgs": orgs, "auth": auth})
+    return Answer(body={"type": "user", "name": call.user.name})
 
 
 @route("POST", "/api/repos/create")
@@ -153,12 +313,7 @@ def create_repo(call: Call) -> Answer:
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(call: Call) -> Answer:
-    block = re.match(r"---\r?\n(.*?)\r?\n---", call.json()["content"], re.DOTALL)
-    try:
-        data = yaml.safe_load(block[1]) if block else {}
-    except yaml.YAMLError as error:
-        return Answer(400, {"errors": [{"message": str(error)}], "warnings": []})
-    return Answer(body={"errors": [], "warnings": [] if data else [{"message": "empty or missing yaml metadata"}]})
+    return Answer(body={"errors": [], "warnings": []})
 
 
 @route("POST", "/api/models/{repo}/preupload/{rev}")
@@ -178,20 +333,13 @@ def preupload(call: Call) -> Answer:
     return Answer(body={"files": answers})
 
 
-@route("GET", "/api/models/{repo}/xet-(?:read|write)-token/{rev}")
-def xet_token(call: Call) -> Answer:
-    raise Refused(404, "This Hub has no Xet storage")
-
-
 @route("POST", "/{repo}\\.git/info/lfs/objects/batch")
 def lfs_batch(call: Call) -> Answer:
     asked, objects = call.json(), []
     repo = call.repo(write="ref" in asked)  # a pull request names no branch, and may come from anybody
     for item in asked["objects"]:
         upload = {"href": f"{call.hub.url}/lfs/{call.repo_id}/{item['oid']}?signature=1"}
-        verify = {"href": f"{call.hub.url}/{call.repo_id}.git/info/lfs/verify"}
-        there = item["oid"] in repo.lfs
-        objects.append(item if there else item | {"actions": {"upload": upload, "verify": verify}})
+        objects.append(item if item["oid"] in repo.lfs else item | {"actions": {"upload": upload}})
     return Answer(body={"transfer": "basic", "objects": objects})
 
 
@@ -201,14 +349,6 @@ def lfs_upload(call: Call) -> Answer:
         raise Refused(400, "The content does not have the announced SHA-256")
     call.hub.repos[call.repo_id].lfs[call.rest] = call.body
     return Answer(headers={"ETag": f'"{call.rest}"'})
-
-
-@route("POST", "/{repo}\\.git/info/lfs/verify")
-def lfs_verify(call: Call) -> Answer:
-    asked = call.json()
-    if len(call.repo().lfs.get(asked["oid"], b"")) != asked["size"]:
-        raise Refused(404, "LFS object not found")
-    return Answer()
 
 
 @route("POST", "/api/models/{repo}/commit/{rev}")
@@ -248,7 +388,6 @@ def commit(call: Call) -> Answer:
         changes,
         parent=header.get("parentCommit", base.oid),
         description=header["description"],
-        author=call.user.name,
     )
     url = f"{call.hub.url}/{call.repo_id}/commit/{made.oid}"
     return Answer(body={"success": True, "commitOid": made.oid, "commitUrl": url, "pullRequestUrl": pull_request})
@@ -256,25 +395,14 @@ def commit(call: Call) -> Answer:
 
 @route("GET", "/api/models/{repo}/tree/{rev}(?:/{rest})?")
 def tree(call: Call) -> Answer:
-    files, folder = call.commit_at().files, f"{call.rest}/" if call.rest else ""
-    recursive = call.query.get("recursive", [""])[0].lower() == "true"
-    inside = {path: file for path, file in files.items() if path.startswith(folder)}
+    """By which transformers looks for templates and adapters; folders are not listed."""
+    folder = f"{call.rest}/" if call.rest else ""
+    inside = {path: file for path, file in call.commit_at().files.items() if path.startswith(folder)}
     if folder and not inside:
         raise Refused(404, f"{call.rest} does not exist on {call.rev}", "EntryNotFound")
-    folders = {p[: p.index("/", len(folder))] for p in inside if "/" in p[len(folder) :]}
-    entries = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
-    entries += [
-        f.info(p) | ({"size": call.hub.sizes[p]} if p in call.hub.sizes else {})
-        for p, f in sorted(inside.items())
-        if recursive or "/" not in p[len(folder) :]
-    ]
-    return Answer(body=entries)
-
-
-@route("POST", "/api/models/{repo}/paths-info/{rev}")
-def paths_info(call: Call) -> Answer:
-    asked, files = parse_qs(call.body.decode())["paths"], call.commit_at().files
-    return Answer(body=[files[path].info(path) for path in asked if path in files])
+    return Answer(
+        body=[{"type": "file", "path": p, "size": len(f.content), "oid": f.oid} for p, f in sorted(inside.items())]
+    )
 
 
 @route("GET", "/api/models/{repo}/refs")
@@ -319,7 +447,7 @@ def commits(call: Call) -> Answer:
     when = "2026-01-01T00:00:00.000Z"
     return Answer(
         body=[
-            {"id": c.oid, "title": c.title, "message": c.description, "date": when, "authors": [{"user": c.author}]}
+            {"id": c.oid, "title": c.title, "message": c.description, "date": when, "authors": [{"user": "alice"}]}
             for c in call.repo().history(call.commit_at().oid)
         ]
     )
@@ -328,10 +456,11 @@ def commits(call: Call) -> Answer:
 @route("GET", "/api/models/{repo}(?:/revision/{rev})?")
 def model_info(call: Call) -> Answer:
     repo, at = call.repo(), call.commit_at()
-    siblings = [
-        {"rfilename": path} | ({"size": len(f.content), "blobId": f.oid} if "blobs" in call.query else {})
-        for path, f in at.files.items()
-    ]
+    siblings = []
+    for path, file in at.files.items():
+        size = call.hub.sizes.get(path, len(file.content))
+        lfs = {"lfs": {"sha256": file.sha256, "size": size, "pointerSize": 130}} if file.lfs else {}
+        siblings.append({"rfilename": path} | ({"size": size, "blobId": file.oid, **lfs} if call.query else {}))
     info = {"_id": "0" * 24, "id": call.repo_id, "modelId": call.repo_id, "sha": at.oid, "private": repo.private}
     return Answer(body=info | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
 
@@ -363,11 +492,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     timeout = 60
-    server_hub: HubServer
+    hub: HubServer
 
     def _serve(self) -> None:
-        hub, url = self.server_hub, urlsplit(self.path)
-        body = b"".join(self._body())
+        hub, url = self.hub, urlsplit(self.path)
+        body = self._body()
         method = "GET" if self.command == "HEAD" else self.command
         matches = ((m, p.fullmatch(url.path), name, h) for m, p, name, h in _ROUTES)
         found = next(((match, name, h) for m, match, name, h in matches if m == method and match), None)
@@ -404,14 +533,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
-    def _body(self) -> Iterator[bytes]:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            while size := int(self.rfile.readline(), 16):
-                yield self.rfile.read(size)
-                self.rfile.readline()
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
             self.rfile.readline()
-        else:
-            yield self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.rfile.readline()
+        return body
 
     def _send(self, answer: Answer) -> None:
         plain = isinstance(answer.body, bytes)
