@@ -14,12 +14,10 @@ import gpt2_value
 from hub_tools import layout
 
 ROOT = Path(__file__).parent.parent
-REMOTE = sorted(ROOT.glob("*_gpt2_value.py"))
-PACKAGES = [
-    path for name in ("gpt2_value", "hub_tools", "sampler_audit") for path in sorted((ROOT / name).rglob("*.py"))
-]
+REMOTE = {path.stem: path for path in ROOT.glob("*_gpt2_value.py")}
+PACKAGES = ["gpt2_value", "hub_tools", "sampler_audit"]
 # Imported where they are found: an extra declares them, or what is declared needs them itself.
-NOT_DECLARED = {
+OPTIONAL = {
     "matplotlib",
     "gradio",
     "fastapi",
@@ -31,69 +29,55 @@ NOT_DECLARED = {
     "numpy",
     "tqdm",
 }
-# Names at first use; a user's reward function; the reviewed code of a package.
-BY_NAME = [
-    ROOT / name
-    for name in ("gpt2_value/__init__.py", "hub_tools/__init__.py", "gpt2_value/inputs.py", "hub_tools/package/load.py")
-]
 MODULES = {"PyYAML": "yaml"}  # of distributions with another name
 
 
-def imports(path):
-    """Every import in a file, wherever it stands: (dots, module, names, inside a `try`)."""
-    found = []
-
-    def visit(node, in_try):
-        if isinstance(node, ast.Import):
-            found.extend((0, alias.name, (), in_try) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            found.append((node.level, node.module or "", tuple(alias.name for alias in node.names), in_try))
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
-            assert path in BY_NAME, f"{path.name} imports by a computed name, which this test cannot read"
-        for child in ast.iter_child_nodes(node):
-            visit(child, in_try or isinstance(node, ast.Try))
-
-    visit(ast.parse(path.read_text(encoding="utf-8")), False)
-    return found
+def nodes(path, *kinds):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
 def outside(path):
-    """The top-level modules that a file imports absolutely, without the standard library."""
-    tops = {module.split(".")[0] for dots, module, _, _ in imports(path) if dots == 0}
-    return tops - set(sys.stdlib_module_names) - {"__future__"}
+    """The top-level modules that a file imports absolutely, wherever, without the standard library."""
+    found = {alias.name for node in nodes(path, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes(path, ast.ImportFrom) if not node.level}
+    return {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) - {"__future__"}
 
 
-def siblings_of(path):
+def siblings_of(name):
     """The remote files that one of them imports."""
-    return {module for dots, module, _, _ in imports(path) if (ROOT / f"{module}.py") in REMOTE}
+    return outside(REMOTE[name]) & set(REMOTE)
 
 
 def test_layout_names_every_remote_file():
-    assert sorted(layout.REMOTE_CODE) == [path.name for path in REMOTE]
+    assert sorted(layout.REMOTE_CODE) == sorted(path.name for path in REMOTE.values())
 
 
-@pytest.mark.parametrize("path", REMOTE, ids=lambda path: path.stem)
-def test_remote_code_imports_only_torch_transformers_and_siblings(path):
-    assert outside(path) - siblings_of(path) <= {"torch", "transformers"}
+@pytest.mark.parametrize("name", REMOTE)
+def test_remote_code_imports_only_torch_transformers_and_siblings(name):
+    assert outside(REMOTE[name]) <= {"torch", "transformers", *REMOTE}
+    assert not re.search(r"import_module|__import__", REMOTE[name].read_text())
 
 
-@pytest.mark.parametrize("path", REMOTE, ids=lambda path: path.stem)
-def test_siblings_are_imported_in_the_one_way_that_transformers_follows(path):
-    """`from .x import y` in a `try`, and `from x import y` in the handler: the same names both ways."""
-    relative = {(module, names) for dots, module, names, _ in imports(path) if dots == 1}
-    absolute = {
-        (module, names) for dots, module, names, _ in imports(path) if dots == 0 and module in siblings_of(path)
-    }
-    assert relative == absolute
-    assert all(dots in (0, 1) for dots, *_ in imports(path))
-    assert all(in_try for dots, module, _, in_try in imports(path) if dots == 1 or module in siblings_of(path))
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Try) and any(isinstance(child, ast.ImportFrom) and child.level for child in node.body):
-            assert [handler.type.id for handler in node.handlers] == ["ImportError"]
+@pytest.mark.parametrize("name", REMOTE)
+def test_siblings_are_imported_in_the_one_way_that_transformers_follows(name):
+    """`from .x import y` in a `try`, and `from x import y` where that raises ImportError: the same names both ways."""
+    allowed = set()
+    for node in nodes(REMOTE[name], ast.Try):
+        relative, absolute = (
+            {ast.unparse(line) for line in lines if isinstance(line, ast.ImportFrom)}
+            for lines in (node.body, node.handlers[0].body)
+        )
+        if relative:
+            assert {line.replace("from .", "from ") for line in relative} == absolute
+            assert [ast.unparse(handler.type) for handler in node.handlers] == ["ImportError"]
+            allowed |= relative | absolute
+    found = [node for node in nodes(REMOTE[name], ast.ImportFrom) if node.level or node.module in REMOTE]
+    assert {ast.unparse(node) for node in found} == allowed
 
 
 def test_remote_code_has_no_circle_and_the_configuration_stands_at_its_bottom():
-    graph = {path.stem: siblings_of(path) for path in REMOTE}
+    graph = {name: siblings_of(name) for name in REMOTE}
     TopologicalSorter(graph).prepare()  # raises CycleError
     assert graph["configuration_gpt2_value"] == set()
     assert not any("modeling_gpt2_value" in siblings for siblings in graph.values())
@@ -102,12 +86,8 @@ def test_remote_code_has_no_circle_and_the_configuration_stands_at_its_bottom():
 @pytest.mark.parametrize("name", sorted({target.split(".")[0] for target in layout.AUTO_MAP.values()}))
 def test_a_file_of_auto_map_itself_imports_every_sibling_that_it_needs(name):
     """From a local folder, transformers 4.57.6 to 5.0.0 copy these into their module cache, and not what those need."""
-    needed, todo = set(), [name]
-    while todo:
-        new = siblings_of(ROOT / f"{todo.pop()}.py") - needed
-        needed |= new
-        todo.extend(new)
-    assert siblings_of(ROOT / f"{name}.py") == needed
+    for sibling in siblings_of(name):
+        assert siblings_of(sibling) <= siblings_of(name)
 
 
 def asked_for(section, option):
@@ -118,21 +98,19 @@ def asked_for(section, option):
 
 
 def test_the_oldest_versions_that_are_allowed_are_those_that_the_suite_runs_on():
-    constraints = (ROOT / "constraints-oldest.txt").read_text()
-    tested = dict(re.findall(r"^(\w+)==([\d.]+)$", constraints, re.MULTILINE))
+    tested = dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
     allowed = asked_for("options", "install_requires")
-    extras = {name: version for name, version in asked_for("options.extras_require", "test").items() if name in tested}
-    for name, version in {**allowed, **extras}.items():
-        assert name in tested, f"{name} is in setup.cfg and not in constraints-oldest.txt"
-        if name != "torch":  # the machines that run this have one torch
-            assert tested[name] in (version, f"{version}.0"), name
+    extras = asked_for("options.extras_require", "test")
+    for name, version in {**allowed, **{name: extras[name] for name in extras if name in tested}}.items():
+        # The machines that run this have one torch.
+        assert name == "torch" or tested[name] in (version, f"{version}.0"), name
 
 
-@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_library_that_is_imported_is_declared(path):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_library_that_is_imported_is_declared(package):
     declared = {MODULES.get(name, name) for name in asked_for("options", "install_requires")}
-    own = {"gpt2_value", "hub_tools", "sampler_audit", *(module.stem for module in REMOTE)}
-    assert outside(path) <= declared | own | NOT_DECLARED
+    for path in (ROOT / package).rglob("*.py"):
+        assert outside(path) <= {*declared, *OPTIONAL, *PACKAGES, *REMOTE}, path
 
 
 @pytest.mark.own_interpreter
@@ -149,21 +127,7 @@ def test_every_public_name_is_imported_when_it_is_first_used():
 
 
 def test_the_public_names_are_those_that_a_type_checker_sees():
-    (block,) = [node for node in ast.parse(Path(gpt2_value.__file__).read_text()).body if isinstance(node, ast.If)]
+    file = Path(gpt2_value.__file__)
+    (block,) = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.If)]
     assert sorted(alias.name for node in block.body for alias in node.names) == sorted(gpt2_value.__all__)
-    assert Path(gpt2_value.__file__).with_name("py.typed").exists()
-
-
-def test_the_reader_of_imports_sees_them_all(tmp_path):
-    (tmp_path / "x.py").write_text(
-        "import a.b, c\nfrom .d import e\ntry:\n    from f import g\nexcept ImportError:\n    import h\n"
-        "def i():\n    from . import j\n"
-    )
-    assert imports(tmp_path / "x.py") == [
-        (0, "a.b", (), False),
-        (0, "c", (), False),
-        (1, "d", ("e",), False),
-        (0, "f", ("g",), True),
-        (0, "h", (), True),
-        (1, "", ("j",), False),
-    ]
+    assert file.with_name("py.typed").exists()
