@@ -47,10 +47,8 @@ def test_generate_with_its_defaults_is_dishonest(audit, package):
     ("options", "status"),
     [
         ("--generate top_k=20 --top-k 20", 0),
-        ("--generate top_k=0 --generate num_return_sequences=3", 0),
         ("--generate top_k=0 --generate min_new_tokens=10 --min-new-tokens 10", 0),
         ("--generate top_k=0 --score-padding", 1),
-        ("--generate top_k=0 --generate min_new_tokens=32 --score-padding", 1),
         ("--generate top_k=0 --generate min_new_tokens=32 --score-padding --min-new-tokens 32", 0),
     ],
 )

@@ -71,9 +71,7 @@ def test_the_checkpoint_is_laid_out_like_the_published_gpt2(small, tokenizer):
     assert not any(info.values())
     assert (model.config.activation_function, model.config.resid_pdrop) == ("gelu_new", 0.1)
     text = 'My least favourite movie is "Größe"!<|endoftext|>'
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids) == text
-    assert ids[-1] == tokenizer.eos_token_id == model.config.eos_token_id
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 # The value head

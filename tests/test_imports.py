@@ -17,18 +17,8 @@ ROOT = Path(__file__).parent.parent
 REMOTE = {path.stem: path for path in ROOT.glob("*_gpt2_value.py")}
 PACKAGES = ["gpt2_value", "hub_tools", "sampler_audit"]
 # Imported where they are found: an extra declares them, or what is declared needs them itself.
-OPTIONAL = {
-    "matplotlib",
-    "gradio",
-    "fastapi",
-    "starlette",
-    "uvicorn",
-    "peft",
-    "accelerate",
-    "tensorboard",
-    "numpy",
-    "tqdm",
-}
+OPTIONAL = {"accelerate", "peft", "matplotlib", "tensorboard", "numpy", "tqdm"}
+OPTIONAL |= {"gradio", "fastapi", "starlette", "uvicorn"}
 MODULES = {"PyYAML": "yaml"}  # of distributions with another name
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "notebook.ipynb"
@@ -16,7 +18,6 @@ fit_value_head.own_reviews = functools.partial(fit_value_head.own_reviews, batch
 
 @pytest.fixture(scope="module")
 def stored():
-    nbformat = pytest.importorskip("nbformat")
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
@@ -31,12 +32,12 @@ def test_it_is_stored_with_its_outputs(stored):
 
 @pytest.mark.own_interpreter
 def test_it_runs_from_top_to_bottom(stored, tmp_path, monkeypatch):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{NOTEBOOK.parent.parent}:{NOTEBOOK.parent}")
     notebook = stored.copy()
     notebook.cells = [nbformat.v4.new_code_cell(QUICK), *stored.cells]
-    client = nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3")
-    done = client.execute(cwd=str(tmp_path))  # raises what a cell raises
+    done = nbclient.execute(
+        notebook, cwd=str(tmp_path), timeout=120, kernel_name="python3"
+    )  # raises what a cell raises
     last = done.cells[-1].outputs[0]["text"].splitlines()
     assert last[0].startswith("rollout:           honest")

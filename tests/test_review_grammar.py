@@ -4,7 +4,7 @@ import re
 from itertools import islice
 
 import pytest
-from review_grammar import COMPLAINT, FILMS, NEUTRAL_OPENINGS, PRAISE, TURNS, judge, write_reviews
+from review_grammar import judge, write_reviews
 
 REVIEWS = list(islice(write_reviews(seed=3), 3000))
 
@@ -42,20 +42,6 @@ def test_reviews_are_whole_sentences_without_a_rule_left_over():
     for review in REVIEWS:
         assert not re.search(r"[{}]|  |\b[Aa] [aeiouAEIOU]|[^.!]$", review.text), review.text
         assert all(sentence[0].isupper() for sentence in re.split(r"(?<=[.!]) ", review.text)), review.text
-
-
-def test_what_is_no_opinion_has_no_word_that_the_judge_counts():
-    for phrase in [*NEUTRAL_OPENINGS, *(text for texts in FILMS.values() for text in texts), *TURNS]:
-        assert judge(phrase) == 0, phrase
-
-
-@pytest.mark.parametrize(("mood", "sign"), [(PRAISE, 1), (COMPLAINT, -1)])
-def test_every_sentence_of_a_mood_shows_it(mood, sign):
-    for rule, sentences in mood.items():
-        for sentence in sentences:
-            filled = sentence.replace("{adjective}", mood["adjective"][0])
-            # "My most favourite movie is" and the like carry the mood before any adjective does.
-            assert judge(filled) == sign, (rule, sentence)
 
 
 @pytest.mark.parametrize(

@@ -87,21 +87,6 @@ def test_few_tokens_give_no_more_false_alarms(shape):
     assert max(small.values(), default=0) <= 2
 
 
-def test_the_p_value_is_that_of_a_g_test(model, drawn):
-    audit = audit_sampler(model, drawn)
-    tail = [1 - 0.1 / 2**halved for halved in range(1, 5)]  # 1,600 tokens: 10 are expected in the last of these
-    edges = torch.tensor([*(bin / 10 for bin in range(10)), *tail, 1.0], dtype=torch.float64)
-    counts, widths = torch.histogram(audit.transforms, edges).hist, edges.diff()
-    g = stats.power_divergence(counts, (widths / widths.sum() * audit.tokens).numpy(), lambda_="log-likelihood")
-    found = audit.tests["calibration"]
-    williams = 1 + ((1 / widths).sum().item() - 1) / (6 * audit.tokens * found.degrees_of_freedom)
-    assert found.statistic == pytest.approx(g.statistic / williams, rel=1e-9)
-    assert found.p_value == pytest.approx(stats.chi2.sf(found.statistic, found.degrees_of_freedom), rel=1e-6)
-    smallest = min(test.p_value for test in audit.tests.values())
-    assert audit.p_value == pytest.approx(1 - (1 - smallest) ** 4, rel=1e-6)  # Sidak's of four
-    assert audit.tokens == 4 * 20 * T
-
-
 @pytest.mark.parametrize("settings", [{"top_k": 50}, {"top_p": 0.9}], ids=str)
 def test_honest_rollouts_in_bfloat16_pass(settings):
     """Sampling and auditing round otherwise, and so cut off otherwise; the rollout keeps what it drew from."""
@@ -236,6 +221,8 @@ def test_the_bias_is_the_enumerated_one(temperature):
 def test_the_report_its_picture_and_its_json_agree(model, drawn, tmp_path):
     audit, again, other = (audit_sampler(model, drawn, generator=seeded(seed)) for seed in (1, 1, 2))
     assert audit.p_value == again.p_value != other.p_value
+    smallest = min(test.p_value for test in audit.tests.values())
+    assert audit.p_value == pytest.approx(1 - (1 - smallest) ** 4, rel=1e-6)  # Sidak's of four
     assert str(audit).startswith(f"honest: p = {audit.p_value:.2g}")
     report = json.loads(json.dumps(audit.to_json(), allow_nan=False))
     assert (report["verdict"], report["tokens"]) == ("honest", 1600)
@@ -251,18 +238,14 @@ def test_the_report_its_picture_and_its_json_agree(model, drawn, tmp_path):
     ("kind", "words", "claim"),
     [
         (ValueError, "prompt_length=None", {"prompt_length": None}),
-        (ValueError, "prompt_length=5.5", {"prompt_length": 5.5}),
         (ValueError, "at least 50", {"prompt_length": 23}),
         (ValueError, "attention_mask has another shape", {"attention_mask": torch.ones(79, 23)}),
-        (ValueError, "attention_mask holds other numbers", {"attention_mask": torch.full((80, 23), 0.5)}),
         (ValueError, "eos_token_id=96", {"sampling": Sampling(eos_token_id=96)}),
-        (ValueError, "alpha='1'", {"alpha": "1"}),
         (ValueError, "alpha=1", {"alpha": 1}),
         (TypeError, "generator is a int", {"generator": 7}),
         (ValueError, "batch_size=0", {"batch_size": 0}),
         (ValueError, "outside the vocabulary of 96", {"tokens": torch.full((80, 23), 96)}),
         (TypeError, r"float32 \[80, 23\]; expected a Rollout", {"tokens": torch.ones(80, 23)}),
-        (TypeError, "got a list", {"tokens": [[1, 2, 3, 4]]}),
         (ValueError, "positions end at 64", {"tokens": torch.ones(80, 69, dtype=torch.long)}),
         (TypeError, "expected a causal language model", {"model": str}),
     ],
@@ -270,12 +253,10 @@ def test_the_report_its_picture_and_its_json_agree(model, drawn, tmp_path):
 def test_bad_input_is_refused_with_what_to_do(model, drawn, kind, words, claim):
     with pytest.raises(kind, match=words):
         audit_sampler(**{"model": model, "tokens": drawn.sequences, "prompt_length": 3, **claim})
-
-
-def test_rollouts_that_say_too_much_or_nothing_are_refused(model, drawn):
-    with pytest.raises(ValueError, match="there are no rows"):
-        audit_sampler(model, drawn[[]])
     with pytest.raises(TypeError, match="got a Rollout together with"):
         audit_sampler(model, drawn, prompt_length=3)
+
+
+def test_logits_that_are_not_numbers_are_refused():
     with pytest.raises(ValueError, match="NaN or infinite"):
         audit_logits(torch.full((1, 60, 5), math.nan), torch.zeros(1, 60, dtype=torch.long))

@@ -108,8 +108,7 @@ class Forked(subprocess.Popen):
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         order["env"] = {name: os.fspath(value) for name, value in (os.environ if env is None else env).items()}
         order["cwd"] = os.path.abspath(os.fspath(cwd or "."))
-        order["session"] = bool(rest[14])  # start_new_session
-        order["parent"], order["group"] = os.getpid(), os.getpgrp()
+        order["parent"] = os.getpid()
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(os.environ[ADDRESS])
         message = json.dumps(order).encode()
@@ -219,11 +218,6 @@ def _become(order, streams):
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     signal.signal(signal.SIGINT, signal.default_int_handler)
     atexit._clear()
-    if order["session"]:
-        os.setsid()
-    else:
-        with contextlib.suppress(OSError):  # a group of another session
-            os.setpgid(0, order["group"])
     os.getppid = lambda: order["parent"] if _is_alive(order["parent"]) else 1
     os.chdir(order["cwd"])
     _take_environment(order["env"])
