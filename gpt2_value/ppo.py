@@ -222,10 +222,11 @@ class PPOSettings:
             raise SettingsError("expected one of --reward MODULE:FUNCTION and --classifier MODEL.")
         if self.kl_estimator not in ("k1", "k3", "exact"):
             raise SettingsError(f"kl_estimator={self.kl_estimator!r}; expected one of k1, k3, exact.")
-        if self.cut_prompts is not None and not (
-            len(self.cut_prompts) == 2 and 1 <= self.cut_prompts[0] <= self.cut_prompts[1]
-        ):
-            raise SettingsError(f"cut_prompts={self.cut_prompts}; expected two numbers, 1 <= least <= most.")
+        if self.cut_prompts is not None:
+            with refused(f"cut_prompts={self.cut_prompts}; expected two whole numbers, 1 <= least <= most"):
+                least, most = self.cut_prompts
+                if not 1 <= least <= most:
+                    raise ValueError(f"found {least} and {most}")
         for library in ("accelerate", "matplotlib", *(("peft",) if self.lora_rank else ())):
             if importlib.util.find_spec(library) is None:
                 raise SettingsError(f"{library} cannot be imported: pip install 'gpt2-value[ppo]'")
