@@ -26,7 +26,7 @@ def run_limited(
     input: str = "",
     cwd: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script with limits, and return what it printed and how it ended.
+    """Run a script with limits, and return what it printed and how it ended; see `failure_of`.
 
     Args:
         script: a file of Python code, ours.
@@ -36,22 +36,29 @@ def run_limited(
         environment: variables besides those in `PASSED_ON`.
         input: what it finds in its standard input.
         cwd: its working directory.
-
-    Raises:
-        subprocess.TimeoutExpired: it took longer than `seconds`.
     """
     bounds = ",".join(f"{name}={most}" for name, most in limits.items())
     surroundings = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return subprocess.run(
-        [sys.executable, "-I", "-B", __file__, bounds, str(script), *arguments],
-        env={**surroundings, **environment},
-        input=input,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=seconds,
-    )
+    command = [sys.executable, "-I", "-B", __file__, bounds, str(script), *arguments]
+    try:
+        return subprocess.run(
+            command,
+            env={**surroundings, **environment},
+            input=input,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, -9, "", f"it did not end within {seconds:g} s")
+
+
+def failure_of(done: subprocess.CompletedProcess[str]) -> str:
+    """Return in one line how a process failed; nothing where it did not."""
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"{last[:500]} (exit status {done.returncode})" if done.returncode else ""
 
 
 def search_path_of(*packages: str) -> list[str]:

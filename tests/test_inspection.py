@@ -196,7 +196,7 @@ REFUSED = {
     "no weights": (instead(layout.WEIGHTS, lambda path: None), "model.safetensors"),
     "another model": (fields(model_type="gpt2"), "'gpt2'"),
     "another repository's code": (fields(auto_map={"AutoModel": "user/repo--modeling.Model"}), "user/repo--"),
-    "no auto_map": (fields(auto_map=...), "auto_map None"),
+    "no auto_map": (fields(auto_map=...), "'auto_map': None"),
     "a list": (content(layout.CONFIG, b"[]"), "config.json holds a list"),
     "10 GB of JSON": (size(layout.CONFIG, 10 << 30), "10,737,418,240 bytes"),
     "a key twice": (content(layout.CONFIG, b'{"n_layer": 1, "n_layer": 2}'), "'n_layer' twice"),
@@ -226,7 +226,7 @@ REFUSED = {
     "integers": (entry(dtype="I32"), "I32"),
     "another shape": (entry(shape=[1, 1]), BIAS),
     "an unknown tensor": (header(lambda found: found.update(x=found.pop("transformer.ln_f.bias"))), "'x'"),
-    "a record that is none": (fields(layout.RECORD, token_ids="abc"), "'token_ids'"),
+    "a record that is none": (fields(layout.RECORD, versions="abc"), "no record of format 1"),
     "two sets of weights": (lambda package: (package / layout.WEIGHTS_INDEX).write_text(INDEX), "two different models"),
     "10 GB of code": (size(MODELING, 10 << 30), "10,737,418,240 bytes"),
 }

@@ -149,7 +149,6 @@ def test_a_package_is_replaced_whole(tiny_model, tiny_tokenizer, tmp_path):
     assert hashes(tmp_path / "p").keys() == first.files.keys()
     (tmp_path / "latest").symlink_to(tmp_path / "p")
     second = save_package(make_tiny_model(seed=1), tmp_path / "latest")
-    assert (first.replaced, second.replaced) == (False, True)
     assert hashes(tmp_path / "p").keys() == second.files.keys()
     assert not any("tokenizer" in name or "index" in name for name in second.files)
     assert sorted(os.listdir(tmp_path)) == ["latest", "p"]
@@ -294,9 +293,9 @@ def another_config(model):
     ("spoil", "names"),
     [
         (not_finite, r"'transformer\.h\.1\.mlp\.c_fc\.bias': 1"),
-        (lambda model: model.transformer.wpe.to("meta"), r"transformer\.wpe\.weight' is .* on the meta device"),
+        (lambda model: model.transformer.wpe.to("meta"), r"transformer\.wpe\.weight is on the meta device"),
         (more_weights, r"second_head\.bias"),
-        (another_shape, r"transformer\.wpe\.weight' is F32 of shape \[32, 32\]"),
+        (another_shape, r"size mismatch for transformer\.wpe\.weight.*\[32, 32\]"),
         (lambda model: model.double(), "float64"),
         (another_config, "summary_activation"),
     ],
@@ -390,15 +389,15 @@ def only_padded_rows(model):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (an_activation_in_memory, r"value differ by .* v_head\.activation \(Tanh\)"),
-        (a_hook_on_the_head, r"value differ by .* v_head \(ValueHead\)"),
+        (an_activation_in_memory, r"value is not what .* v_head\.activation \(Tanh\)"),
+        (a_hook_on_the_head, r"value is not what .* v_head \(ValueHead\)"),
         (a_hook_before_a_layer, r"transformer\.h\.1 \(GPT2Block\)"),
         (a_subclass, r"the model \(TwiceTheValue\)"),
         (in_bfloat16, r"the model \(TwiceTheValue\)"),
         (a_forward_replaced, r"v_head \(ValueHead\)"),
         (only_padded_rows, r"the model \(GPT2ValueModel\)"),
-        (another_norm, "logits differ by"),
-        (untied, "logits differ by"),
+        (another_norm, "logits is not what"),
+        (untied, "logits is not what"),
         (other_arguments, "batch of tokens"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -25,7 +25,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from hub_tools import errors, inspect_package, layout, limits, load_package, save_package, verify_package
-from hub_tools.package import verify
 from hub_tools.package.tokenizer import try_in_a_process
 
 MODELING = "modeling_gpt2_value.py"
@@ -112,7 +111,7 @@ def test_code_that_is_exchanged_after_it_was_hashed_is_not_run(package, tmp_path
         (package / MODELING).write_text(touching(tmp_path / "ran"))
         return run(*args, **how)
 
-    monkeypatch.setattr(verify.subprocess, "run", exchange_and_run)
+    monkeypatch.setattr(subprocess, "run", exchange_and_run)
     assert verify_package(package).package.folder == package
     assert not (tmp_path / "ran").exists()
 

@@ -268,7 +268,6 @@ def all_processes_write_one_package_equal_to_the_whole_models(rank, folder, serv
                 assert len(found) > 10  # several files of weights among them
             with torch.no_grad():
                 model(torch.tensor([[1, 2, 3]]))
-        assert [each.replaced for each in saved] == [False, True]
         both = [None, None]
         dist.all_gather_object(both, saved)
         assert both[0] == both[1]

@@ -106,7 +106,7 @@ def test_other_weights_than_those_that_were_saved_are_refused(change, error, fou
 
 
 def test_an_interpreter_that_takes_too_long_is_stopped(saved):
-    with pytest.raises(errors.ResourceLimitError, match=r"0\.02 s"):
+    with pytest.raises(errors.LoadError, match=r"0\.02 s"):
         verify_package(saved, timeout=0.02)
 
 

@@ -5,7 +5,6 @@ Everything is read from a private copy. Pickles become safetensors first, in a p
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from .. import limits
 from ..errors import PackageError
 from ..files import read_json
-from ..limited_process import run_limited, search_path_of
+from ..limited_process import failure_of, run_limited, search_path_of
 from ..package.config import checked_shards
 from ..package.stage import stage
 from ..package.weights import read_weights
@@ -52,25 +51,19 @@ def _unpickle(folder: Path, names: Sequence[str], where: str) -> None:
         "RLIMIT_FSIZE": unpickle.TENSORS_PER_FILE * size + limits.HEADER_BYTES,
         "RLIMIT_CPU": int(limits.PICKLE_SECONDS) + size // (4 * limits.MIB),
     }
-    try:
-        done = run_limited(
-            unpickle.__file__,
-            *(str(folder / name) for name in names),
-            "--",
-            *search_path_of("torch", "safetensors"),
-            limits=bounds,
-            seconds=limits.WAITING * bounds["RLIMIT_CPU"],
-            environment={"OMP_NUM_THREADS": "1"},
-        )
-    except subprocess.TimeoutExpired:
-        found = "no end in bounded time"
-    else:
-        if not done.returncode:
-            return
-        found = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-    raise PackageError(
-        f"{', '.join(names)} in {where} cannot be read: {found[:300]}",
-        expected="a state dict: names with dense tensors, in bounded memory and time",
-        next_step="where the state dict lies inside (under 'state_dict', 'model', ...), save that part alone; if "
-        "you know its maker, load it in the library that wrote it, and save model.state_dict() as safetensors",
+    done = run_limited(
+        unpickle.__file__,
+        *(str(folder / name) for name in names),
+        "--",
+        *search_path_of("torch", "safetensors"),
+        limits=bounds,
+        seconds=limits.WAITING * bounds["RLIMIT_CPU"],
+        environment={"OMP_NUM_THREADS": "1"},
     )
+    if found := failure_of(done):
+        raise PackageError(
+            f"{', '.join(names)} in {where} cannot be read: {found}",
+            expected="a state dict: names with dense tensors, in bounded memory and time",
+            next_step="where the state dict lies inside (under 'state_dict', 'model', ...), save that part alone; if "
+            "you know its maker, load it in the library that wrote it, and save model.state_dict() as safetensors",
+        )

@@ -50,8 +50,7 @@ def load_and_measure(
     if text is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
         tokenizer_ids = tokenizer(text)["input_ids"]
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {**measure(model.eval(), token_ids, logit_ids), "tokenizer_ids": tokenizer_ids, "versions": versions}
+    return {**measure(model.eval(), token_ids, logit_ids), "tokenizer_ids": tokenizer_ids}
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def main() -> None:
         sys.modules[name] = None  # type: ignore[assignment]
     # an isolated interpreter leaves out PYTHONPATH and the user's own site-packages, where torch may live
     sys.path.extend(path for path in job.pop("search_path") if path not in sys.path)
-    with open(job.pop("result"), "w", encoding="utf-8") as file:
+    with open("result.json", "w", encoding="utf-8") as file:
         json.dump(load_and_measure(**job), file)
 
 

@@ -12,11 +12,11 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from .. import layout, limits
-from ..errors import ChangedFileError, PackageError
-from ..files import AGAIN, read_json
+from ..errors import PackageError
+from ..files import read_json
 
 FORMAT = 1
 PROBE_TEXT = "My most favourite movie is"
@@ -49,46 +49,29 @@ class Record:
 def probe(config: Any) -> tuple[list[int], list[int]]:
     """Return the probe for a model of this configuration: the ids to feed, and the ids whose logits are recorded.
 
-    These are up to 16 tokens, and 32 logits spread over the vocabulary. Both include its first and last id, because a
+    These are up to 16 tokens and 32 logits, spread over the vocabulary. Both include its first and last id, because a
     wrong resize of the vocabulary changes those.
     """
-    vocab_size = config.vocab_size
-    length, spread = min(16, config.n_positions), min(32, vocab_size)
-    # multiplying by an odd constant scatters neighbours (Knuth's multiplicative hashing)
-    token_ids = [0, vocab_size - 1, *(i * 2654435761 % vocab_size for i in range(1, 15))][:length]
-    logit_ids = [i * (vocab_size - 1) // max(spread - 1, 1) for i in range(spread)]
+    last = config.vocab_size - 1
+    token_ids, logit_ids = (
+        [i * last // max(count - 1, 1) for i in range(count)]
+        for count in (min(16, config.n_positions, last + 1), min(32, last + 1))
+    )
     return token_ids, logit_ids
 
 
 def read_record(folder: Path) -> Record:
-    """Read the record of a package, and check the types of its fields.
+    """Read the record of a package. Its numbers are checked where they are compared.
 
     Raises:
         PackageError: it cannot be read (see `files`), or is no record.
     """
     fields = read_json(folder, layout.RECORD, limit=limits.RECORD_BYTES)
-    kinds = get_type_hints(Record)
-    wrong = [name for name, kind in kinds.items() if not _fits(fields.get(name, ...), kind)]
-    if wrong or fields["format"] != FORMAT:
-        name = wrong[0] if wrong else "format"
-        raise PackageError(
-            f"{layout.RECORD}: {name!r} is {str(fields.get(name, 'missing'))[:80]}",
-            expected=f"a record of format {FORMAT}, as save_package writes it",
-            next_step=AGAIN,
-        )
-    return Record(**{name: fields[name] for name in kinds})
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a JSON file is of a type: a number, a text, a list or a table of such, or a union."""
-    parts = get_args(kind)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(each, parts[0]) for each in value)
-    if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_fits(each, parts[1]) for each in value.values())
-    if parts:
-        return any(_fits(value, part) for part in parts)
-    return type(value) is kind or (kind is float and type(value) is int)
+    tables = (fields.get("versions"), fields.get("sha256"))
+    sound = all(isinstance(table, dict) and all(isinstance(text, str) for text in table.values()) for table in tables)
+    if not sound or set(fields) != set(Record.__dataclass_fields__) or fields["format"] != FORMAT:
+        raise PackageError(f"{layout.RECORD} holds no record of format {FORMAT}", expected="what save_package writes")
+    return Record(**fields)
 
 
 def releases() -> dict[str, dict[str, str]]:
@@ -118,21 +101,7 @@ def diff_command(source: str, commit: str | None = None) -> str:
     return shlex.join(["gpt2-value", "inspect", source, "--diff", *(["--revision", commit] if commit else [])])
 
 
-def record_release() -> None:
-    """Add the installed version's files to the list of releases.
-
-    Raises:
-        ChangedFileError: this version was released already, with other hashes.
-    """
-    recorded, installed = json.loads(RELEASES.read_text(encoding="utf-8")), layout.installed_hashes()
-    if recorded.setdefault(layout.__version__, installed) != installed:
-        raise ChangedFileError(
-            f"version {layout.__version__} was released with other code than is here now",
-            expected="code that stays as it was released",
-            next_step="raise __version__ in hub_tools/layout.py, and run the same again",
-        )
+if __name__ == "__main__":  # make release-hashes: what was released once stays as it is
+    recorded = json.loads(RELEASES.read_text(encoding="utf-8"))
+    recorded.setdefault(layout.__version__, layout.installed_hashes())
     RELEASES.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    record_release()

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ from configuration_gpt2_value import GPT2ValueConfig
 from modeling_gpt2_value import GPT2ValueModel
 
 from .. import layout
-from ..errors import MissingHeadError, PackageError, TokenizerMismatchError, UnsavableModelError, as_ours
+from ..errors import MissingHeadError, PackageError, TokenizerMismatchError, UnsavableModelError, as_ours, gist
 from ..files import in_units
 from . import config as config_fields
 from .card import load_lines, render_card
 from .probe import measure
 from .record import PROBE_TEXT, Record, probe
 from .replace import check_target, replacing
-from .sharded import Gathered, Numbers, Weights, computed, in_first_process
+from .sharded import Gathered, Numbers, computed, in_first_process
 from .tokenizer import check_tokenizer, write_tokenizer
-from .weights import FLOATS, Tensor, build_model, check_tensors, not_finite
+from .weights import build_model, not_finite
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Of the largest number, how far the copy's numbers may be from the model's: the same operations on the same machine
 # round alike in float32; half precision, and weights that are gathered from several devices, are computed otherwise.
 CLOSE, COARSE = 1e-5, 2e-2
@@ -42,13 +43,11 @@ class SavedPackage:
     folder: Path
     files: dict[str, int]  # name -> bytes
     parameters: int
-    replaced: bool  # whether there was a package at this place before
     load_lines: str  # the lines that load it, in any Python that has torch and transformers
 
     def __str__(self) -> str:
-        done = "replaced" if self.replaced else "written"
         summary = f"{self.parameters:,} parameters, {len(self.files)} files, {in_units(sum(self.files.values()))}"
-        return f"{self.folder} {done}: {summary}\n{self.load_lines}"
+        return f"{self.folder} written: {summary}\n{self.load_lines}"
 
 
 @in_first_process
@@ -104,7 +103,6 @@ def save_package(
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
     """
     target = save_target(folder, overwrite=overwrite)
-    replaced = (target / layout.CONFIG).exists()
     whole = installed_copy(model)
     has_tokenizer = tokenizer is not None
     if has_tokenizer:
@@ -127,8 +125,7 @@ def save_package(
         _write_record(package, whole, tokenizer, versions)
         files = {path.name: path.stat().st_size for path in sorted(package.iterdir())}
         save_target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
-    lines = load_lines(str(target), tokenizer=has_tokenizer)
-    return SavedPackage(target, files, whole.num_parameters(), replaced, lines)
+    return SavedPackage(target, files, whole.num_parameters(), load_lines(str(target), tokenizer=has_tokenizer))
 
 
 def save_target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -186,23 +183,26 @@ def installed_copy(model: nn.Module | Gathered) -> GPT2ValueModel:
     given: Any = model.model if isinstance(model, Gathered) else model
     if not isinstance(given, transformers.PreTrainedModel) or not isinstance(given.config, transformers.GPT2Config):
         raise _unsavable(f"it is a {type(given).__name__}")
-    held = model.weights if isinstance(model, Gathered) else given.state_dict()
-    weights = {name: tensor.detach() for name, tensor in held.items()}
-    try:  # refuse now what could be written but not loaded again
-        config: Any = GPT2ValueConfig.from_dict({**given.config.to_dict(), "model_type": layout.MODEL_TYPE})
-        fields = config_fields.checked_config(json.loads(config.to_json_string()))
-        head = check_tensors(_described(weights, fields), fields)
-    except PackageError as error:
-        raise _unsavable(f"{error.found}; expected: {error.expected}") from error
-    if head is None:
+    if not hasattr(given, "v_head"):
         raise MissingHeadError(
-            f"a {type(given).__name__} without weights of a value head",
+            f"a {type(given).__name__} without a value head",
             expected="a GPT2ValueModel",
             next_step="model.save_pretrained(FOLDER); GPT2ValueModel.from_pretrained(FOLDER, init_value_head=True)",
         )
+    held = model.weights if isinstance(model, Gathered) else given.state_dict()
+    weights = {name: tensor.detach() for name, tensor in held.items()}
+    for name, weight in weights.items():
+        if weight.is_meta or weight.dtype not in FLOATS:
+            what = "on the meta device, without data" if weight.is_meta else f"{weight.dtype}, not one of {FLOATS}"
+            raise _unsavable(f"{name} is {what}")
     if damaged := not_finite(weights):
         raise _unsavable(f"NaN or infinite values in {damaged}")
-    twin: Any = build_model(config, weights)
+    config: Any = GPT2ValueConfig.from_dict({**given.config.to_dict(), "model_type": layout.MODEL_TYPE})
+    try:
+        config_fields.checked_config(json.loads(config.to_json_string()))  # what could be written, but not loaded again
+        twin: Any = build_model(config, weights)
+    except PackageError as error:
+        raise _unsavable(error.found) from error
     twin.set_attn_implementation(given.config._attn_implementation)
     if given.generation_config is not None:
         twin.generation_config = copy.deepcopy(given.generation_config)
@@ -224,34 +224,19 @@ def _refuse_other_numbers(model: nn.Module, found: Numbers, twin: GPT2ValueModel
     Raises:
         UnsavableModelError: it names the modules that differ, and by how much the numbers do.
     """
+    parts = dict(twin.named_modules())
+    odd = [
+        f"{path or 'the model'} ({type(module).__name__})"
+        for path, module in model.named_modules()
+        if type(module).__name__.removeprefix("FSDP") != type(parts.get(path)).__name__
+        or "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+    ]
+    why = f"; of another class, with hooks or with another forward: {', '.join(odd[:5])}" if odd else ""
     for name, expected in computed(twin).items():
-        numbers = found[name]
-        same_shape = numbers.shape == expected.shape
         most = tolerance * max(1.0, float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()))
-        if same_shape and torch.allclose(numbers, expected, rtol=0.0, atol=most, equal_nan=True):
-            continue
-        difference = f"up to {(numbers - expected).abs().max():.3g}" if same_shape else "their shape"
-        others = dict(twin.named_modules())
-        suspects = [
-            f"{path or 'the model'} ({type(module).__name__})"
-            for path, module in model.named_modules()
-            if type(module).__name__.removeprefix("FSDP") != type(others.get(path)).__name__
-            or "forward" in vars(module)
-            or module._forward_hooks
-            or module._forward_pre_hooks
-        ]
-        why = f"; of another class, with hooks or with another forward: {', '.join(suspects[:5])}" if suspects else ""
-        raise _unsavable(f"its {name} differ by {difference} from what its weights and its config give{why}")
-
-
-def _described(weights: Weights, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Describe weights as the header of a weight file would, which holds tied ones once."""
-    names = {getattr(torch, torchs): name for name, torchs in FLOATS.items()}
-    return {
-        name: Tensor(
-            "without data, on the meta device," if weight.is_meta else names.get(weight.dtype, str(weight.dtype)),
-            tuple(weight.shape),
-        )
-        for name, weight in weights.items()
-        if name != "lm_head.weight" or not config_fields.tied(config)
-    }
+        try:
+            torch.testing.assert_close(found[name], expected, rtol=0.0, atol=most, equal_nan=True)
+        except AssertionError as error:
+            raise _unsavable(f"its {name} is not what its weights and config give{why}: {gist(error)}") from error

@@ -72,10 +72,8 @@ def _no_forward(gist: str) -> UnsavableModelError:
 
 def is_sharded(model: object) -> bool:
     """Whether this process holds parts of the weights only: FSDP2's modules can `unshard`, its weights have a mesh."""
-    if not isinstance(model, nn.Module):
-        return False
-    has_mesh = any(hasattr(weight, "device_mesh") for weight in model.parameters())
-    return has_mesh or any(hasattr(module, "unshard") for module in model.modules())
+    parts = [*model.parameters(), *model.modules()] if isinstance(model, nn.Module) else []
+    return any(hasattr(part, "device_mesh") or hasattr(part, "unshard") for part in parts)
 
 
 def in_first_process(function: Saver) -> Saver:
@@ -141,5 +139,7 @@ def _gather(model: nn.Module) -> Weights:
 
     found: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     # Parts of unequal sizes are padded to be gathered, and on a CPU the padding stays in the weight's storage.
-    padded = {name: tensor for name, tensor in found.items() if tensor.untyped_storage().nbytes() > tensor.nbytes}
-    return {**found, **{name: tensor.clone() for name, tensor in padded.items()}}
+    return {
+        name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        for name, tensor in found.items()
+    }

@@ -105,14 +105,18 @@ def stage(
         ResourceLimitError: the temporary folder has no room for the copy.
     """
     folder, sha256 = Path(source), {}
-    with as_ours(lambda gist: PackageError(f"{folder} cannot be read: {gist}", next_step="check its permissions")):
+
+    def unreadable(gist: str) -> PackageError:
+        return PackageError(
+            f"{folder}: {gist}",
+            expected=f"a folder with one model, of at most {limits.NAMES_IN_A_FOLDER:,} files that can be read",
+            next_step="check its permissions, or move the model's files to a folder of their own",
+        )
+
+    with as_ours(unreadable):
         names = sorted(os.listdir(folder))
     if len(names) > limits.NAMES_IN_A_FOLDER:
-        raise PackageError(
-            f"{folder} has more than {limits.NAMES_IN_A_FOLDER:,} files",
-            expected="a folder with one model",
-            next_step="move the model's files to a folder of their own",
-        )
+        raise unreadable(f"{len(names):,} files")
     with tempfile.TemporaryDirectory(prefix="gpt2-value-", ignore_cleanup_errors=True) as home:
         copy = Path(home, "files")
         copy.mkdir(mode=0o700)
@@ -164,17 +168,13 @@ def checked_package_config(fields: Mapping[str, Any]) -> dict[str, Any]:
         NotAPackageError: it is another kind of model's.
         PackageError: what `config.checked_config` raises; or `auto_map` does not name the package's own classes.
     """
-    if fields.get("model_type") != layout.MODEL_TYPE:
+    found = {name: fields.get(name) for name in ("model_type", "auto_map")}
+    expected = {"model_type": layout.MODEL_TYPE, "auto_map": layout.AUTO_MAP}
+    if found != expected:
         raise NotAPackageError(
-            f"config.json says model_type {str(fields.get('model_type'))[:80]!r}",
-            expected=repr(layout.MODEL_TYPE),
-            next_step="make a package of a GPT-2 checkpoint: gpt2-value create --base FOLDER OUT",
-        )
-    if fields.get("auto_map") != layout.AUTO_MAP:
-        raise PackageError(
-            f"config.json has auto_map {str(fields.get('auto_map'))[:300]}",
-            expected=f"{layout.AUTO_MAP}: the classes in the package itself",
-            next_step="GPT2ValueModel.from_pretrained(FOLDER) loads it and runs none of its code; save that",
+            f"config.json says {str(found)[:300]}",
+            expected=f"{expected}: the classes in the package itself",
+            next_step="make a package of a GPT-2 checkpoint: gpt2-value convert FOLDER OUT",
         )
     return config_fields.checked_config(fields)
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from .. import layout, limits
 from ..errors import LoadError, TokenizerMismatchError, as_ours
 from ..files import AGAIN
-from ..limited_process import run_limited, search_path_of
+from ..limited_process import failure_of, run_limited, search_path_of
 
 SCRIPT = Path(__file__).with_name("try_tokenizer.py")
 
 
-def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
+def load_tokenizer(folder: Path, source: str, *, config: Any) -> Any:
     """Load the tokenizer in `folder`, without running any code of it.
 
     Args:
@@ -24,17 +23,14 @@ def load_tokenizer(folder: Path, source: str, *, config: Any = None) -> Any:
         config: the model's config, which gives the tokenizer's class if the tokenizer's settings do not.
 
     Raises:
-        LoadError: its files are not complete, transformers cannot load them, their class is not a tokenizer's, or
-            opening or using it took more memory or time than `limits` allows.
+        LoadError: its files are not complete, transformers cannot load them, or opening or using it took more memory or
+            time than `limits` allows.
     """
     try_in_a_process(folder, source)
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import AutoTokenizer
 
-    options = {} if config is None else {"config": config}
     with as_ours(lambda gist: _does_not_load(source, gist)):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # such as RagTokenizer, a pair of them
-        raise _does_not_load(source, f"its class is {type(tokenizer).__name__}, which is not a PreTrainedTokenizerBase")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, config=config)
     tokenizer.name_or_path = source
     return tokenizer
 
@@ -45,24 +41,19 @@ def try_in_a_process(folder: Path, source: str) -> None:
     Raises:
         LoadError: see `load_tokenizer`.
     """
-    seconds = limits.WAITING * limits.TOKENIZER_SECONDS
-    try:
-        done = run_limited(
-            SCRIPT,
-            str(folder),
-            str(limits.TEXT_GROWTH),
-            str(limits.TOKEN_CHARACTERS),
-            *search_path_of("tokenizers"),
-            limits={"RLIMIT_AS": limits.TOKENIZER_MEMORY, "RLIMIT_CPU": int(limits.TOKENIZER_SECONDS)},
-            seconds=seconds,
-            # one thread, because every thread takes address space, and that is limited
-            environment={"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise _does_not_load(source, f"its trial did not end in {seconds:g} s") from error
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise _does_not_load(source, f"its trial ended with exit status {done.returncode}: {last[:300]}")
+    done = run_limited(
+        SCRIPT,
+        str(folder),
+        str(limits.TEXT_GROWTH),
+        str(limits.TOKEN_CHARACTERS),
+        *search_path_of("tokenizers"),
+        limits={"RLIMIT_AS": limits.TOKENIZER_MEMORY, "RLIMIT_CPU": int(limits.TOKENIZER_SECONDS)},
+        seconds=limits.WAITING * limits.TOKENIZER_SECONDS,
+        # one thread, because every thread takes address space, and that is limited
+        environment={"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
+    )
+    if problem := failure_of(done):
+        raise _does_not_load(source, f"its trial failed: {problem}")
 
 
 def _does_not_load(source: str, gist: str) -> LoadError:

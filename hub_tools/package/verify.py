@@ -10,11 +10,11 @@ import json
 import math
 import os
 import shlex
-import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from ..errors import (
     LoadError,
     MissingHeadError,
     PackageError,
-    ResourceLimitError,
     UntrustedCodeError,
     VerificationError,
+    as_ours,
 )
 from ..files import AGAIN
-from ..limited_process import run_limited, search_path_of
+from ..limited_process import failure_of, run_limited, search_path_of
 from .inspect import PackageReport, inspect_stage
 from .record import PROBE_TEXT, Record, diff_command, read_record, release_of
 from .stage import make_loadable, stage_package
@@ -87,9 +87,8 @@ def verify_package(
         UntrustedCodeError: code that is no released version's, and `trust_remote_code` is off.
         PackageError, MissingHeadError: not complete, or not only a package.
         ChangedFileError: a file is not the one that was saved.
-        LoadError: it does not load, or not strictly, or with NaN or infinite weights.
+        LoadError: it does not load, or not strictly, or with NaN or infinite weights, or not within `timeout`.
         VerificationError: it computes other numbers, or its tokenizer gives other ids.
-        ResourceLimitError: it took longer than `timeout`.
         And everything that `inspect_package` raises.
     """
     with stage_package(source, revision=revision, token=token) as copy:
@@ -99,10 +98,10 @@ def verify_package(
                 raise refusal
         record = read_record(copy.folder)
         found = _run(package, make_loadable(copy, package.code_sha256), record, timeout)
-    versions = f"saved: {record.versions}, loaded: {found['versions']}"
-    ours, theirs = ([*each["logits"], each["logsumexp"]] for each in (vars(record), found))
-    logit_difference = _compare("logits", ours, theirs, versions)
-    value_difference = _compare("values", record.values, found["values"], versions)
+    with as_ours(lambda gist: PackageError(f"{layout.RECORD} holds other things than numbers: {gist}")):
+        theirs = (*found["logits"], found["logsumexp"])
+        logit_difference = _compare("logits", (*record.logits, record.logsumexp), theirs)
+        value_difference = _compare("values", record.values, found["values"])
     if record.tokenizer_ids != found["tokenizer_ids"]:
         raise VerificationError(
             f"the tokenizer gives {found['tokenizer_ids']} for {PROBE_TEXT!r}",
@@ -112,25 +111,23 @@ def verify_package(
     return VerificationReport(logit_difference, value_difference, package)
 
 
-def _compare(what: str, recorded: list[list[float]], found: list[list[float]], versions: str) -> float:
-    """Return the largest absolute difference; infinity stands for NaN.
+def _compare(what: str, recorded: Iterable[list[float]], found: Iterable[list[float]]) -> float:
+    """Return the largest absolute difference.
 
     Raises:
-        VerificationError: it is too large, or the shapes differ.
+        VerificationError: it is too large, or there are other numbers than recorded.
     """
-    tolerance = TOLERANCE * max([1.0, *(abs(number) for row in recorded for number in row)])
-    difference = math.inf
-    if [len(row) for row in recorded] == [len(row) for row in found]:
-        pairs = [pair for rows in zip(recorded, found, strict=True) for pair in zip(*rows, strict=True)]
-        difference = max([abs(a - b) if math.isfinite(b) else math.inf for a, b in pairs], default=0.0)
-    if difference > tolerance:
+    ours, theirs = ([*chain.from_iterable(rows)] for rows in (recorded, found))
+    tolerance = TOLERANCE * max([1.0, *map(abs, ours)])
+    differences = [abs(one - other) for one, other in zip(ours, theirs, strict=False)]
+    if len(ours) != len(theirs) or not all(each <= tolerance for each in differences):  # NaN is not
         raise VerificationError(
-            f"the {what} differ from the recorded ones by {difference:.3g}",
-            expected=f"at most {tolerance:.3g} ({versions})",
-            next_step="save the package again; if the versions differ, verify with those that it was "
-            "saved with, to see which of the two changed the numbers",
+            f"the {what} differ from the recorded ones by {max(differences, default=math.inf):.3g}",
+            expected=f"at most {tolerance:.3g}",
+            next_step="save the package again; if it was saved with other versions of torch and transformers (see "
+            "gpt2-value inspect), verify with those, to see which of the two changed the numbers",
         )
-    return difference
+    return max(differences, default=0.0)
 
 
 def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
@@ -186,44 +183,28 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
 
 def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -> Any:
     """Run `probe.py` on `folder`, a copy of the package, in an isolated interpreter, and return its result."""
+    job = {
+        "folder": str(folder),
+        "token_ids": record.token_ids,
+        "logit_ids": record.logit_ids,
+        "text": PROBE_TEXT if record.tokenizer_ids is not None else None,
+        "hidden_modules": HIDDEN_MODULES,
+        "search_path": search_path_of("torch", "transformers"),
+    }
     with tempfile.TemporaryDirectory(prefix="gpt2-value-verify-") as home:
-        result = Path(home, "result.json")
-        job = {
-            "folder": str(folder),
-            "token_ids": record.token_ids,
-            "logit_ids": record.logit_ids,
-            "text": PROBE_TEXT if record.tokenizer_ids is not None else None,
-            "hidden_modules": HIDDEN_MODULES,
-            "search_path": search_path_of("torch", "transformers"),
-            "result": str(result),
-        }
-        environment = {
-            **dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP"), home),
-            "HF_MODULES_CACHE": str(Path(home, "modules")),
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        try:
-            done = run_limited(
-                PROBE_SCRIPT,
-                # not RLIMIT_AS, since torch reserves many times the address space that it uses
-                limits={"RLIMIT_DATA": limits.verify_memory(package.parameters)},
-                seconds=timeout,
-                environment=environment,
-                input=json.dumps(job),
-                cwd=home,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ResourceLimitError(
-                f"the fresh interpreter was stopped after {timeout:g} s",
-                expected="a package that loads in that time",
-                next_step="give it longer: timeout=... (--timeout)",
-            ) from error
-        if done.returncode != 0 or not result.is_file():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise does_not_run(package, f"exit status {done.returncode}: {last[:500]}", details=done.stderr)
-        return json.loads(result.read_text(encoding="utf-8"))
+        done = run_limited(
+            PROBE_SCRIPT,
+            # not RLIMIT_AS, since torch reserves many times the address space that it uses
+            limits={"RLIMIT_DATA": limits.verify_memory(package.parameters)},
+            seconds=timeout,
+            environment={**dict.fromkeys(("HOME", "HF_HOME", "TMPDIR", "TEMP"), home), "HF_HUB_OFFLINE": "1"},
+            input=json.dumps(job),
+            cwd=home,
+        )
+        if problem := failure_of(done):
+            raise does_not_run(package, problem, details=done.stderr)
+        with as_ours(lambda gist: does_not_run(package, gist)):
+            return json.loads(Path(home, "result.json").read_text(encoding="utf-8"))
 
 
 def does_not_run(package: PackageReport, found: str, *, details: str = "") -> LoadError:
@@ -232,6 +213,7 @@ def does_not_run(package: PackageReport, found: str, *, details: str = "") -> Lo
     return LoadError(
         f"{package.source} does not run on transformers {version('transformers')}: {found}",
         expected="AutoModel.from_pretrained(FOLDER, trust_remote_code=True) to succeed, and a forward pass",
-        next_step=f"if an older version wrote it, {newer} writes it again with this version's code; else {AGAIN}",
+        next_step=f"if an older version wrote it, {newer} writes it again with this version's code; give it longer: "
+        f"timeout=... (--timeout); else {AGAIN}",
         details=details,
     )
