@@ -11,6 +11,7 @@ import torch
 from conftest import make_tiny_model, write_published_checkpoint
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from support.settings import seeded
 from test_verify import record_again
 
 from hub_tools import layout
@@ -49,21 +50,19 @@ def test_create_makes_a_package_of_a_checkpoint(gpt2_value, base, tmp_path):
     assert GPT2ValueModel.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
-def test_respond_gives_a_script_numbers_that_rescoring_gives_too(gpt2_value, package, tiny_tokenizer):
+def test_respond_gives_a_script_the_numbers_that_python_gives(gpt2_value, package, tiny_tokenizer):
     command = ("respond", package, "Hello", "--max-new-tokens", 4, "--seed", 1)
     assert gpt2_value(*command)[1].count("log-prob") == 1
     status, out, _ = gpt2_value(*command, "--json")
     assert status == 0
     assert gpt2_value(*command, "--json")[1] == out  # the seed makes it repeatable
     (response,) = json.loads(out)["responses"]
-    prompt, tokens = tiny_tokenizer("Hello")["input_ids"], response["tokens"]
-    ids = torch.tensor([token["id"] for token in tokens])
-    with torch.no_grad():
-        output = GPT2ValueModel.from_pretrained(package)(torch.tensor([prompt + ids.tolist()]))
-    states = slice(len(prompt) - 1, -1)
-    logprobs = output.logits[0, states].log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-    assert [token["logprob"] for token in tokens] == pytest.approx(logprobs.tolist(), abs=1e-5)
-    assert [token["value"] for token in tokens] == pytest.approx(output.value[0, states].tolist(), abs=1e-5)
+    model, end = GPT2ValueModel.from_pretrained(package), tiny_tokenizer.eos_token_id
+    prompt = torch.tensor([tiny_tokenizer("Hello")["input_ids"]])
+    drawn = model.rollout(prompt, max_new_tokens=4, eos_token_id=end, generator=seeded(1))
+    for name, column in {"id": drawn.responses, "logprob": drawn.logprobs, "value": drawn.values}.items():
+        numbers = column[drawn.response_mask].tolist()
+        assert [token[name] for token in response["tokens"]] == pytest.approx(numbers, abs=1e-5)
 
 
 def test_respond_runs_only_code_that_is_known_or_was_reviewed(gpt2_value, package, tmp_path):

@@ -108,20 +108,3 @@ def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     missing = [page.name for page in PAGES[1:] if page.name != "index.md" and f"]({page.name})" not in index]
     assert missing == []
-
-
-def test_the_table_of_kept_sets_shows_what_the_page_says(monkeypatch):
-    """`benchmarks/kept_sets.py` with fewer tokens: without the kept sets tokens become impossible, with them never."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import kept_sets
-
-    monkeypatch.setattr(kept_sets, "COPIES", 8)
-    monkeypatch.setattr(kept_sets, "KL", 0.01)
-    found = kept_sets.rows()
-    page = (ROOT / "docs" / "sampling-and-scoring.md").read_text(encoding="utf-8")
-    assert all(f"\n| {name} | " in page for name in found)
-    for name, (cut_again, kept) in found.items():
-        assert kept.impossible == 0
-        assert kept.ratio == pytest.approx(1, abs=5 * kept.error + 1e-5)
-        assert kept.kl is None or 0 < kept.kl < 0.1
-        assert (cut_again.impossible > 0) == (name != "none")

@@ -1,7 +1,5 @@
 """Tokens that another engine drew: what `rollout_from_tokens` makes of them, and what it refuses."""
 
-import math
-
 import pytest
 import torch
 from conftest import make_tiny_model
@@ -133,20 +131,16 @@ def test_a_drawn_token_is_in_its_set_though_the_model_would_not_have_kept_it():
     ("arguments", "error", "message"),
     [
         ({"prompts": [[5]]}, ValueError, "got 1 prompts, 2 responses"),
-        ({"responses": [[], []]}, ValueError, "a token at least"),
         ({"responses": [[7], "text"]}, TypeError, "responses holds no token ids"),
         ({"responses": torch.tensor([[7.0], [8.0]])}, TypeError, "is torch.float32; expected token ids"),
-        ({"prompts": [5, 6]}, TypeError, r"prompts\[0\] has the shape \[\]"),
         ({"prompts": [[5], []]}, ValueError, r"the token 6, has no prompt before it"),
         ({"attention_mask": [[1], [1, 1]]}, ValueError, "attention_mask has another shape"),
         ({"responses": [[7, 2, 9], [6]]}, ValueError, r"\[0\]\[2\], the token 9, comes after"),
         ({"responses": [[7], [2]]}, ValueError, r"\[1\]\[0\], the token 2, ends the row before min_new_tokens"),
         ({"logprobs": [[-1.0, -1.0], [-1.0, -1.0]]}, ValueError, "rows of logprobs are not as long"),
-        ({"logprobs": [[-1.0, 0.3], [-1.0]]}, ValueError, r"\[0\]\[1\].*log-probability above 0"),
-        ({"logprobs": [[-math.inf, math.nan], [-1.0]]}, ValueError, r"\[0\]\[0\].*not finite"),
+        ({"logprobs": [[-1.0, 0.3], [-1.0]]}, ValueError, r"\[0\]\[1\].*log-probability above 0, or not"),
         ({"kept": [[[7]], [[6]]]}, ValueError, "rows of kept are not as long"),
         ({"kept": [[[7], [1, 3]], [[6]]]}, ValueError, r"\[0\]\[1\], the token 8, is not in its kept set"),
-        ({"kept": [[[7], [8, -2]], [[6]]]}, ValueError, r"\[0\]\[1\], the token 8, is not in its kept set"),
         ({"pad_token_id": -1}, ValueError, "pad_token_id=-1"),
     ],
 )

@@ -23,13 +23,11 @@ def draw(model, copies=16, **settings):
 def test_the_numbers_are_those_of_their_formulas():
     drawn = rollout_from_tokens([[5], [4]], [[7, 8, 9], [6, 5]], logprobs=[[-1.0, -2.0, -0.5], [-3.0, -1.5]])
     found = mismatch(drawn, Rescored(logprobs=torch.tensor([[-1.1, -1.0, -0.5], [-3.0, -4.5, 0.0]])))
-    r = [math.exp(d) for d in (-0.1, 1.0, 0.0, 0.0, -3.0)]
-    mean = sum(r) / 5
+    r = torch.tensor([-0.1, 1.0, 0.0, 0.0, -3.0]).exp()
+    numbers = (found.mean_ratio, found.standard_error, found.effective_sample_size, found.kl)
+    expected = (r.mean(), r.std() / 5**0.5, r.sum() ** 2 / (r**2).sum(), (r - 1 - r.log()).mean())
+    assert numbers == pytest.approx([float(number) for number in expected], rel=1e-6)
     assert found.tokens == 5
-    assert found.mean_ratio == pytest.approx(mean, rel=1e-6)
-    assert found.standard_error == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in r) / 4 / 5), rel=1e-6)
-    assert found.effective_sample_size == pytest.approx(sum(r) ** 2 / sum(x * x for x in r), rel=1e-6)
-    assert found.kl == pytest.approx(sum(x - 1 - math.log(x) for x in r) / 5, rel=1e-6)
     assert found.reports is None
     assert len(str(found).splitlines()) == 1
     product = r[0] * r[1]  # above 2

@@ -105,12 +105,10 @@ def test_a_longer_response_has_a_larger_lambda():
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whitened_numbers_have_deviation_1_and_mean_0_or_their_own(data, shift_mean):
-    white = whiten(with_garbage(data.values * 3 + 2, data.mask), data.mask, shift_mean)
-    drawn, before = white[data.mask], (data.values * 3 + 2)[data.mask]
-    assert not white[~data.mask].any()
-    assert drawn.mean().item() == pytest.approx(0 if shift_mean else before.mean().item(), abs=1e-9)
-    assert drawn.std(correction=0).item() == pytest.approx(1, abs=1e-6)
-    assert_close((drawn - drawn.mean()) * (before.var(correction=0) + 1e-8).sqrt(), before - before.mean())
+    x, mask = data.values * 3 + 2, data.mask
+    mean, variance = x[mask].mean(), x[mask].var(correction=0)
+    expected = (x - mean) / (variance + 1e-8).sqrt() + (0 if shift_mean else mean)
+    assert_close(whiten(with_garbage(x, mask), mask, shift_mean), torch.where(mask, expected, 0))
 
 
 @pytest.mark.parametrize(("clip_high", "highest"), [(None, 1.2), (0.4, 1.4)])
@@ -223,8 +221,9 @@ def test_a_reference_shares_the_layers_that_it_is_told_to_share(model, shared):
     assert not any(weight.requires_grad for weight in reference.parameters())
     theirs = {weight.data_ptr() for weight in reference.parameters()}
     own = {name for name, weight in model.named_parameters() if weight.data_ptr() not in theirs}
-    below = [*["wte.", "wpe."] * (shared > 0), *(f"h.{number}." for number in range(shared))]
-    assert not [name for name in own if name.startswith(tuple(f"transformer.{part}" for part in below))]
+    shared_parts = ["wte.", "wpe.", *(f"h.{number}." for number in range(shared))] if shared else []
+    below = tuple(f"transformer.{part}" for part in shared_parts)
+    assert own == {name for name, _ in model.named_parameters() if not name.startswith(below)}
     assert own == {name for name, weight in model.named_parameters() if weight.requires_grad}
     before = rescore(reference, tokens).logprobs
     with torch.no_grad():

@@ -51,43 +51,29 @@ def power(runs):
         print(f"| {name} | {counts} | {', '.join(test for test, _ in by.most_common())} |", flush=True)
 
 
-def rollouts(runs, dtype, copies, settings):
-    """Audits of about so many rollouts of a real model."""
-    model, audits = make_sharp_model(n_positions=128).to(dtype), []
-    while len(audits) < (runs if copies < 50 else max(12, runs // 10)):
-        many = rollout(model, RAGGED, max_new_tokens=20, num_return_sequences=copies * 10, **settings)
-        many = many[torch.randperm(len(many))]
-        pieces = [many[piece::10] for piece in range(10)]
-        audits += [audit_sampler(model, piece, batch_size=64) for piece in pieces if piece.response_mask.sum() >= 50]
-    return audits
-
-
-def random_logits(runs, *shape, scale):
-    """Audits of draws from random logits."""
-    many = (torch.randn(shape, dtype=torch.float64) * scale for _ in range(4 * runs))
-    return [audit_logits(logits, draws(logits)) for logits in many]
+def honest_audits(runs):
+    """What honest samplers are called, and audits of them: rollouts of real models, and draws from random logits."""
+    for dtype, copies, settings in ROLLOUTS:
+        model, audits = make_sharp_model(n_positions=128).to(dtype), []
+        while len(audits) < (runs if copies < 50 else max(12, runs // 10)):
+            many = rollout(model, RAGGED, max_new_tokens=20, num_return_sequences=copies * 10, **settings)
+            pieces = (many[rows] for rows in torch.randperm(len(many)).view(10, -1))
+            audits += [audit_sampler(model, one, batch_size=64) for one in pieces if one.response_mask.sum() >= 50]
+        yield f"rollout, {dtype}, {copies} copies, {settings}", audits
+    for *shape, scale in LOGITS:
+        many = (torch.randn(shape, dtype=torch.float64) * scale for _ in range(4 * runs))
+        yield f"random logits, {shape}, scale {scale}", [audit_logits(logits, draws(logits)) for logits in many]
 
 
 def false_alarms(runs):
-    """Print how often honest samplers are called dishonest: rollouts of real models, and draws from random logits."""
-    print("\n| honest sampler | tokens | audits | p < 0.01 | called dishonest | by |\n|---|---|---:|---:|---:|---|")
-    totals = torch.zeros(3, dtype=torch.long)
-
-    def report(name, audits):
-        counts = torch.tensor(
-            [len(audits), sum(one.p_value < 1e-2 for one in audits), sum(not one.honest for one in audits)]
-        )
-        totals.add_(counts)
-        by = Counter(test for audit in audits for test in audit.failed)
-        tokens = [audit.tokens for audit in audits]
-        numbers = " | ".join(map(str, counts.tolist()))
-        print(f"| {name} | {min(tokens)} to {max(tokens)} | {numbers} | {dict(by) or ''} |", flush=True)
-
-    for dtype, copies, settings in ROLLOUTS:
-        report(f"rollout, {dtype}, {copies} copies, {settings}", rollouts(runs, dtype, copies, settings))
-    for *shape, scale in LOGITS:
-        report(f"random logits, {shape}, scale {scale}", random_logits(runs, *shape, scale=scale))
-    print(f"| all | | {' | '.join(map(str, totals.tolist()))} | |")
+    """Print how often honest samplers are called dishonest, and by which tests."""
+    print("\n| honest sampler | audits | called dishonest | by |\n|---|---:|---:|---|")
+    totals = Counter()
+    for name, audits in honest_audits(runs):
+        alarms, by = sum(not audit.honest for audit in audits), Counter(test for one in audits for test in one.failed)
+        totals.update(audits=len(audits), alarms=alarms)
+        print(f"| {name} | {len(audits)} | {alarms} | {dict(by) or ''} |", flush=True)
+    print(f"| all | {totals['audits']} | {totals['alarms']} | |")
 
 
 if __name__ == "__main__":

@@ -158,8 +158,6 @@ def numbers_of_trl(critic, pad):
         trainer.train()
     for name, function in original.items():
         setattr(ppo_trainer, name, function)
-    (logged,) = (line for line in trainer.state.log_history if "policy/approxkl_avg" in line)
-    found |= {name: torch.tensor(logged[name]) for name in ("policy/approxkl_avg", "val/ratio")}
     found["critic was trained"] = (value_model.score.weight != before).any()
     return {name: value.contiguous() for name, value in found.items()}
 
@@ -202,7 +200,6 @@ def gaps(trl, pad):
         ("the same, times sqrt(n / (n - 1))", (n / (n - 1)).sqrt(), ""),
     ):
         yield what, "it trains", ((trl["white"] * scale - white).abs() * learnt).max().item(), why
-    means = {"policy/approxkl_avg": [], "val/ratio": []}
     for number in range(2):
         u = {name.split("/")[1]: value for name, value in trl.items() if name.startswith(f"update-{number}/")}
         learnt, valued = (~trl[name][u["micro_batch_inds"]] for name in ("padding_mask", "padding_mask_p1"))
@@ -210,12 +207,6 @@ def gaps(trl, pad):
         yield f"policy loss, update {number}", "it trains", (loss - u["pg_loss"]).abs().item(), ""
         loss = ours.value_loss(u["vpred"], u["mb_values"], u["mb_return"], valued, CLIP)
         yield f"value loss, update {number}", "it trains, and one more", (loss - u["vf_loss"]).abs().item(), ""
-        change = u["new_logprobs"] - u["mb_logprobs"]
-        means["policy/approxkl_avg"].append(0.5 * ours.masked_mean(change**2, learnt))
-        means["val/ratio"].append(ours.masked_mean(change.exp(), learnt))
-    for name, found in means.items():
-        gap = (trl[name] - torch.stack(found).mean()).abs().item()
-        yield name, "drawn against all", gap, "its mean is over padding too"
 
 
 if __name__ == "__main__":
