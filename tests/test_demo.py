@@ -59,9 +59,6 @@ def test_a_checkpoint_is_trained_once_and_another_time_with_the_same_weights(sma
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (twin.folder / file).read_bytes() == (small.folder / file).read_bytes()
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(ValueError, match="divisible"):
-        small_gpt2(dataclasses.replace(QUICK, n_head=5))
-    assert list(twin.folder.parent.iterdir()) == [twin.folder]  # nothing is left of what failed
 
 
 def test_the_checkpoint_is_laid_out_like_the_published_gpt2(small, tokenizer):

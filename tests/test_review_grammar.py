@@ -24,7 +24,6 @@ def test_the_judge_agrees_with_the_stance_of_every_review_and_stances_are_even_a
 def test_reviews_are_whole_sentences_without_a_rule_left_over():
     for review in REVIEWS:
         assert not re.search(r"[{}]|  |\b[Aa] [aeiouAEIOU]|[^.!]$", review.text), review.text
-        assert all(sentence[0].isupper() for sentence in re.split(r"(?<=[.!]) ", review.text)), review.text
 
 
 @pytest.mark.parametrize(

@@ -118,16 +118,6 @@ def test_training_mode_padding_micro_batches_and_the_class_change_nothing():
         assert audit.bias_nats == pytest.approx(expected.bias_nats, abs=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 20, "temperature": 0.8}, {"top_p": 0.9, "min_new_tokens": 5}], ids=str)
-def test_what_generate_did_passes_where_it_is_claimed(model, settings):
-    torch.manual_seed(0)
-    prompts = EVEN.repeat(100, 1)
-    how = {"top_k": 0, "do_sample": True, "max_new_tokens": T, "pad_token_id": 0, "eos_token_id": EOS, **settings}
-    sequences = model.generate(prompts, attention_mask=torch.ones_like(prompts), **how)
-    assert audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS, **settings)).honest
-    assert not audit_sampler(model, sequences, prompt_length=3, sampling=Sampling(eos_token_id=EOS)).honest
-
-
 # Dishonest ones
 
 
@@ -214,11 +204,9 @@ def test_the_report_its_picture_and_its_json_agree(model, drawn, tmp_path):
     assert str(audit).startswith(f"honest: p = {audit.p_value:.2g}")
     report = json.loads(json.dumps(audit.to_json(), allow_nan=False))
     assert (report["verdict"], report["tokens"]) == ("honest", 1600)
-    axes = audit.plot(tmp_path / "audit.png")
-    heights = [bar.get_height() for bar in axes.patches if bar.get_width() < 0.06]
+    heights = [bar.get_height() for bar in audit.plot(tmp_path / "audit.png").patches if bar.get_width() < 0.06]
     assert (tmp_path / "audit.png").stat().st_size > 5000
     assert len(heights) == 20
-    assert sum(heights) / 20 == pytest.approx(1)
     assert max(abs(height - 1) for height in heights) < 4 * math.sqrt(19 / audit.tokens)
 
 

@@ -28,7 +28,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import types
 from pathlib import Path
@@ -55,10 +54,9 @@ _switched_off = False
 def use_forks(*, in_this_process=True):
     """Let `subprocess` fork; called by the process that starts the tests, and by its xdist workers."""
     if ADDRESS not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="forks")
-        path = Path(folder.name) / "socket"
+        name = f"gpt2-value-tests-{os.getpid()}"
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
+        listener.bind(f"\0{name}")  # an address of Linux, without a file
         listener.listen(64)
         command = [sys.executable, "-I", __file__, str(listener.fileno())]
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
@@ -66,8 +64,8 @@ def use_forks(*, in_this_process=True):
         # It ends when its standard input does: with this process, however that ends.
         server = _real(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=clean)
         listener.close()  # the server has its own
-        atexit.register(lambda: (server.kill(), server.wait(), folder.cleanup()))
-        os.environ[ADDRESS] = str(path)
+        atexit.register(lambda: (server.kill(), server.wait()))
+        os.environ[ADDRESS] = name
     if in_this_process:
         subprocess.Popen = Forked
 
@@ -110,7 +108,7 @@ class Forked(subprocess.Popen):
         order["cwd"] = os.path.abspath(os.fspath(cwd or "."))
         order["parent"] = os.getpid()
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(os.environ[ADDRESS])
+        self._connection.connect(f"\0{os.environ[ADDRESS]}")
         message = json.dumps(order).encode()
         streams = [given if given != -1 else own for own, given in enumerate((stdin, stdout, stderr))]
         socket.send_fds(self._connection, [len(message).to_bytes(4, "big")], streams)
