@@ -168,14 +168,6 @@ class Hub:
             time.sleep(pause)
             usual, attempts = min(2 * usual, LONGEST_PAUSE), attempts + 1
 
-    def text(self, error: BaseException) -> str:
-        """Say what went wrong, in one line that a terminal can show, without the token and without the signatures of
-        upload addresses."""
-        text = " ".join(str(error).split())
-        text = text.replace(self.token, "[token]") if self.token else text
-        text = re.sub(r" Please make sure you specified the correct .*huggingface_hub/authentication", "", text)
-        return visible(re.sub(r"\?[^\s'\"]+", "?[...]", text)[:500])
-
     def _translated(self, what: str, error: BaseException) -> Exception:
         """Return our error for one of huggingface_hub's."""
         chain: list[Any] = [error]
@@ -184,7 +176,12 @@ class Hub:
         answered = [part for part in chain if getattr(part, "response", None) is not None]
         error = answered[0] if answered else error
         status = int(answered[0].response.status_code) if answered else 0
-        text = f"could not {what}: {'' if status else f'{type(error).__name__}: '}{self.text(error)}"
+        # one line that a terminal can show, without the token and without the signatures of upload addresses
+        text = " ".join(str(error).split())
+        text = text.replace(self.token, "[token]") if self.token else text
+        text = re.sub(r" Please make sure you specified the correct .*huggingface_hub/authentication", "", text)
+        text = visible(re.sub(r"\?[^\s'\"]+", "?[...]", text)[:500])
+        text = f"could not {what}: {text if status else f'{type(error).__name__}: {text}'}"
         broken = any(type(part).__module__.startswith(("requests", "httpx")) for part in chain)
         if (broken and not status) or status in (408, 409, 412, 425, 429) or status >= 500:
             asked = answered[0].response.headers.get("Retry-After", "").strip() if answered else ""

@@ -14,9 +14,9 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_url
+from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
@@ -96,7 +96,7 @@ def is_hash(text: object) -> bool:
 
 def _stays_inside(name: str) -> bool:
     """Whether a name leads to a place in the repository. Git allows no other, but a server may say anything."""
-    return not PurePosixPath(name).is_absolute() and {"..", ".", ""}.isdisjoint(name.split("/")) and "\0" not in name
+    return {"..", ".", ""}.isdisjoint(name.split("/")) and "\0" not in name
 
 
 def odd_answer(found: str) -> HubRefusedError:
@@ -141,7 +141,7 @@ def fetch(
         try:
             repository = read_repository(hub, repo_id, revision)
         except Passing:
-            if cached := _cached(home, revision):
+            if cached := _cached(repo_id, cache_dir, revision):
                 return cached
             raise
         folder = home / "snapshots" / repository.commit
@@ -158,7 +158,7 @@ def fetch(
 
     if not (local_files_only or offline()):
         return hub.patiently(f"download {repo_id}", attempt)
-    if (cached := _cached(home, revision)) is None:
+    if (cached := _cached(repo_id, cache_dir, revision)) is None:
         raise HubUnavailableError(
             f"{repo_id} is not in the cache, and the Hub must not be asked",
             expected="a model that was downloaded before",
@@ -262,16 +262,13 @@ def _wanted(repository: Repository, *, checkpoint: bool) -> set[str]:
 
 def _check_weights(folder: Path, repository: Repository, wanted: set[str]) -> None:
     """Refuse weights that have more bytes than the model needs that the config describes."""
-    fields = read_json(folder, layout.CONFIG) if layout.CONFIG in repository.files else {}
-
-    def side(name: str, default: int = 0) -> int:
-        value = fields.get(name)
-        return value if type(value) is int and 0 < value < 1 << 24 else default
-
-    layers, width, vocabulary, positions = map(side, ("n_layer", "n_embd", "vocab_size", "n_positions"))
-    block = 4 * width + 2 * side("n_inner", 4 * width) + 16
-    numbers = width * (layers * block + 2 * vocabulary + positions + 4)
-    most = limits.foreign_bytes(numbers, layers * positions * positions) if fields else ADAPTER_BYTES
+    most = ADAPTER_BYTES
+    if layout.CONFIG in repository.files:
+        fields = read_json(folder, layout.CONFIG)
+        sides = [fields.get(name) for name in ("n_layer", "n_embd", "vocab_size", "n_positions")]
+        layers, width, vocabulary, positions = (s if type(s) is int and 0 < s < 1 << 24 else 0 for s in sides)
+        numbers = width * (layers * (12 * width + 16) + 2 * vocabulary + positions + 4)
+        most = limits.foreign_bytes(numbers, layers * positions * positions)
     size = sum(repository.files[name].size for name in wanted if _holds_weights(name))
     if size > most:
         raise PackageError(
@@ -345,10 +342,10 @@ def _get_header(hub: Hub, repository: Repository, name: str, path: Path) -> None
         _get(hub, repository, name, path, header)
 
 
-def _cached(home: Path, revision: str | None) -> Snapshot | None:
+def _cached(repo_id: str, cache_dir: Path | None, revision: str | None) -> Snapshot | None:
     """Return what the cache has of a revision, if it has a model."""
-    ref = home / "refs" / (revision or "main")
-    commit = ref.read_text().strip() if ref.is_file() else revision or ""
-    folder = home / "snapshots" / commit
-    whole = is_hash(commit) and (folder / layout.CONFIG).exists()
-    return Snapshot(folder, commit) if whole and any(_holds_weights(path.name) for path in folder.iterdir()) else None
+    config = try_to_load_from_cache(repo_id, layout.CONFIG, cache_dir, revision)
+    folder = Path(config).parent if isinstance(config, str) else None
+    if folder is None or not any(_holds_weights(path.name) for path in folder.iterdir()):
+        return None
+    return Snapshot(folder, folder.name)

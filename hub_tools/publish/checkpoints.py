@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import errors
-from ..errors import CheckpointPushError, GPT2ValueHubError, HubUnavailableError, OptionsError, SaveFailedError
+from ..errors import CheckpointPushError, GPT2ValueHubError, HubUnavailableError, OptionsError, SaveFailedError, as_ours
 from ..hub.ask import Hub, Passing
 from ..package.save import installed_copy, save_package
 from ..package.sharded import Gathered, in_first_process, is_sharded
@@ -36,7 +36,6 @@ from .worker import CALL, push_checkpoint, tag_best
 
 logger = logging.getLogger(__name__)
 
-PAUSE = 10.0  # seconds between two workers while the Hub does not answer; a newer checkpoint or `flush` ends it
 COMMAND = (sys.executable, "-m", "hub_tools.publish.worker")
 # What a Trainer logs besides metrics: counters, and how long things took.
 BOOKKEEPING = re.compile(r"step|epoch|total_flos|.*_(runtime|per_second)|num_input_tokens_seen")
@@ -67,14 +66,15 @@ class CheckpointPusher:
     verifies and pushes, without a GPU, on one core at the lowest priority. If checkpoints come faster than that, only
     the newest waits, and those that it replaced are `skipped`; never the last, for which `flush` and `close` wait.
 
-    Main memory holds at most two copies of the weights, one that waits and one that is being pushed (and for a moment
-    a third, of a model on a GPU), and the worker about 0.5 GB of torch. The disk holds at most three, the snapshot and
+    Main memory holds at most two copies of the weights, one that waits and one that is being pushed (and while a model
+    on a GPU is copied, a third), and the worker about 0.5 GB of torch. The disk holds at most three, the snapshot and
     its package, twice, in the system's folder for temporary files (`TMPDIR`). If training is killed, the worker ends
     what it has begun, and removes them.
 
-    Temporary failures (5xx, timeouts, no connection) are logged, and the push is repeated until it succeeds or a newer
-    checkpoint waits; only `flush` and `close` give up. All other failures (401, 403, 404, a full disk, a worker that
-    was killed) are logged, and raised once, by any next call.
+    After temporary failures (5xx, timeouts, no connection) the worker repeats the push for five minutes. Then the
+    failure is logged, and the checkpoint waits: the next `push` brings a newer one, and `flush` and `close` try it once
+    more. All other failures (401, 403, 404, a full disk, a worker that was killed) are logged, and raised once, by any
+    next call.
 
     `close` runs at the end of a `with` block, and otherwise at the interpreter's exit. After an uncaught exception,
     too, the last checkpoint is pushed, or an error in the log says that it is not.
@@ -149,16 +149,15 @@ class CheckpointPusher:
             tag=partial(tag_best, metric=metric_for_best_model, sign=1 if greater_is_better else -1, tag=best_tag),
         )
         self._owner = os.getpid()
-        self._changed = threading.Condition()
-        # All of these are read and written while holding _changed.
+        self._lock = threading.Lock()
+        # All of these are written while holding the lock.
         self._waiting: _Call | None = None
-        self._current: _Call | None = None  # being pushed
         self._thread: threading.Thread | None = None  # only while something is being pushed
         self._worker: subprocess.Popen[bytes] | None = None
-        self._pushed: list[PushedCheckpoint] = []
-        self._skipped: list[int] = []
+        self.pushed: list[PushedCheckpoint] = []
+        self.skipped: list[int] = []
         self._failure: CheckpointPushError | None = None  # the last one; earlier ones are in the log
-        self._flushing = self._closed = False
+        self._closed = False
         atexit.register(self._close_and_log)
 
     def push(
@@ -187,22 +186,17 @@ class CheckpointPusher:
         """What `push` does in the process that pushes."""
         self._check_usable(step)
         numbers = as_numbers(metrics)
-        with self._changed:
-            copied: nn.Module = installed_copy(model)
-            if self._waiting is not None:
-                logger.info("step %d is skipped: a newer checkpoint is there already", _step(self._waiting))
-                self._skipped.append(_step(self._waiting))
-                self._waiting = None
-            if isinstance(model, nn.Module) and any(weight.device.type == "cpu" for weight in model.parameters()):
-                copied = copy.deepcopy(copied)  # which shares its weights until here
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
-                thread.start()  # it waits for our lock; if the system cannot start it, no snapshot is left waiting
-                self._thread = thread
+        copied = installed_copy(model)  # which shares its weights with a model in main memory
+        with self._lock:
+            self._skip(self._waiting)
+            self._waiting = None  # before the copy is made, so that memory does not hold a third one
+            copied = copy.deepcopy(copied)
             self._waiting = partial(
                 self._push_checkpoint, model=copied, tokenizer=copy.deepcopy(tokenizer), step=step, metrics=numbers
             )
-            self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="CheckpointPusher", daemon=True)
+                self._thread.start()
         self.check()
 
     def check(self) -> None:
@@ -211,7 +205,7 @@ class CheckpointPusher:
         Raises:
             CheckpointPushError: with the original error as its cause.
         """
-        with self._changed:
+        with self._lock:
             failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -223,19 +217,15 @@ class CheckpointPusher:
             CheckpointPushError: the last checkpoint, or an earlier one, did not reach the Hub; and see `push`.
         """
         self._check_usable(None)
-        with self._changed:
-            self._flushing = True
-            self._changed.notify_all()
-            try:
-                self._changed.wait_for(lambda: self._thread is None)
-            finally:
-                self._flushing = False
+        if (thread := self._thread) is not None:
+            thread.join()
+        self._run(is_last=True)
         self.check()
 
     def close(self) -> None:
         """`flush`, and accept no more checkpoints. A second call does nothing.
 
-        An interrupt (Ctrl-C) ends the waiting. The log then names the checkpoints that were not pushed.
+        An interrupt (Ctrl-C) ends the waiting. The log then says so.
 
         Raises:
             CheckpointPushError: as `flush`. The pusher is closed nevertheless.
@@ -244,38 +234,23 @@ class CheckpointPusher:
             return
         try:
             self.flush()
+        except KeyboardInterrupt:
+            logger.error("interrupted: the last checkpoint is not on %s", self.repo_id)
+            raise
         finally:
             atexit.unregister(self._close_and_log)
-            with self._changed:
+            with self._lock:
                 self._closed = True
-                unpushed = [str(_step(call)) for call in (self._current, self._waiting) if call is not None]
-                self._waiting, thread = None, self._thread
-                self._changed.notify_all()
                 if self._worker is not None:
                     self._worker.kill()
-            if unpushed:
-                logger.error("interrupted: not pushed to %s: step %s", self.repo_id, ", ".join(unpushed))
-            if thread is not None:
+            if (thread := self._thread) is not None:
                 thread.join()
-
-    @property
-    def pushed(self) -> tuple[PushedCheckpoint, ...]:
-        """The checkpoints that are on the Hub, in order."""
-        return tuple(self._pushed)
-
-    @property
-    def skipped(self) -> tuple[int, ...]:
-        """The steps of checkpoints that a newer one replaced before they were pushed."""
-        return tuple(self._skipped)
 
     def __enter__(self) -> CheckpointPusher:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._close_and_log()
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _close_and_log(self) -> None:
         if self._thread is not None and os.getpid() == self._owner:
@@ -287,33 +262,47 @@ class CheckpointPusher:
 
     def _check_usable(self, step: int | None) -> None:
         # the process first: a fork may have copied the lock while somebody held it
-        foreign = os.getpid() != self._owner
-        if foreign or self._closed:
-            why = "belongs to the process from which this one was forked" if foreign else "is closed"
+        if os.getpid() != self._owner or self._closed:
             raise CheckpointPushError(
-                f"this CheckpointPusher {why}", next_step="make a new one: CheckpointPusher(repo_id)", step=step
+                "this CheckpointPusher is closed, or belongs to the process from which this one was forked",
+                next_step="make a new one: CheckpointPusher(repo_id)",
+                step=step,
             )
 
-    # The thread
+    def _skip(self, call: _Call | None) -> None:
+        if call is not None:
+            logger.info("step %d is skipped: a newer checkpoint is there already", _step(call))
+            self.skipped.append(_step(call))
 
-    def _run(self) -> None:
-        """Push what waits, until nothing does."""
+    def _run(self, *, is_last: bool = False) -> None:
+        """Push what waits, until nothing does. While the Hub is not available, the newest waits for the next call, and
+        in the `is_last` attempt fails."""
         while True:
-            with self._changed:
-                self._current, self._waiting = self._waiting, None
-                if (call := self._current) is None:
+            with self._lock:
+                call, self._waiting = self._waiting, None
+                if call is None:
                     self._thread = None
-                    self._changed.notify_all()
                     return
             try:
                 pushed = self._work(call)
-            except BaseException as error:  # a thread has no caller, so the next call of a method raises it
-                with self._changed:
-                    self._keep(error, call)
+            except GPT2ValueHubError as error:
+                found = f"the checkpoint of step {_step(call)} is not on {self.repo_id}: {error.found}"
+                if isinstance(error, HubUnavailableError) and not is_last:
+                    logger.warning("%s; the next call tries it again, or a newer one", found)
+                    with self._lock:
+                        if self._waiting is None:
+                            self._waiting, self._thread = call, None
+                            return
+                        self._skip(call)
+                    continue
+                failure = CheckpointPushError(
+                    found, expected=error.expected, next_step=error.next_step, step=_step(call)
+                )
+                failure.__cause__ = error
+                logger.error("%s", failure)
+                self._failure = failure
             else:
-                with self._changed:
-                    self._pushed.append(pushed)
-                    self._current = None
+                self.pushed.append(pushed)
                 logger.info("step %d is on %s: %s", pushed.step, self.repo_id, pushed.url)
 
     def _work(self, call: _Call) -> PushedCheckpoint:
@@ -323,14 +312,14 @@ class CheckpointPusher:
             CheckpointPushError: it ended without an answer.
             What the call raises.
         """
-        with tempfile.TemporaryDirectory(prefix="gpt2-value-checkpoint-", ignore_cleanup_errors=True) as home:
+        with (
+            as_ours(lambda gist: SaveFailedError(gist, next_step="correct what this error names")),
+            tempfile.TemporaryDirectory(prefix="gpt2-value-checkpoint-", ignore_cleanup_errors=True) as home,
+        ):
             torch.save(call, Path(home, CALL))
             environment = {**os.environ, **self._environment, "TMPDIR": home, "TEMP": home}
-            with self._changed:
-                if self._closed:
-                    raise CheckpointPushError(
-                        "the pusher was closed", next_step="push before close()", step=_step(call)
-                    )
+            with self._lock:
+                self._check_usable(_step(call))
                 self._worker = worker = subprocess.Popen(
                     [*COMMAND, home],
                     stdout=subprocess.PIPE,
@@ -353,24 +342,6 @@ class CheckpointPusher:
             raise kind(**found)
         return PushedCheckpoint(_step(call), call.keywords["metrics"], **found)
 
-    def _keep(self, cause: BaseException, call: _Call) -> None:
-        """Keep a failure for the next call; or the checkpoint for the next attempt."""
-        if not isinstance(cause, GPT2ValueHubError):
-            cause = SaveFailedError(f"{type(cause).__name__}: {cause}", next_step="correct what this error names")
-        found = f"the checkpoint of step {_step(call)} is not on {self.repo_id}: {cause.found}"
-        if isinstance(cause, HubUnavailableError) and not (self._flushing or self._closed):
-            logger.warning("%s; it is tried again, unless a newer one is there", found)
-            if self._waiting is None:
-                self._current, self._waiting = None, call
-                self._changed.wait(PAUSE)
-            else:
-                self._skipped.append(_step(call))
-            return
-        self._failure = CheckpointPushError(found, expected=cause.expected, next_step=cause.next_step, step=_step(call))
-        self._failure.__cause__ = cause
-        if not self._closed:  # `close` itself logs what an interrupt stopped
-            logger.error("%s", self._failure)
-
 
 def _step(call: _Call) -> int:
     step: int = call.keywords["step"]
@@ -383,15 +354,8 @@ def as_numbers(metrics: Mapping[str, float]) -> dict[str, float]:
     Raises:
         OptionsError: one of them is no number.
     """
-    numbers = {}
-    for name, value in metrics.items():
-        try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            raise OptionsError(
-                f"the metric {name!r} is {value!r}", expected="a number", next_step="pass float(...) or leave it out"
-            ) from error
-    return numbers
+    with as_ours(lambda gist: OptionsError(f"the metrics {dict(metrics)}: {gist}", next_step="pass numbers")):
+        return {str(name): float(value) for name, value in metrics.items()}
 
 
 class CheckpointPusherCallback(TrainerCallback):

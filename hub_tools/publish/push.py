@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants
 
 from .. import layout
 from ..errors import (
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 MAIN = "main"
 MESSAGE = "Push a value-head package"
-PUSH_ID = "gpt2-value-push: "  # a line in a commit's description, by which a push recognises its own commit
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,8 @@ def push_package(
 
     The commit names the parent that was read, so it cannot overwrite a concurrent push. After failures that pass (409,
     429, 5xx, broken connections) the push is repeated, for up to five minutes; if the answer to a commit was lost, the
-    commit is found on the branch and not made again. A push that failed can be run again.
+    commit is found on the branch and not made again (a pull request may then be opened twice). A push that failed can
+    be run again.
 
     Args:
         folder: a package, as `save_package` writes it.
@@ -172,40 +171,30 @@ def push_to_hub(
     return save_and_push(model)
 
 
+@dataclass
 class Push:
     """One push to one branch of a repository; see `push_package` for the arguments and what is raised."""
 
-    def __init__(
-        self,
-        repo_id: str,
-        branch: str = MAIN,
-        private: bool | None = None,
-        create_pr: bool = False,
-        tag: str | None = None,
-        message: str = MESSAGE,
-        token: str | None = None,
-    ) -> None:
-        if create_pr and (branch != MAIN or tag is not None):
+    repo_id: str
+    branch: str = MAIN
+    private: bool | None = None
+    create_pr: bool = False
+    tag: str | None = None
+    message: str = MESSAGE
+    token: InitVar[str | None] = None
+
+    def __post_init__(self, token: str | None) -> None:
+        if self.create_pr and (self.branch != MAIN or self.tag is not None):
             raise OptionsError(
-                f"create_pr=True with revision {branch!r} and tag {tag!r}",
+                f"create_pr=True with revision {self.branch!r} and tag {self.tag!r}",
                 expected="a pull request to main, without a tag",
                 next_step="leave out one of the two; tag the commit once it is merged",
             )
         self.hub = Hub(token)
-        self.repo_id = self.hub.patiently("check the token", lambda: writable_id(self.hub, repo_id))
+        self.repo_id = self.hub.patiently("check the token", lambda: writable_id(self.hub, self.repo_id))
         self.url = f"{self.hub.api.endpoint}/{self.repo_id}"
-        self._branch, self._private, self._create_pr, self._tag, self._message = (
-            branch,
-            private,
-            create_pr,
-            tag,
-            message,
-        )
-        self._id = PUSH_ID + uuid.uuid4().hex
-        self._refs: dict[str, str] = {}  # full name -> commit: branches, tags and pull requests
-        self._has_tokenizer = False
-        self._new = False  # whether the first look found no repository or branch
-        self._first: tuple[PushReport, str, set[str]] | None = None  # of the first attempt: plan, parent and refs
+        self._refs: dict[str, str] = {}  # refs/heads/NAME and refs/tags/NAME -> commit
+        self._first: tuple[PushReport, str] | None = None  # the first attempt's plan, and the commit it was made for
 
     def run(self, folder: Path, *, dry_run: bool = False, **verifying: Any) -> PushReport:
         """Check a package in a private folder, verify it, and push it.
@@ -215,9 +204,8 @@ class Push:
             dry_run: change nothing on the Hub.
             verifying: options of `verify_package`.
         """
-        words = {"the commit message": self._message, "the tag": self._tag or "", "the branch": self._branch}
+        words = {"the commit message": self.message, "the tag": self.tag or "", "the branch": self.branch}
         refuse_tokens(folder, words, self.hub.token or "")
-        self._has_tokenizer = (folder / layout.TOKENIZER_CONFIG).exists()
         card = with_repo_id((folder / layout.CARD).read_bytes(), self.repo_id)
         # what the Hub would refuse anyway is found before the verification, which takes longer
         plan = self.hub.patiently(f"look at {self.repo_id}", lambda: self._plan(folder, card, self._look()))
@@ -225,64 +213,100 @@ class Push:
         if dry_run:
             return plan
         report = self.hub.patiently(f"push to {self.repo_id}", lambda: self._attempt(folder, card))
-        if self._tag is not None:
-            with after_commit(str(report.commit), but="has no tag; the same push, run again, sets it"):
-                self.set_tag(self._tag, str(report.commit))
-        return report
+        if self.tag is not None:
+            self.set_tag(self.tag, str(report.commit))
+        return replace(report, new=plan.new)
 
-    def set_tag(self, tag: str, commit: str, *, move: bool = False) -> None:
-        """Give a commit a tag; with `move`, take it from any other commit. (The Hub's tags do not move: between
-        deleting and creating there is none.)"""
+    def set_tag(self, tag: str, commit: str, *, beats: Callable[[str], bool] | None = None) -> bool:
+        """Give a commit a tag. (The Hub's tags do not move: between deleting and creating there is none.)
 
-        def attempt() -> None:
-            found = self.tagged(tag)
-            if found not in (None, commit):
-                if not move:
-                    raise _tag_exists(tag, str(found))
-                self._ask(f"delete the tag {tag}", self.hub.api.delete_tag, tag=tag)
-            if found != commit:
-                self._ask(f"tag {tag}", self.hub.api.create_tag, tag=tag, revision=commit)
+        Args:
+            beats: whether to take it from a commit that has it. Without this, that is an error.
 
-        self.hub.patiently(f"set the tag {tag} of {self.repo_id}", attempt)
+        Returns:
+            whether the commit has the tag now.
 
-    def tagged(self, tag: str) -> str | None:
-        """Return the commit that has the tag; None where no commit has it."""
-        self._read_refs()
-        return self._refs.get(f"refs/tags/{tag}")
+        Raises:
+            Errors that say that the commit is on the Hub.
+        """
+
+        def attempt() -> bool:
+            self._read_refs()
+            found = self._refs.get(f"refs/tags/{tag}")
+            if found == commit:
+                return True
+            if found is not None:
+                if beats is None:
+                    raise _tag_exists(tag, found)
+                if not beats(found):
+                    return False
+                self.ask(f"delete the tag {tag}", self.hub.api.delete_tag, tag=tag)
+            self.ask(f"tag {tag}", self.hub.api.create_tag, tag=tag, revision=commit)
+            return True
+
+        try:
+            return self.hub.patiently(f"set the tag {tag}", attempt)
+        except GPT2ValueHubError as error:
+            found = (
+                f"the commit {commit} is on the Hub, but the tag {tag!r} may be missing or on another: {error.found}"
+            )
+            raise type(error)(found, expected=error.expected, next_step=error.next_step) from error
+
+    def ask(self, what: str, function: Callable[..., Any], **options: Any) -> Any:
+        """Call a function of huggingface_hub about this repository."""
+        return self.hub.ask(f"{what} ({self.repo_id})", function, self.repo_id, **options)
 
     def _attempt(self, folder: Path, card: bytes) -> PushReport:
-        """Push, unless an earlier attempt has done so already."""
+        """Push, unless an earlier attempt has done so already, and its answer was lost.
+
+        Raises:
+            ConcurrentPushError: the branch has moved, and is not what this push makes of it.
+        """
         there = self._look(create=True)
-        if self._first is not None and (done := self._landed(*self._first, there)) is not None:
-            return done
         plan = self._plan(folder, card, there)
-        self._first = self._first or (plan, there.commit, set(self._refs))
-        if not (plan.added or plan.changed or plan.deleted):
-            return self._done(plan, there.commit, committed=False)
-        api, sent = self.hub.api, {**plan.added, **plan.changed}
-        additions = [CommitOperationAdd(name, folder / name) for name in sent]
-        target: Any = {"revision": self._branch, "create_pr": self._create_pr}
+        sent = {**plan.added, **plan.changed}
+        self._first = self._first or (plan, there.commit)
+        first, parent = self._first
+        made, commit = None, there.commit
+        if sent or plan.deleted:
+            if there.commit != parent:
+                raise ConcurrentPushError(
+                    f"{self.repo_id} ({self.branch}) is at {there.commit}: somebody pushed since it was at {parent}",
+                    expected="a branch that nobody else pushes to at the same time",
+                    next_step=f"look at {self.url}/commits/{self.branch}; to push on top of it, run the same again",
+                )
+            with _by_lfs():
+                made = self.ask("push", self._commit, folder=folder, plan=plan, parent=parent, moves=sum(sent.values()))
+            if not is_hash(commit := made.oid):
+                raise odd_answer(f"says that it made the commit {str(commit)[:80]!r}")
+        return replace(
+            first,
+            commit=commit,
+            committed=commit != parent,
+            url=f"{self.url}/commit/{commit}",
+            pr_url=made and made.pr_url,
+            load_lines=load_lines(self.repo_id, revision=commit, tokenizer=(folder / layout.TOKENIZER_CONFIG).exists()),
+        )
 
-        def commit() -> Any:
-            api.preupload_lfs_files(
-                self.repo_id,
-                additions,
-                free_memory=False,
-                gitignore_content="# none",  # the repository's own must not thin out a package
-                **target,
-            )
-            return api.create_commit(
-                self.repo_id,
-                [*additions, *(CommitOperationDelete(name, is_folder=False) for name in plan.deleted)],
-                commit_message=self._message,
-                commit_description=self._id,
-                parent_commit=there.commit,
-                **target,
-            )
-
-        with _by_lfs():
-            made = self.hub.ask(f"push to {self.repo_id}", commit, moves=sum(sent.values()))
-        return self._done(plan, made.oid, pr=made.pr_num)
+    def _commit(self, repo_id: str, *, folder: Path, plan: PushReport, parent: str) -> CommitInfo:
+        """Upload what the plan adds and changes, and commit it with what it deletes."""
+        additions = [CommitOperationAdd(name, folder / name) for name in (*plan.added, *plan.changed)]
+        self.hub.api.preupload_lfs_files(
+            repo_id,
+            additions,
+            revision=self.branch,
+            create_pr=self.create_pr,
+            free_memory=False,
+            gitignore_content="# none",  # the repository's own must not thin out a package
+        )
+        return self.hub.api.create_commit(
+            repo_id,
+            [*additions, *(CommitOperationDelete(name, is_folder=False) for name in plan.deleted)],
+            commit_message=self.message,
+            revision=self.branch,
+            create_pr=self.create_pr,
+            parent_commit=parent,
+        )
 
     def _look(self, *, create: bool = False) -> Repository:
         """Return the branch as it is, or what a new one starts from; with `create`, after making it.
@@ -290,14 +314,13 @@ class Push:
         Raises:
             OptionsError: the branch is a tag or a commit; the repository has another visibility.
         """
-        exists, name = self._read_refs(), self._branch
+        exists, name = self._read_refs(), self.branch
         if create and not exists:
-            self._ask("create the repository", self.hub.api.create_repo, private=self._private, exist_ok=True)
+            self.ask("create the repository", self.hub.api.create_repo, private=self.private, exist_ok=True)
             exists = self._read_refs()
-        head = self._refs.get(f"refs/heads/{name}")
-        self._new |= head is None
         if not exists:
-            return Repository(self.repo_id, "", {}, bool(self._private))
+            return Repository(self.repo_id, "", {}, bool(self.private))
+        head = self._refs.get(f"refs/heads/{name}")
         if head is None and (f"refs/tags/{name}" in self._refs or is_hash(name)):
             raise OptionsError(
                 f"revision {name!r} is a tag or a commit",
@@ -305,25 +328,24 @@ class Push:
                 next_step="pass a branch; to name the new commit pass tag=... (--tag)",
             )
         there = read_repository(self.hub, self.repo_id, head or MAIN)
-        if self._private not in (None, there.private):
+        if self.private not in (None, there.private):
             raise OptionsError(
-                f"private={self._private}, and {self.repo_id} is {'private' if there.private else 'public'} already",
+                f"private={self.private}, and {self.repo_id} is {'private' if there.private else 'public'} already",
                 next_step=f"change it in {self.url}/settings, or leave out private",
             )
-        if head is None and create:
-            create_branch = self.hub.api.create_branch
-            self._ask(f"create the branch {name}", create_branch, branch=name, revision=there.commit, exist_ok=True)
+        if create and head is None:
+            options = {"branch": name, "revision": there.commit, "exist_ok": True}
+            self.ask(f"create the branch {name}", self.hub.api.create_branch, **options)
         return there
 
     def _read_refs(self) -> bool:
-        """Ask for branches, tags and pull requests; return whether there is a repository."""
+        """Ask for branches and tags; return whether there is a repository."""
+        self._refs = {}
         try:
-            found = self._ask("list the branches", self.hub.api.list_repo_refs, include_pull_requests=True)
+            found = self.ask("list the branches", self.hub.api.list_repo_refs)
         except RemoteNotFoundError:
-            self._refs = {}
             return False
-        refs = [*found.branches, *found.tags, *(found.pull_requests or [])]
-        self._refs = {ref.ref: ref.target_commit for ref in refs}
+        self._refs = {ref.ref: ref.target_commit for ref in (*found.branches, *found.tags)}
         return True
 
     def _plan(self, folder: Path, card: bytes, there: Repository) -> PushReport:
@@ -337,61 +359,23 @@ class Push:
             with tempfile.TemporaryDirectory(prefix="gpt2-value-card-") as cache:
                 merge_cards(folder / layout.CARD, download_file(self.hub, there, layout.CARD, Path(cache)))
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        others = [name for name in there.files if name not in sizes]
         # a folder cannot stay in the place of a file
-        stale = {n for n in there.files if n not in sizes and (read_by_a_loader(n) or n.split("/")[0] in sizes)}
+        stale = [name for name in others if read_by_a_loader(name) or name.split("/")[0] in sizes]
         plan = PushReport(
             repo_id=self.repo_id,
-            revision=self._branch,
-            new=self._new,
+            revision=self.branch,
+            new=f"refs/heads/{self.branch}" not in self._refs,
             added={name: size for name, size in sizes.items() if name not in there.files},
             changed={n: s for n, s in sizes.items() if n in there.files and not there.files[n].is_at(folder / n)},
-            deleted={name: there.files[name].size for name in sorted(stale)},
-            kept=tuple(name for name in there.files if name not in sizes and name not in stale),
-            tag=self._tag,
+            deleted={name: there.files[name].size for name in stale},
+            kept=tuple(name for name in others if name not in stale),
+            tag=self.tag,
         )
-        tagged = self._refs.get(f"refs/tags/{self._tag}")
+        tagged = self._refs.get(f"refs/tags/{self.tag}")
         if tagged is not None and (tagged != there.commit or plan.added or plan.changed or plan.deleted):
-            raise _tag_exists(str(self._tag), tagged)
+            raise _tag_exists(str(self.tag), tagged)
         return plan
-
-    def _landed(self, plan: PushReport, parent: str, refs: set[str], there: Repository) -> PushReport | None:
-        """Return the report of an earlier attempt whose commit was made and whose answer was lost; None if there is no
-        such commit.
-
-        Raises:
-            ConcurrentPushError: the branch has moved, and not by this push.
-        """
-        moved = there.commit != parent
-        places = [self._branch] if moved else []
-        if self._create_pr:
-            places = [ref for ref in self._refs if ref.startswith("refs/pr/") and ref not in refs]
-        for place in places:
-            for commit in self._ask("list the commits", self.hub.api.list_repo_commits, revision=place):
-                if self._id in commit.message:
-                    return self._done(plan, commit.commit_id, pr=place.rpartition("/")[2] if self._create_pr else None)
-        if moved and not self._create_pr:
-            raise ConcurrentPushError(
-                f"{self.repo_id} ({self._branch}) is at {there.commit}: somebody pushed since it was read at {parent}",
-                expected="a branch that nobody else pushes to at the same time",
-                next_step=f"look at {self.url}/commits/{self._branch}; to push on top of it, run the same again",
-            )
-        return None
-
-    def _done(self, plan: PushReport, commit: str, *, committed: bool = True, pr: object = None) -> PushReport:
-        if not is_hash(commit):
-            raise odd_answer(f"says that it made the commit {str(commit)[:80]!r}")
-        return replace(
-            plan,
-            commit=commit,
-            committed=committed,
-            url=f"{self.url}/commit/{commit}",
-            pr_url=None if pr is None else f"{self.url}/discussions/{pr}",
-            load_lines=load_lines(self.repo_id, revision=commit, tokenizer=self._has_tokenizer),
-        )
-
-    def _ask(self, what: str, function: Callable[..., Any], **options: Any) -> Any:
-        """Call a function of huggingface_hub about this repository."""
-        return self.hub.ask(f"{what} ({self.repo_id})", function, self.repo_id, **options)
 
 
 @contextmanager
@@ -420,16 +404,6 @@ def writable_id(hub: Hub, repo_id: str) -> str:
         raise AuthenticationError("no token", expected="a user access token with write permission", next_step=LOG_IN)
     name = hub.ask("check the token", lambda: str(hub.api.whoami()["name"]))
     return repo_id if "/" in repo_id else f"{name}/{repo_id}"
-
-
-@contextmanager
-def after_commit(commit: str, *, but: str) -> Iterator[None]:
-    """Extend errors raised in the block: they say that the commit is on the Hub, and what is missing (`but`)."""
-    try:
-        yield
-    except GPT2ValueHubError as error:
-        found = f"the commit {commit} is on the Hub, but {but}: {error.found}"
-        raise type(error)(found, expected=error.expected, next_step=error.next_step) from error
 
 
 def _tag_exists(tag: str, commit: str) -> OptionsError:

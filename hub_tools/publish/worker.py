@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +21,7 @@ from torch import nn
 
 from .. import layout
 from ..errors import ConcurrentPushError, GPT2ValueHubError
-from ..hub.download import download_file, read_repository
-from .push import Push, after_commit
+from .push import Push
 
 CALL = "call.pt"  # in the worker's folder
 VERIFY_TIMEOUT = 24 * 3600.0  # seconds; long, because other work goes first
@@ -66,35 +65,31 @@ def push_checkpoint(
     Raises:
         Everything that `save_package` and `push_package` raise.
     """
-    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    title = ", ".join(f"{name}={value:.6g}" for name, value in metrics.items())
-    title = f"Step {step}{': ' if title else ''}{title}"
+    shown = ", ".join(f"{name}={value:.6g}" for name, value in metrics.items())
     for tries_left in reversed(range(TRIES)):
-        pushing = push(message=title)
+        pushing = push(message=f"Step {step}{': ' if shown else ''}{shown}")
         save(model, folder, tokenizer)
-        _write_metrics(finite, dataset, pushing.repo_id, folder / layout.CARD)
+        _write_metrics(metrics, dataset, pushing.repo_id, folder / layout.CARD)
         try:
             report = pushing.run(folder, timeout=VERIFY_TIMEOUT)
             break
         except ConcurrentPushError:
             if not tries_left:
                 raise
-    commit = str(report.commit)
-    with after_commit(commit, but="the tag of the best checkpoint may be missing or on another"):
-        best = pushing.hub.patiently("find the best checkpoint", lambda: tag(pushing, commit, finite))
-    return {"commit": commit, "url": report.url, "best": best}
+    return {"commit": report.commit, "url": report.url, "best": tag(pushing, str(report.commit), metrics)}
 
 
 def tag_best(push: Push, commit: str, metrics: dict[str, float], *, metric: str | None, sign: int, tag: str) -> bool:
     """Give the tag to a commit if its metric beats that of the commit that has it; return whether it has it now."""
-    if metric not in metrics:
+    if metric is None or not math.isfinite(metrics.get(metric, math.nan)):
         return False
-    tagged = push.tagged(tag)
-    best = None if tagged is None else _metrics_at(push, tagged).get(metric)
-    if best is None or sign * metrics[metric] > sign * best:
-        push.set_tag(tag, commit, move=True)
-        return True
-    return tagged == commit
+
+    def beats(other: str) -> bool:
+        title = push.ask("list the commits", push.hub.api.list_repo_commits, revision=other)[0].title
+        found = re.search(rf"[ :]{re.escape(metric)}=(-?\d+(\.\d+)?(e[+-]\d+)?)", title)
+        return found is None or sign * float(f"{metrics[metric]:.6g}") > sign * float(found[1])
+
+    return push.set_tag(tag, commit, beats=beats)
 
 
 def _write_metrics(metrics: dict[str, float], dataset: str, repo_id: str, path: Path) -> None:
@@ -112,19 +107,9 @@ def _write_metrics(metrics: dict[str, float], dataset: str, repo_id: str, path: 
             metric_value=value,
         )
         for name, value in metrics.items()
+        if math.isfinite(value)
     ]
     path.write_text(str(card), encoding="utf-8")
-
-
-def _metrics_at(push: Push, commit: str) -> dict[str, float]:
-    """Return the metrics in the card of a commit; none where there is no card, or none that can be read."""
-    there = read_repository(push.hub, push.repo_id, commit)
-    if layout.CARD not in there.files:
-        return {}
-    with tempfile.TemporaryDirectory(prefix="gpt2-value-card-") as cache:
-        path = download_file(push.hub, there, layout.CARD, Path(cache))
-        results = ModelCard.load(path, ignore_metadata_errors=True).data.eval_results or []
-    return {result.metric_type: result.metric_value for result in results if isinstance(result.metric_value, float)}
 
 
 if __name__ == "__main__":

@@ -108,13 +108,12 @@ def try_fault(server: HubServer, folder: Path, scenario: Scenario, fault: Fault,
     server.faults.clear()
     if not whole:
         return f"BAD: {first}, and the branch is neither as before nor the package"
-    # a pull request that was made, without an answer, is not opened a second time by a second run
-    again = first if commits and scenario.create_pr else _result(folder, scenario, patience)
+    again = _result(folder, scenario, patience)
     commits, whole = _state(server, folder, scenario)
     tagged = scenario.tag is None or f"refs/tags/{scenario.tag}" in server.repos[REPO].refs
-    if again != "completed" and not (commits and scenario.create_pr):
-        return f"BAD: {first}, and again {again}"
-    return first if commits == 1 and whole and tagged else f"BAD: {first}; then {commits} commits, {whole=}, {tagged=}"
+    once = commits == 1 or scenario.create_pr  # each run opens a pull request
+    good = again == "completed" and once and whole and tagged
+    return first if good else f"BAD: {first}; then {again}, {commits} commits, {whole=}, {tagged=}"
 
 
 def _result(folder: Path, scenario: Scenario, patience: float) -> str:
