@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import make_tiny_model, plain_twin
+from conftest import make_tiny_model
 from support.families import build
 from support.settings import EOS, RAGGED, assert_close, by_hand, covering, of_drawn, own_logits, seeded
 from torch import nn
@@ -66,20 +66,6 @@ def test_a_model_that_gives_other_numbers_in_a_batch_is_refused_by_name(fault, d
     with pytest.raises(SelfCheckError, match=r"GPT2ValueModel.* nats"):
         draw(model)
     assert fault == "noise" or torch.equal(torch.get_rng_state(), before)
-
-
-@in_both_dtypes
-def test_a_subclass_whose_cache_is_wrong_is_refused(dtype):
-    plain = plain_twin(make_tiny_model())
-
-    class Forgets(type(plain)):
-        def forward(self, *args, **kwargs):
-            keys_of_other_rows(kwargs)
-            return super().forward(*args, **kwargs)
-
-    plain.__class__ = Forgets
-    with pytest.raises(SelfCheckError, match="Forgets"):
-        draw(plain.to(dtype))
 
 
 def test_a_fault_that_comes_later_is_found_after_some_rollouts():
