@@ -247,7 +247,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(gpt2_value, pack
     with app.listen(0) as taken:
         port = taken.getsockname()[1]
         status, _, err = gpt2_value("app", package, "--port", port)
-        assert status == 1
+        assert status == 2
         assert f"port {port} cannot be used" in err
         assert "--port" in err
 

@@ -130,7 +130,7 @@ def test_what_goes_wrong_is_one_message_on_stderr(arguments, status, says, gpt2_
         (["--temperature", "0"], "temperature"),
         (["--top-p", "2"], "top_p"),
         (["--max-new-tokens", "1000"], "64"),
-        (["--revision", "main"], "no revisions"),
+        (["--revision", "main"], "revision"),
         (["--html", "/no/[bold]such/page.html"], "/no/[bold]such"),
     ],
 )
@@ -230,8 +230,8 @@ def test_weights_that_overflow_are_the_packages_fault(gpt2_value, package):
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        ("", "[OPTIONS]"),
-        ("app", "[OPTIONS]"),  # square brackets are no markup
+        ("", "[-h]"),
+        ("app", "--compare"),
         ("create", "--base"),
         ("respond", "--top-p"),
         ("inspect", "--diff"),
@@ -249,7 +249,7 @@ def test_help_teaches(command, named, gpt2_value):
 @pytest.mark.parametrize(
     ("encoding", "command", "said"),
     [
-        ("utf-8", "--help", "Usage"),
+        ("utf-8", "--help", "usage"),
         ("utf-8", "--version", layout.__version__),
         ("latin-1", "inspect", r"ko\u0161"),
         ("ascii", "inspect", "ko"),

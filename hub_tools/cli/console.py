@@ -1,26 +1,13 @@
-"""What the `gpt2-value` command prints. Results go to stdout, all else to stderr; text of strangers is escaped.
-
-Imports typer.
-"""
+"""What the `gpt2-value` command prints. Results go to stdout, all else to stderr; text of strangers is escaped."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import typer
-
-from ..errors import GPT2ValueHubError
 from ..errors import visible as visible_lines
-
-
-def working(what: str) -> None:
-    """Say on a terminal what takes a while."""
-    if sys.stderr.isatty():
-        typer.secho(f"{visible(what)} ...", err=True, dim=True)
 
 
 def show(as_json: bool, value: dict[str, Any], text: str | None = None, *, next: Sequence[object] = ()) -> None:
@@ -34,9 +21,9 @@ def show(as_json: bool, value: dict[str, Any], text: str | None = None, *, next:
     if as_json:
         print(json.dumps(value, indent=2, default=str))
         return
-    typer.echo(visible_lines(facts(value) if text is None else text))
+    print(visible_lines(facts(value) if text is None else text))
     if next:
-        typer.echo(f"next: {visible(shlex.join(map(str, next)))}")
+        print(f"next: {visible(shlex.join(map(str, next)))}")
 
 
 def facts(value: Mapping[str, Any]) -> str:
@@ -52,28 +39,19 @@ def _plain(fact: Any) -> str:
     return f"{fact:,}" if type(fact) is int else visible(str(fact))
 
 
-def show_error(error: GPT2ValueHubError) -> None:
-    """Print what was found, in red, then what was expected and what to do next."""
-    typer.secho(f"error: {error.found}", err=True, fg="red")
-    if error.expected:
-        typer.echo(f"expected: {error.expected}", err=True)
-    typer.echo(f"next: {error.next_step}", err=True)
-
-
-def show_responses(responses: Sequence[dict[str, Any]]) -> None:
-    """Print each response, and a row for each of its tokens: log-probability, and value of the state before it."""
+def responses_as_text(responses: Sequence[dict[str, Any]]) -> str:
+    """Write each response, and a row for each of its tokens: log-probability, and value of the state before it."""
+    lines = []
     for response in responses:
-        typer.secho(visible(response["prompt"]), bold=True, nl=False)
-        typer.echo(visible(response["text"]))
         shown = [visible(token["text"]).replace(" ", "·") for token in response["tokens"]]
         width = min(24, max(map(len, ["token", *shown])))
-        typer.secho(f"  {'token':<{width}}  {'log-prob':>8}  {'value':>8}", dim=True)
+        lines += [visible(response["prompt"] + response["text"])]
+        lines += [f"  {'token':<{width}}  {'log-prob':>8}  {'value':>8}"]
         for token, text in zip(response["tokens"], shown, strict=True):
             value = "-" if token["value"] is None else f"{token['value']:+.3f}"
-            typer.echo(f"  {text:<{width}}  {token['logprob']:>8.3f}  {value:>8}")
-        if response["truncated"]:
-            typer.secho("  stopped at --max-new-tokens", dim=True)
-        typer.echo()
+            lines += [f"  {text:<{width}}  {token['logprob']:>8.3f}  {value:>8}"]
+        lines += ["  stopped at --max-new-tokens\n" if response["truncated"] else ""]
+    return "\n".join(lines)
 
 
 def visible(text: str) -> str:
