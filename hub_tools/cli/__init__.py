@@ -69,7 +69,7 @@ def create(
         raise SourceError(f"{base} has no tokenizer", next_step="if it needs none: create --no-tokenizer")
     model = loaded.model if dtype is None else loaded.model.to(getattr(torch, dtype))
     package = save_package(model, folder, loaded.tokenizer, base_model=base if is_hub_id(base) else None, **options)
-    console.show(json, asdict(package), str(package), next=["gpt2-value", "verify", folder])
+    console.show(json, asdict(package), str(package), made=folder)
 
 
 @command(
@@ -118,7 +118,7 @@ def respond(
     for row, prompt in enumerate(prompts):
         drawn = rollout.response_mask[row]
         ids, logprobs = rollout.responses[row][drawn].tolist(), rollout.logprobs[row][drawn].tolist()
-        values = [None] * len(ids) if rollout.values is None else rollout.values[row][drawn].tolist()
+        values = rollout.values[row][drawn].tolist()
         tokens = [
             {"id": id, "text": texts[id], "logprob": logprob, "value": value}
             for id, logprob, value in zip(ids, logprobs, values, strict=True)
@@ -132,11 +132,10 @@ def respond(
 @command(
     "package",
     "revision",
-    flag("--hash-weights", help="compare the weights with the record too, by SHA-256"),
     flag("--diff", help="show how its code differs from this version's"),
     "json",
 )
-def inspect(package: str, revision: str | None, hash_weights: bool, diff: bool, json: bool) -> int:
+def inspect(package: str, revision: str | None, diff: bool, json: bool) -> int:
     """Show what is inside a package, without running any of it.
 
     Reads JSON, hashes code, and of the weights reads the headers, also on the Hub. Pickles are named and never
@@ -148,10 +147,9 @@ def inspect(package: str, revision: str | None, hash_weights: bool, diff: bool, 
 
     if diff:
         lines = list(code_differences(package, revision=revision))
-        for line in lines or [f"all code is version {layout.__version__}'s"]:
-            print(line)
+        print("\n".join(lines or [f"all code is version {layout.__version__}'s"]))
         return EXIT_FINDINGS if lines else 0
-    report = inspect_package(package, revision=revision, hash_weights=hash_weights)
+    report = inspect_package(package, revision=revision)
     findings = [refusal.found for refusal in refusals(report)]
     value = {**report.to_json(), "findings": findings}
     known = all(file.installed or file.releases for file in report.code)
@@ -202,7 +200,7 @@ def convert(source: str, folder: Path, json: bool, **options: Any) -> None:
     from ..convert.convert import convert_checkpoint
 
     made = convert_checkpoint(source, folder, **options)
-    console.show(json, asdict(made), next=["gpt2-value", "verify", folder])
+    console.show(json, asdict(made), made=folder)
 
 
 @command(
@@ -270,10 +268,10 @@ def app(model: str, compare: str | None, revision: str | None, port: int, review
     """
     from ..app import listen, serve
 
-    place = listen(port)
-    mine = load(model, revision, reviewed, plain=True)
-    other = None if compare is None else load(compare, plain=True).model
-    serve(place, mine.model, mine.tokenizer, other, say=lambda address: print(address, flush=True))
+    with listen(port) as place:
+        mine = load(model, revision, reviewed, plain=True)
+        other = None if compare is None else load(compare, plain=True).model
+        serve(place, mine.model, mine.tokenizer, other, say=lambda address: print(address, flush=True))
 
 
 @command()

@@ -8,9 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import PackageError, as_ours
-from ..layout import GENERATION_CONFIG
-from ..package.config import reduce
+from ..errors import as_ours
+from ..package.config import GENERATION
 from . import console
 from .options import command, encode, load, option, wrong
 
@@ -68,7 +67,7 @@ def audit(
     from sampler_audit import audit_sampler, rollout_from_tokens
     from sampling_gpt2_value import Sampling
 
-    options = _options_of(generate or [])
+    options = dict(map(_setting, generate or []))
     loaded = load(package, revision, reviewed, seed=seed, plain=True)
     model = loaded.model
     queries = encode(loaded, prompts, package, 1) if prompts else [torch.tensor([model.config.bos_token_id or 0])]
@@ -105,14 +104,12 @@ def audit(
     return 0 if found.honest else EXIT_DISHONEST
 
 
-def _options_of(pairs: list[str]) -> dict[str, Any]:
-    """`["top_k=50"]` as `{"top_k": 50}`: values are read as JSON, and may be what a generation config may hold."""
-    try:
-        options = {name: json_library.loads(value) for name, _, value in (pair.partition("=") for pair in pairs)}
-        known = reduce(GENERATION_CONFIG, options, where="--generate")
-    except (ValueError, RecursionError) as error:
-        found = error.found if isinstance(error, PackageError) else f"{', '.join(pairs)}: {error}"
-        raise wrong(f"--generate KEY=VALUE, with a value as JSON writes it (false, null, 0.7): {found}") from error
-    if unknown := sorted(set(options) - set(known)):
-        raise wrong(f"--generate {', '.join(unknown)}: not a number or a switch of generate() that is known here")
-    return options
+def _setting(pair: str) -> tuple[str, Any]:
+    """`top_k=50` as a name and a value, which is read as JSON, and is one that a generation config may hold."""
+    name, _, value = pair.partition("=")
+    expected = "KEY=VALUE, a setting of generate() and a value of its type, as JSON writes it: 0.7, false, null, [1, 2]"
+    with as_ours(lambda _: wrong(f"--generate {pair}; expected {expected}")):
+        allowed, found = GENERATION[name], json_library.loads(value)
+        if found is not None and not allowed.holds(found):
+            raise ValueError(name)
+    return name, found

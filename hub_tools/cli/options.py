@@ -109,6 +109,8 @@ def load(
     with as_ours(wrong):
         torch.manual_seed(torch.seed() if seed is None else seed)
     hashes = dict(pair.rpartition("=")[::2] for pair in reviewed)
+    if "" in hashes:
+        raise wrong("--reviewed: expected NAME=SHA256, as gpt2-value inspect prints them")
     try:
         return load_package(source, revision=revision, reviewed_sha256=hashes or None)
     except NotAPackageError:
