@@ -178,7 +178,7 @@ def test_offloaded_weights_give_the_same_numbers_and_are_not_saved(saved, tmp_pa
         scored = rescore(scorer, drawn, reference=reference)
         assert_as_drawn(scored, drawn)
         assert scored.kl.abs().max() < 1e-5
-    with pytest.raises(UnsavableModelError, match="without data"):
+    with pytest.raises(UnsavableModelError, match="on the device meta"):
         save_package(placed, tmp_path / "package")
     assert not (tmp_path / "package").exists()
 

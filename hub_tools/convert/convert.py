@@ -28,7 +28,8 @@ from ..hub.ask import is_repository_id
 from ..hub.download import fetch
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX
 from ..package.config import checked_config, count_numbers, unknown_fields
-from ..package.save import SavedPackage, save_package, save_target
+from ..package.replace import check_target
+from ..package.save import SavedPackage, save_package
 from ..package.stage import make_loadable, package_file_limit, stage
 from ..package.tokenizer import load_tokenizer
 from .adapters import lora_settings, merge
@@ -150,7 +151,7 @@ def convert_checkpoint(
         OptionsError: an argument that this source has no use for.
         And what `save_package` raises.
     """
-    save_target(folder, overwrite=overwrite)  # checked now, before the work that can take minutes
+    check_target(folder, overwrite=overwrite)  # checked now, before the work that can take minutes
     read = _read(source, revision, config, base)
     found = translate(
         os.fspath(source),

@@ -74,15 +74,19 @@ def render_card(
         OptionsError: a value that the Hub would reject, or a local path as `base_model`.
     """
     words = isinstance(tags, Sequence) and all(isinstance(tag, str) and WORDS.fullmatch(tag) for tag in tags)
-    identifier = isinstance(license, str) and IDENTIFIER.fullmatch(license)
-    for name, value, fits, expected in (
-        ("base_model", base_model, is_hub_id(base_model), "the id of a repository, as openai-community/gpt2; no path"),
-        ("repo_id", repo_id, is_repository_id(repo_id), "owner/name"),
-        ("license", license, identifier, "an identifier of https://huggingface.co/docs/hub/repositories-licenses"),
-        ("tags", tags, words and not isinstance(tags, str), "a list of words"),
+    for name, value, fits in (
+        ("base_model", base_model, is_hub_id(base_model)),
+        ("repo_id", repo_id, is_repository_id(repo_id)),
+        ("license", license, isinstance(license, str) and IDENTIFIER.fullmatch(license)),
+        ("tags", tags, words and not isinstance(tags, str)),
     ):
         if value is not None and not fits:
-            raise OptionsError(f"{name}={value!r}", expected=expected, next_step="correct it, or leave it out")
+            raise OptionsError(
+                f"{name}={value!r}",
+                expected="base_model and repo_id: ids on the Hub, as openai-community/gpt2, and no folders; license: "
+                "an identifier of https://huggingface.co/docs/hub/repositories-licenses; tags: a list of words",
+                next_step="correct it, or leave it out",
+            )
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

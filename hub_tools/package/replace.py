@@ -30,7 +30,6 @@ from .. import layout
 from ..errors import FolderRefusedError, SaveFailedError, as_ours, gist
 from ..files import read_json
 
-_AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h; macOS's RENAME_SWAP, in sys/stdio.h, is 2 as well
 
 
@@ -129,10 +128,10 @@ def exchange(one: Path, other: Path) -> bool:
     if sys.platform == "darwin":
         failed = system.renamex_np(first, second, _RENAME_EXCHANGE)
     else:
-        failed = system.renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE)
+        failed = system.renameat2(0, first, 0, second, _RENAME_EXCHANGE)  # 0: of no effect where paths are absolute
     code = ctypes.get_errno()
     if failed and code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        raise OSError(code, os.strerror(code), str(one), None, str(other))
+        raise OSError(code, os.strerror(code), str(other))
     return not failed
 
 
@@ -148,7 +147,11 @@ def _sync(*paths: Path) -> None:
 
 
 def check_target(
-    folder: str | os.PathLike[str], *, overwrite: bool, model_type: str, may_replace: Callable[[str], bool]
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    model_type: str = layout.MODEL_TYPE,
+    may_replace: Callable[[str], bool] = layout.written_by_save,
 ) -> Path:
     """Return the folder to replace, with links resolved; refuse one whose content must not be lost.
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from configuration_gpt2_value import GPT2ValueConfig
 from modeling_gpt2_value import GPT2ValueModel
 
 from .. import layout
-from ..errors import MissingHeadError, PackageError, TokenizerMismatchError, UnsavableModelError, as_ours, gist
+from ..errors import MissingHeadError, PackageError, UnsavableModelError, as_ours, gist
 from ..files import in_units
 from . import config as config_fields
 from .card import load_lines, render_card
@@ -102,16 +103,12 @@ def save_package(
         FolderRefusedError: `folder` holds something else.
         SaveFailedError: the system refused a write. What was in `folder` is untouched.
     """
-    target = save_target(folder, overwrite=overwrite)
+    target = check_target(folder, overwrite=overwrite)
     whole = installed_copy(model)
     has_tokenizer = tokenizer is not None
     if has_tokenizer:
         check_tokenizer(tokenizer, whole.config.vocab_size)
-    versions = {
-        "gpt2-value": layout.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
+    versions = {"gpt2-value": layout.__version__, **{name: version(name) for name in ("torch", "transformers")}}
     card = render_card(
         whole, versions, tokenizer=has_tokenizer, base_model=base_model, license=license, tags=tags, repo_id=repo_id
     )
@@ -124,17 +121,8 @@ def save_package(
             shutil.copymode(package / layout.CARD, path)
         _write_record(package, whole, tokenizer, versions)
         files = {path.name: path.stat().st_size for path in sorted(package.iterdir())}
-        save_target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
+        check_target(folder, overwrite=overwrite)  # writing may have taken minutes: look again
     return SavedPackage(target, files, whole.num_parameters(), load_lines(str(target), tokenizer=has_tokenizer))
-
-
-def save_target(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The folder that `save_package` would write, with links resolved.
-
-    Raises:
-        FolderRefusedError: it holds something else.
-    """
-    return check_target(folder, overwrite=overwrite, model_type=layout.MODEL_TYPE, may_replace=layout.written_by_save)
 
 
 def _write_record(folder: Path, model: GPT2ValueModel, tokenizer: Any, versions: dict[str, str]) -> None:
@@ -143,16 +131,7 @@ def _write_record(folder: Path, model: GPT2ValueModel, tokenizer: Any, versions:
     numbers = measure(in_float32, token_ids, logit_ids)
     if damaged := not_finite({name: torch.tensor(values) for name, values in numbers.items()}):
         raise _unsavable(f"its {', '.join(damaged)} are NaN or infinite, though no weight is: some are too large")
-    tokenizer_ids = None
-    if tokenizer is not None:
-        with as_ours(
-            lambda gist: TokenizerMismatchError(
-                f"the tokenizer cannot read {PROBE_TEXT!r}: {gist}",
-                expected="a tokenizer that reads any text",
-                next_step="load it as the class that wrote its files, or save without a tokenizer",
-            )
-        ):
-            tokenizer_ids = tokenizer(PROBE_TEXT)["input_ids"]
+    tokenizer_ids = None if tokenizer is None else tokenizer(PROBE_TEXT)["input_ids"]
     sha256 = {path.name: layout.sha256_of(path) for path in sorted(folder.iterdir()) if path.name != layout.CARD}
     record = Record(token_ids, logit_ids, **numbers, tokenizer_ids=tokenizer_ids, versions=versions, sha256=sha256)
     record.write(folder)
@@ -193,8 +172,7 @@ def installed_copy(model: nn.Module | Gathered) -> GPT2ValueModel:
     weights = {name: tensor.detach() for name, tensor in held.items()}
     for name, weight in weights.items():
         if weight.is_meta or weight.dtype not in FLOATS:
-            what = "on the meta device, without data" if weight.is_meta else f"{weight.dtype}, not one of {FLOATS}"
-            raise _unsavable(f"{name} is {what}")
+            raise _unsavable(f"{name} is {weight.dtype} on the device {weight.device}; only {FLOATS} can be saved")
     if damaged := not_finite(weights):
         raise _unsavable(f"NaN or infinite values in {damaged}")
     config: Any = GPT2ValueConfig.from_dict({**given.config.to_dict(), "model_type": layout.MODEL_TYPE})
@@ -208,13 +186,9 @@ def installed_copy(model: nn.Module | Gathered) -> GPT2ValueModel:
         twin.generation_config = copy.deepcopy(given.generation_config)
         twin.generation_config.validate(strict=True)
         config_fields.reduce(layout.GENERATION_CONFIG, json.loads(twin.generation_config.to_json_string()))
-    if hasattr(twin.config, "validate"):  # transformers 5 validates the config when it writes it
-        twin.config.validate()
-    if isinstance(model, Gathered):
-        _refuse_other_numbers(given, model.numbers, twin, COARSE)
-    else:
-        exact = all(weight.dtype == torch.float32 for weight in twin.parameters())
-        _refuse_other_numbers(given, computed(given), twin, CLOSE if exact else COARSE)
+    exact = given is model and all(weight.dtype == torch.float32 for weight in twin.parameters())
+    found = model.numbers if isinstance(model, Gathered) else computed(given)
+    _refuse_other_numbers(given, found, twin, CLOSE if exact else COARSE)
     return twin.cpu()
 
 

@@ -74,21 +74,21 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
     """
     from transformers import PreTrainedTokenizerBase
 
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or (
-        set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
-    ):
-        raise TokenizerMismatchError(
-            f"the tokenizer is a {type(tokenizer).__name__}, without tokens but for special ones",
-            expected="a transformers tokenizer that reads text; version 5 makes an empty one where it finds no files",
-            next_step="load it from where its files are; PreTrainedTokenizerFast wraps one of tokenizers",
+    def misfit(found: str) -> TokenizerMismatchError:
+        return TokenizerMismatchError(
+            f"the tokenizer, a {type(tokenizer).__name__}: {found}",
+            expected=f"a transformers tokenizer that reads any text, with ids below {vocab_size}",
+            next_step="load it from where its files are (version 5 makes an empty one where it finds none); where "
+            "tokens were added, model.resize_token_embeddings(len(tokenizer))",
         )
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise TokenizerMismatchError(
-            f"the tokenizer has the id {largest}, and the model's vocabulary ends at {vocab_size - 1}",
-            expected="no id that the model has no embedding for",
-            next_step=f"model.resize_token_embeddings({largest + 1}), or remove the tokens that were added",
-        )
+
+    with as_ours(misfit):
+        special = set(getattr(tokenizer, "all_special_tokens", ()))
+        if not isinstance(tokenizer, PreTrainedTokenizerBase) or set(tokenizer.get_vocab()) <= special:
+            raise misfit("it has no tokens but special ones")
+        if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
+            raise misfit(f"it has the id {largest}")
+        tokenizer("any text")
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:

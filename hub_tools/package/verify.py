@@ -102,23 +102,18 @@ def verify_package(
         theirs = (*found["logits"], found["logsumexp"])
         logit_difference = _compare("logits", (*record.logits, record.logsumexp), theirs)
         value_difference = _compare("values", record.values, found["values"])
-    if record.tokenizer_ids != found["tokenizer_ids"]:
-        raise VerificationError(
-            f"the tokenizer gives {found['tokenizer_ids']} for {PROBE_TEXT!r}",
-            expected=f"{record.tokenizer_ids}, as recorded",
-            next_step="save the package again with its tokenizer",
-        )
+        _compare("tokenizer's ids", [record.tokenizer_ids or []], [found["tokenizer_ids"] or []])
     return VerificationReport(logit_difference, value_difference, package)
 
 
-def _compare(what: str, recorded: Iterable[list[float]], found: Iterable[list[float]]) -> float:
+def _compare(what: str, recorded: Iterable[Sequence[float]], found: Iterable[Sequence[float]]) -> float:
     """Return the largest absolute difference.
 
     Raises:
         VerificationError: it is too large, or there are other numbers than recorded.
     """
     ours, theirs = ([*chain.from_iterable(rows)] for rows in (recorded, found))
-    tolerance = TOLERANCE * max([1.0, *map(abs, ours)])
+    tolerance = min(TOLERANCE * max([1.0, *map(abs, ours)]), 0.5)  # ids differ by 1
     differences = [abs(one - other) for one, other in zip(ours, theirs, strict=False)]
     if len(ours) != len(theirs) or not all(each <= tolerance for each in differences):  # NaN is not
         raise VerificationError(
