@@ -20,7 +20,7 @@ def measure(model: Any, token_ids: list[int], logit_ids: list[int]) -> dict[str,
 
     with torch.no_grad():
         output = model(input_ids=torch.tensor([token_ids]), use_cache=False, return_dict=True)
-    logits, values = output.logits[0].float(), output.value[0].float()  # (T, vocab), (T) or (T, n_embd)
+    logits, values = output.logits[0], output.value[0]  # (T, vocab), (T) or (T, n_embd)
     return {
         "logits": logits[:, logit_ids].tolist(),
         "logsumexp": torch.logsumexp(logits, dim=-1).tolist(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,6 @@ class Record:
     versions: dict[str, str]
     sha256: dict[str, str]
     format: int = FORMAT
-
-    def write(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), allow_nan=False, sort_keys=True)
-        (folder / layout.RECORD).write_text(text + "\n", encoding="utf-8")
 
 
 def probe(config: Any) -> tuple[list[int], list[int]]:
@@ -98,7 +94,7 @@ def versions_of(name: str, sha256: str) -> tuple[str, ...]:
 
 def diff_command(source: str, commit: str | None = None) -> str:
     """Return the command that shows how a package's code differs from the installed version's."""
-    return shlex.join(["gpt2-value", "inspect", source, "--diff", *(["--revision", commit] if commit else [])])
+    return f"gpt2-value inspect {shlex.quote(source)} --diff" + (f" --revision {commit}" if commit else "")
 
 
 if __name__ == "__main__":  # make release-hashes: what was released once stays as it is

@@ -110,8 +110,7 @@ def _put_in_place(package: Path, target: Path) -> None:
             if exchange(package, target):
                 break
             previous = package.with_name("previous")
-            if previous.exists():  # another save wrote the target between our two renames: that is the previous one now
-                shutil.rmtree(previous)
+            shutil.rmtree(previous, ignore_errors=True)  # another save wrote the target between our renames
             os.rename(target, previous)
     _sync(target.parent)
 

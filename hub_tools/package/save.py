@@ -27,7 +27,7 @@ from .card import load_lines, render_card
 from .probe import measure
 from .record import PROBE_TEXT, Record, probe
 from .replace import check_target, replacing
-from .sharded import Gathered, Numbers, computed, in_first_process
+from .sharded import Gathered, computed, in_first_process
 from .tokenizer import check_tokenizer, write_tokenizer
 from .weights import build_model, not_finite
 
@@ -128,13 +128,19 @@ def save_package(
 def _write_record(folder: Path, model: GPT2ValueModel, tokenizer: Any, versions: dict[str, str]) -> None:
     token_ids, logit_ids = probe(model.config)
     in_float32 = model if all(w.dtype == torch.float32 for w in model.parameters()) else copy.deepcopy(model).float()
-    numbers = measure(in_float32, token_ids, logit_ids)
-    if damaged := not_finite({name: torch.tensor(values) for name, values in numbers.items()}):
-        raise _unsavable(f"its {', '.join(damaged)} are NaN or infinite, though no weight is: some are too large")
-    tokenizer_ids = None if tokenizer is None else tokenizer(PROBE_TEXT)["input_ids"]
-    sha256 = {path.name: layout.sha256_of(path) for path in sorted(folder.iterdir()) if path.name != layout.CARD}
-    record = Record(token_ids, logit_ids, **numbers, tokenizer_ids=tokenizer_ids, versions=versions, sha256=sha256)
-    record.write(folder)
+    record = Record(
+        token_ids,
+        logit_ids,
+        **measure(in_float32, token_ids, logit_ids),
+        tokenizer_ids=None if tokenizer is None else tokenizer(PROBE_TEXT)["input_ids"],
+        versions=versions,
+        sha256={path.name: layout.sha256_of(path) for path in sorted(folder.iterdir()) if path.name != layout.CARD},
+    )
+    with as_ours(
+        lambda gist: _unsavable(f"it gives NaN or infinity, though no weight is: some are too large ({gist})")
+    ):
+        text = json.dumps(vars(record), allow_nan=False, sort_keys=True)
+    (folder / layout.RECORD).write_text(f"{text}\n", encoding="utf-8")
 
 
 # From the model that was passed to a copy of this installed version's class
@@ -145,8 +151,9 @@ def _unsavable(found: str) -> UnsavableModelError:
         f"the model cannot be saved: {found}",
         expected="a GPT2ValueModel itself, in memory, whose weights and config say all that it computes",
         next_step="pass the model inside a wrapper (model.module, model._orig_mod), merge adapters "
-        "(copy.deepcopy(model).merge_and_unload()), remove hooks, set in model.config what differs from it, convert "
-        "with model.float(), resize with model.resize_token_embeddings; after NaN, go back to an earlier checkpoint",
+        "(copy.deepcopy(model).merge_and_unload()), remove hooks and other forwards, set in model.config what differs "
+        "from it, convert with model.float(), resize with model.resize_token_embeddings; after NaN, go back to an "
+        "earlier checkpoint",
     )
 
 
@@ -186,31 +193,21 @@ def installed_copy(model: nn.Module | Gathered) -> GPT2ValueModel:
         twin.generation_config = copy.deepcopy(given.generation_config)
         twin.generation_config.validate(strict=True)
         config_fields.reduce(layout.GENERATION_CONFIG, json.loads(twin.generation_config.to_json_string()))
-    exact = given is model and all(weight.dtype == torch.float32 for weight in twin.parameters())
     found = model.numbers if isinstance(model, Gathered) else computed(given)
-    _refuse_other_numbers(given, found, twin, CLOSE if exact else COARSE)
-    return twin.cpu()
-
-
-def _refuse_other_numbers(model: nn.Module, found: Numbers, twin: GPT2ValueModel, tolerance: float) -> None:
-    """Refuse a model that computes other numbers than a copy made of its weights and its config.
-
-    Raises:
-        UnsavableModelError: it names the modules that differ, and by how much the numbers do.
-    """
-    parts = dict(twin.named_modules())
-    odd = [
-        f"{path or 'the model'} ({type(module).__name__})"
-        for path, module in model.named_modules()
-        if type(module).__name__.removeprefix("FSDP") != type(parts.get(path)).__name__
-        or "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
+    exact = given is model and all(weight.dtype == torch.float32 for weight in twin.parameters())
+    kinds = [
+        {(path, type(part).__name__.removeprefix("FSDP")) for path, part in each.named_modules()}
+        for each in (given, twin)
     ]
-    why = f"; of another class, with hooks or with another forward: {', '.join(odd[:5])}" if odd else ""
     for name, expected in computed(twin).items():
-        most = tolerance * max(1.0, float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()))
+        largest = max(1.0, float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()))
         try:
-            torch.testing.assert_close(found[name], expected, rtol=0.0, atol=most, equal_nan=True)
+            torch.testing.assert_close(
+                found[name], expected, rtol=0.0, atol=largest * (CLOSE if exact else COARSE), equal_nan=True
+            )
         except AssertionError as error:
-            raise _unsavable(f"its {name} is not what its weights and config give{why}: {gist(error)}") from error
+            others = sorted(kinds[0] - kinds[1])
+            raise _unsavable(
+                f"its {name} is not what its weights and config give: {gist(error)}; modules of another class: {others}"
+            ) from error
+    return twin.cpu()

@@ -52,7 +52,15 @@ def computed(model: Any) -> Numbers:
     mask[1, : len(token_ids) // 4] = 0
     modes = {module: module.training for module in model.modules()}
     eager = torch.compiler.set_stance("force_eager")
-    with as_ours(_no_forward), torch.no_grad(), torch.autocast(device.type, enabled=False), eager:
+
+    def failed(gist: str) -> UnsavableModelError:
+        return UnsavableModelError(
+            f"the model does not compute logits and values on a batch of tokens: {gist}",
+            expected="forward(input_ids=, attention_mask=, use_cache=, return_dict=) as GPT2ValueModel's",
+            next_step="save a plain model with its weights: GPT2ValueModel(model.config), then load_state_dict",
+        )
+
+    with as_ours(failed), torch.no_grad(), torch.autocast(device.type, enabled=False), eager:
         try:
             output = model.eval()(input_ids=batch, attention_mask=mask, use_cache=False, return_dict=True)
         finally:
@@ -60,14 +68,6 @@ def computed(model: Any) -> Numbers:
                 module.training = training
         tokens = mask.bool().cpu()
         return {"logits": output.logits[tokens].float().cpu(), "value": output.value[tokens].float().cpu()}
-
-
-def _no_forward(gist: str) -> UnsavableModelError:
-    return UnsavableModelError(
-        f"the model does not compute logits and values on a batch of tokens: {gist}",
-        expected="forward(input_ids=, attention_mask=, use_cache=, return_dict=) as GPT2ValueModel's",
-        next_step="save a plain GPT2ValueModel with these weights: GPT2ValueModel(model.config), then load_state_dict",
-    )
 
 
 def is_sharded(model: object) -> bool:
@@ -122,11 +122,9 @@ def _meet() -> None:
     try:
         store.wait(keys, timedelta(seconds=WAIT))
     except RuntimeError as error:  # FileStore's own; TCPStore's is DistStoreError, which is one
-        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
         store.delete_key(own)  # the next attempt is another one
         raise UnsavableModelError(
-            f"the weights are sharded over {len(keys)} processes, and process {', '.join(missing)} did not come to "
-            f"save them within {WAIT:g} s of process {dist.get_rank()}",
+            f"the weights are sharded over {len(keys)} processes, and not all of them came within {WAIT:g} s",
             expected="the same call in all processes; only the first one writes",
             next_step="call it outside of `if is_main_process`; where one is late, torch.distributed.barrier() first",
         ) from error

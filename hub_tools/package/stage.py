@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,31 +99,31 @@ def stage(
         commit: of a repository on the Hub.
 
     Raises:
-        PackageError: the folder cannot be read, or has too many files.
+        PackageError: the folder cannot be read.
         PackageError: a wanted file is a link out of the folder, a device, a pipe or a folder, or cannot be read.
         PackageError: a file, or all together, is larger than its limit.
         ResourceLimitError: the temporary folder has no room for the copy.
     """
     folder, sha256 = Path(source), {}
 
-    def unreadable(gist: str) -> PackageError:
-        return PackageError(
-            f"{folder}: {gist}",
-            expected=f"a folder with one model, of at most {limits.NAMES_IN_A_FOLDER:,} files that can be read",
-            next_step="check its permissions, or move the model's files to a folder of their own",
+    def failed(gist: str) -> ResourceLimitError:
+        return ResourceLimitError(
+            f"copying files to {tempfile.gettempdir()} failed: {gist}",
+            expected="room for a private copy of the files that are read",
+            next_step="name a folder on a larger disk for temporary files: export TMPDIR=FOLDER",
         )
 
-    with as_ours(unreadable):
+    with as_ours(lambda gist: PackageError(f"{folder} cannot be read: {gist}", next_step="check its permissions")):
         names = sorted(os.listdir(folder))
-    if len(names) > limits.NAMES_IN_A_FOLDER:
-        raise unreadable(f"{len(names):,} files")
     with tempfile.TemporaryDirectory(prefix="gpt2-value-", ignore_cleanup_errors=True) as home:
         copy = Path(home, "files")
         copy.mkdir(mode=0o700)
-        wanted = {name: limit for name in names if (limit := limit_of(name)) is not None}
-        for name, limit in wanted.items():
+        for name in names:
+            limit = limit_of(name)
+            if limit is None:
+                continue
             most = min(limit, total)
-            with open_in(folder, name) as opened, as_ours(_no_room):
+            with open_in(folder, name) as opened, as_ours(failed):
                 size = os.fstat(opened.fileno()).st_size
                 if size > most:
                     raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {most:,}", next_step=AGAIN)
@@ -197,7 +197,7 @@ def package_file_limit(name: str, *, vocabulary: int, weights: int) -> int | Non
     return most.get(layout.kind_of(name))
 
 
-def make_loadable(copy: Stage, code: Iterable[str]) -> Path:
+def make_loadable(copy: Stage, code: Collection[str]) -> Path:
     """Reduce the inspected copy of a package to what a library may load, and return its folder.
 
     The JSON files keep the fields that a library may see (see `config.reduce`), and code that is not in `code` goes.
@@ -205,20 +205,11 @@ def make_loadable(copy: Stage, code: Iterable[str]) -> Path:
     Raises:
         What `config.reduce` raises.
     """
-    wanted = set(code)
-    for path in sorted(copy.folder.iterdir()):
-        if path.name.endswith(layout.CODE_SUFFIXES):
-            if path.name not in wanted:
-                path.unlink()
-        elif path.name in config_fields.REDUCED:
-            fields = read_json(copy.folder, path.name, limit=limits.INDEX_BYTES)
-            path.write_text(json.dumps(config_fields.reduce(path.name, fields)), encoding="utf-8")
+    for name in copy.sha256:
+        path = copy.folder / name
+        if name.endswith(layout.CODE_SUFFIXES) and name not in code:
+            path.unlink()
+        elif name in config_fields.REDUCED:
+            fields = read_json(copy.folder, name, limit=limits.INDEX_BYTES)
+            path.write_text(json.dumps(config_fields.reduce(name, fields)), encoding="utf-8")
     return copy.folder
-
-
-def _no_room(gist: str) -> ResourceLimitError:
-    return ResourceLimitError(
-        f"copying files to {tempfile.gettempdir()} failed: {gist}",
-        expected="room for a private copy of the files that are read",
-        next_step="name a folder on a larger disk for temporary files: export TMPDIR=FOLDER",
-    )

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("try_tokenizer.py")
 
 
 def load_tokenizer(folder: Path, source: str, *, config: Any) -> Any:
-    """Load the tokenizer in `folder`, without running any code of it.
+    """Load the tokenizer in `folder`, without running any code of it. First it is tried, in a process with limits.
 
     Args:
         folder: a private copy whose settings were reduced: see `stage.make_loadable`.
@@ -26,22 +26,17 @@ def load_tokenizer(folder: Path, source: str, *, config: Any) -> Any:
         LoadError: its files are not complete, transformers cannot load them, or opening or using it took more memory or
             time than `limits` allows.
     """
-    try_in_a_process(folder, source)
-    from transformers import AutoTokenizer
 
-    with as_ours(lambda gist: _does_not_load(source, gist)):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, config=config)
-    tokenizer.name_or_path = source
-    return tokenizer
+    def failed(gist: str) -> LoadError:
+        return LoadError(
+            f"{source} does not load, because of its tokenizer: {gist}",
+            expected="a tokenizer that this version of transformers can load, that needs at most "
+            f"{limits.TOKENIZER_MEMORY >> 30} GiB and {limits.TOKENIZER_SECONDS:g} s of processor time, with tokens of "
+            f"at most {limits.TOKEN_CHARACTERS:,} characters",
+            next_step=AGAIN,
+        )
 
-
-def try_in_a_process(folder: Path, source: str) -> None:
-    """Open and use the tokenizer in a process with limits; see `try_tokenizer`.
-
-    Raises:
-        LoadError: see `load_tokenizer`.
-    """
-    done = run_limited(
+    trial = run_limited(
         SCRIPT,
         str(folder),
         str(limits.TEXT_GROWTH),
@@ -52,18 +47,14 @@ def try_in_a_process(folder: Path, source: str) -> None:
         # one thread, because every thread takes address space, and that is limited
         environment={"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},
     )
-    if problem := failure_of(done):
-        raise _does_not_load(source, f"its trial failed: {problem}")
+    if problem := failure_of(trial):
+        raise failed(f"its trial failed: {problem}")
+    from transformers import AutoTokenizer
 
-
-def _does_not_load(source: str, gist: str) -> LoadError:
-    return LoadError(
-        f"{source} does not load, because of its tokenizer: {gist}",
-        expected="a tokenizer that this version of transformers can load, that needs at most "
-        f"{limits.TOKENIZER_MEMORY >> 30} GiB and {limits.TOKENIZER_SECONDS:g} s of processor time, with tokens of at "
-        f"most {limits.TOKEN_CHARACTERS:,} characters",
-        next_step=AGAIN,
-    )
+    with as_ours(failed):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, config=config)
+    tokenizer.name_or_path = source
+    return tokenizer
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:

@@ -7,9 +7,7 @@ no token, no network.
 from __future__ import annotations
 
 import json
-import math
 import os
-import shlex
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -117,7 +115,8 @@ def _compare(what: str, recorded: Iterable[Sequence[float]], found: Iterable[Seq
     differences = [abs(one - other) for one, other in zip(ours, theirs, strict=False)]
     if len(ours) != len(theirs) or not all(each <= tolerance for each in differences):  # NaN is not
         raise VerificationError(
-            f"the {what} differ from the recorded ones by {max(differences, default=math.inf):.3g}",
+            f"the {what} differ from the recorded ones by {max(differences, default=0.0):.3g} ({len(theirs)} "
+            f"for {len(ours)} numbers)",
             expected=f"at most {tolerance:.3g}",
             next_step="save the package again; if it was saved with other versions of torch and transformers (see "
             "gpt2-value inspect), verify with those, to see which of the two changed the numbers",
@@ -147,11 +146,10 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
         ),
         (
             PackageError,
-            package.pickles,
-            "pickles, which can run code when they are opened",
+            (*package.pickles, *package.foreign),
+            "files that do not belong to a package (a pickle can run code when it is opened)",
             "move them out of the package",
         ),
-        (PackageError, package.foreign, "files that do not belong to a package", "move them out of the package"),
         (
             UntrustedCodeError,
             () if ours else other,
@@ -204,11 +202,10 @@ def _run(package: PackageReport, folder: Path, record: Record, timeout: float) -
 
 def does_not_run(package: PackageReport, found: str, *, details: str = "") -> LoadError:
     """Return the error for a package whose code does not run here."""
-    newer = shlex.join(["gpt2-value", "convert", package.source, "NEW_FOLDER"])
     return LoadError(
         f"{package.source} does not run on transformers {version('transformers')}: {found}",
         expected="AutoModel.from_pretrained(FOLDER, trust_remote_code=True) to succeed, and a forward pass",
-        next_step=f"if an older version wrote it, {newer} writes it again with this version's code; give it longer: "
-        f"timeout=... (--timeout); else {AGAIN}",
+        next_step="if an older version wrote it, write it again with this version's code: gpt2-value convert FOLDER "
+        f"OUT; give it longer: timeout=... (--timeout); else {AGAIN}",
         details=details,
     )
