@@ -171,7 +171,7 @@ def adapted(sound):
         ({"peft_type": None}, errors.ConversionError),
         ({"task_type": "SEQ_CLS"}, errors.ConversionError),
         ({"init_lora_weights": "pissa_niter_4"}, errors.ConversionError),
-        ({"lora_alpha": 1e308}, errors.ConversionError),
+        ({"lora_alpha": 1e308}, errors.PackageError),
         ({"alpha_pattern": dict.fromkeys(map(str, range(9999)), 1)}, errors.ConversionError),
         ({"alpha_pattern": {"(((.*)*)*)*c_attn": 3}}, errors.ConversionError),
         ({"bias": ["most"]}, errors.ConversionError),

@@ -299,7 +299,7 @@ def test_the_private_copies_are_removed(with_tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "fields"),
     [
-        (layout.CONFIG, {"activation_function": "os.system"}),
+        (layout.CONFIG, {"activation_function": 5}),
         (layout.CONFIG, {"architectures": 5}),
         (layout.CONFIG, {"dtype": "load"}),
         (layout.CONFIG, {"_attn_implementation": "other/kernel"}),

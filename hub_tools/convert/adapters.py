@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ConversionError, MissingLibraryError, PackageError, as_ours
 from ..layout import HEAD_PREFIX
-from ..package.config import BOOL, Allowed
+from ..package.config import Table, fits, in_words
 from .heads import Translation, listed, model_of, plain_name
 
 MOST_PATTERNS = 512  # PEFT tries each of them for each layer
@@ -29,41 +29,21 @@ OF_NO_EFFECT = {
 LITERAL = re.compile(r"\^?(?:[A-Za-z0-9_]|\\?\.)+")  # a name; nothing in it can take long to match
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= 1e9
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _are_alphas(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) <= MOST_PATTERNS
-        and all(LITERAL.fullmatch(name) and _is_number(alpha) for name, alpha in value.items())
-    )
-
-
 # What decides how a LoRA is merged, and what it may be. All else has to be off.
-MERGED: Mapping[str, Allowed] = {
-    "lora_alpha": Allowed("a number", _is_number),
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), BOOL),
-    "bias": Allowed("none, all or lora_only", lambda value: value in ("none", "all", "lora_only")),
-    "modules_to_save": Allowed("a list of names", _are_names),
-    "alpha_pattern": Allowed("names of layers: a stranger's expressions are not evaluated", _are_alphas),
+MERGED: Table = {
+    "lora_alpha": float,
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), bool),
+    "bias": {"none", "all", "lora_only"},
+    "modules_to_save": [str],
+    "alpha_pattern": {str: float},
 }
-FIELDS: Mapping[str, Allowed] = {
+FIELDS: Table = {
     **MERGED,
-    "peft_type": Allowed("'LORA'", lambda value: value == "LORA"),
-    "task_type": Allowed("'CAUSAL_LM'", lambda value: value == "CAUSAL_LM"),
+    "peft_type": {"LORA"},
+    "task_type": {"CAUSAL_LM"},
     # others (pissa, olora, loftq, corda, lora_ga) change the base model, and the adapter is what differs
-    "init_lora_weights": Allowed(
-        "an initialisation that leaves the base model as it is",
-        lambda value: value in (True, False, "gaussian", "orthogonal", "eva", "mica"),
-    ),
+    "init_lora_weights": (bool, {"gaussian", "orthogonal", "eva", "mica"}),
 }
-OFF = Allowed("no such option: those of a plain LoRA, rsLoRA or DoRA alone are known", lambda value: not value)
 
 
 def lora_settings(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,11 +55,14 @@ def lora_settings(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in fields.items() if value is not None and name not in OF_NO_EFFECT}
     for name, value in {"peft_type": "", **given}.items():
-        allowed = FIELDS.get(name, OFF)
-        if not allowed.holds(value):
+        kind = FIELDS.get(name, ())  # an option that is not known here has to be off
+        holds = fits(value, kind) if kind else not value
+        if holds and name == "alpha_pattern":
+            holds = len(value) <= MOST_PATTERNS and all(map(LITERAL.fullmatch, value))
+        if not holds:
             raise ConversionError(
                 f"{where}: {name[:80]!r} is {str(value)[:80]!r}",
-                expected=allowed.expected,
+                expected=in_words(kind),
                 next_step="merge it with peft (merge_and_unload), save the result, and convert that",
             )
     return {name: value for name, value in given.items() if name in MERGED}

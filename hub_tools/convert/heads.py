@@ -19,7 +19,7 @@ from modeling_gpt2_value import GPT2ValueModel
 
 from ..errors import ConversionError, MissingHeadError, OptionsError, PackageError, as_ours
 from ..layout import HEAD_PREFIX, MODEL_TYPE
-from ..package.config import OF_THE_CLASS, PROBABILITY, TEXT, Allowed, expected_shapes, tied
+from ..package.config import OF_THE_CLASS, Table, expected_shapes, tied
 from ..package.weights import build_model
 
 SourceFormat = Literal["package", "seed", "trl", "sequence-classification", "token-classification", "linear", "gpt2"]
@@ -47,9 +47,9 @@ OF_TRL, OF_TRANSFORMERS = ("summary_dropout_prob",), ("classifier_dropout", "hid
 DROPOUTS: Mapping[str, tuple[str, ...]] = {"trl": OF_TRL, "token-classification": OF_TRANSFORMERS}
 DROPOUT = 0.1
 # Fields of `config.json` that other libraries' heads obey, and words that some of these ignore.
-FIELDS: Mapping[str, Allowed] = {
-    **dict.fromkeys(OF_TRL + OF_TRANSFORMERS, PROBABILITY),
-    **dict.fromkeys(("summary_type", "summary_activation"), TEXT),
+FIELDS: Table = {
+    **dict.fromkeys(OF_TRL + OF_TRANSFORMERS, float),
+    **dict.fromkeys(("summary_type", "summary_activation"), str),
 }
 # Causal masks, which GPT-2 checkpoints carried as buffers until 2023.
 OLD_MASK = re.compile(r"transformer\.h\.\d+\.(attn|crossattention)\.(bias|masked_bias)")

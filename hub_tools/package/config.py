@@ -9,99 +9,51 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from .. import layout, limits
 from ..errors import NotAPackageError, PackageError, visible
 
-
-@dataclass(frozen=True)
-class Allowed:
-    """What a field may be, besides null."""
-
-    expected: str
-    holds: Callable[[Any], bool]
+Table = Mapping[str, Any]  # field -> kind of value, see `fits`
 
 
-Table = Mapping[str, Allowed]
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a kind: of a type (float: any number), in a range of whole numbers, in a set; of one
+    of the kinds in a tuple; or a list, or a table, all of whose values are of the kind in `[kind]` or `{str: kind}`."""
+    if isinstance(kind, tuple):
+        return any(fits(value, each) for each in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(each, kind[0]) for each in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(each, kind[str]) for each in value.values())
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    if isinstance(kind, set):
+        return any(type(value) is type(each) and value == each for each in kind)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _int(low: int, high: int = (1 << 31) - 1) -> Allowed:
-    return Allowed(
-        f"a whole number from {low:,} to {high:,}", lambda value: type(value) is int and low <= value <= high
-    )
+def in_words(kind: Any) -> str:
+    """Return what a value is expected to be, for messages."""
+    if isinstance(kind, range):
+        return f"a whole number from {kind[0]:,} to {kind[-1]:,}"
+    if isinstance(kind, (tuple, list)):
+        words = " or ".join(map(in_words, kind)) or "no such field: it would load or run something else"
+        return f"a list of {words}" if isinstance(kind, list) else words
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
-def _number(low: float, high: float = 1e12) -> Allowed:
-    return Allowed(
-        f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high
-    )
-
-
-def _one_of(*values: Any) -> Allowed:
-    return Allowed(
-        f"one of {values}", lambda value: any(value == each and type(value) is type(each) for each in values)
-    )
-
-
-def _list_of(item: Allowed) -> Allowed:
-    return Allowed(
-        f"a list, at most 1,000 long, of {item.expected}",
-        lambda value: isinstance(value, list) and len(value) <= 1000 and all(map(item.holds, value)),
-    )
-
-
-def _is_ids(value: Any) -> bool:
-    return ID.holds(value) or _list_of(IDS).holds(value)
-
-
-BOOL = _one_of(True, False)
-NUMBER, PROBABILITY = _number(-1e12), _number(0, 1)
-ID = _int(-1)
-IDS = Allowed("a token's id, or a list of at most 1,000", _is_ids)
-WORD = Allowed("a word", lambda value: isinstance(value, str) and re.fullmatch(r"\w{1,80}", value) is not None)
-TEXT = Allowed("a text", lambda value: isinstance(value, str))
-# As texts, or as transformers writes an AddedToken. `try_tokenizer` bounds their length.
-TOKENS = Allowed("a token, or tokens", lambda value: isinstance(value, (str, list, dict)))
+SIZE, ID, DTYPE = range(1, 1 << 31), range(-1, 1 << 31), {"float32", "float16", "bfloat16"}
+TOKENS = (
+    str,
+    dict,
+    [(str, dict)],
+)  # as transformers writes an AddedToken, or by id; `try_tokenizer` bounds their length
 SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin|pt|pth)")
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 GPT2_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 
-CONFIG: Table = {
-    "model_type": _one_of(layout.MODEL_TYPE, "gpt2"),
-    "auto_map": _one_of(layout.AUTO_MAP),
-    "architectures": _list_of(WORD),
-    **dict.fromkeys(("dtype", "torch_dtype"), _one_of("float32", "float16", "bfloat16")),
-    "transformers_version": TEXT,
-    **dict.fromkeys((*SIZES, "n_inner"), _int(1)),
-    "activation_function": WORD,  # one with weights of its own does not load strictly
-    **dict.fromkeys(
-        ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout",
-         "layer_norm_epsilon"), PROBABILITY,
-    ),
-    **dict.fromkeys(("initializer_range", "value_head_initializer_range"), NUMBER),
-    "summary_type": _one_of("last", "first", "mean", "cls_index"),
-    "summary_activation": _one_of("tanh"),
-    **dict.fromkeys(
-        (
-            "summary_use_proj", "summary_proj_to_labels", "detach_value_head", "tie_word_embeddings",
-            "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention",
-            "use_cache", "return_dict", "output_attentions", "output_hidden_states",
-        ),
-        BOOL,
-    ),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), ID),
-    "eos_token_id": IDS,
-    "num_labels": _one_of(1),  # transformers makes a name for each label, so a large number would fill the memory
-    **dict.fromkeys(("is_encoder_decoder", "chunk_size_feed_forward"), _one_of(False, 0)),
-}  # fmt: skip
-# What a plain GPT-2's config says about its class, which is not this model's.
-OF_THE_CLASS = (
-    "auto_map", "num_labels", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict",
-    "output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward",
-)  # fmt: skip
 # With these, transformers would not simply load the weights into the model that the other fields describe.
 REFUSED = (
     "quantization_config", "compression_config",  # other kernels, other weights
@@ -112,6 +64,41 @@ REFUSED = (
     "transformers_weights",  # the name of another file to load the weights from
     "fusion_config", "distributed_config",  # another graph
     "pruned_heads",  # other shapes
+)  # fmt: skip
+CONFIG: Table = {
+    "model_type": {layout.MODEL_TYPE, "gpt2"},
+    "auto_map": dict,
+    "architectures": [str],
+    "dtype": DTYPE,
+    "torch_dtype": DTYPE,
+    "transformers_version": str,
+    **dict.fromkeys((*SIZES, "n_inner"), SIZE),
+    "activation_function": str,  # one with weights of its own does not load strictly
+    **dict.fromkeys(
+        ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout",
+         "layer_norm_epsilon", "initializer_range", "value_head_initializer_range"), float,
+    ),
+    "summary_type": {"last", "first", "mean", "cls_index"},
+    "summary_activation": {"tanh"},
+    **dict.fromkeys(
+        (
+            "summary_use_proj", "summary_proj_to_labels", "detach_value_head", "tie_word_embeddings",
+            "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention",
+            "use_cache", "return_dict", "output_attentions", "output_hidden_states",
+        ),
+        bool,
+    ),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), ID),
+    "eos_token_id": (ID, [ID]),
+    "num_labels": {1},  # transformers makes a name for each label, so a large number would fill the memory
+    "is_encoder_decoder": {False},
+    "chunk_size_feed_forward": {0},
+    **dict.fromkeys(REFUSED, ()),
+}  # fmt: skip
+# What a plain GPT-2's config says about its class, which is not this model's.
+OF_THE_CLASS = (
+    "auto_map", "num_labels", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward",
 )  # fmt: skip
 # Other names of the sizes, by which transformers would override them.
 ALIASES = {
@@ -129,26 +116,26 @@ GENERATION: Table = {
             "temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
             "encoder_repetition_penalty", "diversity_penalty", "length_penalty", "guidance_scale", "max_time",
         ),
-        NUMBER,
+        float,
     ),
-    **dict.fromkeys(("num_beams", "num_return_sequences"), _int(1, 16)),
+    **dict.fromkeys(("num_beams", "num_return_sequences"), range(1, 17)),
     **dict.fromkeys(
         (
             "do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "output_attentions",
             "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "_from_model_config",
         ),
-        BOOL,
+        bool,
     ),
-    "early_stopping": _one_of(True, False, "never"),
-    "exponential_decay_length_penalty": _list_of(NUMBER),
+    "early_stopping": (bool, {"never"}),
+    "exponential_decay_length_penalty": [float],
     **dict.fromkeys(
         (
             "bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "eos_token_id",
             "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
         ),
-        IDS,
+        (ID, [ID], [[ID]]),
     ),
-    "transformers_version": TEXT,
+    "transformers_version": str,
 }  # fmt: skip
 
 SPECIAL_TOKENS: Table = dict.fromkeys(
@@ -157,7 +144,7 @@ SPECIAL_TOKENS: Table = dict.fromkeys(
 )  # fmt: skip
 # No field is among them that holds the path of a file, or arguments by position.
 TOKENIZER: Table = {
-    "tokenizer_class": WORD,
+    "tokenizer_class": str,
     **SPECIAL_TOKENS,
     "added_tokens_decoder": TOKENS,
     **dict.fromkeys(
@@ -166,15 +153,16 @@ TOKENIZER: Table = {
             "do_basic_tokenize", "keep_accents", "legacy", "lower_case", "remove_space", "split_special_tokens",
             "strip_accents", "tokenize_chinese_chars", "trim_offsets", "wordpieces_prefix_only",
         ),
-        BOOL,
+        bool,
     ),
-    "model_max_length": _number(1, 1e31),
-    **dict.fromkeys(("padding_side", "truncation_side"), _one_of("left", "right")),
-    "errors": _one_of("strict", "replace", "ignore"),
-    "extra_ids": _int(0, 1000),
-    "model_input_names": _list_of(WORD),
-    "chat_template": TEXT,  # and no list of them: transformers 4 and 5.0 write each to a file of the name that it has
-    "auto_map": Allowed("a tokenizer of transformers' own, which brings no code", lambda value: False),
+    "model_max_length": float,
+    "padding_side": {"left", "right"},
+    "truncation_side": {"left", "right"},
+    "errors": {"strict", "replace", "ignore"},
+    "extra_ids": range(1001),
+    "model_input_names": [str],
+    "chat_template": str,  # and no list of them: transformers 4 and 5.0 write each to a file of the name that it has
+    "auto_map": (),  # code
 }  # fmt: skip
 
 _TABLES: Mapping[str, Table] = {
@@ -208,10 +196,14 @@ def reduce(file: str, fields: Mapping[str, Any], *, where: str = "", also: Table
     if file == layout.WEIGHTS_INDEX:  # transformers needs both, and reads nothing else
         return {"metadata": {}, "weight_map": checked_shards(fields)}
     table = {**(_TABLES.get(file) or dict.fromkeys(fields, ID)), **(also or {})}  # added_tokens.json has ids alone
-    kept = {name: value for name, value in fields.items() if name in table}
-    for name, value in kept.items():
-        if value is not None and not table[name].holds(value):
-            raise PackageError(f"{where or file}: {name[:80]!r} is {repr(value)[:80]}", expected=table[name].expected)
+    kept = {}
+    for name, value in fields.items():
+        kind = table.get(name)
+        if kind is None or (kind == () and not value):
+            continue
+        if value is not None and not fits(value, kind):
+            raise PackageError(f"{where or file}: {name[:80]!r} is {repr(value)[:80]}", expected=in_words(kind))
+        kept[name] = value
     return kept
 
 
@@ -269,9 +261,6 @@ def checked_config(
             expected=f"{layout.MODEL_TYPE!r}, or 'gpt2'",
             next_step="use the library that wrote it; this model has no other body than GPT-2's",
         )
-    for name in REFUSED:
-        if fields.get(name):
-            raise refuse(name, "no such field: it names other weights, other shapes, or other code")
     if model_type == "gpt2":
         own = {name: value for name, value in fields.items() if name not in OF_THE_CLASS}
         fields = {**GPT2_SIZES, **own, "model_type": "gpt2"}
