@@ -1,6 +1,7 @@
 """Rollouts and scores switch dropout off without writing to the model: threads and interrupts find it as it was."""
 
 import contextlib
+import inspect
 import itertools
 import sys
 import threading
@@ -89,8 +90,10 @@ def interrupted(moment=None):
     calls = []
 
     def on_event(frame, event, argument):
-        if event == "call" and frame.f_code.co_filename.endswith("_gpt2_value.py"):
-            calls.append(frame.f_code.co_name)
+        code = frame.f_code
+        # Of a generator that is closed where it is forgotten, Python drops what is raised.
+        if event == "call" and code.co_filename.endswith("_gpt2_value.py") and not code.co_flags & inspect.CO_GENERATOR:
+            calls.append(code.co_name)
             if len(calls) == moment:
                 raise KeyboardInterrupt
 
