@@ -6,48 +6,43 @@ reads nothing of the model's `generation_config`.
 
 import dataclasses
 import math
+import warnings
 from typing import Optional
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 try:
-    from .decoding_gpt2_value import are_ids, check_tokens, decoder_for, device_of, keep_pace, unwrapped, vocabulary_of
+    from .decoding_gpt2_value import Decoder, check_tokens, device_of, keep_pace, unwrapped, vocabulary_of
     from .sampling_gpt2_value import (
         Sampling,
-        are_finite,
         as_bits,
-        as_mask,
-        compact,
         draw,
-        kept_set,
+        listed,
+        number,
         sampling_distribution,
-        warn,
-        whole_number,
     )
     from .scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, rescore
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
     # In a checkout or a wheel these files are top-level modules.
-    from decoding_gpt2_value import are_ids, check_tokens, decoder_for, device_of, keep_pace, unwrapped, vocabulary_of
+    from decoding_gpt2_value import Decoder, check_tokens, device_of, keep_pace, unwrapped, vocabulary_of
     from sampling_gpt2_value import (
         Sampling,
-        are_finite,
         as_bits,
-        as_mask,
-        compact,
         draw,
-        kept_set,
+        listed,
+        number,
         sampling_distribution,
-        warn,
-        whole_number,
     )
     from scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, rescore
 
 __all__ = ["Rescored", "Rollout", "Sampling", "SelfCheckError", "rescore", "respond_to_batch", "rollout"]
 
 FROM_CONFIG = "config"  # the default of eos_token_id
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def rollout(
@@ -91,35 +86,29 @@ def rollout(
     `SelfCheckError` where the check fails.
     """
     if unknown:
-        raise TypeError(
-            f"rollout() got {', '.join(unknown)}; the prompts are `queries`, as in rollout(model, queries)."
-        )
-    vocabulary = vocabulary_of(model)
-    device = device_of(model)
-    if isinstance(eos_token_id, str) and eos_token_id == FROM_CONFIG:
-        eos = getattr(unwrapped(model)[-1].config, "eos_token_id", None)
-        ids = eos if isinstance(eos, (list, tuple)) else [eos]
-        # Nobody can draw an id outside the vocabulary.
-        eos_token_id = tuple(id for id in ids if id is not None and 0 <= id < vocabulary)
+        raise TypeError(f"rollout() got {[*unknown]}; the prompts are `queries`, as in rollout(model, queries).")
+    vocabulary, device = vocabulary_of(model), device_of(model)
+    if eos_token_id is FROM_CONFIG:
+        ids = listed(getattr(unwrapped(model)[-1].config, "eos_token_id", None))
+        eos_token_id = [
+            token for token in ids if token is not None and 0 <= token < vocabulary
+        ]  # others cannot be drawn
     sampling = Sampling(temperature, top_k, top_p, min_new_tokens, eos_token_id)
-    T = whole_number("max_new_tokens", max_new_tokens, 1)
-    copies = whole_number("num_return_sequences", num_return_sequences, 1)
-    if sampling.min_new_tokens > T:
-        raise ValueError(f"min_new_tokens={min_new_tokens}; expected 0 to max_new_tokens={T}.")
-    pad = whole_number("pad_token_id", (*sampling.eos_token_id, 0)[0] if pad_token_id is None else pad_token_id, 0)
-    prompts, prompt_mask = aligned("queries", queries, attention_mask, pad=pad)
-    check_tokens(model, prompts, prompt_mask, T)
     sampling.check_vocabulary(vocabulary)
-    if pad >= vocabulary:
-        raise ValueError(f"pad_token_id={pad} is not in the vocabulary of {vocabulary} tokens; pass an id below that.")
+    T = number("max_new_tokens", max_new_tokens, 1)
+    number("min_new_tokens", min_new_tokens, 0, T)
+    copies = number("num_return_sequences", num_return_sequences, 1)
+    pad = sampling.pad_token_id if pad_token_id is None else number("pad_token_id", pad_token_id, 0, vocabulary - 1)
     if not isinstance(generator, (torch.Generator, type(None))):
         raise TypeError(f"generator is a {type(generator).__name__}; expected torch.Generator().manual_seed(...).")
+    prompts, prompt_mask = aligned("queries", queries, attention_mask, pad=pad)
+    check_tokens(model, prompts, prompt_mask, T)
     with torch.inference_mode(False), torch.no_grad():
         prompts, prompt_mask = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
         B, P = prompts.shape
         tokens = nn.functional.pad(prompts, (0, T), value=pad)  # [B, P+T]
         mask = nn.functional.pad(prompt_mask, (0, T))  # [B, P+T]
-        decoder = decoder_for(model, tokens, mask)
+        decoder = Decoder(model, tokens, mask)
         logits, value = decoder.logits_and_values(P)  # [B, V], [B]
         _check_prompt(model, prompts, prompt_mask, logits)
 
@@ -140,14 +129,13 @@ def rollout(
             rows, now = decoder.rows, running[decoder.rows]  # [b], those still computed, and which have not ended
             step = sampling_distribution(logits, sampling, early=early[t])  # [b, V]
             token, logprob = draw(step, uniforms[t, rows])
-            logprob = logprob.masked_fill(~are_finite(logits), math.nan)
             tokens[rows, P + t] = torch.where(now, token, pad)
             mask[rows, P + t] = now.long()
             logprobs[rows, t] = logprob.where(now, 0)
             if values is not None:
                 values[rows, t] = value.where(now, 0)
             if bits is not None:
-                bits[rows, t] = kept_set(step, sampling).where(now.unsqueeze(-1), 0)
+                bits[rows, t] = as_bits(step > -math.inf).where(now.unsqueeze(-1), 0)
             running[rows] = now & ~torch.isin(token, ends)
             # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
             if device.type == "cpu" or t % 16 == 15 or t == T - 1:
@@ -158,19 +146,17 @@ def rollout(
                 if 2 * len(left) <= len(rows):
                     decoder.keep(left)
         keep_pace(decoder.model, tokens, ended=True)
-        kept = None if bits is None else compact(bits, vocabulary)
-        drawn = Rollout(tokens, mask, tokens[:, P:], mask[:, P:].bool(), logprobs, values, running, kept, sampling)
-        check_itself("rollout", model, drawn, logprobs)
+        drawn = Rollout(tokens, mask, tokens[:, P:], mask[:, P:].bool(), logprobs, values, running, bits, sampling)
+        check_itself("rollout", model, drawn)
         return drawn
 
 
 def _check_prompt(model, prompts, mask, logits):
     """Check `logits [B, V]` after `prompts [B, P]`, before anything is drawn, by the most probable tokens."""
-    top = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).max(-1, keepdim=True)
-    one = torch.ones_like(top.indices)  # [B, 1]
-    tokens, seen = torch.cat([prompts, top.indices], 1), torch.cat([mask, one], 1)
-    drawn = Rollout(tokens, seen, top.indices, one > 0, top.values, None, one[:, 0] > 0, None, Sampling())
-    check_itself("prompt", model, drawn, top.values)
+    logprobs, tokens = sampling_distribution(logits, Sampling()).log_softmax(-1).max(-1, keepdim=True)  # [B, 1]
+    drawn = torch.ones_like(tokens, dtype=torch.bool)
+    sequences, seen = torch.cat([prompts, tokens], 1), torch.cat([mask, drawn.long()], 1)  # [B, P+1]
+    check_itself("prompt", model, Rollout(sequences, seen, tokens, drawn, logprobs, None, drawn, None, Sampling()))
 
 
 def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
@@ -191,8 +177,8 @@ class Rollout:
             sampling distribution; 0 where masked. None where another engine drew, and gave none.
         values: as `logprobs`, the value of the state before each token; None without a value head.
         truncated: `[B]` bool, no end-of-text token was drawn in the row.
-        kept: which tokens each draw chose among, as `compact` stores them: `[B, T, K]` int32 ids, -1 in unused
-            places, or `[B, T, ceil(V / 8)]` uint8 bits, whichever is smaller; None where nothing was cut off.
+        kept: `[B, T, ceil(V / 8)]` uint8, which tokens each draw chose among, a bit for each of the vocabulary, lowest
+            first; None where nothing was cut off.
         sampling: the `Sampling` that it was drawn by.
     """
 
@@ -238,39 +224,27 @@ class Rollout:
         """
         rollouts = list(rollouts)
         if len({each.sampling for each in rollouts}) != 1:
-            raise ValueError(
-                "expected rollouts with the same sampling, one at least: their settings tell how to score."
-            )
+            raise ValueError("expected rollouts, at least one, of the same sampling: its settings tell how to score.")
         sampling = rollouts[0].sampling
-        pad = (*sampling.eos_token_id, 0)[0]
         T = max(each.responses.shape[1] for each in rollouts)
         P = max(each.sequences.shape[1] - each.responses.shape[1] for each in rollouts)
-
-        def join(name, fill=0, whole=False):
-            """A field's rows, with T columns, or P + T."""
-            parts = [getattr(each, name) for each in rollouts]
-            if all(part is None for part in parts):
-                return None
-            if any(part is None for part in parts):
+        K = max(0 if each.kept is None else each.kept.shape[-1] for each in rollouts)
+        fields: dict = {"truncated": torch.cat([each.truncated for each in rollouts]), "sampling": sampling}
+        for name in ("sequences", "attention_mask", "responses", "response_mask", "logprobs", "values", "kept"):
+            parts = []
+            for each in rollouts:
+                part, t = getattr(each, name), each.responses.shape[1]
+                if part is not None:
+                    before = P + t - part.shape[1] if part.shape[1] > t else 0  # this field has the prompts, too
+                    around = before, T - t
+                    if name == "kept":
+                        around = 0, K - part.shape[-1], *around
+                    pad = sampling.pad_token_id if name in ("sequences", "responses") else 0
+                    parts.append(nn.functional.pad(part, around, value=pad))
+            if len(parts) not in (0, len(rollouts)):
                 raise ValueError(f"some of these rollouts have {name} and others not; expected all, or none.")
-            wide = []
-            for each, part in zip(rollouts, _alike(parts) if name == "kept" else parts, strict=True):
-                after = T - each.responses.shape[1]
-                before = P + T - after - part.shape[1] if whole else 0
-                wide.append(nn.functional.pad(part, (*(0, 0) * (part.dim() - 2), before, after), value=fill))
-            return torch.cat(wide)
-
-        return cls(
-            join("sequences", pad, whole=True),
-            join("attention_mask", whole=True),
-            join("responses", pad),
-            join("response_mask"),
-            join("logprobs"),
-            join("values"),
-            torch.cat([each.truncated for each in rollouts]),
-            join("kept"),
-            sampling,
-        )
+            fields[name] = torch.cat(parts) if parts else None
+        return cls(**fields)
 
     def repeat(self, times):
         """All rows so many times, one copy after the other."""
@@ -289,53 +263,41 @@ class Rollout:
 torch.serialization.add_safe_globals([Rollout, Sampling])
 
 
-def _alike(sets):
-    """Kept sets `[B, T, K]` of several rollouts as ids of one width, or all as bits."""
-    packed = [each.shape[-1] for each in sets if each.dtype == torch.uint8]
-    if packed:
-        return [each if each.dtype == torch.uint8 else as_bits(as_mask(each, 8 * packed[0])) for each in sets]
-    K = max(each.shape[-1] for each in sets)
-    return [nn.functional.pad(each, (0, K - each.shape[-1]), value=-1) for each in sets]
-
-
 # What a caller passes
 
 
 def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     """Token ids `[B, P]`, padded at the left (or `right`), and their mask, from a tensor, lists, or a tokenizer's."""
     if hasattr(rows, "keys"):  # what a tokenizer returns
-        if "input_ids" not in rows:
-            raise TypeError(f"{name} has {sorted(rows)}; expected input_ids, as a tokenizer returns them.")
         attention_mask = rows.get("attention_mask") if attention_mask is None else attention_mask
-        rows = rows["input_ids"]
-    is_tensor = isinstance(rows, torch.Tensor)
+        rows = rows.get("input_ids")
+    may_hide_padding = isinstance(rows, torch.Tensor) and attention_mask is None
     try:
         rows = [torch.as_tensor(row) for row in rows]
     except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists
         raise TypeError(f"{name} holds no token ids ({error}); expected rows of ids, not texts.") from error
     if not rows:
         raise ValueError(f"{name} is empty, there are no rows; expected at least one prompt.")
-    masks = [torch.ones_like(row) for row in rows] if attention_mask is None else attention_mask
-    masks = [torch.as_tensor(mask, device=row.device) for mask, row in zip(masks, rows, strict=False)]
+    masks = (
+        [torch.ones_like(row) for row in rows] if attention_mask is None else [*map(torch.as_tensor, attention_mask)]
+    )
     if [mask.shape for mask in masks] != [row.shape for row in rows]:
         raise ValueError(f"attention_mask has another shape than {name}; expected the same.")
-    columns = max(row.numel() for row in rows)
-    tokens = rows[0].new_full((len(rows), columns), pad, dtype=torch.long)  # [B, P]
-    seen = torch.zeros_like(tokens)
-    for number, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-        if row.dim() != 1 or (len(row) and not are_ids(row)):  # torch makes an empty list a float tensor
+    for place, row in enumerate(rows):
+        if row.dim() != 1 or (len(row) and row.dtype not in INTEGERS):  # torch makes an empty list a float tensor
             raise TypeError(
-                f"{name}[{number}] has the shape {[*row.shape]} and is {row.dtype}; expected token ids, 1-D and of an "
+                f"{name}[{place}] has the shape {[*row.shape]} and is {row.dtype}; expected token ids, 1-D and of an "
                 "integer dtype: a row of ids for each prompt."
             )
-        if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
-        ids = row[mask.bool()]
-        place = slice(0, len(ids)) if right else slice(columns - len(ids), columns)
-        tokens[number, place] = ids.long()
-        seen[number, place] = 1
-    if is_tensor and attention_mask is None and columns:
-        for edge in (tokens[:, 0], tokens[:, -1]):
-            if 0 < (edge == pad).sum() < len(rows):
-                warn(f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask")
+    tokens = pad_sequence([row.long() for row in rows], batch_first=True)  # [B, P]
+    seen = pad_sequence(masks, batch_first=True).to(tokens.device)
+    if not ((seen == 0) | (seen == 1)).all():
+        raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
+    order = seen.argsort(dim=1, descending=right, stable=True)  # padding comes to one side, tokens stay in order
+    seen = seen.gather(1, order).long()
+    tokens = tokens.gather(1, order).masked_fill(seen == 0, pad)
+    for edge in (tokens[:, :1], tokens[:, -1:]) if may_hide_padding else ():
+        if 0 < (edge == pad).sum() < len(rows):
+            what = f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask"
+            warnings.warn(what, stacklevel=3)
     return tokens, seen

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 # transformers 4.57.6 to 5.0.0 copy from a local folder only what is named here: what generation needs must be, too.
 try:
     from .configuration_gpt2_value import GPT2ValueConfig
-    from .decoding_gpt2_value import CACHE, CACHE_NAMES, as_scalars, positions, without_dropout
+    from .decoding_gpt2_value import as_scalars, positions, without_dropout
     from .generation_gpt2_value import rollout
     from .sampling_gpt2_value import Sampling
     from .scoring_gpt2_value import rescore
@@ -27,7 +27,7 @@ except ImportError:
         raise
     # In a checkout or a wheel these files are top-level modules.
     from configuration_gpt2_value import GPT2ValueConfig
-    from decoding_gpt2_value import CACHE, CACHE_NAMES, as_scalars, positions, without_dropout
+    from decoding_gpt2_value import as_scalars, positions, without_dropout
     from generation_gpt2_value import rollout
     from sampling_gpt2_value import Sampling  # noqa: F401
     from scoring_gpt2_value import rescore
@@ -54,9 +54,8 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs, dtype=torch.float32))
 
     def forward(self, hidden_states):
-        weight = self.weight.to(hidden_states.dtype)
-        bias = self.bias.to(hidden_states.dtype)
-        return nn.functional.linear(hidden_states, weight, bias)
+        dtype = hidden_states.dtype
+        return nn.functional.linear(hidden_states, self.weight.to(dtype), self.bias.to(dtype))
 
 
 class ValueHead(nn.Module):
@@ -84,7 +83,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
 
     config_class = GPT2ValueConfig
     is_parallelizable = False  # transformers 4 offers a deprecated `parallelize()` that knows nothing of the head
-    returns_dict: Optional[bool] = None  # what `forward` does when neither the caller nor, if None, the config says
+    returns_dict = True  # where neither the caller nor the config wants tuples
     head_std = "value_head_initializer_range"  # the config's field
 
     _keep_in_fp32_modules_strict: Optional[list] = ["v_head"]
@@ -127,17 +126,15 @@ class GPT2ValueModel(GPT2LMHeadModel):
             fields, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **found_by)
             init_value_head = fields.get("model_type") != GPT2ValueConfig.model_type
         wants_info = kwargs.pop("output_loading_info", False)
-        if init_value_head:
-            model_args = (*model_args, True)
         kwargs["output_loading_info"] = True
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
-        lost = [key for key in [*info["missing_keys"], *mismatched] if key.startswith("v_head.")]
-        if lost and not init_value_head:
-            what = f"{pretrained_model_name_or_path}: its value head lacks {sorted(lost)}, or has another shape"
-            raise ValueError(f"{what}. Ask for a whole package, or pass init_value_head=True to start with a new head.")
+        more = (True,) if init_value_head else ()
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, *more, **kwargs)
         if init_value_head:  # transformers makes what a checkpoint lacks in the dtype of the body
             model.v_head.to(torch.promote_types(model.dtype, torch.float32))
+        lost = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]] if "v_head." in str(key))
+        if lost and not init_value_head:
+            what = f"{pretrained_model_name_or_path}: its value head lacks {lost}, or has another shape"
+            raise ValueError(f"{what}. Ask for a whole package, or pass init_value_head=True to start with a new head.")
         return (model, info) if wants_info else model
 
     def detach_value_head(self):
@@ -153,29 +150,28 @@ class GPT2ValueModel(GPT2LMHeadModel):
     def forward(self, *args, **kwargs):
         """`GPT2LMHeadModel.forward` with whatever arguments the installed one takes, plus the value of every token.
 
-        The cache may be called `cache` or `past_key_values`, and `labels` `lm_labels`, as in the seed. Arguments that
-        are not known here are handed on, to the body and to the loss, as there. Where no `position_ids` are given,
-        they count the tokens that a 2-D `attention_mask` admits, cached ones too: padding on either side changes
-        nothing. `score.answer` is what `rescore` wants done with the hidden states, the output layer
-        and the values, without dropout; its result is returned.
+        `labels` may be called `lm_labels`, as in the seed. Arguments that are not known here are handed on, to the body
+        and to the loss, as there. Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask`
+        admits, cached ones too: padding on either side changes nothing. `score` is the function of the hidden states,
+        the output layer and the values, without dropout, whose result `rescore` wants instead.
 
         Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises ValueError
         for a mask that leaves out the cache or the input, TypeError for an argument that is given twice.
         """
         # What is passed by position gets the names of the installed transformers; other names stay.
-        arguments = SIGNATURE.bind_partial(self, *args, **kwargs).arguments
-        arguments.update(arguments.pop("kwargs", {}))
-        del arguments["self"]
+        given = SIGNATURE.bind_partial(self, *args, **kwargs).arguments
+        given.update(given.pop("kwargs", {}))
+        arguments = {name: value for name, value in given.items() if value is not None and name != "self"}
         score = arguments.pop("score", None)
-        return_dict = arguments.pop("return_dict", None)
+        return_dict = arguments.pop("return_dict", self.returns_dict and self.config.return_dict)
         logits_to_keep = arguments.pop("logits_to_keep", 0)
-        labels = _either(arguments, "labels", "lm_labels")
-        cache = _either(arguments, *CACHE_NAMES)
-        arguments[CACHE] = cache
+        if {"labels", "lm_labels"} <= arguments.keys():
+            raise TypeError("got labels and lm_labels, two names of one argument: pass labels alone.")
+        labels = arguments.pop("labels", arguments.pop("lm_labels", None))
         mask = arguments.get("attention_mask")
-        inputs = arguments.get("input_ids")
-        inputs = arguments.get("inputs_embeds") if inputs is None else inputs  # neither: GPT2Model says what is missing
-        if arguments.get("position_ids") is None and inputs is not None and mask is not None and mask.dim() == 2:
+        cache = arguments.get("cache", arguments.get("past_key_values"))
+        inputs = arguments.get("input_ids", arguments.get("inputs_embeds"))  # neither: GPT2Model says what is missing
+        if "position_ids" not in arguments and inputs is not None and mask is not None and mask.dim() == 2:
             tokens = inputs.shape[1]
             past = cache.get_seq_length() if isinstance(cache, Cache) else None
             if isinstance(past, int) and mask.shape[1] != past + tokens:
@@ -185,42 +181,28 @@ class GPT2ValueModel(GPT2LMHeadModel):
                 )
             arguments["position_ids"] = positions(mask)[:, -tokens:]
 
-        layers = self.transformer, self.lm_head, self.v_head
-        if score is not None:
-            layers = tuple(without_dropout(layer, checkpointing=True) for layer in layers)
-        transformer, lm_head, v_head = layers
-        body = transformer(**arguments, return_dict=True)
-        hidden_states = body.last_hidden_state  # [batch, tokens, n_embd]
+        model = self if score is None else without_dropout(self)
+        outputs = dict(model.transformer(**arguments, return_dict=True))
+        hidden_states = outputs.pop("last_hidden_state")  # [batch, tokens, n_embd]
         # Read from the model's config at each call: it is the one that is saved, and peft copies the head.
-        value = v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
+        value = model.v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
         if score is not None:
-            return dict(score.answer(hidden_states, lm_head, as_scalars(value)))
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = lm_head(hidden_states[:, kept, :])  # [batch, kept, vocabulary]
+            return dict(score(hidden_states, model.lm_head, as_scalars(value)))
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, columns, :])  # [batch, columns, vocabulary]
         loss = None
         if labels is not None:
             for_loss = {name: given for name, given in arguments.items() if name not in SIGNATURE.parameters}
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **for_loss)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 loss = loss + 0.0 * value.sum()  # DistributedDataParallel waits for a gradient of every parameter
-        extras = {name: given for name, given in body.items() if name != "last_hidden_state"}
-        output = GPT2ValueOutput(loss=loss, logits=logits, **extras, value=value)
-        if return_dict is None:
-            return_dict = self.config.return_dict if self.returns_dict is None else self.returns_dict
+        output = GPT2ValueOutput(loss=loss, logits=logits, **outputs, value=value)
         return output if return_dict else output.to_tuple()
 
     # generate() and Trainer read the names of arguments off the signature.
     forward.__signature__ = SIGNATURE  # type: ignore[attr-defined]
 
     own_forward = forward  # tells a subclass that overrides forward: it is sampled and scored by its own logits
-
-
-def _either(arguments, name, other):
-    """Take out what was given under either name of one argument; TypeError where it was given under both."""
-    given = [arguments.pop(each, None) for each in (name, other)]
-    if None not in given:
-        raise TypeError(f"got {name} and {other}, two names of one argument: pass {name} alone.")
-    return given[0] if given[1] is None else given[1]
 
 
 class GPT2HeadWithValueModel(GPT2ValueModel):

@@ -8,8 +8,6 @@ drawn tokens no probability ("keep sampling mask" in DeepSeek-V3.2, 2025, arXiv:
 import dataclasses
 import math
 import numbers
-import sys
-import warnings
 
 import torch
 from torch import nn
@@ -38,19 +36,22 @@ class Sampling:
     eos_token_id: tuple = ()
 
     def __post_init__(self):
-        ids = () if self.eos_token_id is None else self.eos_token_id
-        ids = tuple(ids) if isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) == 1 else (ids,)
         settings = {
-            "temperature": float(number("temperature", self.temperature, SMALLEST, LARGEST)),
-            "top_k": whole_number("top_k", self.top_k, 0),
-            "top_p": float(number("top_p", self.top_p, SMALLEST, 1)),
-            "min_new_tokens": whole_number("min_new_tokens", self.min_new_tokens, 0),
-            "eos_token_id": tuple(whole_number("eos_token_id", token, 0) for token in ids),
+            "temperature": float(number("temperature", self.temperature, SMALLEST, LARGEST, numbers.Real)),
+            "top_k": number("top_k", self.top_k, 0),
+            "top_p": float(number("top_p", self.top_p, SMALLEST, 1, numbers.Real)),
+            "min_new_tokens": number("min_new_tokens", self.min_new_tokens, 0),
+            "eos_token_id": tuple(number("eos_token_id", token, 0) for token in listed(self.eos_token_id)),
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)  # plain int, float and tuple, whatever number types came in
-        if self.min_new_tokens and not ids:
+        if self.min_new_tokens and not self.eos_token_id:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} has no effect without eos_token_id; pass both.")
+
+    @property
+    def pad_token_id(self):
+        """What fills a row after its end where nothing else is asked for."""
+        return (*self.eos_token_id, 0)[0]
 
     def cuts_off(self, vocabulary):
         """Whether top-k or top-p leave any of so many tokens out."""
@@ -59,15 +60,11 @@ class Sampling:
     def check_vocabulary(self, vocabulary, kept=None):
         """Raise ValueError where these settings, or a rollout's `kept`, are not for a vocabulary of so many tokens."""
         for token in self.eos_token_id:
-            if token >= vocabulary:
-                raise ValueError(f"eos_token_id={token} is not in the vocabulary of {vocabulary} tokens.")
+            number("eos_token_id", token, 0, vocabulary - 1)
         if self.min_new_tokens and len(set(self.eos_token_id)) == vocabulary:
-            what = f"min_new_tokens={self.min_new_tokens} leaves nothing to draw: eos_token_id names every token"
-            raise ValueError(f"{what}. Pass fewer end-of-text tokens, or min_new_tokens=0.")
-        if kept is not None and kept.numel():
-            of_bits = kept.dtype == torch.uint8
-            if (kept.shape[-1] != -(-vocabulary // 8)) if of_bits else int(kept.max()) >= vocabulary:
-                raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} leaves nothing to draw: every token ends the text.")
+        if kept is not None and kept.shape[-1] > -(-vocabulary // 8):
+            raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
 
 
 def sampling_distribution(logits, sampling, *, early=None, kept=None):
@@ -81,7 +78,7 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
         logits: `[..., V]`, any float dtype.
         sampling: the `Sampling`.
         early: `[...]` bool, True where fewer than `min_new_tokens` tokens were drawn before; None: nowhere.
-        kept: `[..., K]`, which tokens an earlier draw chose among (`kept_set`): the settings then cut nothing off.
+        kept: which tokens an earlier draw chose among, `as_bits`: the settings then cut nothing off.
 
     Returns `[..., V]` float32 (float64 from float64): logits divided by the temperature; -inf for what cannot be drawn.
     Their `log_softmax(-1)` are log-probabilities.
@@ -106,35 +103,18 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
     return torch.full_like(logits, -math.inf).scatter(-1, tokens, highest)
 
 
-def kept_set(logits, sampling):
-    """Which tokens a distribution `logits [..., V]` leaves: `[..., ceil(V / 8)]` uint8 bits, lowest first; or None."""
-    return as_bits(logits > -math.inf) if sampling.cuts_off(logits.shape[-1]) else None
-
-
 def as_bits(mask):
-    """A mask `[..., V]` bool as `[..., ceil(V / 8)]` uint8, lowest bit first."""
+    """A mask `[..., V]` bool as `[..., ceil(V / 8)]` uint8, lowest bit first. So a rollout stores its kept sets."""
     mask = nn.functional.pad(mask.byte(), (0, -mask.shape[-1] % 8))
     bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (mask.unflatten(-1, (-1, 8)) << bits).sum(-1, dtype=torch.uint8)
 
 
-def compact(kept, vocabulary):
-    """The sets `kept [B, T, ceil(V / 8)]`, or if that is smaller: their ids `[B, T, K]` int32, -1 in unused places."""
-    parts = kept.split(max(1, 2**22 // (kept.shape[1] * vocabulary)))  # masks of 4 MB, or of one row
-    longest = int(torch.stack([as_mask(part, vocabulary).sum(-1).amax() for part in parts]).amax())
-    if 4 * longest > kept.shape[-1]:
-        return kept
-    found = [as_mask(part, vocabulary).byte().topk(longest) for part in parts]
-    return torch.cat([tokens.masked_fill(is_kept == 0, -1).int() for is_kept, tokens in found])
-
-
 def as_mask(kept, vocabulary):
-    """What `kept_set` or `compact` returned, as a mask `[..., V]` bool."""
-    if kept.dtype == torch.uint8:
-        bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
-        return (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)[..., :vocabulary].bool()
-    mask = kept.new_zeros((*kept.shape[:-1], vocabulary + 1), dtype=torch.bool)
-    return mask.scatter(-1, kept.long() % (vocabulary + 1), True)[..., :vocabulary]  # -1 is put in the column cut off
+    """What `as_bits` returned, as a mask `[..., V]` bool."""
+    bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
+    mask = (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)
+    return nn.functional.pad(mask, (0, vocabulary - mask.shape[-1])).bool()  # a negative number of columns is cut off
 
 
 def draw(logits, uniform):
@@ -167,29 +147,16 @@ def _invert(weights, target):
     return index, (target - (running - weights).gather(-1, index)).clamp(min=0)
 
 
-def are_finite(logits):
-    """Whether all of `logits [..., V]` are: `[...]` bool."""
-    low, high = torch.aminmax(logits.detach(), dim=-1)
-    return (low > -math.inf) & (high < math.inf)  # NaN is neither
+def listed(ids):
+    """One id, several in a list, a tuple or a tensor, or None, as a tuple."""
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) == 1 else (ids,)
 
 
-def whole_number(name, value, low):
-    """`value` as an int; ValueError where it is no whole number of at least `low`."""
-    return int(number(name, value, low, math.inf, numbers.Integral))
-
-
-def number(name, value, low, high, kind=numbers.Real):
-    """`value` as a Python number; ValueError where it is none of this kind, from `low` to `high`."""
+def number(name, value, low, high=math.inf, kind=numbers.Integral):
+    """`value` as a plain int (or float: `kind=numbers.Real`). ValueError where it is none from `low` to `high`."""
     plain = value.tolist() if hasattr(value, "tolist") else value  # a tensor's or an array's number
     if isinstance(plain, bool) or not isinstance(plain, kind) or not low <= plain <= high:
-        expected = f"an int >= {low}" if kind is numbers.Integral else f"a number from {low} to {high}"
-        raise ValueError(f"{name}={value!r}; expected {expected}.")
+        raise ValueError(f"{name}={value!r}; expected {low} to {high}, of the kind {kind.__name__}.")
     return plain
-
-
-def warn(message):
-    """Warn at the caller's line: frames of these files are passed over."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_code.co_filename.endswith("_gpt2_value.py"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)

@@ -8,21 +8,20 @@ Cost", 2016, arXiv:1604.06174).
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
+import warnings
 import weakref
-from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import transformers
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 try:
     from .decoding_gpt2_value import (
         anywhere,
-        can_decode_fast,
         check_tokens,
         device_of,
         innermost,
@@ -32,14 +31,13 @@ try:
         takes_requests,
         unwrapped,
     )
-    from .sampling_gpt2_value import are_finite, sampling_distribution, warn
+    from .sampling_gpt2_value import sampling_distribution
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
     # In a checkout or a wheel these files are top-level modules.
     from decoding_gpt2_value import (
         anywhere,
-        can_decode_fast,
         check_tokens,
         device_of,
         innermost,
@@ -49,7 +47,7 @@ except ImportError:
         takes_requests,
         unwrapped,
     )
-    from sampling_gpt2_value import are_finite, sampling_distribution, warn
+    from sampling_gpt2_value import sampling_distribution
 
 KEPT_BYTES = 2**28  # up to so many bytes of float32 logits are kept for the backward pass
 CHUNK = 2**24  # above, so many (token, vocabulary) logits are held at a time: 64 MiB in float32
@@ -107,104 +105,100 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     inner = unwrapped(model)[-1]
     head = [*inner.v_head.parameters()] if hasattr(inner, "peft_config") and hasattr(inner, "v_head") else []
     if torch.is_grad_enabled() and head and not any(weight.requires_grad or weight.any() for weight in head):
-        warn('the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it')
+        advice = 'the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it'
+        warnings.warn(advice, stacklevel=2)
     rollout = rollout.to(device_of(model))
-    T = rollout.responses.shape[1]
-    tokens = rollout.sequences.masked_fill(rollout.attention_mask == 0, 0)  # padding may be any number
-    seen = tokens, rollout.attention_mask, slice(0, tokens.shape[1] - 1)
-    other = None if reference is None else _reference_inputs(model, reference, vocabulary, seen, T)
-    score = functools.partial(_scores, rollout, other, with_entropy, values_only)
+    mask, T = rollout.attention_mask, rollout.responses.shape[1]
+    tokens = rollout.sequences.masked_fill(mask == 0, 0)  # padding may be any number
+    other = (None, None) if reference is None else _reference_inputs(model, reference, vocabulary, tokens, mask, T)
+    score = functools.partial(_scores, rollout, vocabulary, other, with_entropy, values_only)
     if takes_requests(model):
-        answer, _ = run(model, *seen, score=SimpleNamespace(answer=score), use_cache=False)
-        scored: Any = Rescored(**answer)
+        answer, _ = run(model, tokens, mask, slice(0, tokens.shape[1] - 1), score=score, use_cache=False)
+        scored = Rescored(**answer)
     else:
-        scored = score(*inputs_and_head(model, *seen, T))
+        scored = score(*inputs_and_head(model, tokens, mask, T))
     if values_only:
         if scored.values is None:
             raise ValueError(f"a {type(inner).__name__} gives no values; expected a model with a value head.")
         return scored
-    check_finite(scored.logprobs if scored.kl is None else scored.logprobs.where(~scored.kl.isnan(), scored.kl))
-    check_itself("rescore", model, rollout, scored.logprobs)
+    check_finite(scored.logprobs if scored.kl is None else scored.logprobs + scored.kl)
+    check_itself("rescore", model, dataclasses.replace(rollout, logprobs=scored.logprobs))
     return scored
 
 
-def _scores(rollout, other, with_entropy, values_only, inputs, head, values):
+def _scores(rollout, vocabulary, other, with_entropy, values_only, inputs, head, values):
     """The `Rescored` of a model with the logits `head(inputs [B, >= T, ...])`, and such `values` or None.
 
     `rescore` hands this to `GPT2ValueModel.forward`, with its own arguments filled in. So the output layer runs inside
     a call of the model, where FSDP2 and DistributedDataParallel expect it, and they see none of these tensors, which
-    FSDP2 would cast. `other` is the reference's inputs `[B, T, ...]` and output layer, or None.
+    FSDP2 would cast. `other` is the reference's inputs `[B, T, ...]` and output layer, or (None, None).
     """
-    drawn, sampling = rollout.response_mask, rollout.sampling
+    drawn = rollout.response_mask
     T = drawn.shape[1]
     values = None if values is None else torch.where(drawn, values[:, -T:], 0.0)
     if values_only:
         return Rescored(values=values)
-    early = (torch.arange(T, device=drawn.device) < sampling.min_new_tokens).expand_as(drawn)
-    other, other_head = other or (None, None)
-    score = functools.partial(_score_chunk, sampling, with_entropy, head, other_head)
-    vocabulary = getattr(head, "out_features", inputs.shape[-1])
-    if torch.is_grad_enabled() and 4 * vocabulary * int(drawn.sum()) > KEPT_BYTES:
+    other_inputs, other_head = other
+    score = functools.partial(_score_chunk, rollout.sampling, with_entropy, head, other_head)
+    rows, steps = drawn.nonzero(as_tuple=True)  # [n] each
+    if torch.is_grad_enabled() and 4 * vocabulary * len(rows) > KEPT_BYTES:
         # Nothing in it is random, and the caller may be in a checkpoint of its own.
         score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
-    columns = inputs[:, -T:], rollout.responses, early, rollout.kept, other  # [B, T, ...] each, or None
-    chunks = [
-        itertools.repeat(None) if column is None else column[drawn.to(column.device)].split(max(1, CHUNK // vocabulary))
-        for column in columns
-    ]
-    parts = [score(*chunk) for chunk in zip(*chunks, strict=False)]
+    columns = inputs[:, -T:], rollout.responses, rollout.kept, other_inputs  # [B, T, ...] each, or None
+    size = max(1, CHUNK // vocabulary)
+    parts = []
+    for b, t in zip(rows.split(size), steps.split(size), strict=True):
+        chunk = [None if column is None else column[b.to(column.device), t.to(column.device)] for column in columns]
+        parts.append(score(t, *chunk))
     logprobs, entropy, kl = (
         torch.zeros_like(drawn, dtype=part[0].dtype).masked_scatter(drawn, torch.cat(part))
         for part in zip(*parts, strict=True)
     )
-    return Rescored(logprobs, values, entropy if with_entropy else None, None if other is None else kl)
+    return Rescored(logprobs, values, entropy if with_entropy else None, None if other_head is None else kl)
 
 
-def _score_chunk(sampling, with_entropy, head, other_head, inputs, tokens, early, kept, other):
-    """Log-probability, entropy and KL `[n]` of n drawn tokens; NaN where logits are not finite, 0 if not asked."""
-    logits = head(inputs)  # [n, V]
-    scaled = sampling_distribution(logits, sampling, early=early, kept=kept)
+def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens, kept, other):
+    """Log-probability, entropy and KL `[n]` of n drawn tokens, drawn at these steps; 0 if not asked for."""
+    early = steps < sampling.min_new_tokens
+    scaled = sampling_distribution(head(inputs), sampling, early=early, kept=kept)  # [n, V]
     logprobs = scaled.log_softmax(-1)  # [n, V]
-    logprob = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).masked_fill(~are_finite(logits), math.nan)
+    logprob = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     entropy = kl = torch.zeros_like(logprob)
-    if with_entropy or other is not None:
+    if with_entropy or other_head is not None:
         possible = scaled > -math.inf
         logprobs = logprobs.masked_fill(~possible, 0.0)
         probs = logprobs.exp() * possible
         entropy = -(probs * logprobs).sum(-1)
-    if other is not None:
+    if other_head is not None:
         with torch.no_grad():
-            theirs = other_head(other).to(logits.device)
+            theirs = other_head(other).to(scaled.device)
             theirs = sampling_distribution(theirs, sampling, early=early, kept=kept).log_softmax(-1)
         kl = (probs * (logprobs - theirs.masked_fill(~possible, 0.0))).sum(-1)
     return logprob, entropy, kl
 
 
-def _reference_inputs(model, reference, vocabulary, seen, T):
+def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
     """The inputs of the reference's output layer, `[B, T, ...]`, and that layer."""
-    models = unwrapped(model)
-    adapter: Any = next((wrapper for wrapper in models if hasattr(wrapper, "disable_adapter")), None)
-    switches = isinstance(reference, str)
-    if switches and (reference != "disable_adapter" or adapter is None):
-        raise ValueError(f'reference={reference!r}; expected a model, or "disable_adapter" with a PeftModel.')
-    if switches:
-        reference = model
+    models, switched_off = unwrapped(model), contextlib.nullcontext()
+    if isinstance(reference, str):
+        adapters = [wrapper for wrapper in models if hasattr(wrapper, "disable_adapter")]
+        if reference != "disable_adapter" or not adapters:
+            raise ValueError(f'reference={reference!r}; expected a model, or "disable_adapter" with a PeftModel.')
+        reference, switched_off = model, adapters[0].disable_adapter()
     elif hasattr(models[-1], "peft_config") and unwrapped(reference)[-1] is models[-1]:
         raise ValueError('the reference is the model itself, whose KL is 0; pass reference="disable_adapter".')
-    tokens, mask, columns = seen
     its = check_tokens(reference, tokens, mask)
     if its != vocabulary:
         raise ValueError(f"the model's vocabulary has {vocabulary} tokens, the reference's {its}; expected the same.")
     device = device_of(reference)
-    with torch.no_grad(), adapter.disable_adapter() if switches else contextlib.nullcontext():
-        return inputs_and_head(innermost(reference), tokens.to(device), mask.to(device), columns, T)[:2]
+    with torch.no_grad(), switched_off:
+        return inputs_and_head(innermost(reference), tokens.to(device), mask.to(device), T)[:2]
 
 
 # A rollout and a score check themselves: one row, the most likely to be wrong, is computed again by the model's own
 # call. That holds for every model and every version of a library, and needs no list of what is known to work.
 
 EVERY = 16  # calls: one row alone costs 6% of a rollout of 16 rows, so 0.4% in the mean
-MAY_BE_NONE = ("logprobs", "values", "kept")  # of a rollout
 MOST_COLUMNS = 256  # of that row: a wrong state stays wrong to its end
 # Of each model, by situation: its calls since the first. A model that is gone is forgotten.
 _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -214,24 +208,27 @@ class SelfCheckError(RuntimeError):
     """A model gives a row other log-probabilities in a batch than alone: what was drawn is not what would be scored."""
 
 
-def check_itself(what, model, rollout, logprobs):
-    """Raise SelfCheckError where a row alone has other log-probabilities than `logprobs [B, T]`, if a check is due.
+def check_itself(what, model, rollout):
+    """Raise SelfCheckError where a row alone has other log-probabilities than `rollout` says, if a check is due.
 
     It is at the first call for a model, and at every 16th; again from the first when the model's class, config, dtype
-    or mode has changed, it is no longer a plain GPT-2 (`can_decode_fast`), or rows are padded or end at different times
-    and were not before. (Libraries cannot change within a process.) The row is the one with most padding among those
-    with most drawn tokens, which goes on after others have ended.
+    or mode has changed, a hook or a forward of a module, or rows are padded or end at different times and were not
+    before. (Libraries cannot change within a process.) The row is the one with most padding among those with most drawn
+    tokens, which goes on after others have ended.
     """
     inner = unwrapped(model)[-1]
     lengths = rollout.response_mask.sum(1)
     padding = (rollout.attention_mask == 0).sum(1) - (~rollout.response_mask).sum(1)
     row = int((lengths * rollout.sequences.shape[1] + padding).argmax())
-    kind = type(inner), str(vars(inner.config)), inner.dtype, inner.training, can_decode_fast(inner)
+    runs = [
+        (type(m).forward, vars(m).get("forward"), *m._forward_hooks, *m._forward_pre_hooks) for m in inner.modules()
+    ]
+    kind = type(inner), str(vars(inner.config)), inner.dtype, inner.training, hash(tuple(runs))
     situation = what, kind, bool(padding.any()), len(lengths.unique()) > 1
     calls = _calls.setdefault(inner, {})
     difference, bounds = torch.zeros(1), torch.ones(1)
     if anywhere(model, calls.get(situation, 0) % EVERY == 0) and lengths[row] > 0:
-        difference, bounds = _difference_alone(model, rollout, logprobs, row)
+        difference, bounds = _difference_alone(model, rollout, row)
     if anywhere(model, not (difference / bounds).square().mean() <= 1):  # NaN is wrong, too
         raise SelfCheckError(
             f"a {type(inner).__name__} gives row {row} of this {what} log-probabilities {difference.max():.3g} "
@@ -243,20 +240,18 @@ def check_itself(what, model, rollout, logprobs):
     calls[situation] = calls.get(situation, 0) + 1  # not after an error: the next call is checked again
 
 
-def _difference_alone(model, rollout, logprobs, row):
-    """By how much a row's `logprobs [B, T]` differ from those that it has alone, and may differ: `[columns]` each."""
-    sampling, seen = rollout.sampling, rollout.attention_mask[row]
-    tokens = rollout.sequences[row][seen.bool()]  # [n], without padding
+def _difference_alone(model, rollout, row):
+    """By how much a row's log-probabilities differ from those that it has alone, and may differ: `[columns]` each."""
+    seen, sampling = rollout.attention_mask[row].bool(), rollout.sampling
+    tokens = rollout.sequences[row][seen]  # [n], without padding
     steps = rollout.response_mask[row].nonzero().squeeze(-1)[-MOST_COLUMNS:]  # [columns]
-    places = seen.cumsum(0)[steps - logprobs.shape[1]] - 1  # [columns], where in `tokens` they are
-    logits = logits_alone(model, tokens[:-1], len(tokens) - int(places[0]))[places - places[0]]  # [columns, V]
+    places = seen.cumsum(0)[steps - rollout.responses.shape[1]] - 1  # [columns], where in `tokens` they are
+    logits = logits_alone(model, tokens[:-1])[places - 1]  # [columns, V]
     kept = None if rollout.kept is None else rollout.kept[row, steps]
-    taken, early = tokens[places], steps < sampling.min_new_tokens
-    alone, *_ = _score_chunk(sampling, False, lambda inputs: inputs, None, logits, taken, early, kept, None)
-    recorded = logprobs[row, steps].detach()
-    sizes = torch.maximum(logits.amax(-1).abs(), logits.gather(-1, taken.unsqueeze(-1)).squeeze(-1).abs())
-    difference = torch.where(recorded == alone, 0.0, recorded - alone).abs()  # both may be -inf
-    return difference, _bounds(model, logits, sizes) / sampling.temperature
+    alone, *_ = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, tokens[places], kept, None)
+    drawn = logits.gather(-1, tokens[places].unsqueeze(-1)).squeeze(-1)
+    bounds = _bounds(model, logits, torch.maximum(logits.amax(-1), drawn.abs())) / sampling.temperature
+    return (rollout.logprobs[row, steps].detach() - alone).abs(), bounds
 
 
 def _bounds(model, logits, sizes):
@@ -270,9 +265,8 @@ def _bounds(model, logits, sizes):
     """
     dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
     dtypes |= {dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(logits, logits.to(dtype).to(logits))}
-    dtypes.add(
-        {"high": torch.float16, "medium": torch.bfloat16}.get(torch.get_float32_matmul_precision(), torch.float32)
-    )
+    if torch.get_float32_matmul_precision() != "highest":
+        dtypes.add(torch.bfloat16)
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     return math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes
 
@@ -282,37 +276,38 @@ def _bounds(model, logits, sizes):
 
 def check_rollout(rollout):
     """Raise TypeError or ValueError where this is no `Rollout`, or one whose parts contradict each other."""
-    if type(rollout).__name__ != "Rollout" or not hasattr(rollout, "sampling"):
-        # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
-        raise TypeError(f"got a {type(rollout).__name__}; expected the Rollout of this version.")
-    tokens, mask, responses, drawn = rollout.sequences, rollout.attention_mask, rollout.responses, rollout.response_mask
-    if type(rollout.sampling).__name__ != "Sampling" or any(getattr(x, "ndim", 0) != 2 for x in (tokens, responses)):
-        raise TypeError("a rollout has tensors [batch, tokens], and a Sampling; this one has something else there.")
-    B, T = responses.shape
-    whole, each = (B, max(tokens.shape[1], T)), (B, T)
-    floats = torch.float32, torch.float64, torch.bfloat16, torch.float16
-    for name, dtypes, shape in (
-        ("sequences", [torch.int64], whole),
-        ("attention_mask", [torch.int64], whole),
-        ("responses", [torch.int64], each),
-        ("response_mask", [torch.bool], each),
-        ("logprobs", floats, each),
-        ("values", floats, each),
-        ("kept", [torch.int32, torch.uint8], (*each, *getattr(rollout.kept, "shape", ())[-1:])),
+    # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
+    kinds = type(rollout).__name__, type(getattr(rollout, "sampling", None)).__name__
+    if kinds != ("Rollout", "Sampling"):
+        raise TypeError(f"got a {kinds[0]} with a {kinds[1]}; expected the Rollout of this version, with its Sampling.")
+    ids, floats = [torch.int64], [torch.float32, torch.float64]
+    sizes: dict = {}  # of B rows, N = P + T columns, T responses, K = ceil(V / 8)
+    for name, dtypes, dims in (
+        ("sequences", ids, "BN"),
+        ("attention_mask", ids, "BN"),
+        ("responses", ids, "BT"),
+        ("response_mask", [torch.bool], "BT"),
+        ("logprobs", floats, "BT"),
+        ("values", floats, "BT"),
+        ("kept", [torch.uint8], "BTK"),
     ):
         part = getattr(rollout, name)
-        found = getattr(part, "dtype", None), getattr(part, "shape", None)
-        if (found[0] not in dtypes or found[1] != shape) and (part is not None or name not in MAY_BE_NONE):
+        dtype, shape = getattr(part, "dtype", None), [*getattr(part, "shape", ())]
+        fits = dtype in dtypes and shape == [
+            sizes.setdefault(dim, size) for dim, size in zip(dims, shape, strict=False)
+        ]
+        if not (fits and len(shape) == len(dims)) and (part is not None or name not in ("logprobs", "values", "kept")):
             raise TypeError(
-                f"the rollout's {name} is a {type(part).__name__} {found}; expected {dtypes[0]} {[*shape]}, a row for "
-                "each response and a column for each token."
+                f"the rollout's {name}: {type(part).__name__} {dtype} {shape}; expected {dtypes[0]} {[*dims]}, {sizes}."
             )
-    token = responses.unsqueeze(-1)  # [B, T, 1]
+    tokens, mask, responses, drawn = rollout.sequences, rollout.attention_mask, rollout.responses, rollout.response_mask
+    T = responses.shape[1]
+    if tokens.shape[1] < T:
+        raise TypeError(f"the rollout has more responses than columns: {sizes}; expected prompts and responses.")
     is_kept = drawn
-    if rollout.kept is not None and rollout.kept.dtype == torch.int32:
-        is_kept = (rollout.kept == token).any(-1) & (rollout.kept >= -1).all(-1)
-    elif rollout.kept is not None:
-        byte = rollout.kept.gather(-1, (token // 8).clamp(0, rollout.kept.shape[-1] - 1))
+    if rollout.kept is not None:
+        token = responses.unsqueeze(-1)  # [B, T, 1]
+        byte = nn.functional.pad(rollout.kept, (0, 1)).gather(-1, (token // 8).clamp(0, sizes["K"]))
         is_kept = (byte >> (token % 8) & 1 > 0).squeeze(-1)
     for problem, where in (
         ("an attention_mask with other numbers than 0 and 1", (mask != 0) & (mask != 1)),
@@ -320,16 +315,13 @@ def check_rollout(rollout):
         ("a drawn token that attention_mask leaves out", (mask[:, -T:] == 0) & drawn),
         ("a drawn token that is not in its kept set", ~is_kept & drawn),
     ):
-        if where.any():
-            row, column = where.nonzero()[0].tolist()
-            raise ValueError(
-                f"the rollout has {problem} (row {row}, column {column}); was it changed since it was drawn?"
-            )
+        for row, column in where.nonzero().tolist():
+            raise ValueError(f"the rollout has {problem} (row {row}, column {column}); was it changed?")
 
 
 def check_finite(logprobs):
-    """Raise ValueError where logits were not finite: these `logprobs [B, T]` are NaN."""
-    for row, step in logprobs.isnan().nonzero().tolist():
+    """Raise ValueError where logits were not finite, and so these `logprobs [B, T]` are not."""
+    for row, step in (~logprobs.isfinite()).nonzero().tolist():
         raise ValueError(
             f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them. "
             "Check the weights (a diverged training step?), or use bfloat16 instead of float16."

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from decoding_gpt2_value import are_ids, check_tokens
-from generation_gpt2_value import Rollout, aligned
-from sampling_gpt2_value import Sampling, number, whole_number
+from decoding_gpt2_value import check_tokens
+from generation_gpt2_value import INTEGERS, Rollout, aligned
+from sampling_gpt2_value import Sampling, number
 
 from . import statistics
 from .engine import scoring_inputs
@@ -62,11 +63,11 @@ def audit_sampler(
         TypeError, ValueError: the claim is unclear, fewer than 50 tokens are claimed, a token is not in the vocabulary,
             or logits are NaN or infinite.
     """
-    if number("alpha", alpha, 0, 1) in (0, 1):
+    if number("alpha", alpha, 0, 1, numbers.Real) in (0, 1):
         raise ValueError(f"alpha={alpha}; expected a number between 0 and 1, such as 1e-3.")
     if not isinstance(generator, (torch.Generator, type(None))):
         raise TypeError(f"generator is a {type(generator).__name__}; expected torch.Generator().manual_seed(...).")
-    batch_size = whole_number("batch_size", batch_size, 1)
+    batch_size = number("batch_size", batch_size, 1)
     claim: Any = tokens
     if type(tokens).__name__ != "Rollout":  # by name: a package's own class is another one than the checkout's
         claim = _claim(tokens, prompt_length, attention_mask, sampling or Sampling())
@@ -92,10 +93,10 @@ def audit_sampler(
 
 def _claim(tokens, prompt_length, attention_mask, sampling) -> Rollout:
     """The tokens `[B, P+T]` after `prompt_length` columns, each row up to its first end, as a `Rollout`."""
-    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or not are_ids(tokens):
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or tokens.dtype not in INTEGERS:
         what = f"got a {type(tokens).__name__} {getattr(tokens, 'dtype', '')} {[*getattr(tokens, 'shape', ())]}"
         raise TypeError(f"{what}; expected a Rollout, as from rollout_from_tokens(), or [batch, tokens] of ids.")
-    P = whole_number("prompt_length", prompt_length, 1)
+    P = number("prompt_length", prompt_length, 1)
     if attention_mask is not None:
         attention_mask = torch.as_tensor(attention_mask)[:, :P]
     prompts, seen = aligned("prompts", tokens[:, :P], attention_mask, pad=-1)

@@ -6,6 +6,7 @@ Imports torch and the remote code.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from decoding_gpt2_value import check_tokens, device_of, innermost, inputs_and_head
 from generation_gpt2_value import Rollout, aligned
-from sampling_gpt2_value import Sampling, compact, kept_set, sampling_distribution, whole_number
+from sampling_gpt2_value import Sampling, as_bits, number, sampling_distribution
 
 
 def rollout_from_tokens(
@@ -45,7 +46,7 @@ def rollout_from_tokens(
             its row, ends it before `min_new_tokens`, is not in its kept set, or has a log-probability above 0.
     """
     sampling = sampling or Sampling()
-    pad = whole_number("pad_token_id", (*sampling.eos_token_id, 0)[0] if pad_token_id is None else pad_token_id, 0)
+    pad = sampling.pad_token_id if pad_token_id is None else number("pad_token_id", pad_token_id, 0)
     starts, prompt_mask = aligned("prompts", prompts, attention_mask, pad=pad)  # [B, P]
     ids, mask = (x.to(starts.device) for x in aligned("responses", responses, pad=pad, right=True))  # [B, T]
     drawn, (B, T) = mask.bool(), mask.shape
@@ -66,10 +67,13 @@ def rollout_from_tokens(
         numbers = pad_sequence(rows, batch_first=True).detach().to(mask.device)  # [B, T]
         refused["has a log-probability above 0, or not finite"] = ~(numbers < 1e-3) | numbers.isinf()
     if kept is not None:
-        found = [torch.as_tensor([*step], dtype=torch.int32) for row in kept for step in row]
-        each = pad_sequence(found, batch_first=True, padding_value=-1).to(mask.device)  # [tokens, K]
-        sets = each.new_full((B, T, each.shape[1]), -1).masked_scatter(drawn[..., None], each)
-        refused["is not in its kept set of ids"] = ~(sets == ids[..., None]).any(-1) | (sets < -1).any(-1)
+        found = [torch.as_tensor([*step], dtype=torch.int32) for row in kept for step in row]  # -1 is no id
+        width = 1 + max(int(step.max()) for step in found if len(step))
+        fits = [bool((step == id).any() and (step >= -1).all()) for step, id in zip(found, ids[drawn], strict=True)]
+        refused["is not in its kept set of ids"] = drawn.masked_scatter(drawn, ~torch.tensor(fits, device=mask.device))
+        each = [as_bits(torch.isin(torch.arange(width), step)) for step in found]  # [K] for each token
+        sets = torch.zeros((B, T, len(each[0])), dtype=torch.uint8, device=mask.device)
+        sets = sets.masked_scatter(drawn[..., None], torch.stack(each).to(mask.device))
     for what, where in refused.items():
         for row, step in (where & drawn).nonzero().tolist():
             raise ValueError(f"responses[{row}][{step}], the token {int(ids[row, step])}, {what}.")
@@ -97,7 +101,7 @@ def find_kept_sets(model: Any, rollout: Rollout, *, batch_size: int = 16) -> Rol
     Raises:
         TypeError, ValueError: the rollout has its sets already, or does not fit the model.
     """
-    batch_size = whole_number("batch_size", batch_size, 1)
+    batch_size = number("batch_size", batch_size, 1)
     check_is_rollout(rollout)
     if rollout.kept is not None:
         raise ValueError("the rollout says already what each token was drawn from (rollout.kept); use it as it is.")
@@ -112,10 +116,10 @@ def find_kept_sets(model: Any, rollout: Rollout, *, batch_size: int = 16) -> Rol
         for t in range(T):  # a step at a time: [b, V] logits, never [b, T, V]
             early = torch.tensor(t < sampling.min_new_tokens, device=drawn.device)
             scaled = sampling_distribution(head(inputs[:, t]), sampling, early=early)
-            steps.append(kept_set(scaled.scatter(-1, drawn[:, t], 0.0), sampling))
+            steps.append(as_bits(scaled.scatter(-1, drawn[:, t], 0.0) > -math.inf))
         kept = torch.stack(steps, 1).masked_fill(~part.response_mask[..., None], 0)  # [b, T, ceil(V / 8)]
         found.append(kept.to(rollout.sequences.device))
-    return dataclasses.replace(rollout, kept=compact(torch.cat(found), vocabulary))
+    return dataclasses.replace(rollout, kept=torch.cat(found))
 
 
 def check_is_rollout(rollout: Any) -> None:
@@ -130,6 +134,5 @@ def scoring_inputs(model: Any, rollout: Rollout, batch_size: int) -> Iterator[tu
     for rows in torch.arange(len(rollout.sequences)).split(batch_size):
         part = rollout[rows].to(device)
         tokens = part.sequences.masked_fill(part.attention_mask == 0, 0)  # padding may be any number
-        columns = slice(0, tokens.shape[1] - 1)
-        inputs, head, _ = inputs_and_head(innermost(model), tokens, part.attention_mask, columns, T)
+        inputs, head, _ = inputs_and_head(innermost(model), tokens, part.attention_mask, T)
         yield dataclasses.replace(part, sequences=tokens), inputs, head
