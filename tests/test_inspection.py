@@ -128,11 +128,13 @@ def test_pickles_and_code_are_named_and_neither_opened_nor_run(package, tmp_path
 
 
 def test_files_that_do_not_belong_are_named(package):
-    foreign = {"adapter_config.json", "train.log", ".env", "model-00001-of-00002.safetensors"}
-    for name in (*foreign, "LICENSE", "loss.png", ".gitattributes"):
+    foreign = {"adapter_config.json", "train.log", ".env"}
+    for name in (*foreign, "LICENSE", "loss.png", ".gitattributes", "model-00001-of-00002.safetensors"):
         (package / name).write_text("{}")
     (package / "checkpoint-100").mkdir()
-    assert set(inspect_package(package).foreign) == {*foreign, "checkpoint-100"}
+    report = inspect_package(package)
+    assert set(report.foreign) == {*foreign, "checkpoint-100"}
+    assert report.changed == ("model-00001-of-00002.safetensors",)
 
 
 def test_a_file_that_is_not_the_one_that_was_saved_is_named(package):

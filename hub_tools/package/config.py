@@ -38,10 +38,7 @@ def in_words(kind: Any) -> str:
     """Return what a value is expected to be, for messages."""
     if isinstance(kind, range):
         return f"a whole number from {kind[0]:,} to {kind[-1]:,}"
-    if isinstance(kind, (tuple, list)):
-        words = " or ".join(map(in_words, kind)) or "no such field: it would load or run something else"
-        return f"a list of {words}" if isinstance(kind, list) else words
-    return kind.__name__ if isinstance(kind, type) else str(kind)
+    return kind.__name__ if isinstance(kind, type) else str(kind or "no such field")
 
 
 SIZE, ID, DTYPE = range(1, 1 << 31), range(-1, 1 << 31), {"float32", "float16", "bfloat16"}
@@ -294,15 +291,14 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     layer = {"ln_1": (n,), "ln_2": (n,), "attn.c_attn": (n, 3 * n), "attn.c_proj": (n, n)}
     layer |= {"mlp.c_fc": (n, inner), "mlp.c_proj": (inner, n)}
     if config.get("add_cross_attention"):
-        layer |= {"ln_cross_attn": (n,), "crossattention.c_attn": (n, 2 * n), "crossattention.q_attn": (n, n)}
-        layer |= {"crossattention.c_proj": (n, n)}
+        layer |= {"ln_cross_attn": (n,), "crossattention.c_attn": (n, 2 * n)}
+        layer |= dict.fromkeys(("crossattention.q_attn", "crossattention.c_proj"), (n, n))
     parts = {f"h.{i}.{name}": shape for i in range(config["n_layer"]) for name, shape in layer.items()}
-    shapes: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (config["vocab_size"], n),
-        "transformer.wpe.weight": (config["n_positions"], n),
-    }
-    for name, shape in (*parts.items(), ("ln_f", (n,))):
-        shapes |= {f"transformer.{name}.weight": shape, f"transformer.{name}.bias": shape[-1:]}
+    shapes: dict[str, tuple[int, ...]] = {f"transformer.{name}.weight": shape for name, shape in parts.items()}
+    shapes["transformer.ln_f.weight"] = (n,)
+    shapes |= {name.replace("weight", "bias"): shape[-1:] for name, shape in shapes.items()}
+    shapes["transformer.wte.weight"] = (config["vocab_size"], n)
+    shapes["transformer.wpe.weight"] = (config["n_positions"], n)
     if not tied(config):
         shapes["lm_head.weight"] = shapes["transformer.wte.weight"]
     if config.get("summary_use_proj", True):

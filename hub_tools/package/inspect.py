@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 import os
 import tempfile
 import tokenize
@@ -23,7 +24,7 @@ from ..files import open_in, read_json, sha256_in
 from . import config as config_fields
 from .record import Record, read_record, versions_of
 from .stage import Stage, fetched, repository_id, stage_package
-from .weights import FLOATS, Head, check_tensors, package_weights
+from .weights import Tensor, check_tensors, package_weights
 
 LONGEST = 200_000  # bytes of a file that `code_differences` shows: the largest file of any release has a tenth
 
@@ -48,7 +49,7 @@ class PackageReport:
     parameters: int  # tied embeddings count once
     dtypes: dict[str, int]  # torch's name for the type -> parameters of that type
     weight_files: dict[str, int]  # name -> bytes
-    head: Head | None
+    head: Tensor | None  # its weight: [1, n_embd], or () where the config says no projection
     tied_embeddings: bool
     vocab_size: int
     n_positions: int
@@ -167,11 +168,10 @@ def inspect_stage(copy: Stage, source: str) -> PackageReport:
     head = check_tensors(tensors, config)
     dtypes: dict[str, int] = {}
     for tensor in tensors.values():
-        dtypes[FLOATS[tensor.dtype]] = dtypes.get(FLOATS[tensor.dtype], 0) + tensor.elements
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
 
     record = read_record(copy.folder) if layout.RECORD in names else None
     parts = (*layout.REMOTE_CODE, layout.CARD, layout.RECORD, layout.GENERATION_CONFIG)
-    unused = {name for name in names if kinds[name] == "weights"} - {layout.WEIGHTS_INDEX, *shards}
     return PackageReport(
         source=source,
         folder=copy.source,
@@ -188,7 +188,7 @@ def inspect_stage(copy: Stage, source: str) -> PackageReport:
         missing=tuple(name for name in parts if name not in names),
         changed=() if record is None else _changed(record, copy),
         pickles=tuple(name for name in names if kinds[name] == "pickle"),
-        foreign=tuple(name for name in names if kinds[name] == "foreign" or name in unused),
+        foreign=tuple(name for name in names if kinds[name] == "foreign"),
         unknown_fields={file: odd for file, odd in unknown.items() if odd},
     )
 
@@ -270,27 +270,21 @@ def _differences(folder: Path) -> Iterator[str]:
     names = sorted(filter(_is_code, os.listdir(folder)))
     for name in names:
         digest, shown = sha256_in(folder, name), _on_one_line(name)
-        versions = versions_of(name, digest)
-        if layout.__version__ in versions:
+        if digest == layout.installed_hashes().get(name):
             continue
         yield f"{shown}  sha256 {digest}"
-        if versions:
-            yield f"as in version {', '.join(versions)}"
         with open_in(folder, name) as file:
             code = file.read(LONGEST + 1)
-        if len(code) > LONGEST:
-            yield f"DANGER: more than {LONGEST:,} bytes, which are not shown here; no release has such a file"
-        elif not name.endswith(".py"):
-            yield "DANGER: compiled code, which nobody can read; it is not shown here"
-        else:
-            yield from (f"DANGER: {_on_one_line(reason)}" for reason in disguises(code))
-            ours = installed[name].read_text(encoding="utf-8") if name in installed else ""
-            theirs = code.decode("utf-8", errors="backslashreplace").replace("\r\n", "\n")
-            before, after = (text.removesuffix("\n").split("\n") for text in (ours, theirs))
-            for line in difflib.unified_diff(before, after, f"installed/{shown}", f"package/{shown}", lineterm=""):
-                yield _on_one_line(line)
-    if lost := [name for name in installed if name not in names]:
-        yield f"missing: {', '.join(lost)}"
+        if len(code) > LONGEST or not name.endswith(".py"):
+            yield f"DANGER: compiled code, or more than {LONGEST:,} bytes, which is not shown here: nobody can read it"
+            continue
+        yield from (f"DANGER: {reason}" for reason in disguises(code))
+        ours = installed[name].read_text(encoding="utf-8") if name in installed else ""
+        theirs = code.decode("utf-8", errors="backslashreplace").replace("\r\n", "\n")
+        before, after = (text.removesuffix("\n").split("\n") for text in (ours, theirs))
+        lines = difflib.unified_diff(before, after, f"installed/{shown}", f"package/{shown}", lineterm="")
+        yield from map(_on_one_line, lines)
+    yield from (f"missing: {name}" for name in installed if name not in names)
     if deeper := sorted(_on_one_line(str(path.relative_to(folder))) for path in folder.glob("*/*.py*")):
         yield f"DANGER: code in folders, where no package has any: {', '.join(deeper[:8])}"
 

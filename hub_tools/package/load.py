@@ -182,8 +182,7 @@ def _check_model(model: Any, package: PackageReport, dtype: Any) -> None:
     """Refuse weights that are not finite, and a model that does not run here, or gives NaN."""
     from .sharded import computed
 
-    damaged = list(not_finite(model.state_dict()))
-    if damaged:
+    if damaged := not_finite(model.state_dict()):
         raise UnsavableModelError(
             f"NaN or infinite values in {', '.join(damaged[:5])} of {package.source}",
             expected="finite weights",

@@ -3,7 +3,7 @@
 A tokenizer can be small on the disk and still fill the memory or take for ever: a long token takes time that grows with
 its square, and each step may double the output of the one before. So the length of tokens and the growth of all steps
 together are bounded by what the files say, and what they do not say (expressions that backtrack, thousands of steps) is
-tried: long runs of each character, and the tokenizer's own patterns.
+tried, on long runs of each character.
 """
 
 from __future__ import annotations
@@ -80,15 +80,12 @@ def try_tokenizer(folder: Path, *, growth: int, longest: int) -> None:
     from tokenizers import Tokenizer
 
     fields = json.loads(path.read_text(encoding="utf-8"))
-    steps = {name: fields.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
-    for name, step in steps.items():
-        if growth_of(step) > growth:
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        if growth_of(fields.get(name)) > growth:
             raise SystemExit(f"its {name} makes a text more than {growth} times as long, too much")
     tokenizer = Tokenizer.from_file(str(path))
-    texts = [character * RUN + "!" for character in string.printable + "é中\u0301"]
-    texts += [text for text in texts_in(steps) if len(text) <= 10_000]
-    for text in texts:
-        tokenizer.decode(tokenizer.encode(text).ids)
+    for character in string.printable + "é中\u0301":
+        tokenizer.decode(tokenizer.encode(character * RUN + "!").ids)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ calls for. Nothing is unpickled: a pickle is first turned into safetensors, by a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import layout, limits
 from ..errors import AGAIN, PackageError, as_ours
 from ..files import LFS_POINTER, open_in, read_json
-from .config import checked_shards, expected_shapes
+from .config import DTYPE, checked_shards, expected_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -23,30 +22,15 @@ if TYPE_CHECKING:
     from configuration_gpt2_value import GPT2ValueConfig
     from modeling_gpt2_value import GPT2ValueModel
 
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name -> torch's
+NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name of a type -> torch's
 
 
 @dataclass(frozen=True)
 class Tensor:
     """One entry of a safetensors header."""
 
-    dtype: str  # as safetensors writes it: F32
+    dtype: str  # torch's name of it, where a package may have it: float32
     shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Head:
-    """The value head's projection: `[1, n_embd]` gives one value per token.
-
-    The shape is `()` if the config says no projection. The value is then the hidden state, and the head has no weights.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def read_header(folder: Path, name: str) -> dict[str, Tensor]:
@@ -74,7 +58,10 @@ def read_header(folder: Path, name: str) -> dict[str, Tensor]:
         raise corrupt(f"its header claims {length:,} bytes, and may have {limits.HEADER_BYTES:,}")
     with as_ours(corrupt), safe_open(folder / name, framework="numpy") as file:  # numpy: torch is not imported
         slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118  # it is no dict
-        return {tensor: Tensor(each.get_dtype(), tuple(each.get_shape())) for tensor, each in slices.items()}
+        return {
+            tensor: Tensor(NAMES.get(each.get_dtype(), each.get_dtype()), tuple(each.get_shape()))
+            for tensor, each in slices.items()
+        }
 
 
 def read_headers(folder: Path, name: str) -> dict[str, dict[str, Tensor]]:
@@ -144,8 +131,11 @@ def package_weights(folder: Path, names: Sequence[str]) -> dict[str, dict[str, T
     return read_headers(folder, main[0])
 
 
-def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Head | None:
-    """Compare a package's tensors with what its config calls for; return the head, or None if there is none.
+def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor | None:
+    """Compare a package's tensors with what its config calls for; return the head's weight, or None if there is none.
+
+    Its shape is `[1, n_embd]` where the head gives one value per token. It is `()` where the config says no projection:
+    the value is then the hidden state, and the head has no weights.
 
     Raises:
         PackageError: tensors that are missing or unknown, or of another shape or type.
@@ -156,25 +146,18 @@ def check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> H
             f"config.json says {config['n_layer']:,} layers; the weights are {len(tensors):,} tensors",
             expected="12 tensors or more for each layer",
         )
-    expected = expected_shapes(config)
-    of_head = {name for name in expected if name.startswith(layout.HEAD_PREFIX)}
-    has_head = not of_head or any(name.startswith(layout.HEAD_PREFIX) for name in tensors)
-    # no head at all is reported, not refused
-    if wrong := sorted(set(tensors) ^ (set(expected) if has_head else set(expected) - of_head)):
+    expected, head = expected_shapes(config), f"{layout.HEAD_PREFIX}summary.weight"
+    has_head = head not in expected or any(name.startswith(layout.HEAD_PREFIX) for name in tensors)
+    if not has_head:  # which is reported, and not refused
+        expected = {name: shape for name, shape in expected.items() if not name.startswith(layout.HEAD_PREFIX)}
+    found = {name: tensor.shape if tensor.dtype in DTYPE else tensor.dtype for name, tensor in tensors.items()}
+    if wrong := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
         raise PackageError(
-            f"{len(wrong)} tensors are missing or unknown: {wrong[:5]}",
-            expected="exactly the tensors that config.json calls for",
+            f"{len(wrong)} tensors differ from what config.json calls for: {wrong[:5]}; the first is "
+            f"{found.get(wrong[0], 'missing')}",
+            expected=f"{expected.get(wrong[0], 'no such tensor')}, in one of {sorted(DTYPE)}",
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name] or tensor.dtype not in FLOATS:
-            raise PackageError(
-                f"tensor {name!r} is {tensor.dtype} of shape {list(tensor.shape)}",
-                expected=f"shape {list(expected[name])}, in one of {sorted(FLOATS)}",
-            )
-    if not has_head:
-        return None
-    head = tensors.get(f"{layout.HEAD_PREFIX}summary.weight")
-    return Head(head.shape, FLOATS[head.dtype]) if head else Head((), "")
+    return tensors.get(head, Tensor("", ())) if has_head else None
 
 
 def build_model(config: GPT2ValueConfig, tensors: Mapping[str, torch.Tensor]) -> GPT2ValueModel:
@@ -216,9 +199,6 @@ def build_model(config: GPT2ValueConfig, tensors: Mapping[str, torch.Tensor]) ->
     return model.eval()
 
 
-def not_finite(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the tensors that hold NaN or infinity, and how many such values each holds; `{}` if all are finite."""
-    import torch
-
-    found = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in weights.items()}
-    return {name: count for name, count in found.items() if count}
+def not_finite(weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of the tensors that hold NaN or infinity."""
+    return [name for name, tensor in weights.items() if not tensor.isfinite().all()]
