@@ -25,11 +25,10 @@ from .errors import MissingLibraryError, OptionsError, SourceError
 if TYPE_CHECKING:
     import torch
 
-HERE, PORT = "127.0.0.1", 7860
+HERE = "127.0.0.1"
 # Looked at before anything is tokenised or drawn.
 MOST_CHARACTERS, MOST_LINES, MOST_ROWS, MOST_TOKENS = 4_000, 8, 16, 256
 MOST_BYTES = 64_000  # of a request
-MOST_OPEN = 24  # requests at a time; an open page has one or two
 MOST_WAITING = 8  # draws in the queue
 EXAMPLE = "My most favourite movie is"
 MAX_SEED = (1 << 63) - 1  # torch's
@@ -42,12 +41,10 @@ FOLDERS = ("/assets/", "/static/", "/gradio_api/heartbeat/")
 HEADERS = {
     "content-security-policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-    "cross-origin-resource-policy": "same-origin",
 }
 
 
-def listen(port: int = PORT) -> socket.socket:
+def listen(port: int) -> socket.socket:
     """Take a port of this machine, before anything is loaded.
 
     Raises:
@@ -71,13 +68,6 @@ def listen(port: int = PORT) -> socket.socket:
     return taken
 
 
-def end_tidily() -> None:
-    """Let a closed terminal and `kill` end the process as Ctrl-C does, so that its private folders go with it."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), lambda *_: sys.exit())
-
-
 def serve(place: socket.socket, model: Any, tokenizer: Any, compare: Any, *, say: Callable[[str], None]) -> None:
     """Serve the page until it is interrupted.
 
@@ -91,14 +81,15 @@ def serve(place: socket.socket, model: Any, tokenizer: Any, compare: Any, *, say
     """
     sizes = [one.config.vocab_size for one in (model, compare) if one is not None]
     if tokenizer is None or len(set(sizes)) > 1:
+        found = "no tokenizer" if tokenizer is None else " and ".join(map(str, sizes)) + " tokens"
         raise SourceError(
-            "the model has no tokenizer"
-            if tokenizer is None
-            else f"the models have {sizes[0]:,} and {sizes[1]:,} tokens",
+            f"the models have {found}",
             expected="a model with its tokenizer, compared with one that has the same tokens",
             next_step="name another model, or leave --compare out",
         )
-    end_tidily()
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal and `kill` end it as Ctrl-C does, with its private folder
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), lambda *_: sys.exit())
     with tempfile.TemporaryDirectory(prefix="gpt2-value-app-") as folder:
         # Gradio's files, and nobody else's to read
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -107,10 +98,7 @@ def serve(place: socket.socket, model: Any, tokenizer: Any, compare: Any, *, say
         from fastapi import FastAPI
 
         token, port = secrets.token_urlsafe(24), place.getsockname()[1]
-        inner = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        off: dict[str, Any] = dict.fromkeys(
-            ("run_history", "show_error", "ssr_mode", "enable_monitoring", "pwa"), False
-        )
+        inner = FastAPI()
         fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
         gradio.mount_gradio_app(
             inner,
@@ -119,10 +107,9 @@ def serve(place: socket.socket, model: Any, tokenizer: Any, compare: Any, *, say
             server_name=HERE,
             server_port=port,
             footer_links=[],
-            max_file_size=0,
-            mcp_server=False,
+            run_history=False,
+            ssr_mode=False,
             theme=gradio.themes.Default(**fonts),
-            **off,
         )
         address = f"http://{HERE}:{port}/{token}/"
         # The address is secret, and what a browser is started with is not: that is a file which only we can read.
@@ -130,9 +117,12 @@ def serve(place: socket.socket, model: Any, tokenizer: Any, compare: Any, *, say
         way_in.write_text(f'<meta http-equiv="refresh" content="0; url={address}">', encoding="utf-8")
         say(address)
         webbrowser.open(way_in.as_uri())
-        gate, patient = Gate(inner, token, port), 1  # second for which the end waits for open pages
         config = uvicorn.Config(
-            gate, log_level="critical", ws="none", proxy_headers=False, timeout_graceful_shutdown=patient
+            Gate(inner, token, port),
+            log_level="critical",
+            ws="none",
+            proxy_headers=False,
+            timeout_graceful_shutdown=1,  # second for which the end waits for open pages
         )
         uvicorn.Server(config).run(sockets=[place])
 
@@ -146,7 +136,7 @@ class Gate:
     """
 
     def __init__(self, app: Any, token: str, port: int) -> None:
-        self._app, self._prefix, self._open = app, f"/{token}", 0
+        self._app, self._prefix = app, f"/{token}"
         self._hosts = {f"{name}:{port}" for name in (HERE, "localhost")}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -164,15 +154,7 @@ class Gate:
                     message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in HEADERS.items())]
                 await send(message)
 
-            # The server decides about addresses by itself, whatever a request says that it was forwarded from.
-            scope["headers"] = [
-                header for header in scope["headers"] if not header[0].startswith((b"x-", b"forwarded"))
-            ]
-            self._open += 1
-            try:
-                await self._app(scope, receive, send_with_headers)
-            finally:
-                self._open -= 1
+            await self._app(scope, receive, send_with_headers)
 
     def _may_pass(self, scope: Any) -> bool:
         from starlette.datastructures import Headers
@@ -192,7 +174,6 @@ class Gate:
             and length.isdecimal()
             and len(length) < 9
             and int(length) <= MOST_BYTES
-            and self._open < MOST_OPEN
         )
 
 
@@ -272,32 +253,30 @@ class Desk:
 def _page(desk: Desk) -> Any:
     import gradio as gr
 
-    from gpt2_value.view import labels
-
-    names = [str(one.name_or_path or "the model") for one in (desk.model, desk.compare) if one is not None]
-    title = " and ".join(labels(*names)) if len(names) == 2 else labels(names[0], "")[0]
-    with gr.Blocks(title=f"gpt2-value: {title}", analytics_enabled=False, fill_width=True) as page:
+    title = Path(desk.model.name_or_path or "the model").name
+    settings = {
+        "Responses to each": 2,
+        "Tokens at most": 32,
+        "Temperature": 1.0,
+        "Top-k (0: off)": 0,
+        "Top-p (1: off)": 1.0,
+        "Seed (empty: any)": None,
+    }
+    with gr.Blocks(title=f"gpt2-value: {title}", fill_width=True) as page:
         with gr.Tab("Draw"):
             with gr.Row(equal_height=True):
-                prompts = gr.Textbox(EXAMPLE, label=f"Prompts for {title}, one a line", lines=1, scale=5, min_width=280)
-                draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=0, min_width=130)
+                prompts = gr.Textbox(EXAMPLE, label=f"Prompts for {title}, one a line", scale=5)
+                draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=0)
             with gr.Accordion("Settings", open=False), gr.Row():
-                settings = [
-                    gr.Number(2, label="Responses to each", precision=0, min_width=110),
-                    gr.Number(32, label="Tokens at most", precision=0, min_width=110),
-                    gr.Number(1.0, label="Temperature", min_width=110),
-                    gr.Number(0, label="Top-k (0: off)", precision=0, min_width=110),
-                    gr.Number(1.0, label="Top-p (1: off)", min_width=110),
-                    gr.Number(None, label="Seed (empty: any)", precision=0, min_width=110),
-                ]
+                numbers = [gr.Number(value, label=label, min_width=110) for label, value in settings.items()]
             shown = gr.HTML(elem_id="responses", apply_default_css=False)
         with gr.Tab("Your texts"):
             with gr.Row(equal_height=True):
-                texts = gr.Textbox(f"{EXAMPLE} this one.", label="Texts, one a line", lines=2, scale=5, min_width=280)
-                read = gr.Button("Look", variant="primary", elem_id="read", scale=0, min_width=130)
+                texts = gr.Textbox(f"{EXAMPLE} this one.", label="Texts, one a line", lines=2, scale=5)
+                read = gr.Button("Look", variant="primary", elem_id="read", scale=0)
             looked_at = gr.HTML(elem_id="texts", apply_default_css=False)
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
-        gr.on([page.load, draw.click, prompts.submit], desk.sample, [prompts, *settings], shown, **hidden)
+        gr.on([page.load, draw.click, prompts.submit], desk.sample, [prompts, *numbers], shown, **hidden)
         read.click(desk.read, texts, looked_at, **hidden)
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
     return page

