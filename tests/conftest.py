@@ -1,10 +1,10 @@
 """Small real models and checkpoints that the tests share. Nothing here needs a network."""
 
-import contextlib
 import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,10 +68,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def own_interpreters(request):
+def own_interpreters(request, monkeypatch):
     """For tests that are marked `own_interpreter`; see support/forks.py."""
-    with forks.own_interpreters() if request.node.get_closest_marker("own_interpreter") else contextlib.nullcontext():
-        yield
+    if request.node.get_closest_marker("own_interpreter"):
+        monkeypatch.setattr(subprocess, "Popen", forks.REAL)
 
 
 @pytest.fixture(autouse=True)

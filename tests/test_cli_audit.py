@@ -59,7 +59,6 @@ def test_generate_passes_only_where_the_claim_says_what_it_does(audit, package, 
     ("arguments", "words"),
     [
         (["--generate", "top_k"], "KEY=VALUE"),
-        (["--generate", "do_sample=False"], "false"),
         (["--generate", "top_kk=5"], "top_kk"),
         (["--generate", "custom_generate=/tmp/x"], "custom_generate"),
         (["--generate", "trust_remote_code=true"], "trust_remote_code"),

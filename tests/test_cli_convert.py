@@ -22,18 +22,3 @@ def test_convert_writes_a_package_and_export_a_plain_gpt2(gpt2_value, tmp_path):
     assert gpt2_value(*export)[0] == 1  # never over another without a word
     assert gpt2_value(*export, "--overwrite")[0] == 0
     assert torch.isfinite(GPT2LMHeadModel.from_pretrained(tmp_path / "policy").lm_head.weight).all()
-
-
-def test_convert_refuses_with_one_message_and_the_option_it_names_helps(gpt2_value, tmp_path):
-    original = Original()
-    layers = {"v_head.0.weight": torch.ones(64, 32), "v_head.2.weight": torch.ones(1, 64)}  # as trlx's
-    original.write(tmp_path / "theirs", {"model.safetensors": {**original.state("base_model."), **layers}})
-    convert = ("convert", tmp_path / "theirs", tmp_path / "ours")
-    status, out, err = gpt2_value(*convert)
-    assert (status, out) == (1, "")
-    assert err.startswith("error: ")
-    assert "v_head.0.weight" in err
-    status, out, _ = gpt2_value(*convert, "--init-value-head", "--json")
-    assert status == 0
-    assert json.loads(out)["source_format"] == "gpt2"
-    assert "v_head.2.weight" in json.loads(out)["dropped"]

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from train_small_gpt2 import Recipe, small_gpt2
 from transformers import AutoTokenizer, BertConfig, GPT2LMHeadModel
 
-from hub_tools import inspect_package, save_package
+from hub_tools import inspect_package
 from hub_tools.errors import SourceError
 from modeling_gpt2_value import GPT2ValueModel
 
@@ -143,17 +143,3 @@ def test_the_demo_runs_from_a_checkpoint_to_the_page(small, tmp_path):
     assert all(f"{prompt} …" in done.stdout for prompt in demo.PROMPTS)
     assert f"gpt2-value app {package.folder.relative_to(tmp_path)}" in done.stdout  # the demo ends by naming it
     assert (tmp_path / "out" / "responses.html").read_text().count('class="gv-response"') == len(demo.PROMPTS)
-
-
-def test_the_stranger_reports_the_rollout_of_the_package(model, tokenizer, tmp_path):
-    fit_value_head(model, written_reviews(tokenizer, number=32))
-    save_package(model, tmp_path / "package", tokenizer)
-    answers = demo.ask_a_stranger(tmp_path / "package", max_new_tokens=12, seed=5)
-    queries = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in demo.PROMPTS]
-    end = tokenizer.eos_token_id
-    rollout = model.rollout(queries, max_new_tokens=12, eos_token_id=end, generator=seeded(5))
-    for row, tokens in enumerate(answers):
-        drawn, mask = [token for token in tokens if "logprob" in token], rollout.response_mask[row]
-        for name, column in {"logprob": rollout.logprobs, "value_before": rollout.values}.items():
-            assert [token[name] for token in drawn] == pytest.approx(column[row][mask].tolist(), abs=1e-5)
-        assert "".join(token["text"] for token in tokens).startswith(demo.PROMPTS[row])

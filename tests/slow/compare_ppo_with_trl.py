@@ -170,7 +170,7 @@ def compare(folder):
         for what, which, gap, expected in gaps(load_file(folder / f"case-{number}.safetensors"), pad):
             wrong += (gap <= EXACT) != (expected == "")
             print(f"| {name} | {what} | {which} | {gap:.1e} | {expected or 'equal'} |")
-    print(f"\n{wrong} of these are not as they should be" if wrong else "\nall as they should be")
+    print(f"\n{wrong} of these are not as they should be")
     return wrong
 
 

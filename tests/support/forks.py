@@ -47,8 +47,7 @@ IMPORTED = (
 FLAGS = {"-I", "-B", "-u", "-E", "-s", "-P"}  # of the interpreter; -I and -P change what is imported from where
 AT_START = {"PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONUTF8", "LC_ALL"}  # variables that only a new interpreter reads
 ADDRESS = "GPT2_VALUE_TESTS_FORKS"  # the variable that says where the server listens
-_real = subprocess.Popen
-_switched_off = False
+REAL = subprocess.Popen
 
 
 def use_forks(*, in_this_process=True):
@@ -62,23 +61,12 @@ def use_forks(*, in_this_process=True):
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
         clean["OMP_NUM_THREADS"] = "1"
         # It ends when its standard input does: with this process, however that ends.
-        server = _real(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=clean)
+        server = REAL(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=clean)
         listener.close()  # the server has its own
         atexit.register(lambda: (server.kill(), server.wait()))
         os.environ[ADDRESS] = name
     if in_this_process:
         subprocess.Popen = Forked
-
-
-@contextlib.contextmanager
-def own_interpreters():
-    """Meanwhile, processes are started as ever."""
-    global _switched_off
-    before, _switched_off = _switched_off, True
-    try:
-        yield
-    finally:
-        _switched_off = before
 
 
 def in_fork(function, *arguments):
@@ -102,7 +90,7 @@ class Forked(subprocess.Popen):
         shell, (stdin, _, _, stdout, _, stderr) = rest[2], rest[3:9]
         plain = isinstance(args, (list, tuple)) and not (executable or preexec_fn or pass_fds or shell)
         order = _order([os.fspath(argument) for argument in args]) if plain else None
-        if order is None or _switched_off or ADDRESS not in os.environ or AT_START & set(env or ()):
+        if order is None or ADDRESS not in os.environ or AT_START & set(env or ()):
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         order["env"] = {name: os.fspath(value) for name, value in (os.environ if env is None else env).items()}
         order["cwd"] = os.path.abspath(os.fspath(cwd or "."))
