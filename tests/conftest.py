@@ -159,8 +159,7 @@ def plain_twin(model):
     config = GPT2Config(**fields)
     config._attn_implementation = model.config._attn_implementation
     twin = GPT2LMHeadModel(config)
-    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("v_head.")}
-    twin.load_state_dict(weights)
+    twin.load_state_dict(model.state_dict(), strict=False)
     return twin.train(model.training)
 
 

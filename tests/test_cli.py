@@ -222,8 +222,6 @@ def test_weights_that_overflow_are_the_packages_fault(gpt2_value, package):
         ("app", "--compare"),
         ("create", "--base"),
         ("respond", "--top-p"),
-        ("inspect", "--diff"),
-        ("verify", "--json"),
         ("ppo", "--reward"),
     ],
 )

@@ -64,7 +64,6 @@ def test_generate_passes_only_where_the_claim_says_what_it_does(audit, package, 
         (["--generate", "trust_remote_code=true"], "trust_remote_code"),
         (["--generate", "num_beams=1024"], "num_beams"),
         (["--top-p", "3"], "top_p=3"),
-        (["--plot", "audit.nonsense"], "nonsense"),
     ],
     ids=str,
 )

@@ -27,6 +27,7 @@ from ppo_task import demo_settings  # noqa: E402
 from gpt2_value import PPOSettings, train  # noqa: E402
 from gpt2_value.ppo import read_metrics  # noqa: E402
 
+KILLS = 10
 SMALL = {"batch_size": 16, "minibatch_size": 8, "epochs": 2, "max_new_tokens": 16, "save_every": 3}
 
 
@@ -45,7 +46,6 @@ def results(out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=100)
     given = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # of the process that forks
@@ -57,7 +57,7 @@ def main():
     train(whole)
     spread = 8 * statistics.fmean(line["seconds"] for line in read_metrics(whole.out))
     dice = random.Random(0)
-    for number in range(given.kills):
+    for number in range(KILLS):
         old, process = written(killed.out), forks.Process(target=train, args=(killed,))
         process.start()
         while number % 5 < 4 and process.is_alive() and written(killed.out) <= old:
