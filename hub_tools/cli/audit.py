@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import as_ours
-from ..package.config import GENERATION
+from ..package.config import GENERATION, fits
 from . import console
 from .options import command, encode, load, option, wrong
 
@@ -110,6 +110,6 @@ def _setting(pair: str) -> tuple[str, Any]:
     expected = "KEY=VALUE, a setting of generate() and a value of its type, as JSON writes it: 0.7, false, null, [1, 2]"
     with as_ours(lambda _: wrong(f"--generate {pair}; expected {expected}")):
         allowed, found = GENERATION[name], json_library.loads(value)
-        if found is not None and not allowed.holds(found):
+        if found is not None and not fits(found, allowed):
             raise ValueError(name)
     return name, found
