@@ -341,7 +341,7 @@ def test_a_number_out_of_its_range_is_refused_before_the_first_iteration(quick):
     cases = [(name, wrong) for name in NUMBERS for wrong in (math.nan, math.inf, -math.inf, "1")]
     cases += [("epochs", 1.5), ("lam", 1.1), ("length_adaptive_lambda", 0), ("seed", -1), ("clip", -0.1)]
     for name, wrong in cases:
-        with pytest.raises(SettingsError, match=f"{name}='?{wrong}'?; expected a"):
+        with pytest.raises(SettingsError, match=f"{name}='?{wrong}'?; expected"):
             train(dataclasses.replace(quick, **{name: wrong}))
 
 
