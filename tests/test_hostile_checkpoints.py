@@ -22,15 +22,13 @@ def read(file):
     return read_tensors(file, limit=1 << 30)
 
 
-def records_of(file):
+def rewritten(file, change, compression=zipfile.ZIP_STORED):
+    """Write an archive's records again, each as `change(name, content)` gives it."""
     with zipfile.ZipFile(file) as archive:
-        return {entry.filename: archive.read(entry) for entry in archive.infolist()}
-
-
-def archived(file, records, compression=zipfile.ZIP_STORED):
+        records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in records.items():
-            archive.writestr(name, content)
+            archive.writestr(name, change(name, content))
 
 
 class Payload:
@@ -48,26 +46,22 @@ def poison(file, proof, *, legacy=False):
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "shard", "value_head.bin", "step_100.pt"])
-def test_a_pickle_that_would_run_code_runs_nothing(name, legacy, tmp_path, monkeypatch, theirs, ours):
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (write_trl_pickle, "pytorch_model.bin"),
+        (write_trl_shards, "pytorch_model-00002-of-00002.bin"),
+        (write_trl, "value_head.bin"),
+    ],
+)
+def test_a_pickle_that_would_run_code_runs_nothing(write, name, legacy, tmp_path, monkeypatch, theirs, ours):
     # the switch with which torch's users turn its safety off must not reach us
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    proof, folder = tmp_path / "it-ran", theirs
-    original = Original()
-    source = folder
-    if name == "shard":
-        write_trl_shards(original, folder)
-        poison(folder / "pytorch_model-00002-of-00002.bin", proof, legacy=legacy)
-    elif name == "value_head.bin":
-        original.body.save_pretrained(folder)
-        poison(folder / name, proof, legacy=legacy)
-    else:
-        original.write(folder, {})
-        source = folder / name if name != "pytorch_model.bin" else folder
-        poison(folder / name, proof, legacy=legacy)
+    write(Original(), theirs)
+    poison(theirs / name, tmp_path / "it-ran", legacy=legacy)
     with pytest.raises(errors.PackageError, match="Nothing of it was run"):
-        convert_checkpoint(source, ours)
-    assert not proof.exists()
+        convert_checkpoint(theirs, ours)
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_the_payload_of_these_tests_does_run_where_pickles_are_trusted(tmp_path):
@@ -90,7 +84,7 @@ def test_a_pickle_of_repeated_numbers_does_not_become_gibibytes(tmp_path):
 
 def test_a_compressed_archive_does_not_become_gibibytes(tmp_path):
     torch.save({"a": torch.zeros(1 << 24)}, tmp_path / "bomb.bin")
-    archived(tmp_path / "bomb.bin", records_of(tmp_path / "bomb.bin"), zipfile.ZIP_DEFLATED)
+    rewritten(tmp_path / "bomb.bin", lambda name, content: content, zipfile.ZIP_DEFLATED)
     assert (tmp_path / "bomb.bin").stat().st_size < 1_000_000
     with pytest.raises(errors.PackageError, match=r"bomb\.bin"):
         read(tmp_path / "bomb.bin")
@@ -115,8 +109,7 @@ def test_no_pickle_exhausts_memory_or_time_or_runs_anything(what, archive, tmp_p
     file.write_bytes(BOMBS[what])
     if archive:
         torch.save({"a": torch.zeros(3)}, file)
-        records = records_of(file)
-        archived(file, {name: BOMBS[what] if name.endswith("data.pkl") else records[name] for name in records})
+        rewritten(file, lambda name, content: BOMBS[what] if name.endswith("data.pkl") else content)
     with pytest.raises(errors.PackageError, match=r"pytorch_model\.bin"):
         read(file)
     assert not (tmp_path / "it-ran").exists()

@@ -290,7 +290,7 @@ def _read_model(weights: Path, config: _Path | None = None) -> _Checkpoint:
     read = _Checkpoint(read_tensors(weights, limit=limit), fields, [weights], [home], limit, notes, {})
     if 12 * fields["n_layer"] > len(read.state):  # a bound for the time that it takes to make the model
         raise PackageError(
-            f"{file} says {fields['n_layer']:,} layers; {weights} holds {len(read.state):,} tensors",
+            f"{file} says n_layer {fields['n_layer']:,}; {weights} holds {len(read.state):,} tensors",
             expected="12 tensors or more for each layer",
             next_step="pass the config.json that belongs to these weights: config=",
         )
