@@ -6,7 +6,6 @@ Imports torch and the remote code.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -67,9 +66,10 @@ def rollout_from_tokens(
         numbers = pad_sequence(rows, batch_first=True).detach().to(mask.device)  # [B, T]
         refused["has a log-probability above 0, or not finite"] = ~(numbers < 1e-3) | numbers.isinf()
     if kept is not None:
-        found = [torch.as_tensor([*step], dtype=torch.int32) for row in kept for step in row]  # -1 is no id
-        width = 1 + max(int(step.max()) for step in found if len(step))
-        fits = [bool((step == id).any() and (step >= -1).all()) for step, id in zip(found, ids[drawn], strict=True)]
+        # What is below 0 is no id.
+        found = [torch.as_tensor([*step], dtype=torch.int32) for row in kept for step in row]
+        width = 1 + int(torch.cat([*found, ids.flatten().cpu()]).max())
+        fits = [bool((step == id).any()) for step, id in zip(found, ids[drawn].tolist(), strict=True)]
         refused["is not in its kept set of ids"] = drawn.masked_scatter(drawn, ~torch.tensor(fits, device=mask.device))
         each = [as_bits(torch.isin(torch.arange(width), step)) for step in found]  # [K] for each token
         sets = torch.zeros((B, T, len(each[0])), dtype=torch.uint8, device=mask.device)
@@ -116,7 +116,7 @@ def find_kept_sets(model: Any, rollout: Rollout, *, batch_size: int = 16) -> Rol
         for t in range(T):  # a step at a time: [b, V] logits, never [b, T, V]
             early = torch.tensor(t < sampling.min_new_tokens, device=drawn.device)
             scaled = sampling_distribution(head(inputs[:, t]), sampling, early=early)
-            steps.append(as_bits(scaled.scatter(-1, drawn[:, t], 0.0) > -math.inf))
+            steps.append(as_bits(scaled.scatter(-1, drawn[:, t], 0.0).isfinite()))
         kept = torch.stack(steps, 1).masked_fill(~part.response_mask[..., None], 0)  # [b, T, ceil(V / 8)]
         found.append(kept.to(rollout.sequences.device))
     return dataclasses.replace(rollout, kept=torch.cat(found))

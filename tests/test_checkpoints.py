@@ -415,7 +415,6 @@ def test_a_forked_process_cannot_use_it_and_does_not_disturb_it(pusher):
     assert steps_of(pusher) == [53]
 
 
-@pytest.mark.shows("Trainer", "`CheckpointPusherCallback` pushes what it saves")
 def test_a_trainer_pushes_what_it_saves_and_ends_with_what_it_holds(pusher, workers, tmp_path):
     from transformers import Trainer, TrainingArguments
 

@@ -140,7 +140,6 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.shows("TRL", "converted checkpoints give their library's numbers")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_converted_checkpoint_gives_the_numbers_that_its_own_library_gave(layout, theirs, ours):
     library, files, fields = LAYOUTS[layout]

@@ -80,7 +80,6 @@ LORAS = {
 }
 
 
-@pytest.mark.shows("PEFT", "a LoRA folder becomes a package with the adapter's numbers")
 @pytest.mark.parametrize("lora", LORAS)
 def test_a_merged_adapter_gives_the_numbers_of_the_unmerged_one(lora, tmp_path, ours):
     adapted = Adapted(tmp_path, **LORAS[lora])
@@ -98,7 +97,6 @@ HEADS = {
 }
 
 
-@pytest.mark.shows("PEFT", "the head of an adapter is the adapter's, or its base's")
 @pytest.mark.parametrize("head", HEADS)
 def test_the_head_of_an_adapter_is_its_own_or_that_of_its_base(head, tmp_path, ours):
     adapted = Adapted(tmp_path, package=True, **HEADS[head])

@@ -40,9 +40,6 @@ def policy_in(folder):
     return GPT2LMHeadModel.from_pretrained(folder, dtype="auto").eval()
 
 
-@pytest.mark.shows(
-    "Engines that read a plain GPT-2", "`export_policy`: `GPT2LMHeadModel` with the same logits, bit for bit"
-)
 @pytest.mark.parametrize(
     ("fields", "dtype"),
     [({}, torch.float32), ({"tie_word_embeddings": False}, torch.bfloat16)],
@@ -136,7 +133,6 @@ def read_as_trl_and_openrlhf_do(folder):
 READERS = {"token-classification": read_as_verl_does, "sequence-classification": read_as_trl_and_openrlhf_do}
 
 
-@pytest.mark.shows("verl, OpenRLHF, TRL", "`export_critic`: values as their code reads them, and back again")
 @pytest.mark.parametrize("head", READERS)
 def test_other_trainers_read_the_model_s_own_values_and_it_becomes_a_package_again(head, tmp_path, tiny_tokenizer):
     model = model_with_bias()

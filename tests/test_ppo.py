@@ -558,7 +558,6 @@ def test_every_prompt_is_used_once_before_any_is_used_again(quick):
 # Several processes
 
 
-@pytest.mark.shows("Accelerate", "gpt2-value ppo in two processes learns what one does")
 def test_two_processes_learn_what_one_does_and_end_together(quick):
     """The same prompts and settings: rewards of the first iteration agree within noise, and both runs go on."""
     quick = dataclasses.replace(quick, batch_size=64, minibatch_size=16, iterations=3, cpu=False)
