@@ -10,16 +10,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import layout
 from ..errors import OptionsError
 from ..hub.ask import is_repository_id
-
-if TYPE_CHECKING:
-    from modeling_gpt2_value import GPT2ValueModel
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ("gpt2", "gpt2-value", "value-head", "reinforcement-learning", "ppo")
@@ -49,7 +46,7 @@ def load_lines(where: str, *, tokenizer: bool, revision: str | None = None) -> s
 
 
 def render_card(
-    model: GPT2ValueModel,
+    model: Any,
     versions: Mapping[str, str],
     *,
     tokenizer: bool,
@@ -61,7 +58,7 @@ def render_card(
     """Render the card of a package.
 
     Args:
-        model: what it holds.
+        model: the `GPT2ValueModel` that it holds.
         versions: of the libraries that write it.
         tokenizer: whether it has one.
         base_model: the Hub id of the model that this one was made from. A local path is refused.

@@ -42,15 +42,13 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         SaveFailedError: the system, or a library, refused to write. The target is as it was.
     """
-
-    def failed(gist: str) -> SaveFailedError:
-        return SaveFailedError(
+    with as_ours(
+        lambda gist: SaveFailedError(
             f"saving to {target} failed: {gist}",
             expected=f"a folder in {target.parent} that can be written, and space for the model",
             next_step="make room or choose another folder, and save again; what was there is untouched",
         )
-
-    with as_ours(failed):
+    ):
         target.parent.mkdir(parents=True, exist_ok=True)
         clean(target)
         home, lock = _staging_folder(target)
@@ -97,7 +95,9 @@ def _discard(home: Path, lock: FileLock, target: Path) -> None:
 
 
 def _put_in_place(package: Path, target: Path) -> None:
-    _sync(*package.iterdir(), package)
+    for path in package.iterdir():
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())  # so that after a power cut no file is empty
     while True:
         try:
             os.rename(package, target)  # succeeds where the target is absent, or an empty folder
@@ -112,7 +112,6 @@ def _put_in_place(package: Path, target: Path) -> None:
             previous = package.with_name("previous")
             shutil.rmtree(previous, ignore_errors=True)  # another save wrote the target between our renames
             os.rename(target, previous)
-    _sync(target.parent)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -132,17 +131,6 @@ def exchange(one: Path, other: Path) -> bool:
     if failed and code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         raise OSError(code, os.strerror(code), str(other))
     return not failed
-
-
-def _sync(*paths: Path) -> None:
-    """Flush files and folders to the disk, so that after a power cut no file is empty."""
-    for path in paths:
-        if os.name == "posix":  # Windows opens no folders
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 def check_target(

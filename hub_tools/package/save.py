@@ -167,7 +167,7 @@ def installed_copy(model: nn.Module | Gathered) -> GPT2ValueModel:
         UnsavableModelError, MissingHeadError: see `save_package`.
     """
     given: Any = model.model if isinstance(model, Gathered) else model
-    if not isinstance(given, transformers.PreTrainedModel) or not isinstance(given.config, transformers.GPT2Config):
+    if not isinstance(given, transformers.PreTrainedModel):
         raise _unsavable(f"it is a {type(given).__name__}")
     if not hasattr(given, "v_head"):
         raise MissingHeadError(
@@ -182,7 +182,7 @@ def installed_copy(model: nn.Module | Gathered) -> GPT2ValueModel:
             raise _unsavable(f"{name} is {weight.dtype} on the device {weight.device}; only {FLOATS} can be saved")
     if damaged := not_finite(weights):
         raise _unsavable(f"NaN or infinite values in {damaged}")
-    config: Any = GPT2ValueConfig.from_dict({**given.config.to_dict(), "model_type": layout.MODEL_TYPE})
+    config: Any = GPT2ValueConfig.from_dict(given.config.to_dict())
     try:
         config_fields.checked_config(json.loads(config.to_json_string()))  # what could be written, but not loaded again
         twin: Any = build_model(config, weights)
@@ -195,19 +195,25 @@ def installed_copy(model: nn.Module | Gathered) -> GPT2ValueModel:
         config_fields.reduce(layout.GENERATION_CONFIG, json.loads(twin.generation_config.to_json_string()))
     found = model.numbers if isinstance(model, Gathered) else computed(given)
     exact = given is model and all(weight.dtype == torch.float32 for weight in twin.parameters())
-    kinds = [
-        {(path, type(part).__name__.removeprefix("FSDP")) for path, part in each.named_modules()}
-        for each in (given, twin)
-    ]
     for name, expected in computed(twin).items():
-        largest = max(1.0, float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()))
+        most = max(1.0, float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())) * (CLOSE if exact else COARSE)
         try:
-            torch.testing.assert_close(
-                found[name], expected, rtol=0.0, atol=largest * (CLOSE if exact else COARSE), equal_nan=True
-            )
+            torch.testing.assert_close(found[name], expected, rtol=0.0, atol=most, equal_nan=True)
         except AssertionError as error:
-            others = sorted(kinds[0] - kinds[1])
-            raise _unsavable(
-                f"its {name} is not what its weights and config give: {gist(error)}; modules of another class: {others}"
-            ) from error
+            why = gist(error) + _suspects(given, twin)
+            raise _unsavable(f"its {name} differ from what its weights and config give: {why}") from error
     return twin.cpu()
+
+
+def _suspects(model: nn.Module, twin: nn.Module) -> str:
+    """Name the modules that may make a model compute otherwise than its copy."""
+    kinds = {path: type(part).__name__ for path, part in twin.named_modules()}
+    found = [
+        f"{path or 'the model'} ({type(part).__name__})"
+        for path, part in model.named_modules()
+        if type(part).__name__.removeprefix("FSDP") != kinds.get(path)
+        or "forward" in vars(part)
+        or part._forward_hooks
+        or part._forward_pre_hooks
+    ]
+    return f", maybe because of the class, the hooks or the forward of {', '.join(found[:5])}" if found else ""

@@ -19,8 +19,7 @@ from torch import nn
 from ..errors import GPT2ValueHubError, SaveFailedError, UnsavableModelError, as_ours
 from .record import probe
 
-Weights = dict[str, torch.Tensor]
-Numbers = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 Saver = TypeVar("Saver", bound=Callable[..., Any])
 
 WAIT = 30.0  # seconds by which a process may be later than another
@@ -32,11 +31,11 @@ class Gathered:
     """A sharded model in the process that saves it."""
 
     model: nn.Module
-    weights: Weights  # all of them, in main memory
-    numbers: Numbers  # see `computed`
+    weights: Tensors  # all of them, in main memory
+    numbers: Tensors  # see `computed`
 
 
-def computed(model: Any) -> Numbers:
+def computed(model: Any) -> Tensors:
     """Return what a model computes on the probe: `logits [N, vocab]` and `value [N]`, in float32 on the CPU.
 
     Its own forward runs, with its hooks, where its weights are and in their dtype, in evaluation mode. The probe runs
@@ -51,16 +50,18 @@ def computed(model: Any) -> Numbers:
     mask = torch.ones_like(batch)
     mask[1, : len(token_ids) // 4] = 0
     modes = {module: module.training for module in model.modules()}
-    eager = torch.compiler.set_stance("force_eager")
-
-    def failed(gist: str) -> UnsavableModelError:
-        return UnsavableModelError(
-            f"the model does not compute logits and values on a batch of tokens: {gist}",
-            expected="forward(input_ids=, attention_mask=, use_cache=, return_dict=) as GPT2ValueModel's",
-            next_step="save a plain model with its weights: GPT2ValueModel(model.config), then load_state_dict",
-        )
-
-    with as_ours(failed), torch.no_grad(), torch.autocast(device.type, enabled=False), eager:
+    with (
+        as_ours(
+            lambda gist: UnsavableModelError(
+                f"the model does not compute logits and values on a batch of tokens: {gist}",
+                expected="forward(input_ids=, attention_mask=, use_cache=, return_dict=) as GPT2ValueModel's",
+                next_step="save a plain model with its weights: GPT2ValueModel(model.config), then load_state_dict",
+            )
+        ),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.compiler.set_stance("force_eager"),
+    ):
         try:
             output = model.eval()(input_ids=batch, attention_mask=mask, use_cache=False, return_dict=True)
         finally:
@@ -131,7 +132,7 @@ def _meet() -> None:
     _gathered += 1
 
 
-def _gather(model: nn.Module) -> Weights:
+def _gather(model: nn.Module) -> Tensors:
     """All weights in main memory; in the other processes than the first, nothing."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

@@ -44,17 +44,17 @@ def repository_id(source: str | os.PathLike[str], **options: Any) -> str | None:
         NotAPackageError: it is neither.
         OptionsError: one of the options is set, but `source` is a folder.
     """
-    if os.path.isdir(source):
-        if given := [name for name, value in options.items() if value]:
+    name = os.fspath(source)
+    if os.path.isdir(name):
+        if given := [option for option, value in options.items() if value]:
             raise OptionsError(
-                f"{', '.join(given)} for {os.fspath(source)!r}",
+                f"{', '.join(given)} for {name!r}",
                 expected="owner/name of a repository on the Hub: a folder has no use for it",
                 next_step="leave it out",
             )
         return None
     from ..hub.ask import is_repository_id
 
-    name = os.fspath(source)
     if "/" in name and is_repository_id(name):
         return name
     raise NotAPackageError(
@@ -105,14 +105,6 @@ def stage(
         ResourceLimitError: the temporary folder has no room for the copy.
     """
     folder, sha256 = Path(source), {}
-
-    def failed(gist: str) -> ResourceLimitError:
-        return ResourceLimitError(
-            f"copying files to {tempfile.gettempdir()} failed: {gist}",
-            expected="room for a private copy of the files that are read",
-            next_step="name a folder on a larger disk for temporary files: export TMPDIR=FOLDER",
-        )
-
     with as_ours(lambda gist: PackageError(f"{folder} cannot be read: {gist}", next_step="check its permissions")):
         names = sorted(os.listdir(folder))
     with tempfile.TemporaryDirectory(prefix="gpt2-value-", ignore_cleanup_errors=True) as home:
@@ -123,7 +115,7 @@ def stage(
             if limit is None:
                 continue
             most = min(limit, total)
-            with open_in(folder, name) as opened, as_ours(failed):
+            with open_in(folder, name) as opened, as_ours(_no_room):
                 size = os.fstat(opened.fileno()).st_size
                 if size > most:
                     raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {most:,}", next_step=AGAIN)
@@ -213,3 +205,11 @@ def make_loadable(copy: Stage, code: Collection[str]) -> Path:
             fields = read_json(copy.folder, name, limit=limits.INDEX_BYTES)
             path.write_text(json.dumps(config_fields.reduce(name, fields)), encoding="utf-8")
     return copy.folder
+
+
+def _no_room(gist: str) -> ResourceLimitError:
+    return ResourceLimitError(
+        f"copying files to {tempfile.gettempdir()} failed: {gist}",
+        expected="room for a private copy of the files that are read",
+        next_step="name a folder on a larger disk for temporary files: export TMPDIR=FOLDER",
+    )

@@ -131,7 +131,7 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
     """
     other = [file.name for file in package.code if not file.installed]
     ours = release_of(package.code_sha256) is not None
-    findings: tuple[tuple[type[GPT2ValueHubError], Sequence[str], str, str], ...] = (
+    findings: list[Any] = [
         (
             MissingHeadError,
             () if package.head else (layout.HEAD_PREFIX,),
@@ -162,7 +162,7 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
             f"not as saved (compared by SHA-256 with {layout.RECORD})",
             "download the package again; after editing on purpose, load it and save_package it",
         ),
-    )
+    ]
     return [
         kind(
             f"{package.source}: {', '.join(map(repr, names))}: {what}",
