@@ -191,8 +191,8 @@ class PPOSettings:
         object.__setattr__(self, "out", Path(self.out))
 
     def compared(self) -> dict[str, Any]:
-        """What decides the numbers of a run, as JSON has it. `Task.facts` has hashes in the place of some."""
-        others = ("out", "iterations", "save_every", "accept_changes", "tracker", "push_to", "cpu")
+        """What decides the numbers of a run, as JSON has it. `Task.facts` has hashes of what is named by a path."""
+        others = ("out", "classifier", "iterations", "save_every", "accept_changes", "tracker", "push_to", "cpu")
         kept = {name: value for name, value in vars(self).items() if name not in others}
         return json.loads(json.dumps(kept, default=str))
 
@@ -763,10 +763,8 @@ class Run:
             raise SettingsError(f"{self.metrics} is of something else, without a checkpoint.pt; give another --out.")
         if done:
             self._compare(state["settings"], done)
-            missing = (
-                f"{self.metrics} does not hold the {done} iterations of the checkpoint; put it back, or begin anew"
-            )
-            with refused(f"{missing} with another --out"):
+            missing = f"{self.metrics} does not hold the {done} iterations of the checkpoint"
+            with refused(f"{missing}; put it back, or begin anew with another --out"):
                 if [json.loads(line)["iteration"] for line in lines[:done]] != [*range(done)]:
                     raise ValueError(f"found {len(lines)} lines")
             with torch.no_grad():
@@ -791,9 +789,8 @@ class Run:
         changed = [name for name in new if old.get(name) != new[name]]
         if not changed:
             return
-        found = (
-            f"{where} with another {', '.join(f'{name} ({old.get(name)}, and now {new[name]})' for name in changed)}"
-        )
+        others = ", ".join(f"{name} ({old.get(name)}, and now {new[name]})" for name in changed)
+        found = f"{where} with another {others}"
         advice = "Give what it had to go on with it, or another --out to begin anew."
         if {"base", "critic", "lora_rank"} & {*changed}:
             raise SettingsError(f"{found}. {advice}")
@@ -915,7 +912,8 @@ def train(settings: PPOSettings, sample: Callable[..., Rollout] | None = None) -
     start, is_main = run.resume(), accelerator.is_main_process
     if settings.critic_warmup >= settings.iterations:
         log.warning("critic_warmup=%d: the policy does not learn in %d", settings.critic_warmup, settings.iterations)
-    log.info("iterations %d to %d, %d thread(s)", start, settings.iterations, torch.get_num_threads())
+    if is_main:
+        log.info("iterations %d to %d, %d thread(s)", start, settings.iterations, torch.get_num_threads())
     if settings.tracker is not None:
         accelerator.init_trackers("gpt2-value-ppo", {name: str(value) for name, value in settings.compared().items()})
     pusher: Any = contextlib.nullcontext()
