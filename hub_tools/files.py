@@ -20,16 +20,6 @@ from .limits import JSON_LEVELS, MIB
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 
 
-def in_units(bytes: int) -> str:
-    """Write a number of bytes for people, in decimal units."""
-    number, unit = float(bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 1000 or unit == "TB":
-            break
-        number /= 1000
-    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-
-
 def file_in(folder: Path, name: str) -> Path:
     """Return the path of a package's file, after making sure that it is a regular file that lies in the package.
 

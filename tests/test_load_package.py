@@ -96,7 +96,7 @@ def test_a_review_holds_for_those_files_and_bytes_alone(name, package, tmp_path)
         ({MODELING: "0" * 64}, errors.UntrustedCodeError),
         ({"not_there.py": "0" * 64}, errors.UntrustedCodeError),
         ({MODELING: "yes"}, errors.UntrustedCodeError),
-        ("*", errors.OptionsError),
+        ("*", ValueError),
     ],
 )
 def test_a_review_that_is_not_of_this_code_is_refused_though_the_code_is_known(reviewed, error, package):
@@ -121,7 +121,7 @@ def test_code_of_another_release_runs_as_it_was_released(package, tiny_model, mo
     assert known[SAMPLING] == (True, (layout.__version__, "0.0.9"))
 
 
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # its own code asks for it
+@pytest.mark.filterwarnings("ignore:.*past_key_values.:FutureWarning")  # which its own code passes on
 def test_a_package_that_0_2_0_wrote_is_loaded_and_verified(tmp_path):
     """The archive was written by the code of 0.2.0 itself; its record holds the numbers that it computed."""
     zipfile.ZipFile(RELEASED / "gpt2-value-0.2.0.zip").extractall(tmp_path / "old")

@@ -61,6 +61,7 @@ REFUSED = (
     "transformers_weights",  # the name of another file to load the weights from
     "fusion_config", "distributed_config",  # another graph
     "pruned_heads",  # other shapes
+    "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",  # other names of the sizes
 )  # fmt: skip
 CONFIG: Table = {
     "model_type": {layout.MODEL_TYPE, "gpt2"},
@@ -70,6 +71,7 @@ CONFIG: Table = {
     "torch_dtype": DTYPE,
     "transformers_version": str,
     **dict.fromkeys((*SIZES, "n_inner"), SIZE),
+    "n_layer": range(1, 1001),
     "activation_function": str,  # one with weights of its own does not load strictly
     **dict.fromkeys(
         ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout",
@@ -97,14 +99,6 @@ OF_THE_CLASS = (
     "auto_map", "num_labels", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward",
 )  # fmt: skip
-# Other names of the sizes, by which transformers would override them.
-ALIASES = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-}
-
 # Of `generate()`'s settings, those that choose among the tokens of one model, within a small multiple of its memory.
 GENERATION: Table = {
     **dict.fromkeys(
@@ -174,7 +168,7 @@ _OF_NO_EFFECT = {
     "_name_or_path", "n_ctx", "task_specific_params", "gradient_checkpointing", "problem_type", "output_past",
     "_num_labels", "id2label", "label2id", "is_decoder", "_commit_hash", "backend", "from_slow", "is_local",
     "local_files_only", "name_or_path", "processor_class", "special_tokens_map_file", "max_len", "tokenizer_type",
-    *OF_THE_CLASS, *REFUSED, *ALIASES,
+    *OF_THE_CLASS, *REFUSED,
 }  # fmt: skip
 
 
@@ -261,9 +255,6 @@ def checked_config(
     if model_type == "gpt2":
         own = {name: value for name, value in fields.items() if name not in OF_THE_CLASS}
         fields = {**GPT2_SIZES, **own, "model_type": "gpt2"}
-    for name, size in ALIASES.items():
-        if name in fields and fields[name] != fields.get(size):
-            raise refuse(name, f"GPT-2's own name for it: {size}")
     for name in SIZES:
         if fields.get(name) is None:
             raise refuse(name, "a positive whole number")
@@ -308,11 +299,5 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def count_numbers(config: Mapping[str, Any]) -> int:
-    """Return how many numbers all tensors of a package have together.
-
-    One layer is counted and multiplied, so that a huge `n_layer` costs no time.
-    """
-    without, with_one = (
-        sum(math.prod(shape) for shape in expected_shapes({**config, "n_layer": layers}).values()) for layers in (0, 1)
-    )
-    return without + config["n_layer"] * (with_one - without)
+    """Return how many numbers all tensors of a package have together."""
+    return sum(map(math.prod, expected_shapes(config).values()))

@@ -240,8 +240,8 @@ def disguises(code: bytes) -> list[str]:
     found = []
     if encoding != "utf-8":
         found.append(f"it declares an encoding, {encoding}, by which Python reads other lines than these")
-    if odd := [f"{number}: {visible(line)[:200]}" for number, line in enumerate(lines, 1) if not line.isprintable()]:
-        found.append(f"characters that are not what they look like, in {len(odd)} lines, the first {odd[0]}")
+    if odd := [number for number, line in enumerate(lines, 1) if not line.isprintable()]:
+        found.append(f"characters that are not what they look like, in lines {str(odd)[1:80]}")
     return found
 
 

@@ -24,7 +24,6 @@ from ..errors import (
     ChangedFileError,
     LoadError,
     MissingHeadError,
-    OptionsError,
     UnsavableModelError,
     UntrustedCodeError,
     as_ours,
@@ -100,16 +99,11 @@ def load_package(
         LoadError: it does not load, or not strictly; or it does not run here, or gives NaN.
         TokenizerMismatchError: its tokenizer has ids that the model does not have.
         ResourceLimitError: the folder for temporary files has no room for the copy.
-        OptionsError: an option that a folder has no use for, or `reviewed_sha256` that is no mapping.
+        OptionsError: an option that a folder has no use for.
+        TypeError, ValueError: `reviewed_sha256` is no mapping.
         And everything that `inspect_package` raises.
     """
-    if not isinstance(reviewed_sha256, (Mapping, type(None))):
-        raise OptionsError(
-            f"reviewed_sha256 is a {type(reviewed_sha256).__name__}",
-            expected="a mapping: file name -> SHA-256 in hexadecimal",
-            next_step="gpt2-value inspect prints names and hashes",
-        )
-    reviewed = {name: str(digest).lower() for name, digest in (reviewed_sha256 or {}).items()}
+    reviewed = {name: str(digest).lower() for name, digest in dict(reviewed_sha256 or {}).items()}
     cache = None if cache_dir is None else Path(cache_dir)
     with stage_package(
         source, revision=revision, token=token, cache_dir=cache, local_files_only=local_files_only
@@ -123,7 +117,7 @@ def load_package(
         code = releases()[release] if release else package.code_sha256
         make_loadable(copy, () if code == layout.installed_hashes() else code)
         model = _load(copy, package, code, dtype)
-        _check_model(model, package, dtype)
+        _check_model(model, package)
         tokenizer = None
         if package.tokenizer is not None:
             tokenizer = load_tokenizer(copy.folder, package.source, config=model.config)
@@ -178,7 +172,7 @@ def _imported(copy: Stage, code: Mapping[str, str]) -> Any:
     return importlib.import_module(f"{package}.{MODELING}")
 
 
-def _check_model(model: Any, package: PackageReport, dtype: Any) -> None:
+def _check_model(model: Any, package: PackageReport) -> None:
     """Refuse weights that are not finite, and a model that does not run here, or gives NaN."""
     from .sharded import computed
 
@@ -186,7 +180,7 @@ def _check_model(model: Any, package: PackageReport, dtype: Any) -> None:
         raise UnsavableModelError(
             f"NaN or infinite values in {', '.join(damaged[:5])} of {package.source}",
             expected="finite weights",
-            next_step=AGAIN if dtype is None else f"load it without dtype: {dtype} may not hold its numbers",
+            next_step=f"load it without dtype=, which may not hold its numbers; or {AGAIN}",
         )
     try:
         numbers = computed(model)
@@ -196,7 +190,7 @@ def _check_model(model: Any, package: PackageReport, dtype: Any) -> None:
         raise LoadError(
             f"{package.source} gives NaN or infinite {name}, though none of its weights is: some are too large",
             expected="a model that computes finite numbers",
-            next_step="ask its author for one" if dtype is None else f"load it without dtype: {dtype} overflows",
+            next_step="load it without dtype=, which may overflow; or ask its author for one",
         )
 
 

@@ -21,7 +21,6 @@ from modeling_gpt2_value import GPT2ValueModel
 
 from .. import layout
 from ..errors import MissingHeadError, PackageError, UnsavableModelError, as_ours, gist
-from ..files import in_units
 from . import config as config_fields
 from .card import load_lines, render_card
 from .probe import measure
@@ -47,7 +46,7 @@ class SavedPackage:
     load_lines: str  # the lines that load it, in any Python that has torch and transformers
 
     def __str__(self) -> str:
-        summary = f"{self.parameters:,} parameters, {len(self.files)} files, {in_units(sum(self.files.values()))}"
+        summary = f"{self.parameters:,} parameters, {len(self.files)} files, {sum(self.files.values()) / 1e6:,.1f} MB"
         return f"{self.folder} written: {summary}\n{self.load_lines}"
 
 

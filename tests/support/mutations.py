@@ -45,7 +45,7 @@ from support.spoiling import (
 ODD = (
     "to_dict", "validate", "from_dict", "save_pretrained", "__class__", "__dict__", "_commit_hash", "name_or_path",
     "text_config", "sub_configs", "adapter_config", "custom_generate", "assistant_model", "cache_config", "vocab_file",
-    "tokenizer_file", "init_inputs", "backend", "torchscript", "base_model_tp_plan", *config.REFUSED, *config.ALIASES,
+    "tokenizer_file", "init_inputs", "backend", "torchscript", "base_model_tp_plan", *config.REFUSED,
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ HOSTILE: tuple[Any, ...] = (
     {"x" * 1000: 1}, [[1]], False,
 )  # fmt: skip
 CONFIG_FIELDS = (
-    *config.CONFIG, *heads.FIELDS, *config.ALIASES, "attribute_map", "quantization_config", "pruned_heads", "to_dict",
+    *config.CONFIG, *heads.FIELDS, "attribute_map", "quantization_config", "pruned_heads", "to_dict",
     "__class__",
 )  # fmt: skip
 ADAPTER_FIELDS = (
