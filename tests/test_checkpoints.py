@@ -28,7 +28,7 @@ from hub_tools.errors import (
 from hub_tools.hub import ask
 from hub_tools.publish import checkpoints
 from hub_tools.publish import push as push_module
-from hub_tools.publish.checkpoints import as_numbers, metrics_at
+from hub_tools.publish.checkpoints import metrics_at
 
 HERE = Path(__file__).parent
 REPO = "alice/value"
@@ -45,7 +45,7 @@ def temporary(tmp_path, monkeypatch):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 300  # which nothing takes, on a busy machine either
+    end = time.monotonic() + 200  # which nothing takes, on a busy machine either
     while not condition():
         assert time.monotonic() < end, "this never happened"
         time.sleep(0.02)
@@ -81,19 +81,19 @@ def training(server, temporary):
 
 def test_a_killed_run_loses_nothing_that_was_begun_and_the_worker_gives_way(server, temporary, training, tmp_path):
     code = (
-        "import os, signal, time, conftest, hub_tools\npusher = hub_tools.CheckpointPusher('alice/value')\n"
+        "import os, time, conftest, hub_tools\npusher = hub_tools.CheckpointPusher('alice/value')\n"
         "model = conftest.make_tiny_model()\nmodel.v_head.summary.bias.data.fill_(2)\npusher.push(model, step=2)\n"
         "while not pusher._worker: time.sleep(0.01)\n"
-        "worker = pusher._worker.pid\n"
-        "while os.getpriority(os.PRIO_PROCESS, worker) < 19: time.sleep(0.01)\n"
-        "print(os.getsid(worker) == worker, flush=True)\n"  # so that a Ctrl-C or the end of a terminal is not for it
-        "time.sleep(1000)"
+        "while os.getpriority(os.PRIO_PROCESS, pusher._worker.pid) < 19: time.sleep(0.01)\n"
+        "print('begun', flush=True)\ntime.sleep(1000)"
     )
     with training(code) as killed:
-        assert killed.stdout.readline() == b"True\n"
-        killed.kill()
+        try:
+            assert killed.stdout.readline() == b"begun\n"
+        finally:
+            killed.kill()
     wait_for(lambda: REPO in server.repos and len(server.history(REPO)) == 2)
-    wait_for(lambda: not list(temporary.iterdir()))
+    wait_for(lambda: not list(temporary.glob("gpt2-value-*")))
     commit = server.history(REPO)[0]
     assert (commit.title, head_of(commit)) == ("Step 2", 2)
     loaded = load_package(REPO, revision=commit.oid, cache_dir=tmp_path / "cache")
@@ -112,7 +112,7 @@ def test_an_uncaught_exception_leaves_the_last_checkpoint_pushed(temporary, work
     with training(code) as failed:
         assert b"RuntimeError: training failed" in failed.communicate()[1]
     assert workers.began == 1
-    assert not list(temporary.iterdir())
+    assert not list(temporary.glob("gpt2-value-*"))
 
 
 @pytest.fixture
@@ -124,15 +124,19 @@ def verified(monkeypatch):
 
 
 @pytest.fixture
-def do(server, tmp_path, verified):
-    """Push a checkpoint in this process, as a worker would."""
+def do(server, tmp_path, verified, monkeypatch):
+    """Push a checkpoint without a process of its own; returns its `PushedCheckpoint`."""
+
+    def work(self, call):
+        answer = call(Path(tempfile.mkdtemp(dir=tmp_path), "package"))
+        return checkpoints.PushedCheckpoint(call.keywords["step"], call.keywords["metrics"], **answer)
 
     def do(model, *, step=1, metrics=None, tokenizer=None, **options):
         with CheckpointPusher(REPO, dataset="imdb", metric_for_best_model="loss", **options) as pusher:
-            push = pusher._push_checkpoint
-        folder = Path(tempfile.mkdtemp(dir=tmp_path), "package")
-        return push(folder, model=model, tokenizer=tokenizer, step=step, metrics=as_numbers(metrics or {}))
+            pusher.push(model, step=step, metrics=metrics, tokenizer=tokenizer)
+        return pusher.pushed[0]
 
+    monkeypatch.setattr(CheckpointPusher, "_work", work)
     return do
 
 
@@ -170,21 +174,21 @@ def test_the_tag_goes_to_a_checkpoint_that_beats_the_tagged_one(server, do, grea
         revision = "other" if step == 0 else None
         model = make_tiny_model(seed=step)
         answers.append(do(model, step=step, metrics={"loss": value}, greater_is_better=greater, revision=revision))
-    assert [step for step, answer in enumerate(answers) if answer["best"]] == best
-    assert server.repos[REPO].refs["refs/tags/best"] == answers[best[-1]]["commit"]
+    assert [step for step, answer in enumerate(answers) if answer.best] == best
+    assert server.repos[REPO].refs["refs/tags/best"] == answers[best[-1]].commit
 
 
 def test_what_is_the_best_loads_whatever_stood_there_before(server, do, tmp_path, tiny_tokenizer):
     save_package(make_tiny_model(), tmp_path / "package", tiny_tokenizer)
     push_package(tmp_path / "package", REPO)
     answer = do(make_tiny_model(seed=1), metrics={"loss": 1.0})
-    for revision in ("main", "best", answer["commit"]):
+    for revision in ("main", "best", answer.commit):
         loaded = load_package(REPO, revision=revision, cache_dir=tmp_path / "cache")
-        assert (loaded.commit, loaded.tokenizer) == (answer["commit"], None)
+        assert (loaded.commit, loaded.tokenizer) == (answer.commit, None)
 
 
 def test_without_the_metric_nothing_is_the_best(server, do):
-    assert not do(make_tiny_model(), metrics={"reward": 1.0})["best"]
+    assert not do(make_tiny_model(), metrics={"reward": 1.0}).best
     assert "refs/tags/best" not in server.repos[REPO].refs
 
 
@@ -206,7 +210,7 @@ def test_somebody_elses_push_in_between_is_kept_and_ours_is_on_top(server, do, m
 
 def test_a_checkpoint_that_could_not_be_tagged_is_not_called_missing(server, do):
     server.faults.append(Fault(route="create_tag", status=403))
-    with pytest.raises(AuthenticationError, match=r"is on the Hub, but the tag 'best'") as refused:
+    with pytest.raises(CheckpointPushError, match=r"is on the Hub, but the tag 'best'") as refused:
         do(make_tiny_model(), metrics={"loss": 1.0})
     assert server.history(REPO)[0].oid in str(refused.value)
 
@@ -248,7 +252,7 @@ def workers(monkeypatch, tmp_path):
 def pusher(server, temporary, workers):
     with CheckpointPusher(REPO) as pusher:
         yield pusher
-    assert not list(temporary.iterdir()), "the disk is clean"
+    assert not list(temporary.glob("gpt2-value-*")), "the disk is clean"
     assert not [thread for thread in threading.enumerate() if thread.name == "CheckpointPusher"]
 
 

@@ -20,7 +20,6 @@ from hub_tools.errors import (
     AuthenticationError,
     ChangedFileError,
     GPT2ValueHubError,
-    NotAPackageError,
     OptionsError,
     PackageError,
     SecretFoundError,
@@ -229,7 +228,7 @@ def test_files_that_do_not_belong_are_refused_by_name(server, package, name):
 
 
 def test_a_place_without_a_package_is_refused(server, tmp_path):
-    with pytest.raises(NotAPackageError):
+    with pytest.raises(PackageError, match="nothing"):
         push_package(tmp_path / "nothing", REPO)
 
 

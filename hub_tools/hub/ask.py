@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
@@ -32,7 +31,6 @@ from ..errors import (
     GPT2ValueHubError,
     HubRefusedError,
     HubUnavailableError,
-    OptionsError,
     RemoteNotFoundError,
     SaveFailedError,
     visible,
@@ -105,7 +103,7 @@ class Hub:
 
         Raises:
             Passing: it may succeed later.
-            AuthenticationError, RemoteNotFoundError, HubRefusedError, OptionsError: it will not.
+            AuthenticationError, RemoteNotFoundError, HubRefusedError: it will not.
             HubUnavailableError: in offline mode.
         """
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
@@ -188,11 +186,9 @@ class Hub:
             return Passing(text, pause=float(asked) if re.fullmatch("[0-9]{1,9}", asked) else 0.0)
         if isinstance(error, OfflineModeIsEnabled):
             return HubUnavailableError(text, next_step="unset HF_HUB_OFFLINE and run the same again")
-        if isinstance(error, HFValidationError):
-            return OptionsError(text, next_step="pass owner/name, of letters, digits, '-', '_' and '.'")
         # the Hub answers 401 to strangers who ask for a repository that is not there
-        missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
-        if status == 404 or (status == 401 and missing and "credentials" not in text.lower()):
+        missing = isinstance(error, RepositoryNotFoundError) and "credentials" not in text.lower()
+        if status == 404 or (status == 401 and missing):
             return RemoteNotFoundError(
                 f"{text} (not found, or not for this token)",
                 expected=f"it to be on {self.api.endpoint}",

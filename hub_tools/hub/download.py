@@ -49,14 +49,85 @@ class RemoteFile:
         return size == self.size and digest.hexdigest() == self.digest
 
 
+class _Bounded(io.FileIO):
+    """A new file that takes so many bytes, and no more."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        super().__init__(path, "w+")
+        self._size = size
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self.tell() + len(data) > self._size:
+            raise odd_answer(f"sends more than the {self._size:,} bytes that were asked for")
+        return super().write(data)
+
+
 @dataclass(frozen=True)
 class Repository:
     """One commit of a repository, as the Hub lists it."""
 
+    hub: Hub
     repo_id: str
     commit: str
     files: dict[str, RemoteFile]
     private: bool
+    home: Path  # its place in the Hub's cache
+
+    @property
+    def folder(self) -> Path:
+        """Where the cache keeps this commit's files."""
+        return self.home / "snapshots" / self.commit
+
+    def download(self, name: str) -> Path:
+        """Return where a file is in the cache, after downloading it if it is not there yet.
+
+        Raises:
+            HubRefusedError: the Hub sends another file than it listed.
+            What `Hub.ask` raises.
+        """
+        file, place = self.files[name], self.folder / name
+        blob = self.home / "blobs" / file.digest
+        if place.exists():
+            return place
+        place.parent.mkdir(parents=True, exist_ok=True)
+        blob.parent.mkdir(exist_ok=True)
+        if not blob.exists():
+            with tempfile.TemporaryDirectory(dir=self.home) as private:
+                part = Path(private, "part")
+                self._get(name, part, file.size)
+                if not file.is_at(part):
+                    raise odd_answer(f"sends another {name} than it lists")
+                os.replace(part, blob)
+        try:
+            place.symlink_to(os.path.relpath(blob, place.parent))
+        except FileExistsError:  # another process was faster
+            pass
+        except OSError:  # Windows, where links are a privilege
+            shutil.copyfile(blob, place)
+        return place
+
+    def get_header(self, name: str, path: Path) -> None:
+        """Write the start of a safetensors file, up to the end of its header, by one or two requests for a range; and
+        instead of the rest a hole."""
+        size = self.files[name].size
+        first = min(size, FIRST_BYTES)
+        self._get(name, path, first)
+        header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        # an impossible length is left to inspection, which names it
+        if first < header <= min(size, limits.HEADER_BYTES):
+            self._get(name, path, header)
+        os.truncate(path, size)
+
+    def _get(self, name: str, path: Path, size: int) -> None:
+        """Write the first `size` bytes of a remote file to `path`."""
+        headers = build_hf_headers(token=self.hub.token, library_name="gpt2-value", library_version=layout.__version__)
+        if size != self.files[name].size:
+            headers["Range"] = f"bytes=0-{size - 1}"
+        url = hf_hub_url(self.repo_id, name, revision=self.commit, endpoint=self.hub.api.endpoint)
+        how = {"headers": headers, "expected_size": size, "displayed_filename": name}
+        with _Bounded(path, size) as file:
+            if size:
+                self.hub.ask(f"download {name} of {self.repo_id}", http_get, url, file, moves=size, **how)
 
 
 @dataclass(frozen=True)
@@ -67,7 +138,9 @@ class Snapshot:
     commit: str
 
 
-def read_repository(hub: Hub, repo_id: str, revision: str | None = None) -> Repository:
+def read_repository(
+    hub: Hub, repo_id: str, revision: str | None = None, *, cache_dir: Path | None = None
+) -> Repository:
     """Ask for the files of a revision, with their sizes and hashes.
 
     Raises:
@@ -83,20 +156,18 @@ def read_repository(hub: Hub, repo_id: str, revision: str | None = None) -> Repo
         raise odd_answer(f"lists more than {limits.NAMES_IN_A_FOLDER:,} files of {repo_id}")
     for entry in entries:
         name, size, digest = entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id
-        if type(size) is not int or size < 0 or not is_hash(digest) or not _stays_inside(name):
+        # git allows no name that leads out, but a server may say anything
+        inside = {"..", ".", ""}.isdisjoint(name.split("/")) and "\0" not in name
+        if type(size) is not int or size < 0 or not is_hash(digest) or not inside:
             raise odd_answer(f"lists a file {str(name)[:200]!r} of size {str(size)[:80]} and hash {str(digest)[:80]}")
         files[name] = RemoteFile(size, str(digest))
-    return Repository(repo_id, str(info.sha), files, bool(info.private))
+    home = Path(cache_dir or constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
+    return Repository(hub, repo_id, str(info.sha), files, bool(info.private), home)
 
 
 def is_hash(text: object) -> bool:
     """Whether a text is a hash, of 40 or 64 hexadecimal digits: nothing else may touch a path."""
     return isinstance(text, str) and re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", text) is not None
-
-
-def _stays_inside(name: str) -> bool:
-    """Whether a name leads to a place in the repository. Git allows no other, but a server may say anything."""
-    return {"..", ".", ""}.isdisjoint(name.split("/")) and "\0" not in name
 
 
 def odd_answer(found: str) -> HubRefusedError:
@@ -135,26 +206,25 @@ def fetch(
         HubRefusedError: the Hub sends other files than it announced.
         SaveFailedError: the system does not let the cache be written.
     """
-    hub, home = Hub(token), _home(repo_id, cache_dir)
+    hub = Hub(token)
 
     def attempt() -> Snapshot:
         try:
-            repository = read_repository(hub, repo_id, revision)
+            repository = read_repository(hub, repo_id, revision, cache_dir=cache_dir)
         except Passing:
             if cached := _cached(repo_id, cache_dir, revision):
                 return cached
             raise
-        folder = home / "snapshots" / repository.commit
         wanted = _wanted(repository, checkpoint=checkpoint)
         for name in sorted(wanted, key=_holds_weights):  # the config before the weights
             if _holds_weights(name):
-                _check_weights(folder, repository, wanted)
-            download_file(hub, repository, name, home)
+                _check_weights(repository, wanted)
+            repository.download(name)
         if revision != repository.commit:  # for the cache alone, another time
-            ref = home / "refs" / (revision or "main")
+            ref = repository.home / "refs" / (revision or "main")
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(repository.commit)
-        return Snapshot(folder, repository.commit)
+        return Snapshot(repository.folder, repository.commit)
 
     if not (local_files_only or offline()):
         return hub.patiently(f"download {repo_id}", attempt)
@@ -187,30 +257,24 @@ def fetch_outline(
     Raises:
         What `fetch` raises.
     """
-    hub, home = Hub(token), _home(repo_id, cache_dir)
+    hub = Hub(token)
 
     def attempt() -> Snapshot:
-        repository = read_repository(hub, repo_id, revision)
+        repository = read_repository(hub, repo_id, revision, cache_dir=cache_dir)
         wanted = _wanted(repository, checkpoint=False)
-        for name, file in repository.files.items():
+        for name in repository.files:
             top, *below = name.split("/")
             if below:
                 (into / top).mkdir(exist_ok=True)
             elif name not in wanted or name == layout.CARD:
                 (into / name).touch()
             elif _holds_weights(name):
-                _get_header(hub, repository, name, into / name)
-                os.truncate(into / name, file.size)
+                repository.get_header(name, into / name)
             else:
-                shutil.copyfile(download_file(hub, repository, name, home), into / name)
-        return Snapshot(home / "snapshots" / repository.commit, repository.commit)
+                shutil.copyfile(repository.download(name), into / name)
+        return Snapshot(repository.folder, repository.commit)
 
     return hub.patiently(f"look into {repo_id}", attempt)
-
-
-def _home(repo_id: str, cache_dir: Path | None) -> Path:
-    """Return where the cache keeps a repository."""
-    return Path(cache_dir or constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
 
 
 def _holds_weights(name: str) -> bool:
@@ -260,11 +324,11 @@ def _wanted(repository: Repository, *, checkpoint: bool) -> set[str]:
     return wanted
 
 
-def _check_weights(folder: Path, repository: Repository, wanted: set[str]) -> None:
+def _check_weights(repository: Repository, wanted: set[str]) -> None:
     """Refuse weights that have more bytes than the model needs that the config describes."""
     most = ADAPTER_BYTES
     if layout.CONFIG in repository.files:
-        fields = read_json(folder, layout.CONFIG)
+        fields = read_json(repository.folder, layout.CONFIG)
         sides = [fields.get(name) for name in ("n_layer", "n_embd", "vocab_size", "n_positions")]
         layers, width, vocabulary, positions = (s if type(s) is int and 0 < s < 1 << 24 else 0 for s in sides)
         numbers = width * (layers * (12 * width + 16) + 2 * vocabulary + positions + 4)
@@ -276,70 +340,6 @@ def _check_weights(folder: Path, repository: Repository, wanted: set[str]) -> No
             expected=f"at most {most:,} for the sizes in its {layout.CONFIG}",
             next_step="check the name and the revision, or ask its author",
         )
-
-
-class _Bounded(io.FileIO):
-    """A new file that takes so many bytes, and no more."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        super().__init__(path, "w+")
-        self._size = size
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        if self.tell() + len(data) > self._size:
-            raise odd_answer(f"sends more than the {self._size:,} bytes that were asked for")
-        return super().write(data)
-
-
-def _get(hub: Hub, repository: Repository, name: str, path: Path, size: int) -> None:
-    """Write the first `size` bytes of a remote file to `path`."""
-    headers = build_hf_headers(token=hub.token, library_name="gpt2-value", library_version=layout.__version__)
-    if size != repository.files[name].size:
-        headers["Range"] = f"bytes=0-{size - 1}"
-    url = hf_hub_url(repository.repo_id, name, revision=repository.commit, endpoint=hub.api.endpoint)
-    how = {"headers": headers, "expected_size": size, "displayed_filename": name}
-    with _Bounded(path, size) as file:
-        if size:
-            hub.ask(f"download {name} of {repository.repo_id}", http_get, url, file, moves=size, **how)
-
-
-def download_file(hub: Hub, repository: Repository, name: str, home: Path) -> Path:
-    """Return where a file is in the cache of the repository, `home`, after downloading it if it is not there yet.
-
-    Raises:
-        HubRefusedError: the Hub sends another file than it listed.
-        What `Hub.ask` raises.
-    """
-    file, place = repository.files[name], home / "snapshots" / repository.commit / name
-    blob = home / "blobs" / file.digest
-    if place.exists():
-        return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    blob.parent.mkdir(exist_ok=True)
-    if not blob.exists():
-        with tempfile.TemporaryDirectory(dir=home) as private:
-            part = Path(private, "part")
-            _get(hub, repository, name, part, file.size)
-            if not file.is_at(part):
-                raise odd_answer(f"sends another {name} than it lists")
-            os.replace(part, blob)
-    try:
-        place.symlink_to(os.path.relpath(blob, place.parent))
-    except FileExistsError:  # another process was faster
-        pass
-    except OSError:  # Windows, where links are a privilege
-        shutil.copyfile(blob, place)
-    return place
-
-
-def _get_header(hub: Hub, repository: Repository, name: str, path: Path) -> None:
-    """Write the start of a safetensors file, up to the end of its header, by one or two requests for a range."""
-    size = repository.files[name].size
-    first = min(size, FIRST_BYTES)
-    _get(hub, repository, name, path, first)
-    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    if first < header <= min(size, limits.HEADER_BYTES):  # an impossible length is left to inspection, which names it
-        _get(hub, repository, name, path, header)
 
 
 def _cached(repo_id: str, cache_dir: Path | None, revision: str | None) -> Snapshot | None:

@@ -185,7 +185,8 @@ class CheckpointPusher:
     def _accept(self, model: nn.Module | Gathered, step: int, metrics: Mapping[str, float], tokenizer: Any) -> None:
         """What `push` does in the process that pushes."""
         self._check_usable(step)
-        numbers = as_numbers(metrics)
+        with as_ours(lambda gist: OptionsError(f"the metrics {dict(metrics)}: {gist}", next_step="pass numbers")):
+            numbers = {str(name): float(value) for name, value in metrics.items()}
         copied = installed_copy(model)  # which shares its weights with a model in main memory
         with self._lock:
             self._skip(self._waiting)
@@ -346,16 +347,6 @@ class CheckpointPusher:
 def _step(call: _Call) -> int:
     step: int = call.keywords["step"]
     return step
-
-
-def as_numbers(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Convert the metrics to floats.
-
-    Raises:
-        OptionsError: one of them is no number.
-    """
-    with as_ours(lambda gist: OptionsError(f"the metrics {dict(metrics)}: {gist}", next_step="pass numbers")):
-        return {str(name): float(value) for name, value in metrics.items()}
 
 
 class CheckpointPusherCallback(TrainerCallback):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load, metadata_save
 
-from .. import layout
-from ..errors import NotAPackageError, OptionsError, PackageError, SecretFoundError
-from ..files import open_in
-from ..limits import HEADER_BYTES
+from .. import layout, limits
+from ..errors import OptionsError, PackageError, SecretFoundError
 
 # The files that `from_pretrained` of transformers or peft looks up in a repository: by their names, or by their
 # suffixes where a loader takes any name. Pickles have suffixes that other files have as well (training_args.bin).
@@ -52,32 +49,20 @@ def read_by_a_loader(name: str) -> bool:
     return _READ.fullmatch(name) is not None or name == layout.RECORD
 
 
-def copy_package(folder: Path, into: Path) -> Path:
-    """Copy a package to a private folder, each file once, and return that folder. It is checked, and pushed from there.
+def limit_of(name: str) -> int | None:
+    """Return the most bytes that a file may have which a push sends; None for what tools leave in a folder.
 
     Raises:
-        NotAPackageError: no such folder.
-        PackageError: a file that does not belong to a package, or is no regular file in it.
+        PackageError: a file that does not belong to a package.
     """
-    if not folder.is_dir():
-        raise NotAPackageError(
-            f"{os.fspath(folder)!r} is not a folder",
-            expected="the folder of a package",
-            next_step="write one: hub_tools.save_package(model, FOLDER)",
-        )
-    names = sorted(name for name in os.listdir(folder) if layout.kind_of(name) != "litter")
-    strange = [n for n in names if layout.kind_of(n) in ("foreign", "pickle") or (n[0] == "." and n != ".gitignore")]
-    if strange:
+    kind = layout.kind_of(name)
+    if kind in ("foreign", "pickle") or (name.startswith(".") and kind != "litter" and name != ".gitignore"):
         raise PackageError(
-            f"{', '.join(map(repr, strange))} do not belong to a package; nothing was uploaded",
+            f"{name!r} does not belong to a package; nothing was uploaded",
             expected="the files that save_package writes, and documents such as a license; no pickles",
-            next_step="move them out of the folder; push other files on their own: hf upload",
+            next_step="move it out of the folder; push other files on their own: hf upload",
         )
-    into.mkdir(mode=0o700)
-    for name in names:
-        with open_in(folder, name) as original, open(into / name, "xb") as copy:
-            shutil.copyfileobj(original, copy, 1 << 20)
-    return into
+    return None if kind == "litter" else limits.WEIGHT_BYTES_AT_MOST
 
 
 def merge_cards(ours: Path, theirs: Path) -> None:
@@ -125,7 +110,11 @@ def refuse_tokens(folder: Path, words: Mapping[str, str], token: str) -> None:
     texts = {what: text.encode() for what, text in words.items()}
     for path in folder.iterdir():
         with open(path, "rb") as file:
-            header = min(int.from_bytes(file.read(8), "little"), HEADER_BYTES) if path.suffix == ".safetensors" else -1
+            header = (
+                min(int.from_bytes(file.read(8), "little"), limits.HEADER_BYTES)
+                if path.suffix == ".safetensors"
+                else -1
+            )
             texts[path.name] = file.read(header)
         texts[f"the name of file {len(texts)}"] = os.fsencode(path.name)
     for where, text in texts.items():

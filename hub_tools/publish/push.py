@@ -24,10 +24,11 @@ from ..errors import (
     RemoteNotFoundError,
 )
 from ..hub.ask import LOG_IN, Hub, is_repository_id
-from ..hub.download import Repository, download_file, is_hash, odd_answer, read_repository
+from ..hub.download import Repository, is_hash, odd_answer, read_repository
 from ..package.card import load_lines, with_repo_id
+from ..package.stage import stage
 from ..package.verify import verify_package
-from .contents import copy_package, merge_cards, read_by_a_loader, refuse_tokens
+from .contents import limit_of, merge_cards, read_by_a_loader, refuse_tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,9 +115,8 @@ def push_package(
         ConcurrentPushError: somebody pushed at the same time. Theirs stands.
     """
     push = Push(repo_id, revision or MAIN, private, create_pr, tag, commit_message, token)
-    with tempfile.TemporaryDirectory(prefix="gpt2-value-push-") as home:
-        copy = copy_package(Path(folder), Path(home, "package"))
-        return push.run(copy, dry_run=dry_run, trust_remote_code=trust_remote_code)
+    with stage(folder, limit_of=limit_of) as copy:
+        return push.run(copy.folder, dry_run=dry_run, trust_remote_code=trust_remote_code)
 
 
 def push_to_hub(
@@ -319,7 +319,7 @@ class Push:
             self.ask("create the repository", self.hub.api.create_repo, private=self.private, exist_ok=True)
             exists = self._read_refs()
         if not exists:
-            return Repository(self.repo_id, "", {}, bool(self.private))
+            return Repository(self.hub, self.repo_id, "", {}, bool(self.private), Path())
         head = self._refs.get(f"refs/heads/{name}")
         if head is None and (f"refs/tags/{name}" in self._refs or is_hash(name)):
             raise OptionsError(
@@ -356,8 +356,7 @@ class Push:
         """
         (folder / layout.CARD).write_bytes(card)
         if layout.CARD in there.files:
-            with tempfile.TemporaryDirectory(prefix="gpt2-value-card-") as cache:
-                merge_cards(folder / layout.CARD, download_file(self.hub, there, layout.CARD, Path(cache)))
+            merge_cards(folder / layout.CARD, there.download(layout.CARD))
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         others = [name for name in there.files if name not in sizes]
         # a folder cannot stay in the place of a file
