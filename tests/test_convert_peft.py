@@ -23,9 +23,9 @@ class Adapted:
     The base is a plain GPT-2 with TRL's head beside the adapter, or (`package=True`) a package of ours.
     """
 
-    def __init__(self, folder, *, package=False, dtype=torch.float32, head=True, **lora):
+    def __init__(self, folder, *, package=False, head=True, **lora):
         self.base, self.folder = folder / "base", folder / "adapter"
-        self.original = Original(dtype=dtype)
+        self.original = Original()
         if package:
             save_package(make_tiny_model(summary_activation="tanh"), self.base)
             model = GPT2ValueModel.from_pretrained(self.base)
@@ -125,18 +125,15 @@ def test_trained_biases_that_an_adapter_lost_are_not_made_up(tmp_path, ours):
 
 
 def test_the_base_can_be_named_and_its_own_head_gives_way(tmp_path, ours):
-    adapted = Adapted(tmp_path, dtype=torch.bfloat16)
-    moved = tmp_path / "moved"
-    adapted.base.rename(moved)
+    adapted = Adapted(tmp_path)
+    moved = adapted.base.rename(tmp_path / "moved")
     with pytest.raises(errors.PackageError, match="base="):
         convert_checkpoint(adapted.folder, ours)
     state = {**load_file(moved / "model.safetensors"), **Original(seed=9).head_state()}
     write_safetensors(state, moved / "model.safetensors")
     record = convert_checkpoint(adapted.folder, ours, base=moved)
-    logits, values = package_numbers(ours)
-    torch.testing.assert_close(values, adapted.numbers()[1], rtol=0.1, atol=0.1)
+    assert_numbers_of(adapted, ours)
     assert {f"moved/v_head.summary.{name}" for name in ("weight", "bias")} <= set(record.dropped)
-    assert logits.dtype == torch.bfloat16
 
 
 def test_an_adapter_without_a_head_needs_a_word(tmp_path, ours):
@@ -166,17 +163,14 @@ def adapted(sound):
     ("settings", "error"),
     [
         ({"peft_type": "PREFIX_TUNING"}, errors.ConversionError),
-        ({"peft_type": None}, errors.ConversionError),
         ({"task_type": "SEQ_CLS"}, errors.ConversionError),
         ({"init_lora_weights": "pissa_niter_4"}, errors.ConversionError),
         ({"lora_alpha": 1e308}, errors.PackageError),
         ({"alpha_pattern": dict.fromkeys(map(str, range(9999)), 1)}, errors.ConversionError),
         ({"alpha_pattern": {"(((.*)*)*)*c_attn": 3}}, errors.ConversionError),
-        ({"bias": ["most"]}, errors.ConversionError),
         ({"use_dora": True}, errors.PackageError),
         ({"modules_to_save": ["ln_f"]}, errors.PackageError),
         ({"an option of 2030": "on"}, errors.ConversionError),
-        ({"base_model_name_or_path": "\0"}, errors.PackageError),
         ({"base_model_name_or_path": "x" * 5000}, errors.PackageError),
         ({"base_model_name_or_path": "nobody/nothing"}, errors.HubUnavailableError),
         ({"base_model_name_or_path": "nobody/nothing", "revision": {"a": 1}}, errors.PackageError),
@@ -188,8 +182,8 @@ def test_settings_that_do_not_fit_are_refused(settings, error, adapted, ours):
         convert_checkpoint(adapted.folder, ours)
 
 
-def test_an_adapter_of_another_base_one_that_lost_a_tensor_and_an_option_without_a_use_are_refused(
-    adapted, tmp_path, ours
+def test_an_adapter_of_another_base_or_that_lost_a_tensor_and_an_option_without_a_use_are_refused(
+    adapted, ours, tmp_path
 ):
     Original(n_layer=1).body.save_pretrained(tmp_path / "shallow")
     with pytest.raises(errors.PackageError, match="base="):
@@ -199,9 +193,6 @@ def test_an_adapter_of_another_base_one_that_lost_a_tensor_and_an_option_without
     lost = "transformer.h.0.attn.c_attn.lora_"
     adapted.rename_tensors(lambda name: None if name.endswith(f"{lost}A.weight") else name)
     with pytest.raises(errors.PackageError, match=lost):
-        convert_checkpoint(adapted.folder, ours)
-    (adapted.folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(errors.PackageError, match="adapter_model"):
         convert_checkpoint(adapted.folder, ours)
 
 
@@ -219,19 +210,16 @@ def test_an_adapter_config_imports_no_module_that_it_names(adapted, tmp_path, mo
     armed = tmp_path / "megatron"
     armed.mkdir()
     (armed / "payload.py").write_text("open('it-ran', 'w')")
+    for name, content in (("adapter_config.json", "{}"), ("adapter_model.safetensors", "no adapter")):
+        (adapted.base / name).write_text(content)  # an adapter in the base is not loaded either
+    for name, content in (("adapter_config.json", "{}"), ("adapter_model.safetensors", "no adapter")):
+        (adapted.base / name).write_text(content)  # one that lies in the base is not read either
     adapted.edit(megatron_config={"a": 1}, megatron_core="megatron.payload")
     with pytest.raises(errors.ConversionError, match="megatron_config"):
         convert_checkpoint(adapted.folder, ours)
     adapted.edit(megatron_config=None, auto_mapping={"base_model_class": "X", "parent_library": "megatron.payload"})
     convert_checkpoint(adapted.folder, ours)
     assert not (tmp_path / "it-ran").exists()
-
-
-def test_an_adapter_that_lies_in_the_base_is_not_loaded(adapted, ours):
-    for name, content in (("adapter_config.json", "{}"), ("adapter_model.safetensors", "no adapter")):
-        (adapted.base / name).write_text(content)
-    convert_checkpoint(adapted.folder, ours)
-    assert_numbers_of(adapted, ours)
 
 
 def test_without_peft_the_library_is_named(adapted, monkeypatch, ours):

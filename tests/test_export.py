@@ -136,7 +136,7 @@ READERS = {"token-classification": read_as_verl_does, "sequence-classification":
 @pytest.mark.parametrize("head", READERS)
 def test_other_trainers_read_the_model_s_own_values_and_it_becomes_a_package_again(head, tmp_path, tiny_tokenizer):
     model = model_with_bias()
-    expected, before = values_of(model), {name: w.clone() for name, w in model.state_dict().items()}
+    expected = values_of(model)
     save_package(model, tmp_path / "package", tiny_tokenizer)
     for source, name in ((model, "of-model"), (tmp_path / "package", "of-package")):
         exported = export_critic(source, tmp_path / name, head=head)
@@ -144,23 +144,10 @@ def test_other_trainers_read_the_model_s_own_values_and_it_becomes_a_package_aga
         assert ("tokenizer.json" in exported.files) == (name == "of-package")
         found = READERS[head](tmp_path / name)
         torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], atol=1e-6, rtol=1e-6)
-    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
-    fields = json.loads((tmp_path / "of-model" / "config.json").read_text())
-    assert "auto_map" not in fields
-    assert fields["model_type"] == "gpt2"
+    assert torch.equal(values_of(model), expected), "the model is left as it is"
     convert_checkpoint(tmp_path / "of-package", tmp_path / "back")
     back = GPT2ValueModel.from_pretrained(tmp_path / "back")
     torch.testing.assert_close(values_of(back), expected, atol=2e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("head", READERS)
-def test_a_critic_keeps_its_type_and_may_start_at_zero(head, tmp_path):
-    export_critic(make_tiny_model(value_head_initializer_range=0.0), tmp_path / "zero", head=head)
-    assert not READERS[head](tmp_path / "zero").any()
-    model = model_with_bias().to(torch.bfloat16)
-    assert export_critic(model, tmp_path / "critic", head=head).dtype == torch.bfloat16
-    found = READERS[head](tmp_path / "critic").float()
-    torch.testing.assert_close(found[MASK == 1], values_of(model)[MASK == 1], atol=0.1, rtol=0.05)
 
 
 def test_what_a_classifier_cannot_express_is_refused(tmp_path):

@@ -64,19 +64,14 @@ def write_bases(home: Path) -> None:
     for path in (home / "base-shards").glob("model*"):
         shutil.copy(path, home / "base-sharded")
 
-    n = 16
     adapter = home / "base-adapter"
     adapter.mkdir()
-    torch.manual_seed(1)
     module = "base_model.model.transformer.h.0.attn.c_attn"
-    lora = {f"{module}.lora_A.weight": torch.randn(4, n), f"{module}.lora_B.weight": torch.randn(3 * n, 4)}
+    lora = {f"{module}.lora_A.weight": torch.ones(4, 16), f"{module}.lora_B.weight": torch.ones(48, 4)}
     save_file(lora, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     head = {name: tensor for name, tensor in state.items() if name.startswith("v_head.")}
     save_file(head, adapter / "value_head.safetensors", metadata={"format": "pt"})
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn"],
-        "base_model_name_or_path": str(home / "base-plain"), "bias": "none", "use_dora": False, "use_rslora": False,
-    }  # fmt: skip
+    settings = {"peft_type": "LORA", "lora_alpha": 8, "base_model_name_or_path": str(home / "base-plain")}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
 
 

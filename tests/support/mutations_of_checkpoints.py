@@ -64,11 +64,6 @@ def of_adapters() -> Iterator[Mutation]:
     for field in ADAPTER_FIELDS:
         for value in HOSTILE:
             yield _set(ADAPTER_CONFIG, field, value)
-    yield Mutation(
-        "adapter",
-        "megatron",
-        json_edit(ADAPTER_CONFIG, lambda c: c.update(megatron_config={"a": 1}, megatron_core="armed.payload")),
-    )
     yield from _headers(ADAPTER)
     yield from mutations.special_files((ADAPTER_CONFIG, ADAPTER, "value_head.safetensors"))
     yield from mutations.not_json((ADAPTER_CONFIG,))
