@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import numbers
+import operator
 import os
 import random
 import re
@@ -189,6 +190,9 @@ class PPOSettings:
         if not str(self.out):
             raise SettingsError("out is empty; expected a folder.")
         object.__setattr__(self, "out", Path(self.out))
+        for name, value in list(vars(self).items()):
+            if isinstance(value, numbers.Number) and hasattr(value, "item"):  # NumPy's, which a checkpoint cannot hold
+                object.__setattr__(self, name, value.item())
 
     def compared(self) -> dict[str, Any]:
         """What decides the numbers of a run, as JSON has it. `Task.facts` has hashes of what is named by a path."""
@@ -224,7 +228,7 @@ class PPOSettings:
             raise SettingsError(f"kl_estimator={self.kl_estimator!r}; expected one of k1, k3, exact.")
         if self.cut_prompts is not None:
             with refused(f"cut_prompts={self.cut_prompts}; expected two whole numbers, 1 <= least <= most"):
-                least, most = self.cut_prompts
+                least, most = map(operator.index, self.cut_prompts)
                 if not 1 <= least <= most:
                     raise ValueError(f"found {least} and {most}")
         for library in ("accelerate", "matplotlib", *(("peft",) if self.lora_rank else ())):

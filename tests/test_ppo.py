@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import ppo_rewards
 import pytest
 import torch
@@ -423,8 +424,11 @@ def test_a_response_without_an_end_is_scored_as_the_options_say(quick):
 def test_the_run_leaves_metrics_a_package_and_a_figure(quick):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    lines = trained(dataclasses.replace(quick, tracker="tensorboard", out=str(quick.out)))
+    lines = trained(
+        dataclasses.replace(quick, tracker="tensorboard", out=str(quick.out), learning_rate=np.float64(1e-3))
+    )
     assert [line["iteration"] for line in lines] == list(range(6))
+    assert torch.load(quick.out / "checkpoint.pt", weights_only=True)["iteration"] == 6
     assert all(isinstance(value, (int, float)) for line in lines for value in line.values())
     assert inspect_package(quick.out / "package").n_embd == QUICK.n_embd
     assert (quick.out / "figure.png").read_bytes().startswith(b"\x89PNG")
