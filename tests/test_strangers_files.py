@@ -22,13 +22,13 @@ from test_inspection import edit_json
 from test_load_package import same_weights
 from test_verify import record_again, touching
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from hub_tools import errors, inspect_package, layout, limits, load_package, save_package, verify_package
 from hub_tools.package.tokenizer import load_tokenizer
 
 MODELING = "modeling_gpt2_value.py"
 ROOT = Path(__file__).parent.parent
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 READERS = (inspect_package, load_package, verify_package)
 
 
@@ -227,13 +227,6 @@ def test_a_tokenizer_that_does_not_end_is_ended(tiny_tokenizer, tmp_path, monkey
     tried(tokenizer, tmp_path, monkeypatch, seconds=1.0)
 
 
-def test_a_package_with_such_a_tokenizer_is_not_loaded(with_tokenizer):
-    edit_json(with_tokenizer / layout.TOKENIZER_CONFIG, added_tokens_decoder={"9": {"content": "x" * 5000}})
-    record_again(with_tokenizer)
-    with pytest.raises(errors.LoadError, match="too long"):
-        load_package(with_tokenizer)
-
-
 def test_a_file_that_is_too_large_is_not_parsed(with_tokenizer):
     os.truncate(with_tokenizer / "tokenizer.json", 252 * 10**6)
     for reader in READERS:
@@ -339,10 +332,18 @@ def test_what_we_write_ourselves_has_no_unknown_field(with_tokenizer):
     assert inspect_package(with_tokenizer).unknown_fields == {}
 
 
-@pytest.mark.parametrize("name", ["RagTokenizer", "BigBirdTokenizer"])
-def test_a_class_that_is_no_tokenizer_or_cannot_be_made_is_refused(name, with_tokenizer):
-    """RagTokenizer holds two tokenizers. BigBirdTokenizer reads a variable that it has not set (transformers 5)."""
-    edit_json(with_tokenizer / layout.TOKENIZER_CONFIG, tokenizer_class=name)
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        (layout.TOKENIZER_CONFIG, {"tokenizer_class": "RagTokenizer"}),  # two tokenizers
+        (layout.TOKENIZER_CONFIG, {"tokenizer_class": "BigBirdTokenizer"}),  # reads a variable that it has not set
+        (layout.TOKENIZER_CONFIG, {"added_tokens_decoder": {"9": {"content": "x" * 5000}}}),
+        ("tokenizer.json", {"added_tokens": [{"id": 200, "content": "xyz", **dict.fromkeys(FLAGS, False)}]}),
+    ],
+    ids=["two", "broken", "a long token", "an id that the model does not have"],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(file, fields, with_tokenizer):
+    edit_json(with_tokenizer / file, **fields)
     record_again(with_tokenizer)
     with pytest.raises((errors.LoadError, errors.TokenizerMismatchError), match="tokenizer"):
         load_package(with_tokenizer)
@@ -388,32 +389,6 @@ def test_a_git_lfs_pointer_is_not_taken_for_weights(package):
         with pytest.raises(errors.PackageError, match="git-lfs pointer") as refused:
             reader(package)
         assert "git lfs pull" in refused.value.next_step
-
-
-def test_a_tokenizer_with_other_ids_than_the_model_is_not_loaded(with_tokenizer):
-    vocabulary = json.loads((with_tokenizer / "tokenizer.json").read_text())["model"]
-    edit_json(with_tokenizer / "tokenizer.json", model={**vocabulary, "vocab": {**vocabulary["vocab"], "xyz": 200}})
-    record_again(with_tokenizer)
-    with pytest.raises(errors.TokenizerMismatchError, match="the id 200"):
-        load_package(with_tokenizer)
-
-
-# What a save refuses in plain words
-
-
-def test_what_cannot_be_saved_is_not_half_written(tiny_model, tmp_path):
-    """Weights that overflow, a tokenizer that fails only when it is used, a config that JSON cannot hold."""
-    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[], unk_token="missing"))
-    with pytest.raises(errors.TokenizerMismatchError, match="Unk token"):
-        save_package(tiny_model, tmp_path / "p", PreTrainedTokenizerFast(tokenizer_object=tokenizer))
-    with torch.no_grad():
-        tiny_model.transformer.wte.weight.fill_(3e38)
-    with pytest.raises(errors.UnsavableModelError, match="too large"):
-        save_package(tiny_model, tmp_path / "p")
-    tiny_model.config.extra = {1, 2}
-    with pytest.raises(errors.UnsavableModelError, match="config"):
-        save_package(tiny_model, tmp_path / "p")
-    assert list(tmp_path.iterdir()) == []
 
 
 # The document

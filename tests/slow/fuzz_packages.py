@@ -26,7 +26,7 @@ from support.mutations import mutations
 from support.spoiling import CANARY, RECORD, Mutation
 
 from hub_tools import layout
-from slow.fuzz_runner import LOADED, Attempt, Case, Hunt, Watch, main, weights_in
+from slow.fuzz_runner import LOADED, Attempt, Case, Hunt, Watch, bytes_of, main, weights_in
 
 RECORDS = ("kept", "fitted", "removed")
 
@@ -87,17 +87,12 @@ def remote_modules() -> set[str]:
 
 def difference(loaded: Any, folder: Path, saved: Path) -> str:
     """LOADED if the model has, bit by bit, the weights that are in the files, which are the saved ones."""
-    import torch
-
-    model = loaded.model
-    held = {
-        name: weight.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        for name, weight in model.state_dict().items()
-        if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
-    }
-    if not held == weights_in(folder) == weights_in(saved):
+    state = loaded.model.state_dict()
+    if loaded.model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    if not bytes_of(state) == weights_in(folder) == weights_in(saved):
         return "loaded weights that are not those in the files, or that were saved"
-    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+    if not all(weight.isfinite().all() for weight in state.values()):
         return "loaded weights that are not finite"
     return LOADED
 
@@ -119,20 +114,13 @@ def fit_record(folder: Path) -> None:
 
 def write_bases(home: Path) -> None:
     """The sound packages: base-one (one weight file, a tokenizer) and base-shards."""
-    import torch
+    from conftest import make_tiny_model
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from configuration_gpt2_value import GPT2ValueConfig
     from hub_tools import save_package
-    from modeling_gpt2_value import GPT2ValueModel
 
-    torch.manual_seed(0)
-    config = GPT2ValueConfig(
-        n_layer=1, n_embd=16, n_head=2, vocab_size=24, n_positions=16, bos_token_id=0, eos_token_id=0,
-        value_head_initializer_range=0.5,
-    )  # fmt: skip
-    model = GPT2ValueModel(config)
+    model = make_tiny_model(n_layer=1, n_embd=16, n_head=2, vocab_size=24, n_positions=16)
     letters = {letter: number for number, letter in enumerate(["<|endoftext|>", *"abcdefghijklmnopqrstuvw"])}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()

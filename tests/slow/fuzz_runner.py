@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from support.spoiling import Mutation, data_of
+from support.spoiling import Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE_SECONDS = 20.0
@@ -58,8 +58,10 @@ class Outcome:
 
 
 def run_all(hunt: Hunt, *, processes: int = 2, every: int = 1, seconds: float = CASE_SECONDS) -> list[Outcome]:
-    """The outcome of every case, or of `every` how many-th; so many processes run at a time."""
-    numbers = list(range(0, len(hunt.cases()), every))
+    """The outcome of every case, or of `every` how many-th and one of each kind and reader; so many processes run at a
+    time."""
+    firsts = {(mutation.kind, reader): number for number, (mutation, reader) in enumerate(hunt.cases())}
+    numbers = sorted({*range(0, len(hunt.cases()), every), *firsts.values()})
     with tempfile.TemporaryDirectory(prefix="fuzz-") as home, ThreadPoolExecutor(processes) as pool:
         hunt.write_bases(Path(home))
         shares = [
@@ -164,16 +166,17 @@ class Watch:
 
 
 def weights_in(folder: Path) -> dict[str, bytes]:
-    """Every tensor's bytes, read without the library that loads them."""
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        data = path.read_bytes()
-        header = json.loads(data[8 : data_of(data)])
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = (data_of(data) + offset for offset in entry["data_offsets"])
-            found[name] = data[begin:end]
-    return found
+    """Every tensor's bytes."""
+    from safetensors.torch import load_file
+
+    held = (load_file(path) for path in folder.glob("*.safetensors"))
+    return bytes_of({name: tensor for tensors in held for name, tensor in tensors.items()})
+
+
+def bytes_of(tensors: dict[str, Any]) -> dict[str, bytes]:
+    import torch
+
+    return {name: each.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, each in tensors.items()}
 
 
 # The report
