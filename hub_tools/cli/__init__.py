@@ -114,19 +114,21 @@ def respond(
     if html is not None:
         with as_ours(wrong):
             show(rollout, loaded.tokenizer, loaded.model).save(html)
-    responses = []
+    responses, lines = [], []
     for row, prompt in enumerate(prompts):
         drawn = rollout.response_mask[row]
-        ids, logprobs = rollout.responses[row][drawn].tolist(), rollout.logprobs[row][drawn].tolist()
-        values = rollout.values[row][drawn].tolist()
+        text = texts.join(rollout.responses[row][drawn].tolist())
+        columns = (column[row][drawn].tolist() for column in (rollout.responses, rollout.logprobs, rollout.values))
         tokens = [
             {"id": id, "text": texts[id], "logprob": logprob, "value": value}
-            for id, logprob, value in zip(ids, logprobs, values, strict=True)
+            for id, logprob, value in zip(*columns, strict=True)
         ]
         truncated = bool(rollout.truncated[row])
-        responses.append({"prompt": prompt, "text": texts.join(ids), "truncated": truncated, "tokens": tokens})
+        responses.append({"prompt": prompt, "text": text, "truncated": truncated, "tokens": tokens})
+        lines += [console.visible(prompt + text), f"  {'token':<20}  {'log-prob':>8}  {'value':>8}"]
+        lines += [*map(console.token_row, tokens), "  stopped at --max-new-tokens\n" if truncated else ""]
     value = {"package": package, **settings, "seed": seed, "responses": responses}
-    console.show(json, value, console.responses_as_text(responses))
+    console.show(json, value, "\n".join(lines))
 
 
 @command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,10 @@ def facts(value: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def responses_as_text(responses: Sequence[dict[str, Any]]) -> str:
-    """Write each response, and a row for each of its tokens: log-probability, and value of the state before it."""
-    lines = []
-    for response in responses:
-        lines += [visible(response["prompt"] + response["text"]), f"  {'token':<20}  {'log-prob':>8}  {'value':>8}"]
-        for token in response["tokens"]:
-            text = visible(token["text"]).replace(" ", "·")
-            lines += [f"  {text:<20}  {token['logprob']:>8.3f}  {token['value']:>+8.3f}"]
-        lines += ["  stopped at --max-new-tokens\n" if response["truncated"] else ""]
-    return "\n".join(lines)
+def token_row(token: Mapping[str, Any]) -> str:
+    """Write a drawn token, its log-probability, and the value of the state before it."""
+    text = visible(token["text"]).replace(" ", "·")
+    return f"  {text:<20}  {token['logprob']:>8.3f}  {token['value']:>+8.3f}"
 
 
 def visible(text: str) -> str:
