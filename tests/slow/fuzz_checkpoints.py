@@ -93,7 +93,7 @@ def try_case(home: Path, mutation: Mutation, reader: str, watch: Watch) -> tuple
     from hub_tools.errors import GPT2ValueHubError
 
     base = f"base-{mutation.base}" if reader == "export" else f"base-{reader}"
-    if reader == "convert" and not any("token" in text for text in (mutation.kind, mutation.name)):
+    if reader == "convert" and mutation.kind in ("config", "header"):
         base = "base-plain"  # a tokenizer costs each case a process
     with tempfile.TemporaryDirectory(dir=home) as parent:
         folder = Path(parent, "source")
