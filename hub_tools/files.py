@@ -88,29 +88,15 @@ def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
 
     Raises:
         PackageError: see `file_in`.
-        PackageError: too large, not UTF-8, not JSON, nested too deep, a key twice, a NaN, or not an
-            object.
+        PackageError: too large, not UTF-8, not JSON, nested too deep, a NaN, or not an object.
     """
     with open_in(folder, name) as opened:
         size = os.fstat(opened.fileno()).st_size
         if size > limit:
             raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}")
-        return parse_json(opened.read(limit), name)
-
-
-def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """Parse a JSON object strictly; see `read_json`. `name` is for the message."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {key[:80]!r} twice")
-            found[key] = value
-        return found
-
+        data = opened.read(limit)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8"))
         _refuse_extremes(value)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         what = "JSON nested too deep" if isinstance(error, RecursionError) else str(error)[:300]

@@ -153,13 +153,13 @@ def inspect_stage(copy: Stage, source: str) -> PackageReport:
     """Report on the copy of a package (see `stage_package`). Where it has no weights, their headers are read from the
     source."""
     names, kinds = copy.names, {name: layout.kind_of(name) for name in copy.names}
-    fields = {
-        file: read_json(copy.folder, file, limit=limits.INDEX_BYTES)
-        for file in config_fields.REDUCED
-        if file in copy.sha256
-    }
-    known = {file: config_fields.reduce(file, held) for file, held in fields.items()}
-    unknown = {file: config_fields.unknown_fields(held, known[file]) for file, held in fields.items()}
+    known: dict[str, dict[str, Any]] = {}
+    unknown: dict[str, tuple[str, ...]] = {}
+    for file in filter(copy.sha256.__contains__, config_fields.REDUCED):
+        fields = read_json(copy.folder, file, limit=limits.INDEX_BYTES)
+        known[file] = config_fields.reduce(file, fields)
+        if odd := config_fields.unknown_fields(fields, known[file]):
+            unknown[file] = odd
     config, tokenizer = known[layout.CONFIG], known.get(layout.TOKENIZER_CONFIG)
 
     are_copied = any(name.endswith(".safetensors") for name in copy.sha256)
@@ -189,7 +189,7 @@ def inspect_stage(copy: Stage, source: str) -> PackageReport:
         changed=() if record is None else _changed(record, copy),
         pickles=tuple(name for name in names if kinds[name] == "pickle"),
         foreign=tuple(name for name in names if kinds[name] == "foreign"),
-        unknown_fields={file: odd for file, odd in unknown.items() if odd},
+        unknown_fields=unknown,
     )
 
 
