@@ -56,7 +56,7 @@ class TokenizerMismatchError(GPT2ValueHubError, ValueError):
 
 
 class FolderRefusedError(GPT2ValueHubError):
-    """The folder to save into holds something that is not a package, or cannot be replaced in one step."""
+    """The folder to save into holds something that is not a package."""
 
 
 class SaveFailedError(GPT2ValueHubError, OSError):
@@ -81,7 +81,7 @@ class NotAPackageError(PackageError):
 
 
 class ResourceLimitError(GPT2ValueHubError, RuntimeError):
-    """Opening a file took more memory, disk space or time than any GPT-2 needs; it was tried in another process."""
+    """The folder for temporary files has no room for a private copy."""
 
 
 # Verifying
@@ -96,7 +96,8 @@ class ChangedFileError(GPT2ValueHubError, ValueError):
 
 
 class LoadError(GPT2ValueHubError, RuntimeError):
-    """The package does not load, strictly, in a fresh interpreter; `details` is what that one printed."""
+    """A package or its tokenizer does not load, strictly, within bounds of memory and time; `details` is what a fresh
+    interpreter printed."""
 
     def __init__(self, found: str, *, expected: str = "", next_step: str, details: str = "") -> None:
         super().__init__(found, expected=expected, next_step=next_step)

@@ -147,7 +147,7 @@ def convert_checkpoint(
         MissingHeadError: no head, without `init_value_head`.
         MissingLibraryError: an adapter, and PEFT is not installed.
         UnsavableModelError: NaN or infinity among the weights.
-        TokenizerMismatchError, ResourceLimitError: the source's tokenizer cannot be loaded.
+        TokenizerMismatchError: the source's tokenizer cannot be loaded.
         OptionsError: an argument that this source has no use for.
         And what `save_package` raises.
     """

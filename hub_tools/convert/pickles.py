@@ -30,7 +30,7 @@ def read_tensors(file: Path, *, limit: int) -> dict[str, torch.Tensor]:
     Raises:
         PackageError: it is damaged, too large, or holds something else than tensors; a pickle that asks for more than
             tensors, of which nothing ran; an index that names a shard that is not there, or not beside it.
-        ResourceLimitError: the copy has no room, or takes too long; see `stage`.
+        ResourceLimitError: the copy has no room; see `stage`.
     """
     folder, wanted = file.parent, {file.name}
     if file.suffix == ".json":
