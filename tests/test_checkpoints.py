@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -28,7 +29,6 @@ from hub_tools.errors import (
 from hub_tools.hub import ask
 from hub_tools.publish import checkpoints
 from hub_tools.publish import push as push_module
-from hub_tools.publish.checkpoints import metrics_at
 
 HERE = Path(__file__).parent
 REPO = "alice/value"
@@ -187,25 +187,14 @@ def test_what_is_the_best_loads_whatever_stood_there_before(server, do, tmp_path
         assert (loaded.commit, loaded.tokenizer) == (answer.commit, None)
 
 
-def test_without_the_metric_nothing_is_the_best(server, do):
-    assert not do(make_tiny_model(), metrics={"reward": 1.0}).best
-    assert "refs/tags/best" not in server.repos[REPO].refs
-
-
 def test_somebody_elses_push_in_between_is_kept_and_ours_is_on_top(server, do, monkeypatch):
     monkeypatch.setattr(ask, "FIRST_PAUSE", 0.01)
 
-    class TheyPush(Fault):
-        def strikes(self, request):
-            if request.route == self.route and not self.hits:
-                self.hits = 1
-                server.commit(server.repos[REPO], "refs/heads/main", "theirs", {"verification.json": None})
-            return False
-
-    server.faults.append(TheyPush(route="lfs_upload"))
+    server.create(REPO, {"notes.txt": b"mine"})
+    theirs = partial(server.commit, server.repos[REPO], "refs/heads/main", "theirs", {"notes.txt": None})
+    server.faults.append(Fault(route="lfs_upload", meanwhile=theirs))
     do(make_tiny_model(), step=51)
     assert [commit.title for commit in server.history(REPO)][:2] == ["Step 51", "theirs"]
-    assert "verification.json" in server.files(REPO)
 
 
 def test_a_checkpoint_that_could_not_be_tagged_is_not_called_missing(server, do):
@@ -328,14 +317,12 @@ def test_what_waiting_does_not_mend_is_raised_by_the_next_call_which_loses_nothi
     assert steps_of(pusher) == [41]
 
 
-@pytest.mark.parametrize("where", ["the worker", "the disk"])
-def test_what_the_system_refuses_is_a_failure_and_no_silence(pusher, monkeypatch, where):
+def test_what_the_system_refuses_is_a_failure_and_no_silence(pusher, monkeypatch):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        target = (checkpoints.subprocess, "Popen") if where == "the worker" else (torch, "save")
-        patched.setattr(*target, refuse)
+        patched.setattr(torch, "save", refuse)
         with pytest.raises(CheckpointPushError, match=r"step 2.*No space left"):
             push_and_flush(pusher, 2)
     push_and_flush(pusher, 3)
@@ -392,19 +379,6 @@ def test_what_cannot_be_right_is_refused_before_training_starts_and_a_silent_hub
     pusher.close()
 
 
-def test_an_exception_in_training_is_not_replaced_and_the_last_checkpoint_is_pushed(server, workers, temporary):
-    pusher = CheckpointPusher(REPO)
-
-    def train():
-        with pusher:
-            pusher.push(make_tiny_model(), step=1)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        train()
-    assert steps_of(pusher) == [1]
-
-
 def test_a_forked_process_cannot_use_it_and_does_not_disturb_it(pusher):
     child = os.fork()
     if child == 0:
@@ -447,9 +421,4 @@ def test_a_trainer_pushes_what_it_saves_and_ends_with_what_it_holds(pusher, work
     assert set(steps_of(pusher)) <= {2, 4}
     assert pusher.pushed[-1].step == trainer.state.best_global_step == 2
     assert {"loss", "eval_loss", "learning_rate"} <= set(pusher.pushed[-1].metrics)
-    history = [
-        {"loss": 2.0, "learning_rate": 0.1, "epoch": 0.2, "step": 2},
-        {"eval_loss": 2.5, "eval_runtime": 1.0, "eval_samples_per_second": 3.0, "epoch": 0.2, "step": 2},
-    ]
-    assert metrics_at(2, history) == {"loss": 2.0, "learning_rate": 0.1, "eval_loss": 2.5}
-    assert metrics_at(3, history) == {}
+    assert not {"step", "epoch", "eval_runtime", "eval_samples_per_second"} & set(pusher.pushed[-1].metrics)

@@ -6,6 +6,7 @@ import shutil
 import socket
 import threading
 import time
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -79,14 +80,8 @@ def test_a_push_of_somebody_else_in_the_meantime_is_reported_and_stands(server, 
     """Whatever we were doing when they pushed."""
     set_up(server, MAIN)
 
-    class TheyPush(Fault):
-        def strikes(self, request):
-            if request.route == self.route and not self.hits:
-                self.hits = 1
-                server.commit(server.repos[REPO], "refs/heads/main", "theirs", {"notes.txt": None})
-            return False
-
-    server.faults.append(TheyPush(route=route))
+    theirs = partial(server.commit, server.repos[REPO], "refs/heads/main", "theirs", {"notes.txt": None})
+    server.faults.append(Fault(route=route, meanwhile=theirs))
     with pytest.raises(ConcurrentPushError, match="somebody pushed"):
         run_push(package, MAIN)
     assert server.history(REPO)[0].title == "theirs"

@@ -1,7 +1,6 @@
 """What a push leaves is what loads: the repository's root is what the package is, whatever stood there before."""
 
 import re
-import shutil
 from pathlib import Path
 
 import peft
@@ -49,16 +48,6 @@ GOES = [
 ]
 
 
-@pytest.mark.parametrize("name", GOES)
-def test_what_a_loader_would_read_goes(name):
-    assert read_by_a_loader(name)
-
-
-@pytest.mark.parametrize("name", STAYS)
-def test_what_no_loader_reads_stays(name):
-    assert not read_by_a_loader(name)
-
-
 def names_of_the_installed_loaders():
     """The file names that the installed transformers and peft look up: constants of theirs, and those of tokenizers."""
     found = set()
@@ -80,13 +69,6 @@ def test_every_name_that_the_installed_loaders_look_up_is_known():
 
 
 # The real loaders, after pushes over what people have in their repositories
-
-
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory):
-    home = tmp_path_factory.mktemp("packages")
-    save_package(make_tiny_model(seed=5), home / "plain", repo_id=REPO)
-    return home / "plain"
 
 
 def values(model):
@@ -137,16 +119,14 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_after_a_push_every_loader_gives_the_pushed_values(
-    server, packages, tmp_path, tiny_tokenizer, kind, monkeypatch
-):
+def test_after_a_push_every_loader_gives_the_pushed_values(server, saved, tmp_path, tiny_tokenizer, kind, monkeypatch):
     monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", False, raising=False)  # of transformers 4
     (tmp_path / "old").mkdir()
     what_stood_there(kind, tmp_path / "old", tiny_tokenizer)
     server.create(REPO, {**files_in(tmp_path / "old"), "notes.txt": b"mine"})
-    report = push_verified(packages)
+    report = push_verified(saved)
     assert "notes.txt" in report.kept
-    expected = values(make_tiny_model(seed=5))
+    expected = values(make_tiny_model())
     where = {"revision": report.commit, "cache_dir": tmp_path / "cache", "trust_remote_code": True}
     for loader in (AutoModel, AutoModelForCausalLM):
         torch.testing.assert_close(values(loader.from_pretrained(REPO, **where)), expected, atol=1e-6, rtol=0)
@@ -166,20 +146,19 @@ def test_a_tokenizer_that_is_pushed_replaces_the_old_one_whole(server, tmp_path,
     assert load_package(REPO, revision=report.commit, cache_dir=tmp_path).tokenizer("a").input_ids
 
 
-def test_a_folder_in_the_place_of_a_file_goes(server, packages):
+def test_a_folder_in_the_place_of_a_file_goes(server, saved):
     server.create(REPO, {"config.json/mine.txt": b"x", "images/config.json": b"x"})
-    report = push_verified(packages)
+    report = push_verified(saved)
     assert set(report.deleted) == {"config.json/mine.txt"}
 
 
-def test_other_files_stay_as_they_are(server, packages, tmp_path):
-    shutil.copytree(packages, tmp_path / "package")
+def test_other_files_stay_as_they_are(server, saved, tmp_path):
     old = {name: name.encode() for name in STAYS if name not in ("README.md", ".gitattributes", ".gitignore")}
     server.create(REPO, {**old, **dict.fromkeys(GOES, b"old")})
-    report = push_verified(tmp_path / "package")
+    report = push_verified(saved)
     files = server.files(REPO)
     assert {name: files[name] for name in old} == old
-    assert set(files) == {*old, ".gitattributes", *(path.name for path in packages.iterdir())}
+    assert set(files) == {*old, ".gitattributes", *(path.name for path in saved.iterdir())}
     assert len(server.history(REPO)) == 3, "one commit"
     assert set(report.deleted) | set(report.changed) == set(GOES)
     loaded = load_package(REPO, revision=report.commit, cache_dir=tmp_path / "cache")

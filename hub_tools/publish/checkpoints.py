@@ -206,8 +206,7 @@ class CheckpointPusher:
         Raises:
             CheckpointPushError: with the original error as its cause.
         """
-        with self._lock:
-            failure, self._failure = self._failure, None
+        failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 

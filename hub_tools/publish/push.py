@@ -56,13 +56,14 @@ class PushReport:
     load_lines: str | None = None  # the lines that load exactly this commit; None in a dry run
 
     def __str__(self) -> str:
-        changes = (("add", self.added), ("change", self.changed), ("delete", self.deleted))
-        did = "unchanged" if not any(files for _, files in changes) else "pushed" if self.commit else "would push"
+        changes = {"add": self.added, "change": self.changed, "delete": self.deleted}
+        did = "unchanged" if not any(changes.values()) else "pushed" if self.commit else "would push"
         lines = [f"{self.repo_id} ({self.revision}{', new' if self.new else ''}): {did}"]
-        lines += [f"  {what:<6} {name}  {size:,} bytes" for what, files in changes for name, size in files.items()]
-        texts = (("keep", ", ".join(self.kept)), ("tag", self.tag), ("pr", self.pr_url), ("url", self.url))
-        lines += [f"  {what:<6} {text}" for what, text in texts if text]
-        return "\n".join([*lines, *(["", self.load_lines] if self.load_lines else [])])
+        for what, files in changes.items():
+            lines += [f"  {what:<6} {name}  {size:,} bytes" for name, size in files.items()]
+        texts = {"keep": ", ".join(self.kept), "tag": self.tag, "pr": self.pr_url, "url": self.url}
+        lines += [f"  {what:<6} {text}" for what, text in texts.items() if text]
+        return "\n".join([*lines, "", self.load_lines or ""]).strip()
 
 
 def push_package(
