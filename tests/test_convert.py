@@ -347,11 +347,6 @@ def test_an_empty_folder_and_a_missing_one_are_named(tmp_path, ours):
             convert_checkpoint(source, ours)
 
 
-def test_offline_a_repository_of_the_hub_is_refused_at_once(ours):
-    with pytest.raises(errors.HubUnavailableError, match="nobody/nothing"):
-        convert_checkpoint("nobody/nothing", ours, init_value_head=True)
-
-
 # Around it
 
 

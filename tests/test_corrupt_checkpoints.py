@@ -5,7 +5,7 @@ from slow.fuzz_runner import GROWTH, LOADED, Watch, run_all
 from support.spoiling import CANARY, Mutation
 
 EVERY = 101  # of the cases, a prime: each reader and each kind of mutation takes its turns
-ALL = {"convert", "sharded", "adapter", *READERS}
+ALL = {"convert", "sharded", "adapter", "pickle", *READERS}
 
 
 def test_every_spoiled_checkpoint_is_refused_or_gives_the_right_numbers():
