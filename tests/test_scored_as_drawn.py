@@ -287,27 +287,19 @@ class Wrapper(nn.Module):
         return louder(self.module(**kwargs))
 
 
-def fewer_layers(model):
-    model.transformer.h = model.transformer.h[:1]
-    return model
-
-
 CHANGES = {
     "capped": capped,
     "capped plain": lambda model: capped(plain_twin(model)),
     "plain": plain_twin,
     "hook": hooked(""),
-    "hook that torch wraps": hooked("", torch.no_grad()(louder_hook)),
     "hook inside": hooked("transformer.h.1"),
     "hook on the output layer": hooked("lm_head"),
     "replaced": replaced(""),
     "replaced inside": replaced("transformer.ln_f"),
     "wrapped": Wrapper,
-    "fewer layers": fewer_layers,
 }
 FIELDS = {
     "no scaling": {"scale_attn_weights": False},
-    "inverse scaling": {"scale_attn_by_inverse_layer_idx": True},
     "upcast": {"reorder_and_upcast_attn": True, "attn_implementation": "eager"},
 }
 

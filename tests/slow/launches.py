@@ -13,33 +13,29 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "many-gpus.md"
 
 
-def launch_line(line, out, *options):
+def launch(line, *options, out):
     """Start a line of the page, with some of its options replaced, few rows and one step."""
-    _, _, *arguments = shlex.split(line)
-    script = arguments.index("examples/many_gpus.py")
-    own = ["--out", str(out), "--steps", "1", "--rows", "2"]
-    arguments = [*arguments[:script], *options, arguments[script], *own]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    before, after = line.split("examples/many_gpus.py")
+    own = ["--out", out, "--steps", "1", "--rows", "2"]
+    arguments = [*shlex.split(before)[2:], *options, "examples/many_gpus.py", *shlex.split(after), *own]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def main():
-    lines = re.findall(r"^accelerate launch .*", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    for line in lines:
-        ranks = (0, 1) if "--machine_rank 0" in line else (None,)
+    for line in re.findall(r"^accelerate launch .*", PAGE.read_text(encoding="utf-8"), re.MULTILINE):
         if "--machine_rank 1" in line:
-            continue
-        with socket.socket() as server, tempfile.TemporaryDirectory() as folder:
+            continue  # it starts beside the first machine's
+        machines = [[]]
+        with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
-            where = ["--num_processes", "2", "--main_process_port", str(server.getsockname()[1])]
-            server.close()
-            if ranks != (None,):
-                where += ["--main_process_ip", "127.0.0.1"]
-            started = [
-                launch_line(line, f"{folder}/{rank}", *where, *(() if rank is None else ("--machine_rank", str(rank))))
-                for rank in ranks
-            ]
+            options = ["--num_processes", "2", "--main_process_port", str(server.getsockname()[1])]
+        if "--machine_rank 0" in line:
+            options += ["--main_process_ip", "127.0.0.1"]
+            machines = [["--machine_rank", rank] for rank in "01"]
+        with tempfile.TemporaryDirectory() as folder:
+            started = [launch(line, *options, *rank, out=f"{folder}/{number}") for number, rank in enumerate(machines)]
             for process in started:
                 output = process.communicate()[0].decode()
                 if process.returncode:
