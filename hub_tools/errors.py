@@ -135,10 +135,6 @@ class ConcurrentPushError(GPT2ValueHubError):
     """Somebody else pushed to the branch since it was read. Theirs stands; ours was not committed."""
 
 
-class PackageChangedError(GPT2ValueHubError):
-    """The package was written to while it was being pushed. Nothing was committed."""
-
-
 class SecretFoundError(GPT2ValueHubError, ValueError):
     """A file or message that would have published a token. The message does not repeat it."""
 
