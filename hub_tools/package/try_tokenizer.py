@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import string
 import sys
 from collections.abc import Iterator
@@ -32,11 +33,11 @@ def texts_in(value: Any) -> Iterator[str]:
 
 def growth_of(step: Any) -> float:
     """Return how many times longer a normalizer or decoder can make a text: the product over its steps."""
-    found = 1.0
-    for each in step.values() if isinstance(step, dict) else step if isinstance(step, list) else ():
-        found *= growth_of(each)
+    if isinstance(step, list):
+        return math.prod(map(growth_of, step))
     if not isinstance(step, dict):
-        return found
+        return 1.0
+    found = growth_of([*step.values()])
     if isinstance(step.get("precompiled_charsmap"), str):
         # SentencePiece's: the length of a trie, the trie, and the texts that it leads to, each ended by a NUL
         table = base64.b64decode(step["precompiled_charsmap"])
