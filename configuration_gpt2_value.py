@@ -38,6 +38,17 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_gpt2_value.GPT2ValueModel",
 }
 
+# What the head's fields may be: a value is one number for each token, and no head has attention layers of its own.
+CHOICES = {
+    "num_labels": [1],
+    "summary_type": ["cls_index", "first", "last", "mean"],
+    "summary_activation": [None, "tanh"],
+    "summary_use_proj": [True, False],
+    "summary_proj_to_labels": [True, False],
+    "detach_value_head": [True, False],
+}
+BELOW = {"summary_first_dropout": 1, "summary_last_dropout": 1, "value_head_initializer_range": math.inf}
+
 
 class GPT2ValueConfig(GPT2Config):
     """Everything that `GPT2Config` takes, and the value head.
@@ -55,7 +66,7 @@ class GPT2ValueConfig(GPT2Config):
         value_head_initializer_range (`float`, defaults to 0.0): std of the projection's initial weights. 0 starts every
             value at exactly 0 ("The N Implementation Details of RLHF with PPO", Huang et al., 2023).
 
-    Raises ValueError where a field has the wrong type or is out of range. transformers 5 checks its own types before.
+    Raises ValueError where a field of the head has another value. GPT-2's own fields are for transformers to check.
     """
 
     model_type = "gpt2_value"
@@ -68,34 +79,14 @@ class GPT2ValueConfig(GPT2Config):
         self.summary_last_dropout = summary_last_dropout
         self.detach_value_head = detach_value_head
         self.value_head_initializer_range = value_head_initializer_range
-        self._check()
 
-    def _check(self):
-        def expect(holds, expected, *names):
-            for name in names:
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"GPT2ValueConfig: {name}={getattr(self, name)!r}; expected {expected}.")
-
-        def is_size(value):
-            return type(value) is int and value > 0
-
-        def is_number(value):
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-
-        expect(is_size, "a positive int", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-        expect(lambda v: v % self.n_head == 0, f"a multiple of n_head={self.n_head}", "n_embd")
-        expect(lambda v: v is None or is_size(v), "a positive int, or None for 4 * n_embd", "n_inner")
-        dropouts = "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout"
-        expect(lambda v: is_number(v) and v < 1, "a number in [0, 1)", *dropouts)
-        expect(lambda v: is_number(v) and v > 0, "a positive number", "layer_norm_epsilon")
-        expect(is_number, "a finite number >= 0", "initializer_range", "value_head_initializer_range")
-        flags = "summary_use_proj", "summary_proj_to_labels", "detach_value_head", "tie_word_embeddings"
-        expect(lambda v: isinstance(v, bool), "True or False", *flags)
-        expect(lambda v: v == 1, "1: the head gives one value for each token", "num_labels")
-        expect(lambda v: v in (None, "tanh"), 'None or "tanh"', "summary_activation")
-        known_types = ("last", "first", "mean", "cls_index")
-        reason = f'one of {known_types}: "attn" would need an attention layer of its own, which GPT-2 never had'
-        expect(lambda v: v in known_types, reason, "summary_type")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"GPT2ValueConfig: {name}={getattr(self, name)!r}; expected one of {allowed}.")
+        for name, below in BELOW.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < below:
+                raise ValueError(f"GPT2ValueConfig: {name}={value!r}; expected a number from 0, below {below}.")
 
     @classmethod
     def from_gpt2(cls, config):
@@ -118,11 +109,10 @@ class GPT2ValueConfig(GPT2Config):
 
     def save_pretrained(self, save_directory, **kwargs):
         """Write `config.json` and the code that it names, so that the folder is complete by itself."""
-        here, folder = Path(__file__).parent, Path(save_directory)
+        here, folder = Path(__file__).resolve().parent, Path(save_directory).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(here.glob("*_gpt2_value.py")):
-            if here.resolve() != folder.resolve():
-                shutil.copyfile(file, folder / file.name)
+        for file in here.glob("*_gpt2_value.py") if here != folder else ():
+            shutil.copyfile(file, folder / file.name)
         super().save_pretrained(save_directory, **kwargs)
 
 

@@ -17,9 +17,8 @@ from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
-CACHE_NAMES = ("cache", "past_key_values")  # of a forward's argument: transformers 5.24 renamed it
+# What the installed transformers calls a cache, as an argument and in an output: 5.24 renamed it.
 CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
-LIBRARIES = ("torch", "transformers", "accelerate", "peft")  # what they put around a call hands it through
 # Forwards as they were when this module was imported: somebody may replace them later.
 OWN_LM_FORWARD = GPT2LMHeadModel.forward
 OWN_FORWARDS = {kind: kind.forward for kind in (NewGELUActivation, Conv1D, nn.Linear)}
@@ -43,10 +42,9 @@ def as_scalars(values):
 def run(model, tokens, mask, columns, *, logits_to_keep=None, **arguments):
     """Run the model on a slice of the columns of `tokens [B, P+T]`: its output, and `[B, columns]` values or None."""
     inner = unwrapped(model)[-1]
-    accepted = forward_parameters(inner)
-    if "position_ids" in accepted:
+    if accepts(inner, "position_ids"):
         arguments["position_ids"] = positions(mask)[:, columns]
-    if "logits_to_keep" in accepted and logits_to_keep is not None:
+    if accepts(inner, "logits_to_keep") and logits_to_keep is not None:
         arguments["logits_to_keep"] = logits_to_keep
     output = model(input_ids=tokens[:, columns], attention_mask=mask[:, : columns.stop], return_dict=True, **arguments)
     if logits_to_keep is not None and getattr(output, "logits", tokens[..., :0]).shape[-1] != vocabulary_of(inner):
@@ -55,31 +53,37 @@ def run(model, tokens, mask, columns, *, logits_to_keep=None, **arguments):
     return output, None if values is None else as_scalars(values)
 
 
+def accepts(model, name):
+    """Whether the forward of the model's class takes an argument of this name, or any."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return name in parameters or "kwargs" in parameters
+
+
 class Decoder:
     """Logits and values for one more column at a time, by the model's own forward pass and cache."""
 
     def __init__(self, model, tokens, mask):
         self.tokens, self.mask = tokens, mask  # [B, P+T], which the caller fills
         self.rows = torch.arange(len(tokens), device=tokens.device)  # those that are still computed, b of B
-        self.model = with_fast_products(without_dropout(innermost(model)))
+        self.model = with_fast_products(without_dropout(innermost(model)), len(tokens))
         inner = unwrapped(model)[-1]
-        names = [name for name in CACHE_NAMES if name in forward_parameters(inner)]
         # The cache of a recurrent model holds states that run on over padding, and may live in its modules.
-        self.cache_name = names[0] if names and not getattr(inner, "_is_stateful", False) else None
+        self.uses_cache = accepts(inner, CACHE) and not getattr(inner, "_is_stateful", False)
         self.cache: Any = None  # without one, all columns are run again
 
     def logits_and_values(self, columns):
         """Logits `[b, V]` and values `[b]` or None after so many columns, of the current rows."""
         keep_pace(self.model, self.tokens, ended=False)
         new = slice(0 if self.cache is None else columns - 1, columns)
-        cached = {} if self.cache_name is None else {self.cache_name: self.cache}
         tokens, mask = self.tokens[self.rows], self.mask[self.rows]  # [b, P+T]
-        output, values = run(self.model, tokens, mask, new, logits_to_keep=1, use_cache=bool(cached), **cached)
-        cache = None if self.cache_name is None else vars(output).get(self.cache_name)
-        for place, layer in enumerate(getattr(cache, "layers", []) if self.cache is None else []):
-            if type(layer) is DynamicLayer and layer.is_initialized:
-                cache.layers[place] = RoomyLayer(layer, tokens.shape[1])
-        self.cache = cache if isinstance(cache, Cache) else None
+        cached = {CACHE: self.cache} if self.uses_cache else {}
+        output, values = run(self.model, tokens, mask, new, logits_to_keep=1, use_cache=self.uses_cache, **cached)
+        cache = vars(output).get(CACHE) if self.uses_cache else None
+        if self.cache is None and isinstance(cache, Cache):
+            self.cache = cache
+            for place, layer in enumerate(getattr(cache, "layers", [])):
+                if type(layer) is DynamicLayer and layer.is_initialized:
+                    cache.layers[place] = RoomyLayer(layer, tokens.shape[1])
         return output.logits[:, -1], None if values is None else values[:, -1]
 
     def keep(self, rows):
@@ -105,7 +109,8 @@ def inputs_and_head(model, tokens, mask, T):
     """
     columns = slice(0, tokens.shape[1] - 1)
     quiet = without_dropout(model)
-    if calls_gpt2(model, ["transformers"]) and type(model.lm_head) is nn.Linear:
+    has_body = calls_gpt2(model) and "forward" not in vars(model) and not is_sharded(model)
+    if has_body and type(model.lm_head) is nn.Linear:
         body, _ = run(quiet.transformer, tokens, mask, columns, use_cache=False)
         return body.last_hidden_state[:, -T:], quiet.lm_head, None
     output, values = run(quiet, tokens, mask, columns, logits_to_keep=T, use_cache=False)
@@ -141,7 +146,7 @@ def unwrapped(model):
 def innermost(model):
     """The model to run where no gradient is wanted: without wrappers that then change nothing, and are not FSDP2's."""
     models = unwrapped(model)
-    return next(m for m in models if m is models[-1] or hasattr(m, "unshard") or not hands_through(m))
+    return next(each for each in models if each is models[-1] or is_sharded(each) or not is_thin(each))
 
 
 def device_of(model):
@@ -150,8 +155,9 @@ def device_of(model):
     for module in inner.modules():
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", [hook]):
-            if getattr(each, "execution_device", None) is not None:
-                return torch.device(each.execution_device)
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
     if inner.device.type == "meta":
         raise TypeError(f"the weights of this {type(inner).__name__} have no data (device meta); load them first.")
     return inner.device
@@ -160,20 +166,6 @@ def device_of(model):
 def vocabulary_of(model):
     """How many tokens the model knows."""
     return unwrapped(model)[-1].get_input_embeddings().weight.shape[0]
-
-
-def forward_parameters(model):
-    """Names that the forward of the model's class takes, those included that its `**kwargs` hand to a base class."""
-    names: set = set()
-    for kind in type(model).__mro__:
-        if kind is nn.Module:  # all classes handed **kwargs on, to a model inside
-            return names | {"position_ids", CACHE}
-        if "forward" in vars(kind):
-            parameters = inspect.signature(vars(kind)["forward"]).parameters
-            names |= parameters.keys()
-            if "kwargs" not in parameters:
-                break
-    return names
 
 
 def check_tokens(model, tokens, mask, new_tokens=0):
@@ -202,37 +194,33 @@ def check_tokens(model, tokens, mask, new_tokens=0):
 # forward that somebody replaced; then the model's own call is used instead.
 
 
-def runs(module, own, libraries=LIBRARIES):
-    """Whether a call of the module runs only the forward `own`, and what these libraries put around it or in its place.
-
-    transformers 5 leaves hooks on every model, FSDP2 gathers weights by hooks, Accelerate replaces a model's forward.
-    """
-    around = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), vars(module).get("forward", own)]
-    return all(each is own or library_of(each) in libraries for each in around)
+def is_hooked(module):
+    """Whether somebody has hooked the module's call. (FSDP2 does, to gather weights.)"""
+    return not is_sharded(module) and bool(module._forward_pre_hooks or module._forward_hooks)
 
 
-def library_of(function):
-    """The first name of the module that a function, or the one inside a partial, was defined in."""
-    return (getattr(getattr(function, "func", function), "__module__", None) or "").split(".")[0]
+def is_sharded(module):
+    """Whether FSDP2 gathers this module's weights."""
+    return hasattr(module, "unshard")
 
 
-def calls_gpt2(model, libraries):
+def is_thin(wrapper):
+    """Whether a wrapper is torch's or PEFT's, such as DistributedDataParallel, and so hands arguments through."""
+    return type(wrapper).__module__.split(".")[0] in ("torch", "peft") and not is_hooked(wrapper)
+
+
+def calls_gpt2(model):
     """Whether a call runs the forward of GPT2LMHeadModel or GPT2ValueModel, as it was when it was imported."""
     kind = type(model)
-    own = getattr(kind, "own_forward", OWN_LM_FORWARD)
-    return kind.forward is own and kind.__call__ is nn.Module.__call__ and runs(model, own, libraries)
-
-
-def hands_through(wrapper):
-    """Whether a wrapper is a library's (DistributedDataParallel, PEFT, torch.compile), and nobody has hooked it."""
-    own = type(wrapper).forward
-    return library_of(own) in LIBRARIES and runs(wrapper, own)
+    own = kind.forward is getattr(kind, "own_forward", OWN_LM_FORWARD) and kind.__call__ is nn.Module.__call__
+    # Accelerate puts a forward before it that casts, and keeps it under this name.
+    return own and not is_hooked(model) and ("forward" not in vars(model) or hasattr(model, "_original_forward"))
 
 
 def takes_requests(model):
     """Whether a call of the model reaches `GPT2ValueModel.forward` with its `score`, and nobody changes its output."""
     *wrappers, inner = unwrapped(model)
-    return hasattr(inner, "own_forward") and calls_gpt2(inner, LIBRARIES) and all(map(hands_through, wrappers))
+    return hasattr(inner, "own_forward") and calls_gpt2(inner) and all(map(is_thin, wrappers))
 
 
 # Weights that FSDP2 spreads over processes: a call gathers them, so all processes have to make the same calls.
@@ -265,6 +253,7 @@ def copied(model):
     for module, its in copies.items():
         fields = {**vars(module), "_compiled_call_impl": None}  # what is compiled is bound to the module
         fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
+        fields.update(fields["_modules"])  # found at once, and not by `__getattr__`
         # Accelerate's: methods and partials, whose copies are bound to the modules' copies.
         for name in {"forward", "_old_forward", "_original_forward"} & set(fields):
             fields[name] = copy.deepcopy(fields[name], {id(each): twin for each, twin in copies.items()})
@@ -294,8 +283,11 @@ def without_dropout(model):
 # without room in the cache.
 
 
-def with_fast_products(model):
-    """A copy of a GPT-2 on a CPU whose linear layers multiply by oneDNN, as torch's inductor does. Else the model."""
+def with_fast_products(model, rows):
+    """A copy of a GPT-2 on a CPU whose linear layers multiply by oneDNN, as torch's inductor does. Else the model.
+
+    Weights are packed for one rollout of so many rows, and so are never older than the model's.
+    """
     if torch.is_autocast_enabled("cpu") or "forward" in vars(model) or not isinstance(model, GPT2LMHeadModel):
         return model
     model = copied(model)
@@ -310,26 +302,27 @@ def with_fast_products(model):
         dtype = dtype_of_products(weight.dtype)
         # Quantised and sharded weights are of other classes.
         if type(layer.weight) is nn.Parameter and weight.is_cpu and dtype is not None:
-            bias = None if layer.bias is None else layer.bias.to(dtype)
-            layer.forward = functools.partial(multiply, weight.to(dtype), bias)
+            weight, bias = weight.detach().to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+            if rows > 1:  # one row is multiplied as fast by a weight as it is
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            layer.forward = functools.partial(multiply, dtype, weight, bias)
     return model
 
 
-def multiply(weight, bias, x):
+def multiply(dtype, weight, bias, x):
     """A linear layer by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "").to(x.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, "none", [], "").to(x.dtype)
 
 
 @functools.lru_cache
 def dtype_of_products(dtype):
     """In which dtype oneDNN multiplies weights of this one: itself, float32, which rounds the same sums, or None."""
     for each in (dtype, torch.promote_types(dtype, torch.float32)):
-        x = torch.ones((2, 8), dtype=each)
         try:
-            multiply(x, None, x)
+            multiply(each, torch.ones((2, 8), dtype=each), None, torch.ones((1, 8), dtype=each))
+            return each
         except (AttributeError, RuntimeError):  # this torch has no such function, this processor no such products
-            continue
-        return each
+            pass
     return None
 
 
@@ -338,16 +331,16 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, layer, columns):
         vars(self).update(vars(layer))
-        self.columns = columns
-        self.rooms = dict.fromkeys(("keys", "values"), torch.empty(0))
+        self.columns, self.rooms = columns, ()
 
     def update(self, key_states, value_states, *args, **kwargs):
         past = self.keys.shape[-2]
         columns = past + key_states.shape[-2]
-        for name, states in (("keys", key_states), ("values", value_states)):
-            before = getattr(self, name)  # [b, n_head, past, width]
-            if before.data_ptr() != self.rooms[name].data_ptr():  # at first, and after rows were dropped
-                self.rooms[name] = nn.functional.pad(before, (0, 0, 0, self.columns - past))
-            self.rooms[name][..., past:columns, :] = states
-            setattr(self, name, self.rooms[name][..., :columns, :])
+        stored = [self.keys, self.values]  # [b, n_head, past, width]
+        if [room.data_ptr() for room in self.rooms] != [states.data_ptr() for states in stored]:
+            # At first, and after rows were dropped.
+            self.rooms = [nn.functional.pad(states, (0, 0, 0, self.columns - past)) for states in stored]
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[..., past:columns, :] = states
+        self.keys, self.values = (room[..., :columns, :] for room in self.rooms)
         return self.keys, self.values

@@ -7,10 +7,9 @@ reads nothing of the model's `generation_config`.
 import dataclasses
 import math
 import warnings
-from typing import Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 try:
@@ -27,18 +26,10 @@ try:
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
-    # In a checkout or a wheel these files are top-level modules.
-    from decoding_gpt2_value import Decoder, check_tokens, device_of, keep_pace, unwrapped, vocabulary_of
-    from sampling_gpt2_value import (
-        Sampling,
-        as_bits,
-        draw,
-        listed,
-        number,
-        sampling_distribution,
-    )
-    from scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, rescore
-
+    # In a checkout or a wheel these files are top-level modules. The same names:
+    from decoding_gpt2_value import *
+    from sampling_gpt2_value import *
+    from scoring_gpt2_value import *
 __all__ = ["Rescored", "Rollout", "Sampling", "SelfCheckError", "rescore", "respond_to_batch", "rollout"]
 
 FROM_CONFIG = "config"  # the default of eos_token_id
@@ -90,53 +81,45 @@ def rollout(
     vocabulary, device = vocabulary_of(model), device_of(model)
     if eos_token_id is FROM_CONFIG:
         ids = listed(getattr(unwrapped(model)[-1].config, "eos_token_id", None))
-        eos_token_id = [
-            token for token in ids if token is not None and 0 <= token < vocabulary
-        ]  # others cannot be drawn
+        eos_token_id = [token for token in ids if 0 <= token < vocabulary]  # nobody can draw others
     sampling = Sampling(temperature, top_k, top_p, min_new_tokens, eos_token_id)
     sampling.check_vocabulary(vocabulary)
     T = number("max_new_tokens", max_new_tokens, 1)
     number("min_new_tokens", min_new_tokens, 0, T)
     copies = number("num_return_sequences", num_return_sequences, 1)
     pad = sampling.pad_token_id if pad_token_id is None else number("pad_token_id", pad_token_id, 0, vocabulary - 1)
-    if not isinstance(generator, (torch.Generator, type(None))):
-        raise TypeError(f"generator is a {type(generator).__name__}; expected torch.Generator().manual_seed(...).")
     prompts, prompt_mask = aligned("queries", queries, attention_mask, pad=pad)
     check_tokens(model, prompts, prompt_mask, T)
     with torch.inference_mode(False), torch.no_grad():
         prompts, prompt_mask = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
-        B, P = prompts.shape
-        tokens = nn.functional.pad(prompts, (0, T), value=pad)  # [B, P+T]
-        mask = nn.functional.pad(prompt_mask, (0, T))  # [B, P+T]
-        decoder = Decoder(model, tokens, mask)
+        tokens, mask = (nn.functional.pad(x, (0, T)) for x in (prompts, prompt_mask))  # [B, P+T]
+        decoder, (B, P) = Decoder(model, tokens, mask), prompts.shape
         logits, value = decoder.logits_and_values(P)  # [B, V], [B]
         _check_prompt(model, prompts, prompt_mask, logits)
 
         # float64, so that rare tokens are drawn as often as they should.
-        where = device if generator is None else generator.device
+        where = getattr(generator, "device", device)
         uniforms = torch.rand((T, B), generator=generator, device=where, dtype=torch.float64).to(device)
         running = torch.ones(B, dtype=torch.bool, device=device)
         ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
         early = torch.arange(T, device=device) < sampling.min_new_tokens
         logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
         values = None if value is None else value.new_zeros((B, T))
-        bits = None
+        kept = None
         if sampling.cuts_off(vocabulary):
-            bits = tokens.new_zeros((B, T, -(-vocabulary // 8)), dtype=torch.uint8)
+            kept = tokens.new_zeros((B, T, -(-vocabulary // 8)), dtype=torch.uint8)
         for t in range(T):
             if t > 0:
                 logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
-            rows, now = decoder.rows, running[decoder.rows]  # [b], those still computed, and which have not ended
-            step = sampling_distribution(logits, sampling, early=early[t])  # [b, V]
-            token, logprob = draw(step, uniforms[t, rows])
-            tokens[rows, P + t] = torch.where(now, token, pad)
-            mask[rows, P + t] = now.long()
-            logprobs[rows, t] = logprob.where(now, 0)
+            rows = decoder.rows  # [b], those that are still computed; some of them may have ended
+            distribution = sampling_distribution(logits, sampling, early=early[t])  # [b, V]
+            tokens[rows, P + t], logprobs[rows, t] = draw(distribution, uniforms[t, rows])
+            mask[rows, P + t] = running[rows].long()
             if values is not None:
-                values[rows, t] = value.where(now, 0)
-            if bits is not None:
-                bits[rows, t] = as_bits(step > -math.inf).where(now.unsqueeze(-1), 0)
-            running[rows] = now & ~torch.isin(token, ends)
+                values[rows, t] = value
+            if kept is not None:
+                kept[rows, t] = as_bits(distribution > -math.inf)
+            running[rows] &= ~torch.isin(tokens[rows, P + t], ends)
             # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
             if device.type == "cpu" or t % 16 == 15 or t == T - 1:
                 check_finite(logprobs)
@@ -146,17 +129,23 @@ def rollout(
                 if 2 * len(left) <= len(rows):
                     decoder.keep(left)
         keep_pace(decoder.model, tokens, ended=True)
-        drawn = Rollout(tokens, mask, tokens[:, P:], mask[:, P:].bool(), logprobs, values, running, bits, sampling)
-        check_itself("rollout", model, drawn)
-        return drawn
+        drawn = mask[:, P:].bool()  # [B, T]
+        tokens.masked_fill_(mask == 0, pad)
+        values = None if values is None else values.where(drawn, 0)
+        kept = None if kept is None else kept.where(drawn.unsqueeze(-1), 0)
+        logprobs = logprobs.where(drawn, 0)
+        result = Rollout(tokens, mask, tokens[:, P:], drawn, logprobs, values, running, kept, sampling)
+        check_itself("rollout", model, result)
+        return result
 
 
 def _check_prompt(model, prompts, mask, logits):
     """Check `logits [B, V]` after `prompts [B, P]`, before anything is drawn, by the most probable tokens."""
-    logprobs, tokens = sampling_distribution(logits, Sampling()).log_softmax(-1).max(-1, keepdim=True)  # [B, 1]
-    drawn = torch.ones_like(tokens, dtype=torch.bool)
-    sequences, seen = torch.cat([prompts, tokens], 1), torch.cat([mask, drawn.long()], 1)  # [B, P+1]
-    check_itself("prompt", model, Rollout(sequences, seen, tokens, drawn, logprobs, None, drawn, None, Sampling()))
+    top = sampling_distribution(logits, Sampling()).log_softmax(-1).max(-1, keepdim=True)  # [B, 1]
+    one = torch.ones_like(top.indices)
+    tokens, seen = torch.cat([prompts, top.indices], 1), torch.cat([mask, one], 1)  # [B, P+1]
+    drawn = Rollout(tokens, seen, top.indices, one.bool(), top.values, None, one, None, Sampling())
+    check_itself("prompt", model, drawn)
 
 
 def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
@@ -182,14 +171,14 @@ class Rollout:
         sampling: the `Sampling` that it was drawn by.
     """
 
-    sequences: torch.Tensor
-    attention_mask: torch.Tensor
-    responses: torch.Tensor
-    response_mask: torch.Tensor
-    logprobs: Optional[torch.Tensor]
-    values: Optional[torch.Tensor]
-    truncated: torch.Tensor
-    kept: Optional[torch.Tensor]
+    sequences: Tensor
+    attention_mask: Tensor
+    responses: Tensor
+    response_mask: Tensor
+    logprobs: Tensor | None
+    values: Tensor | None
+    truncated: Tensor
+    kept: Tensor | None
     sampling: Sampling
 
     def __len__(self):
@@ -209,10 +198,7 @@ class Rollout:
         """The given rows (a slice, a list, a 1-D tensor of indices or a mask) as a `Rollout`."""
         if not isinstance(rows, (slice, list)) and getattr(rows, "ndim", 0) != 1:
             wanted = [*rows] if isinstance(rows, (tuple, range)) else [rows]
-            raise TypeError(
-                f"rollout[{rows!r}] is a {type(rows).__name__}; rows are selected by a slice, a list or a 1-D tensor: "
-                f"try rollout[{wanted}]."
-            )
+            raise TypeError(f"rows are selected by a slice, a list or a 1-D tensor, as in rollout[{wanted}].")
         return self._map(lambda tensor: tensor[rows])
 
     @classmethod
@@ -228,18 +214,15 @@ class Rollout:
         sampling = rollouts[0].sampling
         T = max(each.responses.shape[1] for each in rollouts)
         P = max(each.sequences.shape[1] - each.responses.shape[1] for each in rollouts)
-        K = max(0 if each.kept is None else each.kept.shape[-1] for each in rollouts)
         fields: dict = {"truncated": torch.cat([each.truncated for each in rollouts]), "sampling": sampling}
         for name in ("sequences", "attention_mask", "responses", "response_mask", "logprobs", "values", "kept"):
+            pad = sampling.pad_token_id if name in ("sequences", "responses") else 0
             parts = []
             for each in rollouts:
                 part, t = getattr(each, name), each.responses.shape[1]
                 if part is not None:
                     before = P + t - part.shape[1] if part.shape[1] > t else 0  # this field has the prompts, too
-                    around = before, T - t
-                    if name == "kept":
-                        around = 0, K - part.shape[-1], *around
-                    pad = sampling.pad_token_id if name in ("sequences", "responses") else 0
+                    around = (0, 0) * (part.dim() - 2) + (before, T - t)
                     parts.append(nn.functional.pad(part, around, value=pad))
             if len(parts) not in (0, len(rollouts)):
                 raise ValueError(f"some of these rollouts have {name} and others not; expected all, or none.")
@@ -255,7 +238,7 @@ class Rollout:
         return self._map(lambda tensor: tensor.to(device=device))
 
     def _map(self, function):
-        tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **tensors)
 
 
@@ -271,30 +254,24 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     if hasattr(rows, "keys"):  # what a tokenizer returns
         attention_mask = rows.get("attention_mask") if attention_mask is None else attention_mask
         rows = rows.get("input_ids")
-    may_hide_padding = isinstance(rows, torch.Tensor) and attention_mask is None
+    may_hide_padding = isinstance(rows, Tensor) and attention_mask is None
     try:
         rows = [torch.as_tensor(row) for row in rows]
-    except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists
-        raise TypeError(f"{name} holds no token ids ({error}); expected rows of ids, not texts.") from error
-    if not rows:
-        raise ValueError(f"{name} is empty, there are no rows; expected at least one prompt.")
-    masks = (
-        [torch.ones_like(row) for row in rows] if attention_mask is None else [*map(torch.as_tensor, attention_mask)]
-    )
-    if [mask.shape for mask in masks] != [row.shape for row in rows]:
-        raise ValueError(f"attention_mask has another shape than {name}; expected the same.")
-    for place, row in enumerate(rows):
-        if row.dim() != 1 or (len(row) and row.dtype not in INTEGERS):  # torch makes an empty list a float tensor
-            raise TypeError(
-                f"{name}[{place}] has the shape {[*row.shape]} and is {row.dtype}; expected token ids, 1-D and of an "
-                "integer dtype: a row of ids for each prompt."
-            )
-    tokens = pad_sequence([row.long() for row in rows], batch_first=True)  # [B, P]
-    seen = pad_sequence(masks, batch_first=True).to(tokens.device)
-    if not ((seen == 0) | (seen == 1)).all():
-        raise ValueError("attention_mask holds other numbers than 0 and 1; expected 1 for a token, 0 for padding.")
+        rows = [row if len(row) else row.long() for row in rows]  # torch makes an empty list a float tensor
+        masks = [torch.ones_like(row) for row in rows] if attention_mask is None else attention_mask
+        masks = [torch.as_tensor(mask) for mask in masks]
+        tokens, seen = (pad_sequence(each, batch_first=True) for each in (rows, masks))  # [B, P]
+    except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists, no rows
+        raise TypeError(f"{name} holds no rows of token ids ({error}); expected at least one, not texts.") from error
+    if tokens.dim() != 2 or any(row.dtype not in INTEGERS for row in rows):
+        raise TypeError(
+            f"{name} is {rows[0].dtype}; expected token ids, a 1-D tensor or list of integers for each row."
+        )
+    if [mask.shape for mask in masks] != [row.shape for row in rows] or ((seen != 0) & (seen != 1)).any():
+        raise ValueError(f"attention_mask has another shape than {name}, or other numbers than 0 and 1.")
+    tokens, seen = tokens.long(), seen.long().to(tokens.device)
     order = seen.argsort(dim=1, descending=right, stable=True)  # padding comes to one side, tokens stay in order
-    seen = seen.gather(1, order).long()
+    seen = seen.gather(1, order)
     tokens = tokens.gather(1, order).masked_fill(seen == 0, pad)
     for edge in (tokens[:, :1], tokens[:, -1:]) if may_hide_padding else ():
         if 0 < (edge == pad).sum() < len(rows):

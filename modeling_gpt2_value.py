@@ -6,12 +6,13 @@ The head is a linear layer on GPT-2's last hidden state, as in "Fine-Tuning Lang
 """
 
 import inspect
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import nn
-from transformers import Cache, GPT2LMHeadModel, GPT2Model
+from transformers import Cache, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -20,18 +21,17 @@ try:
     from .configuration_gpt2_value import GPT2ValueConfig
     from .decoding_gpt2_value import as_scalars, positions, without_dropout
     from .generation_gpt2_value import rollout
-    from .sampling_gpt2_value import Sampling
+    from .sampling_gpt2_value import Sampling  # noqa: F401
     from .scoring_gpt2_value import rescore
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
-    # In a checkout or a wheel these files are top-level modules.
-    from configuration_gpt2_value import GPT2ValueConfig
-    from decoding_gpt2_value import as_scalars, positions, without_dropout
-    from generation_gpt2_value import rollout
-    from sampling_gpt2_value import Sampling  # noqa: F401
-    from scoring_gpt2_value import rescore
-
+    # In a checkout or a wheel these files are top-level modules. The same names:
+    from configuration_gpt2_value import *
+    from decoding_gpt2_value import *
+    from generation_gpt2_value import *
+    from sampling_gpt2_value import *
+    from scoring_gpt2_value import *
 SIGNATURE = inspect.signature(GPT2LMHeadModel.forward)  # of the installed transformers
 # Trainer's label smoothing shifts the labels only for the class names in this registry of transformers, and has no
 # other way to be told; the keys are not used.
@@ -58,21 +58,22 @@ class Projection(nn.Module):
         return nn.functional.linear(hidden_states, self.weight.to(dtype), self.bias.to(dtype))
 
 
-class ValueHead(nn.Module):
+class ValueHead(nn.Sequential):
     """Dropout, projection, activation, dropout: `[..., n_embd]` to `[..., 1]` (see the config), in float32 at least."""
 
     def __init__(self, config):
-        super().__init__()
         width = config.num_labels if config.summary_proj_to_labels else config.hidden_size
-        self.summary = Projection(config.hidden_size, width) if config.summary_use_proj else nn.Identity()
-        self.activation = nn.Tanh() if config.summary_activation == "tanh" else nn.Identity()
-        self.first_dropout = nn.Dropout(config.summary_first_dropout)
-        self.last_dropout = nn.Dropout(config.summary_last_dropout)
+        layers = {
+            "first_dropout": nn.Dropout(config.summary_first_dropout),
+            "summary": Projection(config.hidden_size, width) if config.summary_use_proj else nn.Identity(),
+            "activation": nn.Tanh() if config.summary_activation == "tanh" else nn.Identity(),
+            "last_dropout": nn.Dropout(config.summary_last_dropout),
+        }
+        super().__init__(OrderedDict(layers))
 
     def forward(self, hidden_states):
         with torch.autocast(hidden_states.device.type, enabled=False):
-            output = self.first_dropout(hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)))
-            return self.last_dropout(self.activation(self.summary(output)))
+            return super().forward(hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)))
 
 
 class GPT2ValueModel(GPT2LMHeadModel):
@@ -86,7 +87,6 @@ class GPT2ValueModel(GPT2LMHeadModel):
     returns_dict = True  # where neither the caller nor the config wants tuples
     head_std = "value_head_initializer_range"  # the config's field
 
-    _keep_in_fp32_modules_strict: Optional[list] = ["v_head"]
     # Buffers that GPT-2 checkpoints had until 2023: causal masks, which nothing reads any more.
     _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$", r"crossattention\.(masked_)?bias$"]
 
@@ -96,14 +96,11 @@ class GPT2ValueModel(GPT2LMHeadModel):
     def __init__(self, config, init_value_head=False):
         if config.model_type != GPT2ValueConfig.model_type:
             config = GPT2ValueConfig.from_gpt2(config)
-        # GPT2LMHeadModel's own __init__ would run post_init() before the head exists.
-        super(GPT2LMHeadModel, self).__init__(config)
+        super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers tells it by the class's name, and warns where it cannot
-        self.transformer = GPT2Model(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.v_head = ValueHead(config)
-        if not config.summary_use_proj:  # no weights there: transformers 4 refuses to keep what does not exist
-            self._keep_in_fp32_modules_strict = None
+        # No weights may be named that do not exist, or not yet: so not for the class, and not for a head without any.
+        self._keep_in_fp32_modules_strict = ["v_head"] if config.summary_use_proj else None
         if init_value_head:  # the head is meant to be missing: transformers need not warn
             self._keys_to_ignore_on_load_missing = [r"^v_head\."]
         self.post_init()

@@ -7,7 +7,6 @@ drawn tokens no probability ("keep sampling mask" in DeepSeek-V3.2, 2025, arXiv:
 
 import dataclasses
 import math
-import numbers
 
 import torch
 from torch import nn
@@ -36,15 +35,14 @@ class Sampling:
     eos_token_id: tuple = ()
 
     def __post_init__(self):
-        settings = {
-            "temperature": float(number("temperature", self.temperature, SMALLEST, LARGEST, numbers.Real)),
+        plain = {  # int, float and tuple, whatever number types came in
+            "temperature": number("temperature", self.temperature, SMALLEST, LARGEST, float),
             "top_k": number("top_k", self.top_k, 0),
-            "top_p": float(number("top_p", self.top_p, SMALLEST, 1, numbers.Real)),
+            "top_p": number("top_p", self.top_p, SMALLEST, 1, float),
             "min_new_tokens": number("min_new_tokens", self.min_new_tokens, 0),
             "eos_token_id": tuple(number("eos_token_id", token, 0) for token in listed(self.eos_token_id)),
         }
-        for name, value in settings.items():
-            object.__setattr__(self, name, value)  # plain int, float and tuple, whatever number types came in
+        vars(self).update(plain)  # the class is frozen
         if self.min_new_tokens and not self.eos_token_id:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} has no effect without eos_token_id; pass both.")
 
@@ -61,8 +59,6 @@ class Sampling:
         """Raise ValueError where these settings, or a rollout's `kept`, are not for a vocabulary of so many tokens."""
         for token in self.eos_token_id:
             number("eos_token_id", token, 0, vocabulary - 1)
-        if self.min_new_tokens and len(set(self.eos_token_id)) == vocabulary:
-            raise ValueError(f"min_new_tokens={self.min_new_tokens} leaves nothing to draw: every token ends the text.")
         if kept is not None and kept.shape[-1] > -(-vocabulary // 8):
             raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
 
@@ -121,30 +117,17 @@ def draw(logits, uniform):
     """Draw one index for each row of `logits [B, K]` by inversion of the distribution function at `uniform [B]`.
 
     One uniform number in [0, 1) makes one draw (Devroye, "Non-Uniform Random Variate Generation", 1986, chapter III).
-    Blocks of sqrt(K) are summed first, then one of them, since cumulative sums over a whole vocabulary are slow; in
-    float64, so that no tail is lost to rounding. An index of probability zero is never returned.
+    Sums are in float64, so that no tail is lost to rounding. An index of probability zero is never returned.
 
     Returns the indices `[B]` int64 and their log-probabilities `[B]`, of the logits' dtype (NaN where a logit is NaN).
     """
-    rows, width = logits.shape
     logits = logits - logits.amax(-1, keepdim=True)
-    block = math.isqrt(width - 1) + 1
-    weights = nn.functional.pad(logits.exp(), (0, -width % block)).view(rows, -1, block)
-    blocks = weights.sum(-1, dtype=torch.float64)  # [B, K / block]
-    total = blocks.sum(-1, keepdim=True)
-    chosen, target = _invert(blocks, uniform.to(torch.float64).unsqueeze(-1) * total)
-    inside = weights.gather(1, chosen.unsqueeze(-1).expand(-1, -1, block)).squeeze(1)  # [B, block]
-    index = (chosen * block + _invert(inside, target)[0]).clamp(max=width - 1)  # of a row of NaN, any index
+    running = logits.exp().cumsum(-1, dtype=torch.float64)  # [B, K]
+    total = running[:, -1:]
+    index = torch.searchsorted(running, uniform.to(torch.float64).unsqueeze(-1) * total, right=True)  # [B, 1]
+    last = (running < total).sum(-1, keepdim=True)  # rounding up must not lead beyond the last with a probability
+    index = torch.minimum(index, last)
     return index.squeeze(-1), (logits.gather(-1, index) - total.log()).squeeze(-1).to(logits.dtype)
-
-
-def _invert(weights, target):
-    """The first index `[B, 1]` at which the sum of `weights [B, n]` exceeds `target [B, 1]`, and what is left of it."""
-    running = weights.cumsum(-1, dtype=torch.float64)
-    places = torch.arange(weights.shape[-1], device=weights.device)
-    last = (places * (weights > 0)).amax(-1, keepdim=True)  # rounding up must not lead beyond the last with weight
-    index = torch.minimum((running <= target).sum(-1, keepdim=True), last)
-    return index, (target - (running - weights).gather(-1, index)).clamp(min=0)
 
 
 def listed(ids):
@@ -154,9 +137,9 @@ def listed(ids):
     return tuple(ids) if isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) == 1 else (ids,)
 
 
-def number(name, value, low, high=math.inf, kind=numbers.Integral):
-    """`value` as a plain int (or float: `kind=numbers.Real`). ValueError where it is none from `low` to `high`."""
+def number(name, value, low, high=math.inf, kind=int):
+    """`value` as a plain int, or float. ValueError where it is none from `low` to `high`."""
     plain = value.tolist() if hasattr(value, "tolist") else value  # a tensor's or an array's number
-    if isinstance(plain, bool) or not isinstance(plain, kind) or not low <= plain <= high:
-        raise ValueError(f"{name}={value!r}; expected {low} to {high}, of the kind {kind.__name__}.")
-    return plain
+    if isinstance(plain, bool) or not isinstance(plain, (int, kind)) or not low <= plain <= high:
+        raise ValueError(f"{name}={value!r}; expected {low} to {high}, of the type {kind.__name__}.")
+    return kind(plain)

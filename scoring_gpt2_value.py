@@ -9,13 +9,11 @@ import contextlib
 import dataclasses
 import functools
 import math
-import warnings
 import weakref
-from typing import Optional
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
@@ -35,20 +33,9 @@ try:
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
-    # In a checkout or a wheel these files are top-level modules.
-    from decoding_gpt2_value import (
-        anywhere,
-        check_tokens,
-        device_of,
-        innermost,
-        inputs_and_head,
-        logits_alone,
-        run,
-        takes_requests,
-        unwrapped,
-    )
-    from sampling_gpt2_value import sampling_distribution
-
+    # In a checkout or a wheel these files are top-level modules. The same names:
+    from decoding_gpt2_value import *
+    from sampling_gpt2_value import *
 KEPT_BYTES = 2**28  # up to so many bytes of float32 logits are kept for the backward pass
 CHUNK = 2**24  # above, so many (token, vocabulary) logits are held at a time: 64 MiB in float32
 
@@ -64,10 +51,10 @@ class Rescored(ModelOutput):
         kl: KL(model || reference) of the same distributions, in nats, summed over the tokens; None without a reference.
     """
 
-    logprobs: Optional[torch.Tensor] = None
-    values: Optional[torch.Tensor] = None
-    entropy: Optional[torch.Tensor] = None
-    kl: Optional[torch.Tensor] = None
+    logprobs: Tensor | None = None
+    values: Tensor | None = None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
 
 
 def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=False):
@@ -102,11 +89,6 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
         )
     if values_only and (with_entropy or reference is not None):
         raise ValueError("values_only=True runs no output layer; entropy and KL need it: ask for them in another call.")
-    inner = unwrapped(model)[-1]
-    head = [*inner.v_head.parameters()] if hasattr(inner, "peft_config") and hasattr(inner, "v_head") else []
-    if torch.is_grad_enabled() and head and not any(weight.requires_grad or weight.any() for weight in head):
-        advice = 'the value head is 0 and frozen; LoraConfig(..., modules_to_save=["v_head"]) trains it'
-        warnings.warn(advice, stacklevel=2)
     rollout = rollout.to(device_of(model))
     mask, T = rollout.attention_mask, rollout.responses.shape[1]
     tokens = rollout.sequences.masked_fill(mask == 0, 0)  # padding may be any number
@@ -119,7 +101,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
         scored = score(*inputs_and_head(model, tokens, mask, T))
     if values_only:
         if scored.values is None:
-            raise ValueError(f"a {type(inner).__name__} gives no values; expected a model with a value head.")
+            raise ValueError(f"a {type(model).__name__} gives no values; expected a model with a value head.")
         return scored
     check_finite(scored.logprobs if scored.kl is None else scored.logprobs + scored.kl)
     check_itself("rescore", model, dataclasses.replace(rollout, logprobs=scored.logprobs))
@@ -187,9 +169,10 @@ def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
         reference, switched_off = model, adapters[0].disable_adapter()
     elif hasattr(models[-1], "peft_config") and unwrapped(reference)[-1] is models[-1]:
         raise ValueError('the reference is the model itself, whose KL is 0; pass reference="disable_adapter".')
-    its = check_tokens(reference, tokens, mask)
-    if its != vocabulary:
-        raise ValueError(f"the model's vocabulary has {vocabulary} tokens, the reference's {its}; expected the same.")
+    if check_tokens(reference, tokens, mask) != vocabulary:
+        raise ValueError(
+            f"the reference has another vocabulary than the model, {vocabulary} tokens; expected the same."
+        )
     device = device_of(reference)
     with torch.no_grad(), switched_off:
         return inputs_and_head(innermost(reference), tokens.to(device), mask.to(device), T)[:2]
@@ -212,27 +195,23 @@ def check_itself(what, model, rollout):
     """Raise SelfCheckError where a row alone has other log-probabilities than `rollout` says, if a check is due.
 
     It is at the first call for a model, and at every 16th; again from the first when the model's class, config, dtype
-    or mode has changed, a hook or a forward of a module, or rows are padded or end at different times and were not
-    before. (Libraries cannot change within a process.) The row is the one with most padding among those with most drawn
-    tokens, which goes on after others have ended.
+    or mode has changed, or rows are padded or end at different times and were not before. (Libraries cannot change
+    within a process.) The row is the one with most padding among those with most drawn tokens, which goes on after
+    others have ended.
     """
-    inner = unwrapped(model)[-1]
-    lengths = rollout.response_mask.sum(1)
-    padding = (rollout.attention_mask == 0).sum(1) - (~rollout.response_mask).sum(1)
+    inner, T = unwrapped(model)[-1], rollout.responses.shape[1]
+    lengths, padding = rollout.response_mask.sum(1), (rollout.attention_mask[:, :-T] == 0).sum(1)  # [B]
     row = int((lengths * rollout.sequences.shape[1] + padding).argmax())
-    runs = [
-        (type(m).forward, vars(m).get("forward"), *m._forward_hooks, *m._forward_pre_hooks) for m in inner.modules()
-    ]
-    kind = type(inner), str(vars(inner.config)), inner.dtype, inner.training, hash(tuple(runs))
+    kind = type(inner), str(vars(inner.config)), inner.dtype, inner.training
     situation = what, kind, bool(padding.any()), len(lengths.unique()) > 1
     calls = _calls.setdefault(inner, {})
-    difference, bounds = torch.zeros(1), torch.ones(1)
+    difference = excess = torch.zeros(())
     if anywhere(model, calls.get(situation, 0) % EVERY == 0) and lengths[row] > 0:
-        difference, bounds = _difference_alone(model, rollout, row)
-    if anywhere(model, not (difference / bounds).square().mean() <= 1):  # NaN is wrong, too
+        difference, excess = _compare_alone(model, rollout, row)
+    if anywhere(model, not excess <= 1):  # NaN is wrong, too
         raise SelfCheckError(
-            f"a {type(inner).__name__} gives row {row} of this {what} log-probabilities {difference.max():.3g} "
-            "nats from those that it has alone, without padding or cache, in this or another process (transformers "
+            f"a {type(inner).__name__} gives row {row} of this {what} log-probabilities {difference:.3g} nats from "
+            "those that it has alone, without padding or cache, in this or another process (transformers "
             f"{transformers.__version__}). What is drawn so cannot be trusted. Pass prompts of one length, a call for "
             "each length (recurrent models run on over padding), and eos_token_id=None; set "
             "attn_implementation='eager'; or remove what changes the model's call."
@@ -240,35 +219,32 @@ def check_itself(what, model, rollout):
     calls[situation] = calls.get(situation, 0) + 1  # not after an error: the next call is checked again
 
 
-def _difference_alone(model, rollout, row):
-    """By how much a row's log-probabilities differ from those that it has alone, and may differ: `[columns]` each."""
+def _compare_alone(model, rollout, row):
+    """How far the log-probabilities of a row are from those that it has alone: at most, and as a part of the bound.
+
+    The bound is half of the digits, sqrt(eps), for what layers make of a rounding, and the rounding of a logit itself:
+    float32 sums of thousands of products err by some 64 eps, products of 16 bits are summed in float32 and rounded
+    once, 2 eps. The root mean square over the row is held against it: that of honest models stays below a third in
+    float32, bfloat16 and float16; a wrong cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. eps
+    is that of the coarsest dtype in use: of the weights, of the logits (which autocast rounds), of TF32.
+    """
     seen, sampling = rollout.attention_mask[row].bool(), rollout.sampling
     tokens = rollout.sequences[row][seen]  # [n], without padding
     steps = rollout.response_mask[row].nonzero().squeeze(-1)[-MOST_COLUMNS:]  # [columns]
     places = seen.cumsum(0)[steps - rollout.responses.shape[1]] - 1  # [columns], where in `tokens` they are
     logits = logits_alone(model, tokens[:-1])[places - 1]  # [columns, V]
-    kept = None if rollout.kept is None else rollout.kept[row, steps]
-    alone, *_ = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, tokens[places], kept, None)
-    drawn = logits.gather(-1, tokens[places].unsqueeze(-1)).squeeze(-1)
-    bounds = _bounds(model, logits, torch.maximum(logits.amax(-1), drawn.abs())) / sampling.temperature
-    return (rollout.logprobs[row, steps].detach() - alone).abs(), bounds
+    drawn, kept = tokens[places], None if rollout.kept is None else rollout.kept[row, steps]
+    alone, *_ = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, drawn, kept, None)
+    difference = (rollout.logprobs[row, steps].detach() - alone).abs()
 
-
-def _bounds(model, logits, sizes):
-    """By how much a log-probability may differ that was computed in another order, for logits of these sizes.
-
-    Half of the digits, sqrt(eps), for what layers make of a rounding, and the rounding of a logit itself: float32 sums
-    of thousands of products err by some 64 eps, products of 16 bits are summed in float32 and rounded once, 2 eps.
-    Root mean squares over the row are held against that: those of honest models stay below a third of it in float32,
-    bfloat16 and float16; a wrong cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. eps is that
-    of the coarsest dtype in use: of the weights, of the logits (which autocast rounds), of TF32.
-    """
     dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
     dtypes |= {dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(logits, logits.to(dtype).to(logits))}
     if torch.get_float32_matmul_precision() != "highest":
         dtypes.add(torch.bfloat16)
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    return math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes
+    sizes = torch.maximum(logits.amax(-1).abs(), logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1).abs())  # [columns]
+    bound = (math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes) / sampling.temperature
+    return difference.max(), (difference / bound).square().mean().sqrt()
 
 
 # What a caller passes
@@ -280,41 +256,28 @@ def check_rollout(rollout):
     kinds = type(rollout).__name__, type(getattr(rollout, "sampling", None)).__name__
     if kinds != ("Rollout", "Sampling"):
         raise TypeError(f"got a {kinds[0]} with a {kinds[1]}; expected the Rollout of this version, with its Sampling.")
-    ids, floats = [torch.int64], [torch.float32, torch.float64]
     sizes: dict = {}  # of B rows, N = P + T columns, T responses, K = ceil(V / 8)
-    for name, dtypes, dims in (
-        ("sequences", ids, "BN"),
-        ("attention_mask", ids, "BN"),
-        ("responses", ids, "BT"),
-        ("response_mask", [torch.bool], "BT"),
-        ("logprobs", floats, "BT"),
-        ("values", floats, "BT"),
-        ("kept", [torch.uint8], "BTK"),
+    for name, dtype, dims in (
+        ("sequences", torch.int64, "BN"),
+        ("attention_mask", torch.int64, "BN"),
+        ("responses", torch.int64, "BT"),
+        ("response_mask", torch.bool, "BT"),
+        ("kept", torch.uint8, "BTK"),
     ):
         part = getattr(rollout, name)
-        dtype, shape = getattr(part, "dtype", None), [*getattr(part, "shape", ())]
-        fits = dtype in dtypes and shape == [
-            sizes.setdefault(dim, size) for dim, size in zip(dims, shape, strict=False)
-        ]
-        if not (fits and len(shape) == len(dims)) and (part is not None or name not in ("logprobs", "values", "kept")):
-            raise TypeError(
-                f"the rollout's {name}: {type(part).__name__} {dtype} {shape}; expected {dtypes[0]} {[*dims]}, {sizes}."
-            )
-    tokens, mask, responses, drawn = rollout.sequences, rollout.attention_mask, rollout.responses, rollout.response_mask
-    T = responses.shape[1]
-    if tokens.shape[1] < T:
+        found = getattr(part, "dtype", type(part)), [*getattr(part, "shape", ())]
+        sizes = {**dict(zip(dims, found[1], strict=False)), **sizes}
+        if found != (dtype, [sizes.get(dim) for dim in dims]) and (part is not None or name != "kept"):
+            raise TypeError(f"the rollout's {name} is {found}; expected {dtype} {[*dims]}, with {sizes}.")
+    mask, responses, drawn, T = rollout.attention_mask, rollout.responses, rollout.response_mask, sizes["T"]
+    if sizes["N"] < T:
         raise TypeError(f"the rollout has more responses than columns: {sizes}; expected prompts and responses.")
-    is_kept = drawn
-    if rollout.kept is not None:
-        token = responses.unsqueeze(-1)  # [B, T, 1]
-        byte = nn.functional.pad(rollout.kept, (0, 1)).gather(-1, (token // 8).clamp(0, sizes["K"]))
-        is_kept = (byte >> (token % 8) & 1 > 0).squeeze(-1)
-    for problem, where in (
-        ("an attention_mask with other numbers than 0 and 1", (mask != 0) & (mask != 1)),
-        ("a response that is not the one in sequences", (responses != tokens[:, -T:]) & drawn),
-        ("a drawn token that attention_mask leaves out", (mask[:, -T:] == 0) & drawn),
-        ("a drawn token that is not in its kept set", ~is_kept & drawn),
-    ):
+    wrong = {
+        "an attention_mask with other numbers than 0 and 1": (mask != 0) & (mask != 1),
+        "a response that is not the one in sequences": (responses != rollout.sequences[:, -T:]) & drawn,
+        "a drawn token that attention_mask leaves out": (mask[:, -T:] == 0) & drawn,
+    }
+    for problem, where in wrong.items():
         for row, column in where.nonzero().tolist():
             raise ValueError(f"the rollout has {problem} (row {row}, column {column}); was it changed?")
 
@@ -323,6 +286,6 @@ def check_finite(logprobs):
     """Raise ValueError where logits were not finite, and so these `logprobs [B, T]` are not."""
     for row, step in (~logprobs.isfinite()).nonzero().tolist():
         raise ValueError(
-            f"the logits of row {row} at step {step} are NaN or infinite; nothing can be drawn or scored from them. "
+            f"the logits of row {row} at step {step} are NaN or infinite, or the rollout's kept set lacks the token. "
             "Check the weights (a diverged training step?), or use bfloat16 instead of float16."
         )

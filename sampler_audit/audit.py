@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -63,7 +62,7 @@ def audit_sampler(
         TypeError, ValueError: the claim is unclear, fewer than 50 tokens are claimed, a token is not in the vocabulary,
             or logits are NaN or infinite.
     """
-    if number("alpha", alpha, 0, 1, numbers.Real) in (0, 1):
+    if number("alpha", alpha, 0, 1, float) in (0, 1):
         raise ValueError(f"alpha={alpha}; expected a number between 0 and 1, such as 1e-3.")
     batch_size = number("batch_size", batch_size, 1)
     claim: Any = tokens

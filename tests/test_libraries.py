@@ -84,23 +84,6 @@ def test_an_adapted_model_is_refused_as_its_own_reference():
             rescore(scorer, drawn, reference=reference)
 
 
-def test_a_head_of_zeros_that_nothing_trains_is_named():
-    zeros = {"value_head_initializer_range": 0.0}
-    model, frozen = lora(make_tiny_model(**zeros)), make_tiny_model(**zeros)
-    frozen.v_head.requires_grad_(False)  # as for a trainer that has no use for values
-    drawn = rollout(model, RAGGED, max_new_tokens=4)
-    with pytest.warns(UserWarning, match=r'modules_to_save=\["v_head"\]') as said:
-        rescore(model, drawn)
-    assert said[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        with torch.no_grad():
-            rescore(model, drawn)
-        learns, has_learnt = lora(make_tiny_model(**zeros), modules_to_save=["v_head"]), lora(make_tiny_model())
-        for fine in (frozen, learns, has_learnt):
-            rescore(fine, drawn)
-
-
 def test_virtual_tokens_are_refused_by_name():
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     with pytest.raises(TypeError, match="the virtual tokens of a PromptTuningConfig"):
