@@ -49,7 +49,7 @@ def test_a_package_loads_by_every_auto_class_with_the_same_numbers(tiny_model, t
     assert saved.parameters == sum(weight.numel() for weight in tiny_model.parameters())
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # others may read what they may list
     assert str(saved) == f"{folder} written: {saved.parameters:,} parameters, {len(saved.files)} files, " + (
-        f"{sum(saved.files.values()) / 1000:.1f} kB\n{saved.load_lines}"
+        f"{sum(saved.files.values()) / 1e6:,.1f} MB\n{saved.load_lines}"
     )
     names = {}
     exec(saved.load_lines, names)
