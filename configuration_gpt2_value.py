@@ -4,15 +4,15 @@ This is the first of the six files that are copied into every package (the remot
 
     configuration_   GPT2ValueConfig: the fields of the head
     sampling_        Sampling, and logits -> distribution -> draw; float32 at least, sums in float64
-    decoding_        running any causal LM as it is scored; a plain GPT-2 a column at a time in half the time
+    decoding_        running any causal LM as it is scored: always its own forward; on a CPU GPT-2 in half the time
     scoring_         rescore, and the check of a rollout or a score against one row alone
     generation_      rollout and its record, Rollout
     modeling_        ValueHead (float32), GPT2ValueModel
 
-    rollout ─ decoder_for ─ Decoder.logits_and_values    logits [b, V] in the model's dtype, values [b] float32
+    rollout ─ Decoder.logits_and_values                  logits [b, V] in the model's dtype, values [b] float32
        │      sampling_distribution                      [b, V] float32: temperature, top-k, top-p, minimum length
        │      draw                                       tokens [b] int64, log-probabilities [b] float32
-       └───── check_itself ─ logits_alone                one row by the model's own call
+       └───── check_itself ─ logits_alone                two rows by the model's own call
     rescore ─ GPT2ValueModel.forward(score=...)          or inputs_and_head, for any other model
        │      _scores ─ _score_chunk                     logits [n, V] ─ sampling_distribution ─ log_softmax: float32
        └───── check_itself
@@ -39,7 +39,7 @@ AUTO_MAP = {
 }
 
 # What the head's fields may be: a value is one number for each token, and no head has attention layers of its own.
-CHOICES = {
+CHOICES: dict = {
     "num_labels": [1],
     "summary_type": ["cls_index", "first", "last", "mean"],
     "summary_activation": [None, "tanh"],

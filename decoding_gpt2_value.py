@@ -271,11 +271,12 @@ def without_dropout(model):
         return model
     quiet = copied(model)
     for module in quiet.modules():
-        fields = vars(module)
         # transformers checkpoints a layer in training mode only, so there its own dropouts are set to 0 instead.
-        checkpoints = torch.is_grad_enabled() and bool(fields.get("gradient_checkpointing"))
+        checkpoints = torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
         module.training = module.training and checkpoints
-        fields.update({name: 0.0 for name, value in fields.items() if "drop" in name and type(value) is float})
+        for name, value in vars(module).items():
+            if "drop" in name and type(value) is float:
+                setattr(module, name, 0.0)
     return quiet
 
 
@@ -329,9 +330,13 @@ def dtype_of_products(dtype):
 class RoomyLayer(DynamicLayer):
     """A layer of transformers' cache with room for all columns, where DynamicLayer copies them all for each new one."""
 
+    keys: Any
+    values: Any
+    rooms: Any = ()
+
     def __init__(self, layer, columns):
-        vars(self).update(vars(layer))
-        self.columns, self.rooms = columns, ()
+        self.__dict__.update(vars(layer))
+        self.columns = columns
 
     def update(self, key_states, value_states, *args, **kwargs):
         past = self.keys.shape[-2]

@@ -26,10 +26,17 @@ try:
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
-    # In a checkout or a wheel these files are top-level modules. The same names:
-    from decoding_gpt2_value import *
-    from sampling_gpt2_value import *
-    from scoring_gpt2_value import *
+    # In a checkout or a wheel these files are top-level modules.
+    from decoding_gpt2_value import Decoder, check_tokens, device_of, keep_pace, unwrapped, vocabulary_of
+    from sampling_gpt2_value import (
+        Sampling,
+        as_bits,
+        draw,
+        listed,
+        number,
+        sampling_distribution,
+    )
+    from scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, rescore
 __all__ = ["Rescored", "Rollout", "Sampling", "SelfCheckError", "rescore", "respond_to_batch", "rollout"]
 
 FROM_CONFIG = "config"  # the default of eos_token_id
@@ -66,12 +73,12 @@ def rollout(
             ends early.
         pad_token_id: what fills a row after its end; default: the first `eos_token_id`, else 0.
         num_return_sequences: responses for each prompt; rows of one prompt stand together.
-        generator: where the random numbers come from; default: torch's global generator of the model's device.
+        generator: where the random numbers come from; default: torch's global generator (of the CPU).
 
-    A rollout checks itself: one row is computed again by the model's own call, alone, without padding or cache, and
-    compared with what was drawn by (`check_itself` says which row, `_bounds` how closely). So is the prompt with most
-    padding, before anything is drawn. That is done at the first rollout of a model, again when its class, config,
-    dtype, mode or padding has changed, and at every 16th rollout; it uses no random numbers, and changes no state.
+    A rollout checks itself: two rows are computed again by the model's own call, alone, without padding or cache, and
+    compared with what was drawn by (`check_itself` says which rows, `_compare_alone` how closely). That is done at the
+    first rollout of a model, again when its class, config, dtype, mode or padding has changed, and at every 16th
+    rollout; it uses no random numbers, and changes no state. After an error, the generator's state is as it was before.
 
     Returns a `Rollout`. Raises TypeError or ValueError for bad input, before any compute, and for logits not finite;
     `SelfCheckError` where the check fails.
@@ -95,11 +102,11 @@ def rollout(
         tokens, mask = (nn.functional.pad(x, (0, T)) for x in (prompts, prompt_mask))  # [B, P+T]
         decoder, (B, P) = Decoder(model, tokens, mask), prompts.shape
         logits, value = decoder.logits_and_values(P)  # [B, V], [B]
-        _check_prompt(model, prompts, prompt_mask, logits)
 
         # float64, so that rare tokens are drawn as often as they should.
-        where = getattr(generator, "device", device)
-        uniforms = torch.rand((T, B), generator=generator, device=where, dtype=torch.float64).to(device)
+        generator = torch.default_generator if generator is None else generator
+        state = generator.get_state()
+        uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)
         running = torch.ones(B, dtype=torch.bool, device=device)
         ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
         early = torch.arange(T, device=device) < sampling.min_new_tokens
@@ -135,17 +142,12 @@ def rollout(
         kept = None if kept is None else kept.where(drawn.unsqueeze(-1), 0)
         logprobs = logprobs.where(drawn, 0)
         result = Rollout(tokens, mask, tokens[:, P:], drawn, logprobs, values, running, kept, sampling)
-        check_itself("rollout", model, result)
+        try:
+            check_itself("rollout", model, result)
+        except RuntimeError:  # SelfCheckError is one: nothing was drawn
+            generator.set_state(state)
+            raise
         return result
-
-
-def _check_prompt(model, prompts, mask, logits):
-    """Check `logits [B, V]` after `prompts [B, P]`, before anything is drawn, by the most probable tokens."""
-    top = sampling_distribution(logits, Sampling()).log_softmax(-1).max(-1, keepdim=True)  # [B, 1]
-    one = torch.ones_like(top.indices)
-    tokens, seen = torch.cat([prompts, top.indices], 1), torch.cat([mask, one], 1)  # [B, P+1]
-    drawn = Rollout(tokens, seen, top.indices, one.bool(), top.values, None, one, None, Sampling())
-    check_itself("prompt", model, drawn)
 
 
 def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):

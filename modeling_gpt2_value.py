@@ -21,17 +21,17 @@ try:
     from .configuration_gpt2_value import GPT2ValueConfig
     from .decoding_gpt2_value import as_scalars, positions, without_dropout
     from .generation_gpt2_value import rollout
-    from .sampling_gpt2_value import Sampling  # noqa: F401
+    from .sampling_gpt2_value import Sampling
     from .scoring_gpt2_value import rescore
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
-    # In a checkout or a wheel these files are top-level modules. The same names:
-    from configuration_gpt2_value import *
-    from decoding_gpt2_value import *
-    from generation_gpt2_value import *
-    from sampling_gpt2_value import *
-    from scoring_gpt2_value import *
+    # In a checkout or a wheel these files are top-level modules.
+    from configuration_gpt2_value import GPT2ValueConfig
+    from decoding_gpt2_value import as_scalars, positions, without_dropout
+    from generation_gpt2_value import rollout
+    from sampling_gpt2_value import Sampling  # noqa: F401
+    from scoring_gpt2_value import rescore
 SIGNATURE = inspect.signature(GPT2LMHeadModel.forward)  # of the installed transformers
 # Trainer's label smoothing shifts the labels only for the class names in this registry of transformers, and has no
 # other way to be told; the keys are not used.

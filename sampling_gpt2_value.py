@@ -91,7 +91,7 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
         logits = (logits - logits.detach().amax(-1, keepdim=True)) / sampling.temperature
     if kept is not None or not sampling.cuts_off(vocabulary):
         return logits
-    highest, tokens = logits.topk(sampling.top_k) if 0 < sampling.top_k < vocabulary else logits.sort(descending=True)
+    highest, tokens = logits.topk(min(sampling.top_k or vocabulary, vocabulary))
     if sampling.top_p < 1.0:
         probs = highest.softmax(-1)
         of_more_probable = probs.cumsum(-1, dtype=torch.float64) - probs

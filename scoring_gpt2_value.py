@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import weakref
+from typing import Any
 
 import torch
 import transformers
@@ -33,9 +34,19 @@ try:
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
-    # In a checkout or a wheel these files are top-level modules. The same names:
-    from decoding_gpt2_value import *
-    from sampling_gpt2_value import *
+    # In a checkout or a wheel these files are top-level modules.
+    from decoding_gpt2_value import (
+        anywhere,
+        check_tokens,
+        device_of,
+        innermost,
+        inputs_and_head,
+        logits_alone,
+        run,
+        takes_requests,
+        unwrapped,
+    )
+    from sampling_gpt2_value import sampling_distribution
 KEPT_BYTES = 2**28  # up to so many bytes of float32 logits are kept for the backward pass
 CHUNK = 2**24  # above, so many (token, vocabulary) logits are held at a time: 64 MiB in float32
 
@@ -96,7 +107,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     score = functools.partial(_scores, rollout, vocabulary, other, with_entropy, values_only)
     if takes_requests(model):
         answer, _ = run(model, tokens, mask, slice(0, tokens.shape[1] - 1), score=score, use_cache=False)
-        scored = Rescored(**answer)
+        scored: Any = Rescored(**answer)
     else:
         scored = score(*inputs_and_head(model, tokens, mask, T))
     if values_only:
@@ -178,11 +189,11 @@ def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
         return inputs_and_head(innermost(reference), tokens.to(device), mask.to(device), T)[:2]
 
 
-# A rollout and a score check themselves: one row, the most likely to be wrong, is computed again by the model's own
+# A rollout and a score check themselves: two rows, the most likely to be wrong, are computed again by the model's own
 # call. That holds for every model and every version of a library, and needs no list of what is known to work.
 
-EVERY = 16  # calls: one row alone costs 6% of a rollout of 16 rows, so 0.4% in the mean
-MOST_COLUMNS = 256  # of that row: a wrong state stays wrong to its end
+EVERY = 16  # calls: one row alone costs 6% of a rollout of 16 rows, so two cost 0.8% in the mean
+MOST_COLUMNS = 256  # of a row: a wrong state stays wrong to its end
 # Of each model, by situation: its calls since the first. A model that is gone is forgotten.
 _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -196,22 +207,23 @@ def check_itself(what, model, rollout):
 
     It is at the first call for a model, and at every 16th; again from the first when the model's class, config, dtype
     or mode has changed, or rows are padded or end at different times and were not before. (Libraries cannot change
-    within a process.) The row is the one with most padding among those with most drawn tokens, which goes on after
-    others have ended.
+    within a process.) Two rows are compared: of those with most drawn tokens, which go on after others have ended, the
+    one with most padding; and of those with most padding, the one with most drawn tokens.
     """
-    inner, T = unwrapped(model)[-1], rollout.responses.shape[1]
+    inner, (_, N), T = unwrapped(model)[-1], rollout.sequences.shape, rollout.responses.shape[1]
     lengths, padding = rollout.response_mask.sum(1), (rollout.attention_mask[:, :-T] == 0).sum(1)  # [B]
-    row = int((lengths * rollout.sequences.shape[1] + padding).argmax())
     kind = type(inner), str(vars(inner.config)), inner.dtype, inner.training
     situation = what, kind, bool(padding.any()), len(lengths.unique()) > 1
     calls = _calls.setdefault(inner, {})
-    difference = excess = torch.zeros(())
-    if anywhere(model, calls.get(situation, 0) % EVERY == 0) and lengths[row] > 0:
-        difference, excess = _compare_alone(model, rollout, row)
-    if anywhere(model, not excess <= 1):  # NaN is wrong, too
+    compared = []
+    if anywhere(model, calls.get(situation, 0) % EVERY == 0) and lengths.any():
+        for order in (lengths * N + padding, (lengths > 0) * (padding * N + lengths)):
+            compared.append(_compare_alone(model, rollout, int(order.argmax())))
+    if anywhere(model, not all(excess <= 1 for _, excess in compared)):  # NaN is wrong, too
+        difference = max((difference for difference, _ in compared), default=0.0)
         raise SelfCheckError(
-            f"a {type(inner).__name__} gives row {row} of this {what} log-probabilities {difference:.3g} nats from "
-            "those that it has alone, without padding or cache, in this or another process (transformers "
+            f"a {type(inner).__name__} gives rows of this {what} log-probabilities {difference:.3g} nats from those "
+            "that they have alone, without padding or cache, in this or another process (transformers "
             f"{transformers.__version__}). What is drawn so cannot be trusted. Pass prompts of one length, a call for "
             "each length (recurrent models run on over padding), and eos_token_id=None; set "
             "attn_implementation='eager'; or remove what changes the model's call."
