@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_published_checkpoint
-from support.hub_server import HubServer, User
+from support.hub_server import HubServer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,7 +72,7 @@ def test_every_block_runs_as_it_stands(page, tmp_path, tiny_tokenizer):
     folder, home = tmp_path / "work", tmp_path / "user" / "home"
     folder.mkdir()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    with HubServer({"hf_me": User("me")}) as hub:
+    with HubServer({"hf_me": "me"}) as hub:
         hub.create("openai-community/gpt2", {path.name: path.read_bytes() for path in base.iterdir()})
         own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_me", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(

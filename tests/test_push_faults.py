@@ -14,10 +14,9 @@ from slow.fault_sweep import (
     FAULTS,
     REPO,
     SCENARIOS,
-    Scenario,
     hurried,
+    push_verified,
     requests_of,
-    run_push,
     serving,
     set_up,
     sweep,
@@ -25,32 +24,26 @@ from slow.fault_sweep import (
     try_fault,
 )
 from support.hub_server import Fault
-from support.pushing import push_verified
 
 from hub_tools.errors import ConcurrentPushError, GPT2ValueHubError, HubUnavailableError
 from hub_tools.hub import ask
 from hub_tools.publish.push import push_package
 
-NEW_REPO, NEW_BRANCH, PULL_REQUEST = SCENARIOS
-MAIN = Scenario("main", exists=True)
+NEW_REPO = SCENARIOS["new repository"]
+NEW_BRANCH = SCENARIOS["new branch"]
 
 
 @pytest.fixture
 def server():
-    with serving(xet=False) as server, hurried():
+    with serving() as server, hurried():
         yield server
 
 
 def test_any_single_failure_leaves_the_old_commit_or_one_whole_new_one(server, package):
     """A fixed sample of the grid; `make faults` fails every request of every scenario in every way."""
-    bad, seen = [], set()
-    for scenario in SCENARIOS:
-        for number, route, fault, outcome in sweep(server, package, scenario, every=11):
-            seen.add(fault)
-            if outcome.startswith("BAD"):
-                bad.append(f"{scenario.name}: request {number} ({route}), {fault}: {outcome}")
-    assert not bad, "\n".join(bad)
-    assert seen == set(FAULTS)
+    outcomes = list(sweep(server, package, every=11))
+    assert [outcome for outcome in outcomes if outcome[-1].startswith("BAD")] == []
+    assert {fault for *_, fault, _ in outcomes} == set(FAULTS)
 
 
 def test_what_waiting_does_not_mend_is_not_tried_again(server, package):
@@ -63,14 +56,11 @@ def test_what_waiting_does_not_mend_is_not_tried_again(server, package):
             assert (routes[number - 1], outcome, fault.hits) == (routes[number - 1], error, 1)
 
 
-@pytest.mark.parametrize("scenario", [NEW_REPO, NEW_BRANCH], ids=str)
-@pytest.mark.parametrize("lost", [{"cut": "after"}, {"status": 504, "acts": True}], ids=str)
-def test_a_lost_answer_to_a_commit_is_found_on_the_branch_and_not_committed_twice(server, package, scenario, lost):
-    set_up(server, scenario)
-    server.faults.append(Fault(route="commit", nth=1, **lost))
-    report = run_push(package, scenario)
-    made = [commit.oid for commit in server.repos[REPO].commits.values() if commit.title == "push"]
-    assert made == [report.commit]
+@pytest.mark.parametrize("lost", ["cut after", "504 acted"])
+def test_a_lost_answer_to_a_commit_is_found_on_the_branch_and_not_committed_twice(server, package, lost):
+    server.faults.append(Fault(route="commit", nth=1, **FAULTS[lost]))
+    report = push_verified(package)
+    assert [commit.oid for commit in server.history(REPO)][:-1] == [report.commit]
     assert report.committed
     assert report.added
 
@@ -78,16 +68,14 @@ def test_a_lost_answer_to_a_commit_is_found_on_the_branch_and_not_committed_twic
 @pytest.mark.parametrize("route", ["lfs_upload", "commit"])
 def test_a_push_of_somebody_else_in_the_meantime_is_reported_and_stands(server, package, route):
     """Whatever we were doing when they pushed."""
-    set_up(server, MAIN)
-
-    theirs = partial(server.commit, server.repos[REPO], "refs/heads/main", "theirs", {"notes.txt": None})
+    theirs = partial(server.commit, server.create(REPO), "refs/heads/main", "theirs", {"notes.txt": b"theirs"})
     server.faults.append(Fault(route=route, meanwhile=theirs))
     with pytest.raises(ConcurrentPushError, match="somebody pushed"):
-        run_push(package, MAIN)
+        push_verified(package)
     assert server.history(REPO)[0].title == "theirs"
-    run_push(package, MAIN)
+    push_verified(package)
     assert [commit.title for commit in server.history(REPO)][:2] == ["push", "theirs"]
-    assert "notes.txt" not in server.files(REPO)
+    assert "notes.txt" in server.files(REPO)
 
 
 RETRY_AFTER = {"17": 17.0, "0": 0.25, "²": 0.25, "Wed, 21 Oct 2015 07:28:00 GMT": 0.25, "-5": 0.25, "": 0.25}
@@ -96,22 +84,20 @@ RETRY_AFTER = {"17": 17.0, "0": 0.25, "²": 0.25, "Wed, 21 Oct 2015 07:28:00 GMT
 @pytest.mark.parametrize("asked", RETRY_AFTER)
 def test_retry_after_is_waited_for_whatever_stands_there(server, package, monkeypatch, asked):
     waits = []
-    set_up(server, NEW_REPO)
     header = asked.encode().decode("latin-1")
     server.faults.append(fault := Fault(route="commit", nth=1, status=429, retry_after=header))
     with monkeypatch.context() as patched:  # undone here: `server` has hurried the same function
         patched.setattr(ask.time, "sleep", waits.append)
-        run_push(package, NEW_REPO)
+        push_verified(package)
     assert fault.hits == 1
     assert RETRY_AFTER[asked] <= max(waits) < RETRY_AFTER[asked] + 1
 
 
 @pytest.mark.parametrize("asked", [None, "0", "3600", "999999999"])
 def test_patience_ends_after_a_bounded_number_of_tries_and_says_how_long_to_wait(server, package, asked):
-    set_up(server, NEW_REPO)
     server.faults.append(fault := Fault(route="commit", status=429, retry_after=asked))
     with pytest.raises(HubUnavailableError, match="429") as given_up:
-        run_push(package, NEW_REPO)
+        push_verified(package)
     if asked in (None, "0"):
         assert 5 < fault.hits < 25
         assert server.url in given_up.value.next_step
@@ -119,22 +105,9 @@ def test_patience_ends_after_a_bounded_number_of_tries_and_says_how_long_to_wait
         assert fault.hits == 1
         assert f"wait {int(asked):,} s" in given_up.value.next_step
     server.faults.clear()
-    uploaded = server.uploaded()["lfs_upload"]
-    run_push(package, NEW_REPO)
-    assert server.uploaded()["lfs_upload"] == uploaded, "the weights were there already"
-
-
-@pytest.mark.parametrize("route", ["whoami", "model_info"])
-def test_a_hub_that_stays_silent_is_given_up_and_meanwhile_a_line_says_what_is_waited_for(
-    server, package, monkeypatch, caplog, route
-):
-    monkeypatch.setattr(ask, "ANSWER_WITHIN", 0.5)
-    monkeypatch.setattr(ask, "FIRST_NOTE", 0.2)
-    set_up(server, NEW_BRANCH)
-    server.faults.append(Fault(route=route, delay=6000.0))  # hurried: a minute
-    with pytest.raises(HubUnavailableError, match="no answer"):
-        run_push(package, NEW_BRANCH, patience=0.6)
-    assert "waiting for the Hub to" in caplog.text
+    uploaded = server.uploaded()
+    push_verified(package)
+    assert server.uploaded() == uploaded, "the weights were there already"
 
 
 def test_a_name_that_does_not_resolve_is_said_at_once(package):
@@ -143,13 +116,13 @@ def test_a_name_that_does_not_resolve_is_said_at_once(package):
     def unresolvable(*_, **__):
         raise socket.gaierror(-2, "Name or service not known")
 
-    with talking_to("http://hub.invalid", "hf_any", xet=False), mock.patch.object(socket, "getaddrinfo", unresolvable):
+    with talking_to("http://hub.invalid", "hf_any"), mock.patch.object(socket, "getaddrinfo", unresolvable):
         with pytest.raises(HubUnavailableError, match="after 1 attempt:") as refused:
             push_verified(package)
     assert "that you have a connection" in refused.value.next_step
-    with talking_to("http://127.0.0.1:9", "hf_any", xet=False), hurried(), mock.patch.object(ask, "PATIENCE", 3.0):
+    with talking_to("http://127.0.0.1:9", "hf_any"), hurried():
         with pytest.raises(HubUnavailableError, match=r"after [3-9] attempts"):
-            push_verified(package)
+            push_verified(package, patience=3.0)
 
 
 ODD = {
@@ -167,7 +140,7 @@ def test_odd_answers_of_a_hub_are_errors_of_ours(server, package, route):
         set_up(server, NEW_BRANCH)
         server.faults.append(Fault(route=route, body=body))
         with pytest.raises(GPT2ValueHubError) as refused:
-            run_push(package, NEW_BRANCH, patience=0.05)
+            push_verified(package, patience=0.05, **NEW_BRANCH.options)
         assert refused.value.next_step
 
 
@@ -175,16 +148,7 @@ def test_concurrent_pushers_lose_nothing(server, package, tmp_path):
     """4 pushers of 6 checkpoints each to one branch, while every 13th request fails in one way or another."""
     server.create(REPO)
     ways = itertools.cycle(settings for name, settings in FAULTS.items() if name not in ("401", "403"))
-
-    class Weather(Fault):
-        def strikes(self, request):
-            self.seen += 1
-            if self.seen % 13:
-                return False
-            vars(self).update({"status": None, "cut": None, "acts": False, **next(ways)})
-            return True
-
-    server.faults.append(Weather())
+    server.faults += [Fault(nth=13 * number, **next(ways)) for number in range(1, 60)]
     pushed = []  # in CPython, threads can append to it
 
     def pusher(number):
@@ -208,7 +172,7 @@ def test_concurrent_pushers_lose_nothing(server, package, tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-    history = {c.oid: (c.title, c.files["model.safetensors"].content) for c in server.history(REPO)[:-1]}
+    history = {c.oid: (c.title, c.files["model.safetensors"]) for c in server.history(REPO)[:-1]}
     assert len(dict(pushed)) == 24
     assert dict(pushed).items() <= history.items()
     assert set(history.values()) == set(dict(pushed).values())

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_tiny_model, plain_twin
-from support.pushing import REPO, push_verified
+from slow.fault_sweep import REPO, push_verified
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hub_tools import layout, load_package, save_package

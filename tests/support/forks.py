@@ -121,9 +121,10 @@ class Forked(subprocess.Popen):
             return super()._internal_poll(*args, **kwargs)
         if self.returncode is None and self._waitpid_lock.acquire(False):
             try:
-                pid, status = self._try_wait(os.WNOHANG)
-                if pid == self.pid:
-                    self._handle_exitstatus(status)
+                if self._connection.fileno() >= 0:  # otherwise another thread has waited since, or this is garbage
+                    pid, status = self._try_wait(os.WNOHANG)
+                    if pid == self.pid:
+                        self._handle_exitstatus(status)
             finally:
                 self._waitpid_lock.release()
         return self.returncode
