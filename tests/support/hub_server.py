@@ -17,6 +17,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -121,6 +122,7 @@ class HubServer:
         self.tokens = tokens or {self.token: "alice"}
         self.repos = {}
         self.requests = []
+        self.sent = Counter()  # path -> bytes
         self.faults = []
         self.sizes = {}  # of files that are said to be larger than they are
         self.lock = threading.RLock()
@@ -445,6 +447,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             with suppress(OSError):  # the client may have enough
                 for piece in content:
+                    self.hub.sent[self.path] += len(piece)
                     self.wfile.write(piece)
 
     def log_message(self, *_):
