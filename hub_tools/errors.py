@@ -188,7 +188,7 @@ _BUILTIN = (
     pickle.PickleError,
 )
 # Theirs by name, since a library need not be imported; the last is where tokenizers' Rust code panics.
-_FOREIGN = {"HfHubHTTPError", "StrictDataclassError", "TemplateError", "SafetensorError", "PanicException"}
+_FOREIGN = {"HfHubHTTPError", "StrictDataclassError", "TemplateError", "YAMLError", "SafetensorError", "PanicException"}
 
 
 @contextmanager

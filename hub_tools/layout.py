@@ -69,7 +69,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib",
 
 # What people and the Hub put beside a package: nothing here is read by a loader.
 _COMPANION = re.compile(
-    r"(?i)(license|licence|notice|citation|changelog)(\.\w+)?|.+\.(md|png|jpe?g|gif|svg|webp|pdf)|\.gitignore"
+    r"(?i)(license|licence|notice|citation|changelog)(\.\w+)?|[^.].*\.(md|png|jpe?g|gif|svg|webp|pdf)|\.gitignore"
 )
 # Left by tools; may vanish when the package is replaced.
 LITTER = frozenset({".cache", "__pycache__", ".DS_Store", ".gitattributes"})

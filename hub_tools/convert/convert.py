@@ -222,7 +222,7 @@ def _folder_of(source: _Path, revision: str | None = None) -> Path:
     name = os.fspath(source)
     if not os.path.exists(name):
         if is_repository_id(name):
-            return fetch(name, revision=revision, checkpoint=True).folder
+            return fetch(name, revision=revision, checkpoint=True)
         raise NotAPackageError(
             f"there is no file or folder {name}",
             expected="a checkpoint on this machine, or OWNER/NAME of a repository on the Hub",

@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -44,18 +44,6 @@ ANSWER_WITHIN = 60.0  # seconds without an answer after which a request is given
 SLOWEST = 16_000.0  # bytes a second, which a request may take in addition
 FIRST_NOTE = 5.0  # seconds of waiting after which a line says so
 
-# What huggingface_hub raises for a refusal, a broken connection, and an answer that is not what it expects. It stands
-# on requests or on httpx: the first base of its own error says which.
-_FAILURES: tuple[type[BaseException], ...] = (
-    HfHubHTTPError.__mro__[1],
-    OSError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-)
 _UNRESOLVED = re.compile(r"(?i)getaddrinfo|name resolution|name or service|nodename|failed to resolve|unreachable")
 LOG_IN = "log in: hf auth login; or pass token=..., or set HF_TOKEN, which overrides the login"
 
@@ -120,14 +108,10 @@ class Hub:
             logger.warning("waiting for the Hub to %s", what)
             if concurrent.futures.wait([future], timeout=max(0.0, limit - FIRST_NOTE)).not_done:
                 raise Passing(f"could not {what}: no answer for {limit:.0f} s", silence=limit)
-        try:
+        if (error := future.exception()) is None:
             return future.result()
-        except GPT2ValueHubError:
-            raise
-        except _FAILURES as caught:
-            error = caught
-        # Raised out here, so that our errors hold no reference to the HTTP library's, which holds the token.
-        raise self._translated(what, error)
+        # Not raised from theirs, so that our errors hold no reference to the HTTP library's, which holds the token.
+        raise error if isinstance(error, GPT2ValueHubError) else self._translated(what, error)
 
     def patiently(self, what: str, operation: Callable[[], T]) -> T:
         """Do an operation of several requests, and do it again while it fails in ways that pass.
@@ -171,9 +155,9 @@ class Hub:
         chain: list[Any] = [error]
         while chain[-1].__cause__ is not None:  # an upload's failure comes wrapped in a RuntimeError
             chain.append(chain[-1].__cause__)
-        answered = [part for part in chain if getattr(part, "response", None) is not None]
-        error = answered[0] if answered else error
-        status = int(answered[0].response.status_code) if answered else 0
+        error = next((part for part in chain if getattr(part, "response", None) is not None), error)
+        response: Any = getattr(error, "response", None)
+        status = 0 if response is None else int(response.status_code)
         # one line that a terminal can show, without the token and without the signatures of upload addresses
         text = " ".join(str(error).split())
         text = text.replace(self.token, "[token]") if self.token else text
@@ -182,19 +166,18 @@ class Hub:
         text = f"could not {what}: {text if status else f'{type(error).__name__}: {text}'}"
         broken = any(type(part).__module__.startswith(("requests", "httpx")) for part in chain)
         if (broken and not status) or status in (408, 409, 412, 425, 429) or status >= 500:
-            asked = answered[0].response.headers.get("Retry-After", "").strip() if answered else ""
+            asked = response.headers.get("Retry-After", "").strip() if status else ""
             return Passing(text, pause=float(asked) if re.fullmatch("[0-9]{1,9}", asked) else 0.0)
         if isinstance(error, OfflineModeIsEnabled):
             return HubUnavailableError(text, next_step="unset HF_HUB_OFFLINE and run the same again")
         # the Hub answers 401 to strangers who ask for a repository that is not there
-        missing = isinstance(error, RepositoryNotFoundError) and "credentials" not in text.lower()
-        if status == 404 or (status == 401 and missing):
+        if status == 404 or (status == 401 and isinstance(error, RepositoryNotFoundError)):
             return RemoteNotFoundError(
                 f"{text} (not found, or not for this token)",
                 expected=f"it to be on {self.api.endpoint}",
                 next_step=f"check the name, the revision and HF_ENDPOINT; if it is private, {LOG_IN}",
             )
-        if status in (401, 403):
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             return AuthenticationError(
                 text,
                 expected="a token that the Hub accepts, of somebody who may do this",
@@ -217,8 +200,3 @@ def is_repository_id(text: object) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def offline() -> bool:
-    """Whether huggingface_hub was told to ask nobody (HF_HUB_OFFLINE)."""
-    return bool(constants.HF_HUB_OFFLINE)

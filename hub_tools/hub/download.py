@@ -7,7 +7,6 @@ not by `snapshot_download`, which writes whatever a server sends, to a path of i
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -19,13 +18,14 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils.sha import git_hash
 
 from .. import layout, limits
 from ..errors import HubRefusedError, HubUnavailableError, NotAPackageError, PackageError
 from ..files import read_json
-from .ask import Hub, Passing, offline
+from .ask import Hub, Passing
 
-FIRST_BYTES = 256  # of a file of weights, which say how long its header is
+FIRST_BYTES = 1 << 18  # of a file of weights, which hold its header: 60 kB for the largest GPT-2
 ADAPTER_BYTES = 2 << 30  # of an adapter: a LoRA of rank 256, and new embeddings, for the largest GPT-2
 
 _ADAPTER = "adapter_config.json"
@@ -40,13 +40,11 @@ class RemoteFile:
     digest: str
 
     def is_at(self, path: Path) -> bool:
-        """Whether this is what a local file holds. Git hashes a file as `blob <size>\\0<content>`."""
-        size = path.stat().st_size
-        digest = hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % size)
-        with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        return size == self.size and digest.hexdigest() == self.digest
+        """Whether this is what a local file holds."""
+        if path.stat().st_size != self.size:
+            return False
+        digest = layout.sha256_of(path) if len(self.digest) == 64 else git_hash(path.read_bytes())
+        return digest == self.digest
 
 
 class _Bounded(io.FileIO):
@@ -94,7 +92,7 @@ class Repository:
         if not blob.exists():
             with tempfile.TemporaryDirectory(dir=self.home) as private:
                 part = Path(private, "part")
-                self._get(name, part, file.size)
+                self.get(name, part, file.size)
                 if not file.is_at(part):
                     raise odd_answer(f"sends another {name} than it lists")
                 os.replace(part, blob)
@@ -106,36 +104,15 @@ class Repository:
             shutil.copyfile(blob, place)
         return place
 
-    def get_header(self, name: str, path: Path) -> None:
-        """Write the start of a safetensors file, up to the end of its header, by one or two requests for a range; and
-        instead of the rest a hole."""
-        size = self.files[name].size
-        first = min(size, FIRST_BYTES)
-        self._get(name, path, first)
-        header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-        # an impossible length is left to inspection, which names it
-        if first < header <= min(size, limits.HEADER_BYTES):
-            self._get(name, path, header)
-        os.truncate(path, size)
-
-    def _get(self, name: str, path: Path, size: int) -> None:
+    def get(self, name: str, path: Path, size: int) -> None:
         """Write the first `size` bytes of a remote file to `path`."""
-        headers = build_hf_headers(token=self.hub.token, library_name="gpt2-value", library_version=layout.__version__)
+        headers = build_hf_headers(token=self.hub.token)
         if size != self.files[name].size:
             headers["Range"] = f"bytes=0-{size - 1}"
         url = hf_hub_url(self.repo_id, name, revision=self.commit, endpoint=self.hub.api.endpoint)
-        how = {"headers": headers, "expected_size": size, "displayed_filename": name}
         with _Bounded(path, size) as file:
             if size:
-                self.hub.ask(f"download {name} of {self.repo_id}", http_get, url, file, moves=size, **how)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Files of one commit, in a folder."""
-
-    folder: Path
-    commit: str
+                self.hub.ask(f"download {name} of {self.repo_id}", http_get, url, file, moves=size, headers=headers)
 
 
 def read_repository(
@@ -187,8 +164,9 @@ def fetch(
     cache_dir: Path | None = None,
     local_files_only: bool = False,
     checkpoint: bool = False,
-) -> Snapshot:
-    """Download the files that a loader of a package or a plain GPT-2 reads, at one commit, to the Hub's cache.
+) -> Path:
+    """Download the files that a loader of a package or a plain GPT-2 reads, at one commit, to the Hub's cache, and
+    return their folder there, whose name is the commit.
 
     Sizes are checked before anything is downloaded. Pickles are not downloaded. Where the Hub does not answer, or in
     offline mode, the cache answers alone, as it does for transformers.
@@ -208,7 +186,7 @@ def fetch(
     """
     hub = Hub(token)
 
-    def attempt() -> Snapshot:
+    def attempt() -> Path:
         try:
             repository = read_repository(hub, repo_id, revision, cache_dir=cache_dir)
         except Passing:
@@ -224,9 +202,9 @@ def fetch(
             ref = repository.home / "refs" / (revision or "main")
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(repository.commit)
-        return Snapshot(repository.folder, repository.commit)
+        return repository.folder
 
-    if not (local_files_only or offline()):
+    if not (local_files_only or constants.HF_HUB_OFFLINE):
         return hub.patiently(f"download {repo_id}", attempt)
     if (cached := _cached(repo_id, cache_dir, revision)) is None:
         raise HubUnavailableError(
@@ -244,35 +222,37 @@ def fetch_outline(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: Path | None = None,
-) -> Snapshot:
-    """Download what inspection reads of a package: JSON and code, and only the headers of the weights.
+) -> Path:
+    """Download what inspection reads of a package: all but the weights, and of them the start, which has the header.
 
     Args:
-        into: a new folder, which will hold one file for each of the repository's: JSON and code whole; weights with
-            their header and, instead of the data, a hole of its size; all others empty.
+        into: a new folder, which will hold one file for each of the repository's: those that loaders read whole;
+            weights with a hole instead of what follows their start; all others empty.
 
     Returns:
-        where JSON and code are in the Hub's cache, to be read by people, and their commit.
+        where the whole files are in the Hub's cache, to be read by people. Its name is the commit.
 
     Raises:
         What `fetch` raises.
     """
     hub = Hub(token)
 
-    def attempt() -> Snapshot:
+    def attempt() -> Path:
         repository = read_repository(hub, repo_id, revision, cache_dir=cache_dir)
         wanted = _wanted(repository, checkpoint=False)
         for name in repository.files:
             top, *below = name.split("/")
             if below:
                 (into / top).mkdir(exist_ok=True)
-            elif name not in wanted or name == layout.CARD:
+            elif name not in wanted:
                 (into / name).touch()
             elif _holds_weights(name):
-                repository.get_header(name, into / name)
+                size = repository.files[name].size
+                repository.get(name, into / name, min(size, FIRST_BYTES))
+                os.truncate(into / name, size)
             else:
                 shutil.copyfile(repository.download(name), into / name)
-        return Snapshot(repository.folder, repository.commit)
+        return repository.folder
 
     return hub.patiently(f"look into {repo_id}", attempt)
 
@@ -307,12 +287,10 @@ def _wanted(repository: Repository, *, checkpoint: bool) -> set[str]:
             f"{repository.repo_id} OUT",
         )
     kinds = ("config", "weights", "tokenizer", "card", "record")
-    wanted = {name for name in names if layout.kind_of(name) in kinds}
+    wanted = {name for name in names if layout.kind_of(name) in kinds or name.endswith(".py")}
     if checkpoint:
         wanted |= {name for name in names if name == _ADAPTER or name.endswith((".safetensors", ".bin.index.json"))}
         wanted |= {name for name in pickled if only_pickles or "head" in name}
-    else:
-        wanted |= {name for name in names if name.endswith(".py")}
     for name in wanted:
         size, most = repository.files[name].size, limits.VOCABULARY_BYTES_AT_MOST
         if size > most and not _holds_weights(name):
@@ -342,10 +320,10 @@ def _check_weights(repository: Repository, wanted: set[str]) -> None:
         )
 
 
-def _cached(repo_id: str, cache_dir: Path | None, revision: str | None) -> Snapshot | None:
-    """Return what the cache has of a revision, if it has a model."""
+def _cached(repo_id: str, cache_dir: Path | None, revision: str | None) -> Path | None:
+    """Return where the cache has a revision, if it has its model."""
     config = try_to_load_from_cache(repo_id, layout.CONFIG, cache_dir, revision)
     folder = Path(config).parent if isinstance(config, str) else None
     if folder is None or not any(_holds_weights(path.name) for path in folder.iterdir()):
         return None
-    return Snapshot(folder, folder.name)
+    return folder

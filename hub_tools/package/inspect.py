@@ -138,12 +138,14 @@ def _at_hand(
     """
     repo_id = repository_id(source, local_files_only=local_files_only, **options)
     if repo_id is not None and not (whole or local_files_only):
-        from ..hub import ask, download
+        from huggingface_hub import constants
 
-        if not ask.offline():
+        from ..hub.download import fetch_outline
+
+        if not constants.HF_HUB_OFFLINE:
             with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as outline:
-                snapshot = download.fetch_outline(repo_id, Path(outline), **options)
-                yield Path(outline), snapshot.folder, snapshot.commit
+                snapshot = fetch_outline(repo_id, Path(outline), **options)
+                yield Path(outline), snapshot, snapshot.name
             return
     folder, commit = fetched(source, local_files_only=local_files_only, **options)
     yield folder, folder, commit

@@ -75,8 +75,8 @@ def fetched(source: str | os.PathLike[str], **options: Any) -> tuple[Path, str |
         return Path(source), None
     from ..hub.download import fetch
 
-    snapshot = fetch(repo_id, **options)
-    return snapshot.folder, snapshot.commit
+    folder = fetch(repo_id, **options)
+    return folder, folder.name
 
 
 @contextmanager

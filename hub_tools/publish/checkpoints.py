@@ -27,7 +27,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import errors
-from ..errors import CheckpointPushError, GPT2ValueHubError, HubUnavailableError, OptionsError, SaveFailedError, as_ours
+from ..errors import (
+    CheckpointPushError,
+    ConcurrentPushError,
+    GPT2ValueHubError,
+    HubUnavailableError,
+    OptionsError,
+    SaveFailedError,
+    as_ours,
+)
 from ..hub.ask import Hub, Passing
 from ..package.save import installed_copy, save_package
 from ..package.sharded import Gathered, in_first_process, is_sharded
@@ -73,8 +81,8 @@ class CheckpointPusher:
 
     After temporary failures (5xx, timeouts, no connection) the worker repeats the push for five minutes. Then the
     failure is logged, and the checkpoint waits: the next `push` brings a newer one, and `flush` and `close` try it once
-    more. All other failures (401, 403, 404, a full disk, a worker that was killed) are logged, and raised once, by any
-    next call.
+    more. So it does if somebody else pushed at the same time. All other failures (401, 403, 404, a full disk, a worker
+    that was killed) are logged, and raised once, by any next call.
 
     `close` runs at the end of a `with` block, and otherwise at the interpreter's exit. After an uncaught exception,
     too, the last checkpoint is pushed, or an error in the log says that it is not.
@@ -158,7 +166,7 @@ class CheckpointPusher:
         self.skipped: list[int] = []
         self._failure: CheckpointPushError | None = None  # the last one; earlier ones are in the log
         self._closed = False
-        atexit.register(self._close_and_log)
+        atexit.register(self._close_at_exit)
 
     def push(
         self, model: nn.Module, *, step: int, metrics: Mapping[str, float] | None = None, tokenizer: Any = None
@@ -232,13 +240,15 @@ class CheckpointPusher:
         """
         if self._closed or os.getpid() != self._owner:
             return
+        if self._thread is not None:
+            logger.warning("waiting until the last checkpoint is on %s; Ctrl-C gives it up", self.repo_id)
         try:
             self.flush()
         except KeyboardInterrupt:
             logger.error("interrupted: the last checkpoint is not on %s", self.repo_id)
             raise
         finally:
-            atexit.unregister(self._close_and_log)
+            atexit.unregister(self._close_at_exit)
             with self._lock:
                 self._closed = True
                 if self._worker is not None:
@@ -252,13 +262,9 @@ class CheckpointPusher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _close_and_log(self) -> None:
-        if self._thread is not None and os.getpid() == self._owner:
-            logger.warning("waiting until the last checkpoint is on %s; Ctrl-C gives it up", self.repo_id)
-        try:
+    def _close_at_exit(self) -> None:
+        with suppress(CheckpointPushError):  # which is in the log
             self.close()
-        except CheckpointPushError as error:
-            logger.error("%s", error)
 
     def _check_usable(self, step: int | None) -> None:
         # the process first: a fork may have copied the lock while somebody held it
@@ -275,8 +281,8 @@ class CheckpointPusher:
             self.skipped.append(_step(call))
 
     def _run(self, *, is_last: bool = False) -> None:
-        """Push what waits, until nothing does. While the Hub is not available, the newest waits for the next call, and
-        in the `is_last` attempt fails."""
+        """Push what waits, until nothing does. If the Hub is not available, or somebody else pushed, the newest waits
+        for the next call, and in the `is_last` attempt fails."""
         while True:
             with self._lock:
                 call, self._waiting = self._waiting, None
@@ -287,7 +293,7 @@ class CheckpointPusher:
                 pushed = self._work(call)
             except GPT2ValueHubError as error:
                 found = f"the checkpoint of step {_step(call)} is not on {self.repo_id}: {error.found}"
-                if isinstance(error, HubUnavailableError) and not is_last:
+                if isinstance(error, (ConcurrentPushError, HubUnavailableError)) and not is_last:
                     logger.warning("%s; the next call tries it again, or a newer one", found)
                     with self._lock:
                         if self._waiting is None:
@@ -371,9 +377,6 @@ class CheckpointPusherCallback(TrainerCallback):
         self._pusher = pusher
         self._last: int | None = None  # the step that was pushed last
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._last = None
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._pusher.check()
 
@@ -389,21 +392,17 @@ class CheckpointPusherCallback(TrainerCallback):
             self._push(state, step, kwargs)
         if state.is_world_process_zero:
             self._pusher.flush()
+        self._last = None  # another training may end at the same step
 
     def _push(self, state: TrainerState, step: int, kwargs: dict[str, Any]) -> None:
         if not (state.is_world_process_zero or is_sharded(kwargs["model"])):
             return
         tokenizer = kwargs.get("processing_class")
+        logged = [item for entry in state.log_history if entry.get("step") == step for item in entry.items()]
         self._last = step
         self._pusher.push(
             kwargs["model"],
             step=step,
-            metrics=metrics_at(step, state.log_history),
+            metrics={n: v for n, v in logged if not BOOKKEEPING.fullmatch(n) and isinstance(v, (int, float))},
             tokenizer=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
         )
-
-
-def metrics_at(step: int, log_history: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the metrics that a Trainer logged at this step."""
-    logged = [item for entry in log_history if entry.get("step") == step for item in entry.items()]
-    return {n: v for n, v in logged if not BOOKKEEPING.fullmatch(n) and isinstance(v, (int, float))}

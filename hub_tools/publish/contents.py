@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import metadata_load, metadata_save
 
 from .. import layout, limits
-from ..errors import OptionsError, PackageError, SecretFoundError
+from ..errors import OptionsError, PackageError, SecretFoundError, as_ours
 
 # The files that `from_pretrained` of transformers or peft looks up in a repository: by their names, or by their
 # suffixes where a loader takes any name. Pickles have suffixes that other files have as well (training_args.bin).
@@ -56,7 +55,7 @@ def limit_of(name: str) -> int | None:
         PackageError: a file that does not belong to a package.
     """
     kind = layout.kind_of(name)
-    if kind in ("foreign", "pickle") or (name.startswith(".") and kind != "litter" and name != ".gitignore"):
+    if kind in ("foreign", "pickle"):
         raise PackageError(
             f"{name!r} does not belong to a package; nothing was uploaded",
             expected="the files that save_package writes, and documents such as a license; no pickles",
@@ -74,15 +73,14 @@ def merge_cards(ours: Path, theirs: Path) -> None:
     Raises:
         OptionsError: their metadata cannot be read.
     """
-    try:
+    with as_ours(
+        lambda gist: OptionsError(
+            f"the metadata of the README.md in the repository cannot be read: {gist}",
+            next_step="correct it on the Hub, or delete that file there to get a new card",
+        )
+    ):
         kept: dict[str, Any] = metadata_load(theirs) or {}
         added: dict[str, Any] = metadata_load(ours) or {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise OptionsError(
-            f"the metadata of the README.md in the repository cannot be read: {' '.join(str(error).split())[:300]}",
-            expected="a block of YAML between two lines of ---",
-            next_step="correct it on the Hub, or delete that file there to get a new card",
-        ) from error
     tags = kept.get("tags") or []
     tags = [tags] if isinstance(tags, str) else tags
     merged = {**kept, **added}

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants
 
 from .. import layout
-from ..errors import (
-    AuthenticationError,
-    ConcurrentPushError,
-    GPT2ValueHubError,
-    OptionsError,
-    RemoteNotFoundError,
-)
-from ..hub.ask import LOG_IN, Hub, is_repository_id
+from ..errors import ConcurrentPushError, GPT2ValueHubError, OptionsError, RemoteNotFoundError
+from ..hub.ask import Hub, is_repository_id
 from ..hub.download import Repository, is_hash, odd_answer, read_repository
 from ..package.card import load_lines, with_repo_id
 from ..package.stage import stage
@@ -195,7 +188,7 @@ class Push:
         self.repo_id = self.hub.patiently("check the token", lambda: writable_id(self.hub, self.repo_id))
         self.url = f"{self.hub.api.endpoint}/{self.repo_id}"
         self._refs: dict[str, str] = {}  # refs/heads/NAME and refs/tags/NAME -> commit
-        self._first: tuple[PushReport, str] | None = None  # the first attempt's plan, and the commit it was made for
+        self._parent = ""  # the commit that the branch was at when it was first read
 
     def run(self, folder: Path, *, dry_run: bool = False, **verifying: Any) -> PushReport:
         """Check a package in a private folder, verify it, and push it.
@@ -213,10 +206,10 @@ class Push:
         verify_package(folder, **verifying)
         if dry_run:
             return plan
-        report = self.hub.patiently(f"push to {self.repo_id}", lambda: self._attempt(folder, card))
+        report = self.hub.patiently(f"push to {self.repo_id}", lambda: self._attempt(folder, card, plan))
         if self.tag is not None:
             self.set_tag(self.tag, str(report.commit))
-        return replace(report, new=plan.new)
+        return report
 
     def set_tag(self, tag: str, commit: str, *, beats: Callable[[str], bool] | None = None) -> bool:
         """Give a commit a tag. (The Hub's tags do not move: between deleting and creating there is none.)
@@ -248,17 +241,18 @@ class Push:
         try:
             return self.hub.patiently(f"set the tag {tag}", attempt)
         except GPT2ValueHubError as error:
-            found = (
-                f"the commit {commit} is on the Hub, but the tag {tag!r} may be missing or on another: {error.found}"
-            )
-            raise type(error)(found, expected=error.expected, next_step=error.next_step) from error
+            raise type(error)(
+                f"the commit {commit} is on the Hub, but the tag {tag!r} may be missing or on another: {error.found}",
+                expected=error.expected,
+                next_step=error.next_step,
+            ) from error
 
     def ask(self, what: str, function: Callable[..., Any], **options: Any) -> Any:
         """Call a function of huggingface_hub about this repository."""
         return self.hub.ask(f"{what} ({self.repo_id})", function, self.repo_id, **options)
 
-    def _attempt(self, folder: Path, card: bytes) -> PushReport:
-        """Push, unless an earlier attempt has done so already, and its answer was lost.
+    def _attempt(self, folder: Path, card: bytes, planned: PushReport) -> PushReport:
+        """Push, unless an earlier attempt has done so already, and its answer was lost; complete what was planned.
 
         Raises:
             ConcurrentPushError: the branch has moved, and is not what this push makes of it.
@@ -266,48 +260,46 @@ class Push:
         there = self._look(create=True)
         plan = self._plan(folder, card, there)
         sent = {**plan.added, **plan.changed}
-        self._first = self._first or (plan, there.commit)
-        first, parent = self._first
         made, commit = None, there.commit
         if sent or plan.deleted:
-            if there.commit != parent:
+            if commit != self._parent:
                 raise ConcurrentPushError(
-                    f"{self.repo_id} ({self.branch}) is at {there.commit}: somebody pushed since it was at {parent}",
+                    f"{self.repo_id} ({self.branch}) is at {commit}: somebody pushed since it was at {self._parent}",
                     expected="a branch that nobody else pushes to at the same time",
                     next_step=f"look at {self.url}/commits/{self.branch}; to push on top of it, run the same again",
                 )
-            with _by_lfs():
-                made = self.ask("push", self._commit, folder=folder, plan=plan, parent=parent, moves=sum(sent.values()))
+            made = self.ask("push", self._commit, folder=folder, plan=plan, moves=sum(sent.values()))
             if not is_hash(commit := made.oid):
                 raise odd_answer(f"says that it made the commit {str(commit)[:80]!r}")
         return replace(
-            first,
+            planned,
             commit=commit,
-            committed=commit != parent,
+            committed=commit != self._parent,
             url=f"{self.url}/commit/{commit}",
             pr_url=made and made.pr_url,
             load_lines=load_lines(self.repo_id, revision=commit, tokenizer=(folder / layout.TOKENIZER_CONFIG).exists()),
         )
 
-    def _commit(self, repo_id: str, *, folder: Path, plan: PushReport, parent: str) -> CommitInfo:
-        """Upload what the plan adds and changes, and commit it with what it deletes."""
+    def _commit(self, repo_id: str, *, folder: Path, plan: PushReport) -> CommitInfo:
+        """Upload what the plan adds and changes, and commit it with what it deletes.
+
+        By LFS, which every Hub has: by Xet huggingface_hub would fail where there is none.
+        """
         additions = [CommitOperationAdd(name, folder / name) for name in (*plan.added, *plan.changed)]
-        self.hub.api.preupload_lfs_files(
-            repo_id,
-            additions,
-            revision=self.branch,
-            create_pr=self.create_pr,
-            free_memory=False,
-            gitignore_content="# none",  # the repository's own must not thin out a package
-        )
-        return self.hub.api.create_commit(
-            repo_id,
-            [*additions, *(CommitOperationDelete(name, is_folder=False) for name in plan.deleted)],
-            commit_message=self.message,
-            revision=self.branch,
-            create_pr=self.create_pr,
-            parent_commit=parent,
-        )
+        where: dict[str, Any] = {"revision": self.branch, "create_pr": self.create_pr}
+        before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+        try:
+            # the repository's own .gitignore must not thin out a package
+            self.hub.api.preupload_lfs_files(repo_id, additions, gitignore_content="# none", **where)
+            return self.hub.api.create_commit(
+                repo_id,
+                [*additions, *(CommitOperationDelete(name, is_folder=False) for name in plan.deleted)],
+                commit_message=self.message,
+                parent_commit=self._parent,
+                **where,
+            )
+        finally:
+            constants.HF_HUB_DISABLE_XET = before
 
     def _look(self, *, create: bool = False) -> Repository:
         """Return the branch as it is, or what a new one starts from; with `create`, after making it.
@@ -329,6 +321,7 @@ class Push:
                 next_step="pass a branch; to name the new commit pass tag=... (--tag)",
             )
         there = read_repository(self.hub, self.repo_id, head or MAIN)
+        self._parent = self._parent or there.commit
         if self.private not in (None, there.private):
             raise OptionsError(
                 f"private={self.private}, and {self.repo_id} is {'private' if there.private else 'public'} already",
@@ -378,16 +371,6 @@ class Push:
         return plan
 
 
-@contextmanager
-def _by_lfs() -> Iterator[None]:
-    """Have huggingface_hub upload by LFS, which every Hub has: by Xet it would fail where there is none."""
-    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = before
-
-
 def writable_id(hub: Hub, repo_id: str) -> str:
     """Ask the Hub who we are; return the repository's id, completed by the owner if it has none.
 
@@ -400,8 +383,6 @@ def writable_id(hub: Hub, repo_id: str) -> str:
             f"{str(repo_id)[:200]!r} is no repository's id",
             next_step="pass owner/name, of letters, digits, '-', '_' and '.'",
         )
-    if hub.token is None:
-        raise AuthenticationError("no token", expected="a user access token with write permission", next_step=LOG_IN)
     name = hub.ask("check the token", lambda: str(hub.api.whoami()["name"]))
     return repo_id if "/" in repo_id else f"{name}/{repo_id}"
 

@@ -20,12 +20,11 @@ from huggingface_hub import EvalResult, ModelCard
 from torch import nn
 
 from .. import layout
-from ..errors import ConcurrentPushError, GPT2ValueHubError
+from ..errors import GPT2ValueHubError
 from .push import Push
 
 CALL = "call.pt"  # in the worker's folder
 VERIFY_TIMEOUT = 24 * 3600.0  # seconds; long, because other work goes first
-TRIES = 3  # of a push, if others push at the same time
 
 
 def main(home: Path) -> None:
@@ -66,16 +65,10 @@ def push_checkpoint(
         Everything that `save_package` and `push_package` raise.
     """
     shown = ", ".join(f"{name}={value:.6g}" for name, value in metrics.items())
-    for tries_left in reversed(range(TRIES)):
-        pushing = push(message=f"Step {step}{': ' if shown else ''}{shown}")
-        save(model, folder, tokenizer)
-        _write_metrics(metrics, dataset, pushing.repo_id, folder / layout.CARD)
-        try:
-            report = pushing.run(folder, timeout=VERIFY_TIMEOUT)
-            break
-        except ConcurrentPushError:
-            if not tries_left:
-                raise
+    pushing = push(message=f"Step {step}{': ' if shown else ''}{shown}")
+    save(model, folder, tokenizer)
+    _write_metrics(metrics, dataset, pushing.repo_id, folder / layout.CARD)
+    report = pushing.run(folder, timeout=VERIFY_TIMEOUT)
     return {"commit": report.commit, "url": report.url, "best": tag(pushing, str(report.commit), metrics)}
 
 
