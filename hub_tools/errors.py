@@ -20,6 +20,9 @@ def visible(text: str) -> str:
 LONGEST = 20_000  # characters: names in somebody else's file may have millions
 
 
+AGAIN = "download the package again, or write it again with hub_tools.save_package"
+
+
 class GPT2ValueHubError(Exception):
     """Base of everything that hub_tools refuses. What it says may come from somebody else's file, so it is escaped, and
     cut off where it is longer than anybody reads.
@@ -27,10 +30,10 @@ class GPT2ValueHubError(Exception):
     Args:
         found: what was found, naming the file, tensor or argument.
         expected: what would have been accepted ("" where `found` says it already).
-        next_step: what the user does or types next.
+        next_step: what the user does or types next; for a damaged file, to get the package again.
     """
 
-    def __init__(self, found: str, *, expected: str = "", next_step: str) -> None:
+    def __init__(self, found: str, *, expected: str = "", next_step: str = AGAIN) -> None:
         self.found, self.expected, self.next_step = (visible(text[:LONGEST]) for text in (found, expected, next_step))
         lines = [self.found]
         if expected:
@@ -65,15 +68,10 @@ class SaveFailedError(GPT2ValueHubError, OSError):
 
 # Reading
 
-AGAIN = "download the package again, or write it again with hub_tools.save_package"
-
 
 class PackageError(GPT2ValueHubError, ValueError):
     """A file of a package or checkpoint is missing, damaged, too large, unsafe (a pickle, a link that leads out), or
     not what the other files call for."""
-
-    def __init__(self, found: str, *, expected: str = "", next_step: str = AGAIN) -> None:
-        super().__init__(found, expected=expected, next_step=next_step)
 
 
 class NotAPackageError(PackageError):
@@ -99,8 +97,8 @@ class LoadError(GPT2ValueHubError, RuntimeError):
     """A package or its tokenizer does not load, strictly, within bounds of memory and time; `details` is what a fresh
     interpreter printed."""
 
-    def __init__(self, found: str, *, expected: str = "", next_step: str, details: str = "") -> None:
-        super().__init__(found, expected=expected, next_step=next_step)
+    def __init__(self, found: str, *, details: str = "", **said: str) -> None:
+        super().__init__(found, **said)
         self.details = details
 
 
@@ -143,8 +141,8 @@ class CheckpointPushError(GPT2ValueHubError, RuntimeError):
     """A checkpoint did not reach the Hub: `step` says which one, and `__cause__` why. Or the pusher cannot be used: it
     is closed, or another process's."""
 
-    def __init__(self, found: str, *, expected: str = "", next_step: str, step: int | None) -> None:
-        super().__init__(found, expected=expected, next_step=next_step)
+    def __init__(self, found: str, *, step: int | None, **said: str) -> None:
+        super().__init__(found, **said)
         self.step = step
 
 

@@ -12,32 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import AGAIN as AGAIN
-from .errors import PackageError
-from .layout import sha256_of
+from .errors import PackageError, as_ours
 from .limits import JSON_LEVELS, MIB
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 
-
-def file_in(folder: Path, name: str) -> Path:
-    """Return the path of a package's file, after making sure that it is a regular file that lies in the package.
+@contextmanager
+def open_in(folder: Path, name: str) -> Iterator[BinaryIO]:
+    """Open a package's file to read its bytes, after making sure that it is a regular file that lies in the package.
 
     Links are followed only to where the Hub's own cache puts them: `snapshots/<commit>/x -> blobs/<hash>`.
 
     Raises:
-        PackageError: there is no such file (or a link to nothing).
+        PackageError: there is no such file (or a link to nothing); it cannot be read.
         PackageError: a link out of the package, a device, a pipe, a folder.
     """
     path = folder / name
-    try:
+    with as_ours(lambda _: PackageError(f"{name[:300]!r} is not in {folder}, or is a link to nothing")):
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, before Python 3.13; a NUL or a surrogate
-        raise PackageError(
-            f"{name!r} is a link to nothing" if os.path.islink(path) else f"{name[:300]!r} is not in {folder}",
-            expected=f"a file {name[:300]}",
-        ) from error
     homes = [folder.resolve()]
     if homes[0].parent.name == "snapshots":
         homes.append(homes[0].parent.parent / "blobs")
@@ -50,44 +42,17 @@ def file_in(folder: Path, name: str) -> Path:
         )
     if not stat.S_ISREG(mode):
         raise PackageError(f"{name!r} is not a regular file", expected="a file")
-    return path
-
-
-@contextmanager
-def open_in(folder: Path, name: str) -> Iterator[BinaryIO]:
-    """Open a package's file to read its bytes.
-
-    Raises:
-        PackageError: see `file_in`; or it cannot be read.
-    """
-    path = file_in(folder, name)
-    try:
+    with as_ours(lambda gist: PackageError(f"{name!r} cannot be read: {gist}", next_step="check its permissions")):
         opened = path.open("rb")
-    except OSError as error:
-        raise PackageError(
-            f"{name!r} cannot be read: {error.strerror}",
-            expected="a readable file",
-            next_step="check its permissions: " + shlex.join(["ls", "-l", str(path)]),
-        ) from error
     with opened:
         yield opened
-
-
-def sha256_in(folder: Path, name: str) -> str:
-    """SHA-256 of a package's file, in hexadecimal.
-
-    Raises:
-        What `open_in` raises.
-    """
-    with open_in(folder, name):  # it is a file of the package, and can be read
-        return sha256_of(folder / name)
 
 
 def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
     """Read a JSON object from a file of at most `limit` bytes.
 
     Raises:
-        PackageError: see `file_in`.
+        PackageError: see `open_in`.
         PackageError: too large, not UTF-8, not JSON, nested too deep, a NaN, or not an object.
     """
     with open_in(folder, name) as opened:
@@ -95,14 +60,15 @@ def read_json(folder: Path, name: str, *, limit: int = MIB) -> dict[str, Any]:
         if size > limit:
             raise PackageError(f"{name} has {size:,} bytes", expected=f"at most {limit:,}")
         data = opened.read(limit)
-    try:
-        value = json.loads(data.decode("utf-8"))
+    with as_ours(
+        lambda gist: PackageError(
+            f"{name} holds no such object: {gist}", expected=f"a JSON object, at most {JSON_LEVELS} levels deep"
+        )
+    ):
+        value: Any = json.loads(data.decode("utf-8"))
         _refuse_extremes(value)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        what = "JSON nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
-        raise PackageError(f"{name} holds {what}", expected="valid JSON") from error
-    if not isinstance(value, dict):
-        raise PackageError(f"{name} holds a {type(value).__name__}", expected="a JSON object")
+        if not isinstance(value, dict):
+            raise TypeError(f"a {type(value).__name__}")
     return value
 
 
@@ -119,4 +85,4 @@ def _refuse_extremes(value: Any) -> None:
                 raise ValueError(f"the number {str(each)[:80]}, which is out of range")
         level = inner
     if level:
-        raise RecursionError
+        raise ValueError(f"more than {JSON_LEVELS} levels")

@@ -104,6 +104,11 @@ def written_by_save(name: str) -> bool:
     return kind_of(name) in ("config", "weights", "code", "tokenizer", "card", "record")
 
 
+def is_code(name: str) -> bool:
+    """Whether loading a package may run a file of this name."""
+    return name.endswith(CODE_SUFFIXES) and name != HANDLER
+
+
 def installed_code() -> dict[str, Path]:
     """Return this installed version's remote code, by file name. It lies beside `hub_tools` in a checkout and in a
     wheel."""

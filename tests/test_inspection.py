@@ -49,7 +49,7 @@ def test_a_report_says_what_the_model_is(tiny_tokenizer, tmp_path):
     assert report.tokenizer == "PreTrainedTokenizerFast"
     assert report.versions["gpt2-value"] == layout.__version__
     assert report.code_sha256 == layout.installed_hashes()
-    assert all(file.installed for file in report.code)
+    assert report.code == report.code_sha256
     assert (report.missing, report.changed, report.pickles, report.foreign) == ((), (), (), ())
     json.dumps(report.to_json())
 
@@ -59,7 +59,7 @@ def test_a_report_says_what_the_model_is(tiny_tokenizer, tmp_path):
     [
         {},
         {"tie_word_embeddings": False, "n_inner": 48},
-        {"add_cross_attention": True, "summary_proj_to_labels": False},
+        {"summary_proj_to_labels": False},
         {"summary_use_proj": False},
     ],
 )
@@ -104,7 +104,8 @@ def test_pickles_and_code_are_named_and_neither_opened_nor_run(package, tmp_path
     (package / "setup.py").write_text(f"open({str(tmp_path / 'boom')!r}, 'w')\n")
     report = inspect_package(package)
     assert report.pickles == ("pytorch_model.bin",)
-    assert {file.name for file in report.code if not file.installed} == {MODELING, "setup.py"}
+    installed = layout.installed_hashes()
+    assert {name for name, digest in report.code.items() if digest != installed.get(name)} == {MODELING, "setup.py"}
     assert report.changed == (MODELING,)
     (package / layout.WEIGHTS).unlink()
     with pytest.raises(errors.PackageError, match=r"pickles, which were not opened: \['pytorch_model\.bin'\]"):
@@ -185,7 +186,7 @@ REFUSED = {
     "another model": (fields(model_type="gpt2"), "'gpt2'"),
     "another repository's code": (fields(auto_map={"AutoModel": "user/repo--modeling.Model"}), "user/repo--"),
     "no auto_map": (fields(auto_map=...), "'auto_map': None"),
-    "a list": (content(layout.CONFIG, b"[]"), "config.json holds a list"),
+    "a list": (content(layout.CONFIG, b"[]"), "config.json holds .* a list"),
     "10 GB of JSON": (size(layout.CONFIG, 10 << 30), "10,737,418,240 bytes"),
     "NaN": (fields(layer_norm_epsilon=float("nan")), "nan"),
     "not UTF-8": (content(layout.CONFIG, b'{"model_type": "\xff\xfe"}'), "utf-8"),
@@ -231,12 +232,12 @@ def test_a_file_that_lies_is_refused_by_name(what, package):
 @pytest.mark.parametrize(
     ("moved", "names"),
     [
-        (lambda shard, package: "../outside.safetensors", "names the file '../outside"),
-        (lambda shard, package: str(package / shard), "names the file '/"),
-        (lambda shard, package: [shard], "names the file"),
+        (lambda shard, package: "../outside.safetensors", r"names the files \['\.\./outside"),
+        (lambda shard, package: str(package / shard), r"names the files \['/"),
+        (lambda shard, package: [shard], "names the files"),
         (lambda shard, package: "model-00009-of-00009.safetensors", "model-00009"),
         (lambda shard, package: shard.replace("00001", "00002"), "disagree"),
-        (lambda shard, package: None, "names the file 'None'"),
+        (lambda shard, package: None, r"names the files \['None'"),
     ],
     ids=range(6),
 )
@@ -248,7 +249,7 @@ def test_an_index_that_lies_is_refused(moved, names, tmp_path):
     tensor = next(name for name, shard in weight_map.items() if "00001" in shard)
     for changed in ({**weight_map, tensor: moved(weight_map[tensor], package)}, {}):
         edit_json(package / layout.WEIGHTS_INDEX, weight_map=changed)
-        with pytest.raises(errors.PackageError, match=names if changed else "no weight_map"):
+        with pytest.raises(errors.PackageError, match=names if changed else r"names the files \{\}"):
             inspect_package(package)
 
 

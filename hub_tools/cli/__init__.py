@@ -144,7 +144,7 @@ def inspect(package: str, revision: str | None, diff: bool, json: bool) -> int:
     opened. Exits with 3 if the package can be read, but verify would refuse it.
     """
     from ..package.inspect import code_differences, inspect_package
-    from ..package.record import diff_command
+    from ..package.record import diff_command, releases
     from ..package.verify import refusals
 
     if diff:
@@ -154,9 +154,9 @@ def inspect(package: str, revision: str | None, diff: bool, json: bool) -> int:
     report = inspect_package(package, revision=revision)
     findings = [refusal.found for refusal in refusals(report)]
     value = {**report.to_json(), "findings": findings}
-    known = all(file.installed or file.releases for file in report.code)
+    known = report.code in releases().values()
     code = "this version's or a released one's" if known else "NOT a released version's"
-    lines = [console.facts({**value, "code": code}), *(f"{file.sha256}  {file.name}" for file in report.code)]
+    lines = [console.facts({**value, "code": code}), *(f"{digest}  {name}" for name, digest in report.code.items())]
     lines += [] if known else [f"read it: {diff_command(package, report.commit)}"]
     console.show(json, value, "\n".join(lines))
     return EXIT_FINDINGS if findings else 0

@@ -27,7 +27,7 @@ from ..files import read_json
 from ..hub.ask import is_repository_id
 from ..hub.download import fetch
 from ..layout import CONFIG, GENERATION_CONFIG, HEAD_PREFIX, MODEL_TYPE, TOKENIZER, WEIGHTS, WEIGHTS_INDEX
-from ..package.config import checked_config, count_numbers, unknown_fields
+from ..package.config import checked_config, count_numbers
 from ..package.replace import check_target
 from ..package.save import SavedPackage, save_package
 from ..package.stage import make_loadable, package_file_limit, stage
@@ -284,8 +284,8 @@ def _read_model(weights: Path, config: _Path | None = None) -> _Checkpoint:
         )
     given = read_json(file.parent, file.name)
     fields = checked_config(given, where=str(file), also=FIELDS)
-    unknown = unknown_fields(given, fields)
-    notes = (f"fields of {CONFIG} that are not known here, and were left out: {listed([*unknown])}",) if unknown else ()
+    left_out = sorted(repr(name[:80]) for name in set(given) - set(fields))
+    notes = (f"fields of {CONFIG} that were left out: {listed(left_out)}",) if left_out else ()
     limit = limits.foreign_bytes(count_numbers(fields), fields["n_layer"] * fields["n_positions"] ** 2)
     read = _Checkpoint(read_tensors(weights, limit=limit), fields, [weights], [home], limit, notes, {})
     if 12 * fields["n_layer"] > len(read.state):  # a bound for the time that it takes to make the model

@@ -1,7 +1,7 @@
 """The one table of fields: what of a stranger's JSON files a library may see, and the tensors that a config calls for.
 
 Almost any field can have an effect in transformers, and each version adds more. So each file is reduced to the fields
-that are listed here, with their types and ranges, before any library reads it; `unknown_fields` names the others.
+that are listed here, with their types and ranges, before any library reads it.
 Sources: transformers' GPT2Config, GenerationConfig and PreTrainedTokenizerBase.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import layout, limits
-from ..errors import NotAPackageError, PackageError, visible
+from ..errors import NotAPackageError, PackageError
 
 Table = Mapping[str, Any]  # field -> kind of value, see `fits`
 
@@ -82,7 +82,7 @@ CONFIG: Table = {
     **dict.fromkeys(
         (
             "summary_use_proj", "summary_proj_to_labels", "detach_value_head", "tie_word_embeddings",
-            "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention",
+            "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
             "use_cache", "return_dict", "output_attentions", "output_hidden_states",
         ),
         bool,
@@ -91,6 +91,7 @@ CONFIG: Table = {
     "eos_token_id": (ID, [ID]),
     "num_labels": {1},  # transformers makes a name for each label, so a large number would fill the memory
     "is_encoder_decoder": {False},
+    "add_cross_attention": {False},  # more weights, and another input
     "chunk_size_feed_forward": {0},
     **dict.fromkeys(REFUSED, ()),
 }  # fmt: skip
@@ -105,15 +106,15 @@ GENERATION: Table = {
         (
             "max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size",
             "temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
-            "encoder_repetition_penalty", "diversity_penalty", "length_penalty", "guidance_scale", "max_time",
+            "length_penalty", "guidance_scale", "max_time",
         ),
         float,
     ),
     **dict.fromkeys(("num_beams", "num_return_sequences"), range(1, 17)),
     **dict.fromkeys(
         (
-            "do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "output_attentions",
-            "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "_from_model_config",
+            "do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "return_dict_in_generate",
+            "_from_model_config",
         ),
         bool,
     ),
@@ -121,8 +122,8 @@ GENERATION: Table = {
     "exponential_decay_length_penalty": [float],
     **dict.fromkeys(
         (
-            "bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "eos_token_id",
-            "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+            "bos_token_id", "pad_token_id", "eos_token_id", "forced_eos_token_id", "suppress_tokens",
+            "begin_suppress_tokens", "bad_words_ids",
         ),
         (ID, [ID], [[ID]]),
     ),
@@ -163,13 +164,6 @@ _TABLES: Mapping[str, Table] = {
     layout.SPECIAL_TOKENS_MAP: SPECIAL_TOKENS,
 }
 REDUCED = (*_TABLES, layout.ADDED_TOKENS, layout.WEIGHTS_INDEX)
-# Fields that transformers writes and does not read, or that have no effect on a GPT-2: left out without mention.
-_OF_NO_EFFECT = {
-    "_name_or_path", "n_ctx", "task_specific_params", "gradient_checkpointing", "problem_type", "output_past",
-    "_num_labels", "id2label", "label2id", "is_decoder", "_commit_hash", "backend", "from_slow", "is_local",
-    "local_files_only", "name_or_path", "processor_class", "special_tokens_map_file", "max_len", "tokenizer_type",
-    *OF_THE_CLASS, *REFUSED,
-}  # fmt: skip
 
 
 def reduce(file: str, fields: Mapping[str, Any], *, where: str = "", also: Table | None = None) -> dict[str, Any]:
@@ -198,11 +192,6 @@ def reduce(file: str, fields: Mapping[str, Any], *, where: str = "", also: Table
     return kept
 
 
-def unknown_fields(fields: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the fields that `reduce` left out, safe to print; without those that have no effect."""
-    return tuple(sorted(visible(name[:80]) for name in set(fields) - set(known) - _OF_NO_EFFECT))
-
-
 def checked_shards(index: Mapping[str, Any]) -> dict[str, str]:
     """Return the map of an index of shards: tensor -> file, each a plain name of a weight file beside it.
 
@@ -211,16 +200,15 @@ def checked_shards(index: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         PackageError: no map, or the name of another file.
     """
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise PackageError("the index of shards has no weight_map", expected="tensors and files")
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
-            raise PackageError(
-                f"the index of shards names the file {str(shard)[:200]!r}",
-                expected="files beside it, like model-00001-of-00002.safetensors",
-            )
-    return weight_map
+    weight_map: Any = index.get("weight_map")
+    shards = [*map(str, weight_map.values())] if isinstance(weight_map, dict) else []
+    wrong = [shard for shard in shards if not SHARD.fullmatch(shard)]
+    if wrong or not shards:
+        raise PackageError(
+            f"the index of shards names the files {str(wrong or weight_map)[:200]}",
+            expected="a weight_map of tensors to files beside it, like model-00001-of-00002.safetensors",
+        )
+    return dict(weight_map)
 
 
 def checked_config(
@@ -281,9 +269,6 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     n, inner = config["n_embd"], config.get("n_inner") or 4 * config["n_embd"]
     layer = {"ln_1": (n,), "ln_2": (n,), "attn.c_attn": (n, 3 * n), "attn.c_proj": (n, n)}
     layer |= {"mlp.c_fc": (n, inner), "mlp.c_proj": (inner, n)}
-    if config.get("add_cross_attention"):
-        layer |= {"ln_cross_attn": (n,), "crossattention.c_attn": (n, 2 * n)}
-        layer |= dict.fromkeys(("crossattention.q_attn", "crossattention.c_proj"), (n, n))
     parts = {f"h.{i}.{name}": shape for i in range(config["n_layer"]) for name, shape in layer.items()}
     shapes: dict[str, tuple[int, ...]] = {f"transformer.{name}.weight": shape for name, shape in parts.items()}
     shapes["transformer.ln_f.weight"] = (n,)

@@ -20,23 +20,13 @@ from typing import Any
 
 from .. import layout, limits
 from ..errors import PackageError, visible
-from ..files import open_in, read_json, sha256_in
+from ..files import open_in, read_json
 from . import config as config_fields
-from .record import Record, read_record, versions_of
+from .record import Record, read_record
 from .stage import Stage, fetched, repository_id, stage_package
 from .weights import Tensor, check_tensors, package_weights
 
 LONGEST = 200_000  # bytes of a file that `code_differences` shows: the largest file of any release has a tenth
-
-
-@dataclass(frozen=True)
-class CodeFile:
-    """A file that loading the package with `trust_remote_code=True` may run."""
-
-    name: str
-    sha256: str
-    installed: bool  # byte-identical to this installed version's file of the same name
-    releases: tuple[str, ...]  # the versions that have it, byte for byte: releases, and the installed one
 
 
 @dataclass(frozen=True)
@@ -57,18 +47,17 @@ class PackageReport:
     n_layer: int
     n_head: int
     tokenizer: str | None  # its class
-    code: tuple[CodeFile, ...]
+    code: dict[str, str]  # files that `trust_remote_code=True` may run -> SHA-256
     versions: dict[str, str]  # of the libraries that wrote the package, as its record names them
     missing: tuple[str, ...]  # files of a complete package that this one lacks
     changed: tuple[str, ...]  # files that were changed, removed or added since the save
     pickles: tuple[str, ...]
     foreign: tuple[str, ...]  # other files that do not belong to a package
-    unknown_fields: dict[str, tuple[str, ...]]  # file -> fields that are not known here, and are hidden from libraries
 
     @property
     def code_sha256(self) -> dict[str, str]:
         """The Python files and their SHA-256. Once you have read them, pass it to `load_package(reviewed_sha256=)`."""
-        return {file.name: file.sha256 for file in self.code if file.name.endswith(".py")}
+        return {name: digest for name, digest in self.code.items() if name.endswith(".py")}
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -112,7 +101,6 @@ def inspect_package(
         PackageError: tensors that are missing, unknown, or of the wrong shape or dtype.
         PackageError: `auto_map` does not name the package's own classes.
     """
-    cache = None if cache_dir is None else Path(cache_dir)
     with (
         _at_hand(
             source,
@@ -120,7 +108,7 @@ def inspect_package(
             local_files_only=local_files_only,
             revision=revision,
             token=token,
-            cache_dir=cache,
+            cache_dir=cache_dir,
         ) as (folder, readable, commit),
         stage_package(folder, with_weights=hash_weights) as copy,
     ):
@@ -155,13 +143,11 @@ def inspect_stage(copy: Stage, source: str) -> PackageReport:
     """Report on the copy of a package (see `stage_package`). Where it has no weights, their headers are read from the
     source."""
     names, kinds = copy.names, {name: layout.kind_of(name) for name in copy.names}
-    known: dict[str, dict[str, Any]] = {}
-    unknown: dict[str, tuple[str, ...]] = {}
-    for file in filter(copy.sha256.__contains__, config_fields.REDUCED):
-        fields = read_json(copy.folder, file, limit=limits.INDEX_BYTES)
-        known[file] = config_fields.reduce(file, fields)
-        if odd := config_fields.unknown_fields(fields, known[file]):
-            unknown[file] = odd
+    known = {
+        file: config_fields.reduce(file, read_json(copy.folder, file, limit=limits.INDEX_BYTES))
+        for file in config_fields.REDUCED
+        if file in copy.sha256
+    }
     config, tokenizer = known[layout.CONFIG], known.get(layout.TOKENIZER_CONFIG)
 
     are_copied = any(name.endswith(".safetensors") for name in copy.sha256)
@@ -191,7 +177,6 @@ def inspect_stage(copy: Stage, source: str) -> PackageReport:
         changed=() if record is None else _changed(record, copy),
         pickles=tuple(name for name in names if kinds[name] == "pickle"),
         foreign=tuple(name for name in names if kinds[name] == "foreign"),
-        unknown_fields=unknown,
     )
 
 
@@ -208,24 +193,17 @@ def _changed(record: Record, copy: Stage) -> tuple[str, ...]:
 # Code
 
 
-def _is_code(name: str) -> bool:
-    return name.endswith(layout.CODE_SUFFIXES) and name != layout.HANDLER
-
-
-def _read_code(copy: Stage) -> tuple[CodeFile, ...]:
-    """Say of each file of code which versions have it, and refuse code that a person cannot review."""
-    installed = layout.installed_hashes()
-    found = []
-    for name in filter(_is_code, copy.names):
+def _read_code(copy: Stage) -> dict[str, str]:
+    """Return the hash of each file of code, and refuse code that a person cannot review."""
+    code = {name: copy.sha256[name] for name in filter(layout.is_code, copy.names)}
+    for name in code:
         if name.endswith(".py") and (reasons := disguises((copy.folder / name).read_bytes())):
             raise PackageError(
                 f"{name!r} cannot be reviewed, since it looks otherwise than it runs: {reasons[0]}",
                 expected="code in UTF-8 with printable characters alone",
                 next_step="do not use this package",
             )
-        digest = copy.sha256[name]
-        found.append(CodeFile(name, digest, installed.get(name) == digest, versions_of(name, digest)))
-    return tuple(found)
+    return code
 
 
 def disguises(code: bytes) -> list[str]:
@@ -264,31 +242,27 @@ def code_differences(source: str, *, revision: str | None = None) -> Iterator[st
         And what `fetch_outline` raises.
     """
     with _at_hand(source, revision=revision) as (folder, _, _):
-        yield from _differences(folder)
-
-
-def _differences(folder: Path) -> Iterator[str]:
-    installed = layout.installed_code()
-    names = sorted(filter(_is_code, os.listdir(folder)))
-    for name in names:
-        digest, shown = sha256_in(folder, name), _on_one_line(name)
-        if digest == layout.installed_hashes().get(name):
-            continue
-        yield f"{shown}  sha256 {digest}"
-        with open_in(folder, name) as file:
-            code = file.read(LONGEST + 1)
-        if len(code) > LONGEST or not name.endswith(".py"):
-            yield f"DANGER: compiled code, or more than {LONGEST:,} bytes, which is not shown here: nobody can read it"
-            continue
-        yield from (f"DANGER: {reason}" for reason in disguises(code))
-        ours = installed[name].read_text(encoding="utf-8") if name in installed else ""
-        theirs = code.decode("utf-8", errors="backslashreplace").replace("\r\n", "\n")
-        before, after = (text.removesuffix("\n").split("\n") for text in (ours, theirs))
-        lines = difflib.unified_diff(before, after, f"installed/{shown}", f"package/{shown}", lineterm="")
-        yield from map(_on_one_line, lines)
-    yield from (f"missing: {name}" for name in installed if name not in names)
-    if deeper := sorted(_on_one_line(str(path.relative_to(folder))) for path in folder.glob("*/*.py*")):
-        yield f"DANGER: code in folders, where no package has any: {', '.join(deeper[:8])}"
+        installed = layout.installed_code()
+        names = sorted(filter(layout.is_code, os.listdir(folder)))
+        for name in names:
+            with open_in(folder, name) as file:
+                digest, code = layout.sha256_of(folder / name), file.read(LONGEST + 1)
+            if digest == layout.installed_hashes().get(name):
+                continue
+            shown = _on_one_line(name)
+            yield f"{shown}  sha256 {digest}"
+            if len(code) > LONGEST or not name.endswith(".py"):
+                yield f"DANGER: compiled code, or more than {LONGEST:,} bytes, which is not shown: nobody can read it"
+                continue
+            yield from (f"DANGER: {reason}" for reason in disguises(code))
+            ours = installed[name].read_text(encoding="utf-8") if name in installed else ""
+            theirs = code.decode("utf-8", errors="backslashreplace").replace("\r\n", "\n")
+            before, after = (text.removesuffix("\n").split("\n") for text in (ours, theirs))
+            lines = difflib.unified_diff(before, after, f"installed/{shown}", f"package/{shown}", lineterm="")
+            yield from map(_on_one_line, lines)
+        yield from (f"missing: {name}" for name in installed if name not in names)
+        if deeper := sorted(_on_one_line(str(path.relative_to(folder))) for path in folder.glob("*/*.py*")):
+            yield f"DANGER: code in folders, where no package has any: {', '.join(deeper[:8])}"
 
 
 def _on_one_line(text: str) -> str:

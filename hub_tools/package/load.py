@@ -35,7 +35,7 @@ from .tokenizer import check_tokenizer, load_tokenizer
 from .verify import does_not_run, refusals
 from .weights import not_finite
 
-MODELING = layout.AUTO_MAP["AutoModel"].split(".")[0]
+MODELING = "modeling_gpt2_value"
 
 if TYPE_CHECKING:
     import torch
@@ -104,9 +104,8 @@ def load_package(
         And everything that `inspect_package` raises.
     """
     reviewed = {name: str(digest).lower() for name, digest in dict(reviewed_sha256 or {}).items()}
-    cache = None if cache_dir is None else Path(cache_dir)
     with stage_package(
-        source, revision=revision, token=token, cache_dir=cache, local_files_only=local_files_only
+        source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     ) as copy:
         package = inspect_stage(copy, os.fspath(source))
         release = _approve(package, reviewed)
@@ -115,7 +114,7 @@ def load_package(
             if isinstance(refusal, (MissingHeadError, ChangedFileError)):
                 raise refusal
         code = releases()[release] if release else package.code_sha256
-        make_loadable(copy, () if code == layout.installed_hashes() else code)
+        make_loadable(copy, code)
         model = _load(copy, package, code, dtype)
         _check_model(model, package)
         tokenizer = None

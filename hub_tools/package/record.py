@@ -87,11 +87,6 @@ def release_of(code: Mapping[str, str]) -> str | None:
     return next((version for version, files in releases().items() if files.items() <= code.items()), None)
 
 
-def versions_of(name: str, sha256: str) -> tuple[str, ...]:
-    """Return the versions that have a file of this name and content."""
-    return tuple(version for version, files in releases().items() if files.get(name) == sha256)
-
-
 def diff_command(source: str, commit: str | None = None) -> str:
     """Return the command that shows how a package's code differs from the installed version's."""
     return f"gpt2-value inspect {shlex.quote(source)} --diff" + (f" --revision {commit}" if commit else "")

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import layout, limits
-from ..errors import NotAPackageError, OptionsError, PackageError, ResourceLimitError, as_ours
-from ..files import AGAIN, open_in, read_json
+from ..errors import AGAIN, NotAPackageError, OptionsError, PackageError, ResourceLimitError, as_ours
+from ..files import open_in, read_json
 from . import config as config_fields
 
 
@@ -90,7 +90,7 @@ def stage(
     """Copy the wanted files of `source`, and yield the copy; it is removed afterwards.
 
     A link is followed only if it leads to a file of the same folder or, in the Hub's cache, to its blob (see
-    `files.file_in`). Files in subfolders are never copied. Later changes to `source` do not affect the copy.
+    `files.open_in`). Files in subfolders are never copied. Later changes to `source` do not affect the copy.
 
     Args:
         source: a folder.
@@ -139,10 +139,20 @@ def stage_package(
         options: of `download.fetch`, for a repository.
 
     Raises:
-        What `fetched`, `stage` and `checked_package_config` raise.
+        NotAPackageError: `config.json` is another kind of model's, or names other classes than the package's own.
+        What `fetched`, `stage` and `config.checked_config` raise.
     """
     folder, commit = fetched(source, **options)
-    config = checked_package_config(read_json(folder, layout.CONFIG))
+    fields = read_json(folder, layout.CONFIG)
+    found = {name: fields.get(name) for name in ("model_type", "auto_map")}
+    expected = {"model_type": layout.MODEL_TYPE, "auto_map": layout.AUTO_MAP}
+    if found != expected:
+        raise NotAPackageError(
+            f"config.json says {str(found)[:300]}",
+            expected=f"{expected}: the classes in the package itself",
+            next_step="make a package of a GPT-2 checkpoint: gpt2-value convert FOLDER OUT",
+        )
+    config = config_fields.checked_config(fields)
     vocabulary = limits.vocabulary_bytes(config["vocab_size"])
     weights = limits.weight_bytes(config_fields.count_numbers(config))
 
@@ -153,24 +163,6 @@ def stage_package(
     return stage(folder, limit_of=limit_of, total=weights + limits.BESIDE_BYTES, commit=commit)
 
 
-def checked_package_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what libraries may see of a package's `config.json`, after checking it.
-
-    Raises:
-        NotAPackageError: it is another kind of model's.
-        PackageError: what `config.checked_config` raises; or `auto_map` does not name the package's own classes.
-    """
-    found = {name: fields.get(name) for name in ("model_type", "auto_map")}
-    expected = {"model_type": layout.MODEL_TYPE, "auto_map": layout.AUTO_MAP}
-    if found != expected:
-        raise NotAPackageError(
-            f"config.json says {str(found)[:300]}",
-            expected=f"{expected}: the classes in the package itself",
-            next_step="make a package of a GPT-2 checkpoint: gpt2-value convert FOLDER OUT",
-        )
-    return config_fields.checked_config(fields)
-
-
 def package_file_limit(name: str, *, vocabulary: int, weights: int) -> int | None:
     """Return the most bytes that a package's file of this name may have; None for a file that no loader needs.
 
@@ -179,7 +171,7 @@ def package_file_limit(name: str, *, vocabulary: int, weights: int) -> int | Non
         vocabulary: the limit for each of the tokenizer's large files, see `limits.vocabulary_bytes`.
         weights: the limit for all weights together, see `limits.weight_bytes`.
     """
-    if name.endswith(layout.CODE_SUFFIXES) and name != layout.HANDLER:
+    if layout.is_code(name):
         return limits.CODE_BYTES
     if name == layout.WEIGHTS_INDEX:
         return limits.INDEX_BYTES

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import layout, limits
-from ..errors import LoadError, TokenizerMismatchError, as_ours
-from ..files import AGAIN
+from ..errors import AGAIN, LoadError, TokenizerMismatchError, as_ours
 from ..limited_process import failure_of, run_limited, search_path_of
 
 SCRIPT = Path(__file__).with_name("try_tokenizer.py")

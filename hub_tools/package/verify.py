@@ -18,6 +18,7 @@ from typing import Any
 
 from .. import layout, limits
 from ..errors import (
+    AGAIN,
     ChangedFileError,
     GPT2ValueHubError,
     LoadError,
@@ -27,7 +28,6 @@ from ..errors import (
     VerificationError,
     as_ours,
 )
-from ..files import AGAIN
 from ..limited_process import failure_of, run_limited, search_path_of
 from .inspect import PackageReport, inspect_stage
 from .record import PROBE_TEXT, Record, diff_command, read_record, release_of
@@ -129,7 +129,8 @@ def refusals(package: PackageReport) -> list[GPT2ValueHubError]:
 
     These are a missing head, files that are missing, foreign or changed, pickles, and code of another version.
     """
-    other = [file.name for file in package.code if not file.installed]
+    installed = layout.installed_hashes()
+    other = [name for name, digest in package.code.items() if digest != installed.get(name)]
     ours = release_of(package.code_sha256) is not None
     findings: list[Any] = [
         (

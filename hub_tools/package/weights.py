@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import layout, limits
 from ..errors import AGAIN, PackageError, as_ours
-from ..files import LFS_POINTER, open_in, read_json
+from ..files import open_in, read_json
 from .config import DTYPE, checked_shards, expected_shapes
 
 if TYPE_CHECKING:
@@ -37,23 +37,20 @@ def read_header(folder: Path, name: str) -> dict[str, Tensor]:
     """Read which tensors a safetensors file holds; the numbers are not read. Needs no torch.
 
     Raises:
-        PackageError: see `files.file_in`; or the header is truncated, oversized or not valid, or does not describe the
+        PackageError: see `files.open_in`; or the header is truncated, oversized or not valid, or does not describe the
             file's bytes.
     """
     from safetensors import safe_open
 
     def corrupt(found: str) -> PackageError:
-        return PackageError(f"{name}: {found}", expected="a safetensors file of tensors")
+        return PackageError(
+            f"{name}: {found}",
+            expected="a safetensors file of tensors, and not a git-lfs pointer to one",
+            next_step=f"in a git checkout: git lfs pull; else {AGAIN}",
+        )
 
     with open_in(folder, name) as opened:
-        start = opened.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        raise PackageError(
-            f"{name}: a git-lfs pointer, which stands for the weights and is not the weights",
-            expected="the weights themselves",
-            next_step="fetch them, in the checkout that this is: git lfs pull; or download the repository: hf download",
-        )
-    length = int.from_bytes(start[:8], "little")
+        length = int.from_bytes(opened.read(8), "little")
     if length > limits.HEADER_BYTES:
         raise corrupt(f"its header claims {length:,} bytes, and may have {limits.HEADER_BYTES:,}")
     with as_ours(corrupt), safe_open(folder / name, framework="numpy") as file:  # numpy: torch is not imported
