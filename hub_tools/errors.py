@@ -20,9 +20,6 @@ def visible(text: str) -> str:
 LONGEST = 20_000  # characters: names in somebody else's file may have millions
 
 
-AGAIN = "download the package again, or write it again with hub_tools.save_package"
-
-
 class GPT2ValueHubError(Exception):
     """Base of everything that hub_tools refuses. What it says may come from somebody else's file, so it is escaped, and
     cut off where it is longer than anybody reads.
@@ -30,10 +27,10 @@ class GPT2ValueHubError(Exception):
     Args:
         found: what was found, naming the file, tensor or argument.
         expected: what would have been accepted ("" where `found` says it already).
-        next_step: what the user does or types next; for a damaged file, to get the package again.
+        next_step: what the user does or types next.
     """
 
-    def __init__(self, found: str, *, expected: str = "", next_step: str = AGAIN) -> None:
+    def __init__(self, found: str, *, expected: str = "", next_step: str) -> None:
         self.found, self.expected, self.next_step = (visible(text[:LONGEST]) for text in (found, expected, next_step))
         lines = [self.found]
         if expected:
@@ -68,10 +65,15 @@ class SaveFailedError(GPT2ValueHubError, OSError):
 
 # Reading
 
+AGAIN = "download the package again, or write it again with hub_tools.save_package"
+
 
 class PackageError(GPT2ValueHubError, ValueError):
     """A file of a package or checkpoint is missing, damaged, too large, unsafe (a pickle, a link that leads out), or
     not what the other files call for."""
+
+    def __init__(self, found: str, *, next_step: str = AGAIN, **said: str) -> None:
+        super().__init__(found, next_step=next_step, **said)
 
 
 class NotAPackageError(PackageError):
