@@ -29,8 +29,7 @@ SECTIONS = (
         "Rollouts, bfloat16",
         "rollout.py --rounds 3 --dtype bfloat16 --shapes 16x1x4",
         "This CPU has no bfloat16 instructions. torch multiplies bfloat16 slowly there, so the shape is small. On such "
-        "a CPU the decode step multiplies in float32 and rounds the result of each layer. Its cache and attention are "
-        "in float32 on every CPU.",
+        "a CPU a rollout multiplies in float32 and rounds the result of each layer.",
     ),
     (
         "Rollouts of torch.compile(model)",
