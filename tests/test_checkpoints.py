@@ -9,6 +9,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -58,7 +59,7 @@ def set_head(model, value):
 
 def head_of(commit):
     """The bias of the value head in a commit: which step it was made at."""
-    return load(commit.files["model.safetensors"].content)[HEAD].item()
+    return load(commit.files["model.safetensors"])[HEAD].item()
 
 
 @pytest.fixture
@@ -71,15 +72,13 @@ def training(server, temporary):
         "TMPDIR": str(temporary),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
     }
-    return lambda code: subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return partial(subprocess.Popen, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 # With the real worker
 
 
-def test_a_killed_run_loses_nothing_that_was_begun_and_the_worker_gives_way(server, temporary, training, tmp_path):
+def test_a_killed_run_loses_nothing_that_was_begun_and_the_worker_gives_way(server, temporary, training):
     code = (
         "import os, time, conftest, hub_tools\npusher = hub_tools.CheckpointPusher('alice/value')\n"
         "model = conftest.make_tiny_model()\nmodel.v_head.summary.bias.data.fill_(2)\npusher.push(model, step=2)\n"
@@ -87,7 +86,7 @@ def test_a_killed_run_loses_nothing_that_was_begun_and_the_worker_gives_way(serv
         "while os.getpriority(os.PRIO_PROCESS, pusher._worker.pid) < 19: time.sleep(0.01)\n"
         "print('begun', flush=True)\ntime.sleep(1000)"
     )
-    with training(code) as killed:
+    with training([sys.executable, "-c", code]) as killed:
         try:
             assert killed.stdout.readline() == b"begun\n"
         finally:
@@ -96,22 +95,19 @@ def test_a_killed_run_loses_nothing_that_was_begun_and_the_worker_gives_way(serv
     wait_for(lambda: not list(temporary.glob("gpt2-value-*")))
     commit = server.history(REPO)[0]
     assert (commit.title, head_of(commit)) == ("Step 2", 2)
-    loaded = load_package(REPO, revision=commit.oid, cache_dir=tmp_path / "cache")
-    assert loaded.model.v_head.summary.bias.item() == 2
 
 
 def test_an_uncaught_exception_leaves_the_last_checkpoint_pushed(temporary, workers, training):
-    """Without a `with` block, while a data loader's worker is there."""
+    """Without a `with` block."""
     code = (
-        "import os, time, conftest, hub_tools\nfrom hub_tools.publish import checkpoints\n"
+        "import conftest, hub_tools\nfrom hub_tools.publish import checkpoints\n"
         f"checkpoints.COMMAND = {checkpoints.COMMAND!r}\n"
         "hub_tools.CheckpointPusher('alice/value').push(conftest.make_tiny_model(), step=1)\n"
-        "if os.fork() == 0: time.sleep(5), os._exit(0)\n"
         "raise RuntimeError('training failed')"
     )
-    with training(code) as failed:
+    with training([sys.executable, "-c", code]) as failed:
         assert b"RuntimeError: training failed" in failed.communicate()[1]
-    assert workers.began == 1
+    assert workers.began() == 1
     assert not list(temporary.glob("gpt2-value-*"))
 
 
@@ -189,12 +185,11 @@ def test_what_is_the_best_loads_whatever_stood_there_before(server, do, tmp_path
 
 def test_somebody_elses_push_in_between_is_kept_and_ours_is_on_top(server, do, monkeypatch):
     monkeypatch.setattr(ask, "FIRST_PAUSE", 0.01)
-
-    server.create(REPO, {"notes.txt": b"mine"})
-    theirs = partial(server.commit, server.repos[REPO], "refs/heads/main", "theirs", {"notes.txt": None})
+    theirs = partial(server.commit, server.create(REPO), "refs/heads/main", "theirs", {"notes.txt": b"theirs"})
     server.faults.append(Fault(route="lfs_upload", meanwhile=theirs))
     do(make_tiny_model(), step=51)
     assert [commit.title for commit in server.history(REPO)][:2] == ["Step 51", "theirs"]
+    assert "notes.txt" in server.files(REPO)
 
 
 def test_a_checkpoint_that_could_not_be_tagged_is_not_called_missing(server, do):
@@ -216,25 +211,18 @@ print(json.dumps(answer))
 """
 
 
-class Workers:
-    """Workers that note that they began, do `then`, and answer that they have pushed."""
-
-    def __init__(self, monkeypatch, log):
-        self._monkeypatch, self._log = monkeypatch, log
-        self.run("")
-
-    def run(self, then):
-        code = WORKER.format(log=str(self._log), then=then)
-        self._monkeypatch.setattr(checkpoints, "COMMAND", (sys.executable, "-S", "-c", code))
-
-    @property
-    def began(self):
-        return len(self._log.read_text().splitlines()) if self._log.exists() else 0
-
-
 @pytest.fixture
 def workers(monkeypatch, tmp_path):
-    return Workers(monkeypatch, tmp_path / "jobs")
+    """Workers that note that they began, do what `run` was told, and answer that they have pushed."""
+    log = tmp_path / "jobs"
+    log.touch()
+
+    def run(then):
+        code = WORKER.format(log=str(log), then=then)
+        monkeypatch.setattr(checkpoints, "COMMAND", (sys.executable, "-S", "-c", code))
+
+    run("")
+    return SimpleNamespace(run=run, began=lambda: log.read_text().count("began"))
 
 
 @pytest.fixture
@@ -264,7 +252,7 @@ def test_the_newest_waits_and_the_last_is_never_lost(pusher, workers, tmp_path):
         pusher.push(model, step=step, metrics={"reward": step})
         set_head(model, -1)
         if step == 0:
-            wait_for(lambda: workers.began)
+            wait_for(workers.began)
         else:
             assert pusher._waiting.keywords["model"].v_head.summary.bias.item() == step
     (tmp_path / "go").touch()
@@ -272,7 +260,7 @@ def test_the_newest_waits_and_the_last_is_never_lost(pusher, workers, tmp_path):
     assert steps_of(pusher) == [0, 5]
     assert pusher.pushed[1].metrics == {"reward": 5.0}
     assert pusher.skipped == [1, 2, 3, 4]
-    assert workers.began == 2
+    assert workers.began() == 2
     assert pusher._worker.poll() is not None
 
 
@@ -332,7 +320,7 @@ def test_what_the_system_refuses_is_a_failure_and_no_silence(pusher, monkeypatch
 def test_an_interrupt_while_closing_gives_up_what_is_on_its_way_and_says_so(pusher, workers, monkeypatch, caplog):
     workers.run("time.sleep(1000)")
     pusher.push(make_tiny_model(), step=1)
-    wait_for(lambda: workers.began)
+    wait_for(workers.began)
     process, join, interrupts = pusher._worker, pusher._thread.join, iter([KeyboardInterrupt])
 
     def interrupted():
@@ -358,10 +346,6 @@ def test_what_cannot_be_a_checkpoint_is_refused_at_once_and_stops_nothing(pusher
         pusher.push(tiny_model, step=0, metrics={"kl": "low"})
     set_head(tiny_model, float("nan"))
     with pytest.raises(UnsavableModelError, match=HEAD):
-        pusher.push(tiny_model, step=0)
-    set_head(tiny_model, 0.0)
-    tiny_model.generation_config.made_of = object()  # JSON has no word for it
-    with pytest.raises(UnsavableModelError):
         pusher.push(tiny_model, step=0)
     pusher.flush()
     assert pusher.pushed == pusher.skipped == []

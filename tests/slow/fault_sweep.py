@@ -31,7 +31,6 @@ from hub_tools.hub import ask
 from hub_tools.publish import push
 
 REPO = "alice/value"
-DOWNLOADS = "/{repo_id}/resolve/{revision}/{filename}"
 FAULTS = {
     **{str(status): {"status": status} for status in (401, 403, 409, 412, 429, 500, 503)},
     "504 acted": {"status": 504, "acts": True},
@@ -145,16 +144,19 @@ def serving(*, xet=False):
 @contextmanager
 def talking_to(url, token, *, xet=False):
     """Let this process's huggingface_hub, which was imported before, talk to this server."""
-    constants = huggingface_hub.constants
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
     with (
-        mock.patch.object(constants, "ENDPOINT", url),
+        mock.patch.multiple(
+            huggingface_hub.constants,
+            ENDPOINT=url,
+            HUGGINGFACE_CO_URL_TEMPLATE=template,
+            HF_HUB_OFFLINE=False,
+            HF_HUB_DISABLE_XET=not xet,
+        ),
         # what transformers lists files by; it keeps the endpoint of the moment when it was imported
         mock.patch.object(hf_api.api, "endpoint", url),
-        mock.patch.object(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + DOWNLOADS),
         # huggingface_hub 0.36 keeps a copy here
-        mock.patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", url + DOWNLOADS, create=True),
-        mock.patch.object(constants, "HF_HUB_OFFLINE", False),
-        mock.patch.object(constants, "HF_HUB_DISABLE_XET", not xet),
+        mock.patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, create=True),
         mock.patch.dict(os.environ, HF_TOKEN=token),
     ):
         yield

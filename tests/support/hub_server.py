@@ -11,9 +11,9 @@ https://huggingface.co/docs/hub/api.
 import base64
 import fnmatch
 import hashlib
-import itertools
 import json
 import re
+import secrets
 import socket
 import threading
 import time
@@ -126,7 +126,6 @@ class HubServer:
         self.faults = []
         self.sizes = {}  # of files that are said to be larger than they are
         self.lock = threading.RLock()
-        self._serial = itertools.count()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -168,10 +167,10 @@ class HubServer:
         parent = parent or repo.refs.get(ref)
         files = {**(repo.commits[parent].files if parent else {}), **changes}
         files = {path: content for path, content in files.items() if content is not None}
-        oid = hashlib.sha1(b"commit %d" % next(self._serial)).hexdigest()
-        repo.commits[oid] = Commit(oid, parent, title, files)
-        repo.refs[ref] = oid
-        return repo.commits[oid]
+        commit = Commit(secrets.token_hex(20), parent, title, files)
+        repo.commits[commit.oid] = commit
+        repo.refs[ref] = commit.oid
+        return commit
 
 
 class Refused(Exception):
@@ -383,8 +382,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def serve(self):
         hub, url, token = self.hub, urlsplit(self.path), self.headers.get("Authorization", "").removeprefix("Bearer ")
-        self.body, self.query = self.read(), parse_qs(url.query, keep_blank_values=True)
-        method, answer, match, name = self.command.replace("HEAD", "GET"), None, None, "unknown"
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.query = parse_qs(url.query, keep_blank_values=True)
+        method, match, name = self.command.replace("HEAD", "GET"), None, "unknown"
         for wanted, pattern, function in ROUTES:
             if wanted == method and (match := pattern.fullmatch(url.path)):
                 name = function.__name__
@@ -404,6 +404,7 @@ class _Handler(BaseHTTPRequestHandler):
                 vars(self).update({"rev": "main", "rest": "", "user": hub.tokens.get(token), **parts})
                 with hub.lock:
                     answer = function(self)
+                answer = answer if isinstance(answer, tuple) else (200, answer, {})
             except Refused as refused:
                 answer = refused.answer
         if fault.cut:
@@ -415,21 +416,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"Retry-After": fault.retry_after} if fault.retry_after is not None else {}
             self.send(fault.status, {"error": text} if headers else b"<html>Bad gateway</html>", headers)
         elif fault.body is not None:
-            self.send(200, fault.body, answer[2] if isinstance(answer, tuple) else {})
+            self.send(200, fault.body, answer[2])
         else:
-            self.send(*(answer if isinstance(answer, tuple) else (200, answer, {})))
+            self.send(*answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
-
-    def read(self):
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
 
     def send(self, status, content, headers):
         self.send_response(status)
