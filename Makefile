@@ -127,7 +127,7 @@ fuzz: .venv/.done  ## spoil packages, checkpoints and adapters in thousands of w
 	$(BIN)/python tests/slow/fuzz_checkpoints.py
 
 release-hashes: .venv/.done  ## add this version's code to the list of releases, before it is released
-	$(BIN)/python -m hub_tools.package.record
+	PYTHONPATH=. $(BIN)/python .ci/release_hashes.py
 
 wheel:  ## build dist/*.whl
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -61,9 +61,6 @@ TOKENIZER = frozenset(
     }
 )
 
-# Those of them that hold settings and a few tokens; the others hold a vocabulary.
-TOKENIZER_SETTINGS = frozenset({TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, "chat_template.jinja"})
-
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".pyd")  # what Python imports
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 

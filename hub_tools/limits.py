@@ -5,11 +5,10 @@ Those that depend on the size of the model are computed from its `config.json`, 
 the elements of all tensors together.
 """
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 # Bytes read
 CONFIG_BYTES = MIB  # 1 kB for GPT-2
-TOKENIZER_SETTINGS_BYTES = 4 * MIB  # a list of 20,000 added tokens
 VOCABULARY_BYTES_AT_MOST = 64 * MIB
 HEADER_BYTES = 16 * MIB  # of a safetensors file: 60 kB for the largest GPT-2
 INDEX_BYTES = 16 * MIB

@@ -229,10 +229,6 @@ def checked_config(
         PackageError: a value that cannot be right, or a field that makes a loader read other files, run other code, or
             allocate far more memory than the weights need.
     """
-
-    def refuse(name: str, expected: str) -> PackageError:
-        return PackageError(f"{where}: {name!r} is {str(fields.get(name))[:80]!r}", expected=expected)
-
     model_type = fields.get("model_type", "gpt2")  # the first GPT-2 checkpoints do not say
     if model_type not in (layout.MODEL_TYPE, "gpt2"):
         raise NotAPackageError(
@@ -243,16 +239,15 @@ def checked_config(
     if model_type == "gpt2":
         own = {name: value for name, value in fields.items() if name not in OF_THE_CLASS}
         fields = {**GPT2_SIZES, **own, "model_type": "gpt2"}
-    for name in SIZES:
-        if fields.get(name) is None:
-            raise refuse(name, "a positive whole number")
+    if missing := [name for name in SIZES if fields.get(name) is None]:
+        raise PackageError(f"{where} lacks {missing}", expected="a positive whole number for each size")
     found = reduce(layout.CONFIG, fields, where=where, also=also)
     most = math.isqrt(limits.MASK_BYTES // found["n_layer"])
     if found["n_positions"] > most:
-        raise refuse(
-            "n_positions", f"at most {most:,} with {found['n_layer']:,} layers: transformers 4 keeps a mask of its "
-            "square in each",
-        )  # fmt: skip
+        raise PackageError(
+            f"{where}: 'n_positions' is {found['n_positions']:,}",
+            expected=f"at most {most:,} with {found['n_layer']:,} layers: transformers 4 keeps its square in each",
+        )
     return found
 
 

@@ -142,7 +142,7 @@ def _at_hand(
 def inspect_stage(copy: Stage, source: str) -> PackageReport:
     """Report on the copy of a package (see `stage_package`). Where it has no weights, their headers are read from the
     source."""
-    names, kinds = copy.names, {name: layout.kind_of(name) for name in copy.names}
+    names = copy.names
     known = {
         file: config_fields.reduce(file, read_json(copy.folder, file, limit=limits.INDEX_BYTES))
         for file in config_fields.REDUCED
@@ -175,8 +175,8 @@ def inspect_stage(copy: Stage, source: str) -> PackageReport:
         versions={} if record is None else record.versions,
         missing=tuple(name for name in parts if name not in names),
         changed=() if record is None else _changed(record, copy),
-        pickles=tuple(name for name in names if kinds[name] == "pickle"),
-        foreign=tuple(name for name in names if kinds[name] == "foreign"),
+        pickles=tuple(name for name in names if layout.kind_of(name) == "pickle"),
+        foreign=tuple(name for name in names if layout.kind_of(name) == "foreign"),
     )
 
 

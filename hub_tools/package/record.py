@@ -90,9 +90,3 @@ def release_of(code: Mapping[str, str]) -> str | None:
 def diff_command(source: str, commit: str | None = None) -> str:
     """Return the command that shows how a package's code differs from the installed version's."""
     return f"gpt2-value inspect {shlex.quote(source)} --diff" + (f" --revision {commit}" if commit else "")
-
-
-if __name__ == "__main__":  # make release-hashes: what was released once stays as it is
-    recorded = json.loads(RELEASES.read_text(encoding="utf-8"))
-    recorded.setdefault(layout.__version__, layout.installed_hashes())
-    RELEASES.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")

@@ -168,15 +168,11 @@ def package_file_limit(name: str, *, vocabulary: int, weights: int) -> int | Non
 
     Args:
         name: the file's.
-        vocabulary: the limit for each of the tokenizer's large files, see `limits.vocabulary_bytes`.
+        vocabulary: the limit for each of the tokenizer's files, see `limits.vocabulary_bytes`.
         weights: the limit for all weights together, see `limits.weight_bytes`.
     """
     if layout.is_code(name):
         return limits.CODE_BYTES
-    if name == layout.WEIGHTS_INDEX:
-        return limits.INDEX_BYTES
-    if name in layout.TOKENIZER_SETTINGS:
-        return limits.TOKENIZER_SETTINGS_BYTES
     most = {"config": limits.CONFIG_BYTES, "record": limits.RECORD_BYTES, "weights": weights, "tokenizer": vocabulary}
     return most.get(layout.kind_of(name))
 

@@ -75,8 +75,8 @@ def read_headers(folder: Path, name: str) -> dict[str, dict[str, Tensor]]:
         return {name: read_header(folder, name)}
     weight_map = checked_shards(read_json(folder, name, limit=limits.INDEX_BYTES))
     shards = {shard: read_header(folder, shard) for shard in sorted(set(weight_map.values()))}
-    held = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
-    if held != weight_map or sum(map(len, shards.values())) != len(held):
+    held = sorted((tensor, shard) for shard, tensors in shards.items() for tensor in tensors)
+    if held != sorted(weight_map.items()):
         raise PackageError(
             f"{name} and the shards disagree about which tensors are where",
             expected="every tensor in the shard that the index names, and nowhere else",
@@ -115,10 +115,9 @@ def package_weights(folder: Path, names: Sequence[str]) -> dict[str, dict[str, T
             return read_headers(folder, name)
     pickles = [name for name in names if layout.kind_of(name) == "pickle"]
     raise PackageError(
-        f"{layout.WEIGHTS} is not in {folder}"
-        + (f"; the only weights are pickles, which were not opened: {pickles[:5]}" if pickles else ""),
+        f"{layout.WEIGHTS} is not in {folder}; pickles, which were not opened: {pickles[:5]}",
         expected=f"{layout.WEIGHTS}, or shards and {layout.WEIGHTS_INDEX}",
-        next_step="gpt2-value convert FOLDER OUT reads pickles without running them" if pickles else AGAIN,
+        next_step=f"gpt2-value convert FOLDER OUT reads pickles without running them; where there are none, {AGAIN}",
     )
 
 
