@@ -134,7 +134,7 @@ def server(tmp_path_factory, monkeypatch):
     from slow.fault_sweep import serving
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    with serving(xet=False) as server:
+    with serving() as server:
         yield server
 
 
@@ -161,6 +161,16 @@ def plain_twin(model):
     twin = GPT2LMHeadModel(config)
     twin.load_state_dict(model.state_dict(), strict=False)
     return twin.train(model.training)
+
+
+def save_adapter(model, folder, *, base):
+    """A LoRA for a plain GPT-2, which names its base."""
+    import peft
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    adapted = peft.get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(folder, save_embedding_layers=False)
 
 
 def write_published_checkpoint(folder, *, safetensors=True, **fields):

@@ -5,9 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
-import peft
 import pytest
-from conftest import make_tiny_model, plain_twin
+from conftest import make_tiny_model, plain_twin, save_adapter
 from huggingface_hub import try_to_load_from_cache
 from support.hub_server import Fault
 
@@ -174,10 +173,7 @@ def test_the_base_that_an_adapter_names_is_fetched_within_bounds(server, tmp_pat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     base = plain_twin(make_tiny_model())
     base.save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
-    adapted = peft.get_peft_model(base, config)
-    adapted.peft_config["default"].base_model_name_or_path = "alice/base"
-    adapted.save_pretrained(tmp_path / "adapter")
+    save_adapter(base, tmp_path / "adapter", base="alice/base")
     for name in ("base", "adapter"):
         server.create(f"alice/{name}", {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     conversion = convert_checkpoint("alice/adapter", tmp_path / "out", init_value_head=True)

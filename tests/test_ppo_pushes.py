@@ -11,7 +11,7 @@ def test_checkpoints_of_a_run_are_pushed_as_packages(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # the process that pushes reads it anew
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     base = small_gpt2(Recipe(vocab_size=400, n_embd=32, n_layer=1, n_head=2, steps=12, batch_size=8)).folder
-    with serving(xet=False) as server:
+    with serving() as server:
         train(
             PPOSettings(
                 out=tmp_path / "run",

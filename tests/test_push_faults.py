@@ -16,20 +16,23 @@ from slow.fault_sweep import (
     SCENARIOS,
     hurried,
     push_verified,
-    requests_of,
     serving,
     set_up,
     sweep,
     talking_to,
-    try_fault,
 )
 from support.hub_server import Fault
 
-from hub_tools.errors import ConcurrentPushError, GPT2ValueHubError, HubUnavailableError
+from hub_tools.errors import (
+    AuthenticationError,
+    ConcurrentPushError,
+    GPT2ValueHubError,
+    HubUnavailableError,
+    RemoteNotFoundError,
+)
 from hub_tools.hub import ask
 from hub_tools.publish.push import push_package
 
-NEW_REPO = SCENARIOS["new repository"]
 NEW_BRANCH = SCENARIOS["new branch"]
 
 
@@ -46,14 +49,13 @@ def test_any_single_failure_leaves_the_old_commit_or_one_whole_new_one(server, p
     assert {fault for *_, fault, _ in outcomes} == set(FAULTS)
 
 
-def test_what_waiting_does_not_mend_is_not_tried_again(server, package):
-    routes = requests_of(server, package, NEW_REPO)
-    for status, error in ((401, "AuthenticationError"), (404, "RemoteNotFoundError")):
-        for number in (1, len(routes) - 2, len(routes)):
-            outcome = try_fault(server, package, NEW_REPO, fault := Fault(nth=number, status=status))
-            if routes[number - 1] == "refs" and status == 404:  # this is how the Hub says that there is no repository
-                continue
-            assert (routes[number - 1], outcome, fault.hits) == (routes[number - 1], error, 1)
+@pytest.mark.parametrize(("status", "error"), [(401, AuthenticationError), (404, RemoteNotFoundError)])
+@pytest.mark.parametrize("route", ["whoami", "preupload", "commit", "create_tag"])
+def test_what_waiting_does_not_mend_is_not_tried_again(server, package, status, error, route):
+    server.faults.append(fault := Fault(route=route, status=status))
+    with pytest.raises(error):
+        push_verified(package, tag="v1")
+    assert fault.hits == 1
 
 
 @pytest.mark.parametrize("lost", ["cut after", "504 acted"])

@@ -7,11 +7,11 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import make_tiny_model, plain_twin
+from conftest import make_tiny_model, plain_twin, save_adapter, write_published_checkpoint
 from slow.fault_sweep import REPO, push_verified
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hub_tools import layout, load_package, save_package
+from hub_tools import load_package, save_package
 from hub_tools.publish.contents import read_by_a_loader
 
 TOKENS = torch.tensor([[1, 2, 3, 4]])
@@ -76,8 +76,8 @@ def names_of_the_installed_loaders():
     """The file names that the installed transformers and peft look up: constants of theirs, and those of tokenizers."""
     found = set()
     for module in (transformers.utils, transformers.utils.hub, transformers.utils.peft_utils, peft.utils.constants):
-        constants = {n: v for n, v in vars(module).items() if n.isupper() and isinstance(v, str)}
-        found |= {v for v in constants.values() if re.fullmatch(r"\w+(\.\w+)*\.[a-z]\w+", v)}
+        constants = [value for name, value in vars(module).items() if name.isupper() and isinstance(value, str)]
+        found |= {value for value in constants if re.fullmatch(r"\w+(\.\w+)*\.[a-z]\w+", value)}
     for path in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py"):
         for names in re.findall(r"VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(), re.DOTALL):
             found |= set(re.findall(r': "(.+?)"', names))
@@ -89,7 +89,6 @@ def test_every_name_that_the_installed_loaders_look_up_is_known():
     assert {"model.safetensors", "adapter_config.json", "vocab.json", "processor_config.json"} <= names
     others = {name for name in names if not read_by_a_loader(name)}
     assert others <= {"modelcard.json", "README.md"}, "cards are words"
-    assert all(read_by_a_loader(name) for name in (*layout.TOKENIZER, *layout.REMOTE_CODE, layout.GENERATION_CONFIG))
 
 
 # The real loaders, after pushes over what people have in their repositories
@@ -115,21 +114,14 @@ def what_stood_there(kind, folder, tokenizer):
         tokenizer.chat_template = "{{ messages }}"
         tokenizer.save_pretrained(folder)
     elif kind == "an adapter":
-        base = plain_twin(other)
-        base.save_pretrained(folder / "base")
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
-        adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder / "base"), config)
-        adapted.save_pretrained(folder)
+        save_adapter(plain_twin(other), folder, base="alice/base")
     elif kind == "pickled weights":
-        plain_twin(other).save_pretrained(folder)
-        (folder / "model.safetensors").unlink()
-        torch.save(other.state_dict(), folder / "pytorch_model.bin")
+        write_published_checkpoint(folder, safetensors=False)
     elif kind == "other code, templates and another way to generate":
         plain_twin(other).save_pretrained(folder)
-        (folder / "modeling_mine.py").write_text("raise RuntimeError")
-        (folder / "chat_template.jinja").write_text("old")
         (folder / "custom_generate").mkdir()
-        (folder / "custom_generate" / "generate.py").write_text("raise RuntimeError")
+        for name in ("modeling_mine.py", "custom_generate/generate.py", "chat_template.jinja"):
+            (folder / name).write_text("raise RuntimeError")
 
 
 KINDS = [

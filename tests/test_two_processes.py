@@ -53,7 +53,7 @@ def run_all(rank, folder, server):
 def passed(tmp_path_factory):
     """The folder in which each check has left a file for each process, and why the last one that began failed."""
     folder, why = tmp_path_factory.mktemp("pair"), None
-    with serving(xet=False) as hub:
+    with serving() as hub:
         try:
             in_two_processes(run_all, folder, (hub.url, hub.token))
         except ProcessException as error:
@@ -297,7 +297,7 @@ def what_the_first_process_refuses_all_processes_refuse(rank, folder, server):
 def a_sharded_model_is_pushed_once(rank, folder, server):
     model = sharded(make_tiny_model())
     with (
-        talking_to(*server, xet=False),
+        talking_to(*server),
         mock.patch.object(subprocess, "Popen", Forked),
         mock.patch.dict(os.environ, HF_HUB_OFFLINE="0"),  # of the worker
         CheckpointPusher("alice/steps") as pusher,
