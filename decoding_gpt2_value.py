@@ -212,7 +212,7 @@ def is_thin(wrapper):
 def calls_gpt2(model):
     """Whether a call runs the forward of GPT2LMHeadModel or GPT2ValueModel, as it was when it was imported."""
     kind = type(model)
-    own = kind.forward is getattr(kind, "own_forward", OWN_LM_FORWARD) and kind.__call__ is nn.Module.__call__
+    own = kind.forward is getattr(kind, "scored_forward", OWN_LM_FORWARD) and kind.__call__ is nn.Module.__call__
     # Accelerate puts a forward before it that casts, and keeps it under this name.
     return own and not is_hooked(model) and ("forward" not in vars(model) or hasattr(model, "_original_forward"))
 
@@ -220,7 +220,7 @@ def calls_gpt2(model):
 def takes_requests(model):
     """Whether a call of the model reaches `GPT2ValueModel.forward` with its `score`, and nobody changes its output."""
     *wrappers, inner = unwrapped(model)
-    return hasattr(inner, "own_forward") and calls_gpt2(inner) and all(map(is_thin, wrappers))
+    return hasattr(inner, "scored_forward") and calls_gpt2(inner) and all(map(is_thin, wrappers))
 
 
 # Weights that FSDP2 spreads over processes: a call gathers them, so all processes have to make the same calls.

@@ -199,7 +199,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
     # generate() and Trainer read the names of arguments off the signature.
     forward.__signature__ = SIGNATURE  # type: ignore[attr-defined]
 
-    own_forward = forward  # tells a subclass that overrides forward: it is sampled and scored by its own logits
+    # Tells a subclass that overrides forward: it is sampled and scored by its own logits. So is a package's 0.2.0.
+    scored_forward = forward
 
 
 class GPT2HeadWithValueModel(GPT2ValueModel):
