@@ -20,7 +20,7 @@ from hub_tools.errors import (
     RemoteNotFoundError,
     SaveFailedError,
 )
-from hub_tools.hub.download import fetch, fetch_outline
+from hub_tools.hub.download import fetch
 
 REPO = "alice/value"
 
@@ -161,7 +161,7 @@ def test_nothing_that_a_hub_says_leads_out_of_the_cache(server, tmp_path, files,
     server.create(REPO, files)
     server.faults += [Fault(route="model_info", body=json.dumps(odd).encode()), Fault(route="resolve", body=b"{}")]
     (tmp_path / "outline").mkdir()
-    looks = (lambda: fetch(REPO, cache_dir=tmp_path / "cache"), lambda: fetch_outline(REPO, tmp_path / "outline"))
+    looks = (lambda: fetch(REPO, cache_dir=tmp_path / "cache"), lambda: fetch(REPO, outline=tmp_path / "outline"))
     for look in looks:
         with pytest.raises(GPT2ValueHubError):
             look()

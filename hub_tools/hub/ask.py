@@ -33,6 +33,7 @@ from ..errors import (
     HubUnavailableError,
     RemoteNotFoundError,
     SaveFailedError,
+    as_ours,
     visible,
 )
 
@@ -42,7 +43,6 @@ PATIENCE = 300.0  # seconds of pauses and silence after which an operation is gi
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two attempts; doubles with each
 ANSWER_WITHIN = 60.0  # seconds without an answer after which a request is given up
 SLOWEST = 16_000.0  # bytes a second, which a request may take in addition
-FIRST_NOTE = 5.0  # seconds of waiting after which a line says so
 
 _UNRESOLVED = re.compile(r"(?i)getaddrinfo|name resolution|name or service|nodename|failed to resolve|unreachable")
 LOG_IN = "log in: hf auth login; or pass token=..., or set HF_TOKEN, which overrides the login"
@@ -76,7 +76,6 @@ class Hub:
         if self.token and not re.fullmatch(r"[!-~]+", self.token):  # HTTP libraries quote a header that they refuse
             raise AuthenticationError(
                 "the token holds white space or characters outside ASCII",
-                expected="a user access token, as hf_...",
                 next_step="copy it again, alone",
             )
         self.api = HfApi(token=self.token, library_name="gpt2-value", library_version=layout.__version__)
@@ -104,10 +103,8 @@ class Hub:
 
         threading.Thread(target=work, name=f"hub: {what}", daemon=True).start()
         limit = ANSWER_WITHIN + moves / SLOWEST
-        if concurrent.futures.wait([future], timeout=FIRST_NOTE).not_done:
-            logger.warning("waiting for the Hub to %s", what)
-            if concurrent.futures.wait([future], timeout=max(0.0, limit - FIRST_NOTE)).not_done:
-                raise Passing(f"could not {what}: no answer for {limit:.0f} s", silence=limit)
+        if concurrent.futures.wait([future], timeout=limit).not_done:
+            raise Passing(f"could not {what}: no answer for {limit:.0f} s", silence=limit)
         if (error := future.exception()) is None:
             return future.result()
         # Not raised from theirs, so that our errors hold no reference to the HTTP library's, which holds the token.
@@ -122,33 +119,32 @@ class Hub:
             SaveFailedError: the system refuses to write a file.
             What the operation raises, except Passing.
         """
-        left, usual, attempts = PATIENCE, FIRST_PAUSE, 1
+
+        def unwritable(gist: str) -> SaveFailedError:
+            return SaveFailedError(
+                f"could not {what}: {gist}",
+                expected="space, and permission to write, in the Hub's cache and in the folder for temporary files",
+                next_step="free some space, or name other folders: export HF_HOME=FOLDER TMPDIR=FOLDER",
+            )
+
+        left, usual = PATIENCE, FIRST_PAUSE
         while True:
             try:
-                return operation()
+                with as_ours(unwritable):
+                    return operation()
             except Passing as caught:
                 failure = caught
-            except GPT2ValueHubError:
-                raise
-            except OSError as error:
-                raise SaveFailedError(
-                    f"could not {what}: {error}",
-                    expected="space, and permission to write, in the Hub's cache and in the folder for temporary files",
-                    next_step="free some space, or name other folders: export HF_HOME=FOLDER TMPDIR=FOLDER",
-                ) from error
             pause = max(usual * random.uniform(0.5, 1.0), failure.pause)
             left -= pause + failure.silence
             if left < 0 or _UNRESOLVED.search(str(failure)):
-                advice = f"make sure that {self.api.endpoint} is well, and that you have a connection; then"
-                if failure.pause:
-                    advice = f"the Hub asks to wait {failure.pause:,.0f} s:"
                 raise HubUnavailableError(
-                    f"could not {what}, after {attempts} attempt{'s' * (attempts > 1)}: {failure}",
-                    next_step=f"{advice} run the same again",
+                    f"gave up: {failure}",
+                    next_step=f"make sure that {self.api.endpoint} is well, and that you have a connection; wait "
+                    f"{pause:,.0f} s or longer, and run the same again",
                 )
             logger.warning("could not %s yet (%s); again in %.1f s", what, failure, pause)
             time.sleep(pause)
-            usual, attempts = min(2 * usual, LONGEST_PAUSE), attempts + 1
+            usual = min(2 * usual, LONGEST_PAUSE)
 
     def _translated(self, what: str, error: BaseException) -> Exception:
         """Return our error for one of huggingface_hub's."""
@@ -185,18 +181,15 @@ class Hub:
             )
         return HubRefusedError(
             text,
-            expected="an answer that huggingface_hub can read",
             next_step=f"read the message above, and make sure that {self.api.endpoint} is a Hub; nothing was committed",
         )
 
 
-def is_repository_id(text: object) -> bool:
+def is_repository_id(text: Any) -> bool:
     """Whether `text` can be a repository's id: `owner/name`, or a `name` without an owner, as `gpt2`. Whether there is
     such a repository, only the Hub can tell."""
-    if not isinstance(text, str) or text.endswith("\n"):  # which their rule overlooks
-        return False
     try:
         validate_repo_id(text)
     except HFValidationError:
         return False
-    return True
+    return not text.endswith("\n")  # which their rule overlooks

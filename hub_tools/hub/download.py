@@ -69,12 +69,7 @@ class Repository:
     commit: str
     files: dict[str, RemoteFile]
     private: bool
-    home: Path  # its place in the Hub's cache
-
-    @property
-    def folder(self) -> Path:
-        """Where the cache keeps this commit's files."""
-        return self.home / "snapshots" / self.commit
+    folder: Path  # in the Hub's cache
 
     def download(self, name: str) -> Path:
         """Return where a file is in the cache, after downloading it if it is not there yet.
@@ -84,13 +79,14 @@ class Repository:
             What `Hub.ask` raises.
         """
         file, place = self.files[name], self.folder / name
-        blob = self.home / "blobs" / file.digest
+        home = self.folder.parents[1]
+        blob = home / "blobs" / file.digest
         if place.exists():
             return place
         place.parent.mkdir(parents=True, exist_ok=True)
         blob.parent.mkdir(exist_ok=True)
         if not blob.exists():
-            with tempfile.TemporaryDirectory(dir=self.home) as private:
+            with tempfile.TemporaryDirectory(dir=home) as private:
                 part = Path(private, "part")
                 self.get(name, part, file.size)
                 if not file.is_at(part):
@@ -111,8 +107,7 @@ class Repository:
             headers["Range"] = f"bytes=0-{size - 1}"
         url = hf_hub_url(self.repo_id, name, revision=self.commit, endpoint=self.hub.api.endpoint)
         with _Bounded(path, size) as file:
-            if size:
-                self.hub.ask(f"download {name} of {self.repo_id}", http_get, url, file, moves=size, headers=headers)
+            self.hub.ask(f"download {name} of {self.repo_id}", http_get, url, file, moves=size, headers=headers)
 
 
 def read_repository(
@@ -134,12 +129,12 @@ def read_repository(
     for entry in entries:
         name, size, digest = entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id
         # git allows no name that leads out, but a server may say anything
-        inside = {"..", ".", ""}.isdisjoint(name.split("/")) and "\0" not in name
+        inside = {"..", ".", ""}.isdisjoint(name.split("/"))
         if type(size) is not int or size < 0 or not is_hash(digest) or not inside:
             raise odd_answer(f"lists a file {str(name)[:200]!r} of size {str(size)[:80]} and hash {str(digest)[:80]}")
         files[name] = RemoteFile(size, str(digest))
     home = Path(cache_dir or constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
-    return Repository(hub, repo_id, str(info.sha), files, bool(info.private), home)
+    return Repository(hub, repo_id, info.sha, files, bool(info.private), home / "snapshots" / info.sha)
 
 
 def is_hash(text: object) -> bool:
@@ -164,6 +159,7 @@ def fetch(
     cache_dir: Path | None = None,
     local_files_only: bool = False,
     checkpoint: bool = False,
+    outline: Path | None = None,
 ) -> Path:
     """Download the files that a loader of a package or a plain GPT-2 reads, at one commit, to the Hub's cache, and
     return their folder there, whose name is the commit.
@@ -174,6 +170,9 @@ def fetch(
     Args:
         checkpoint: another library's checkpoint, or an adapter, is wanted: also heads in files of their own, and
             pickled weights where there are no others. Nothing opens them.
+        outline: an empty folder. It gets a file for each of the repository's, for inspection: the wanted ones whole;
+            weights, which are then not downloaded to the cache, with a hole instead of what follows their header; all
+            others empty. Where the cache answers alone, it stays empty.
 
     Raises:
         NotAPackageError, PackageError: a repository without a model, or with pickles in the place of its weights.
@@ -185,76 +184,52 @@ def fetch(
         SaveFailedError: the system does not let the cache be written.
     """
     hub = Hub(token)
+    cached = _cached(repo_id, cache_dir, revision)
 
     def attempt() -> Path:
         try:
             repository = read_repository(hub, repo_id, revision, cache_dir=cache_dir)
         except Passing:
-            if cached := _cached(repo_id, cache_dir, revision):
-                return cached
-            raise
+            if cached is None:
+                raise
+            return cached
         wanted = _wanted(repository, checkpoint=checkpoint)
         for name in sorted(wanted, key=_holds_weights):  # the config before the weights
             if _holds_weights(name):
+                if outline is not None:
+                    continue
                 _check_weights(repository, wanted)
             repository.download(name)
+        if outline is not None:
+            _write_outline(repository, wanted, outline)
         if revision != repository.commit:  # for the cache alone, another time
-            ref = repository.home / "refs" / (revision or "main")
+            ref = repository.folder.parents[1] / "refs" / (revision or "main")
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(repository.commit)
         return repository.folder
 
     if not (local_files_only or constants.HF_HUB_OFFLINE):
         return hub.patiently(f"download {repo_id}", attempt)
-    if (cached := _cached(repo_id, cache_dir, revision)) is None:
+    if cached is None:
         raise HubUnavailableError(
             f"{repo_id} is not in the cache, and the Hub must not be asked",
-            expected="a model that was downloaded before",
             next_step="leave out local_files_only, unset HF_HUB_OFFLINE, and run the same again",
         )
     return cached
 
 
-def fetch_outline(
-    repo_id: str,
-    into: Path,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: Path | None = None,
-) -> Path:
-    """Download what inspection reads of a package: all but the weights, and of them the start, which has the header.
-
-    Args:
-        into: a new folder, which will hold one file for each of the repository's: those that loaders read whole;
-            weights with a hole instead of what follows their start; all others empty.
-
-    Returns:
-        where the whole files are in the Hub's cache, to be read by people. Its name is the commit.
-
-    Raises:
-        What `fetch` raises.
-    """
-    hub = Hub(token)
-
-    def attempt() -> Path:
-        repository = read_repository(hub, repo_id, revision, cache_dir=cache_dir)
-        wanted = _wanted(repository, checkpoint=False)
-        for name in repository.files:
-            top, *below = name.split("/")
-            if below:
-                (into / top).mkdir(exist_ok=True)
-            elif name not in wanted:
-                (into / name).touch()
-            elif _holds_weights(name):
-                size = repository.files[name].size
-                repository.get(name, into / name, min(size, FIRST_BYTES))
-                os.truncate(into / name, size)
-            else:
-                shutil.copyfile(repository.download(name), into / name)
-        return repository.folder
-
-    return hub.patiently(f"look into {repo_id}", attempt)
+def _write_outline(repository: Repository, wanted: set[str], outline: Path) -> None:
+    for name, file in repository.files.items():
+        top, *below = name.split("/")
+        if below:
+            (outline / top).mkdir(exist_ok=True)
+        elif name not in wanted:
+            (outline / name).touch()
+        elif _holds_weights(name):
+            repository.get(name, outline / name, min(file.size, FIRST_BYTES))
+            os.truncate(outline / name, file.size)
+        else:
+            shutil.copyfile(repository.folder / name, outline / name)
 
 
 def _holds_weights(name: str) -> bool:
@@ -270,9 +245,8 @@ def _wanted(repository: Repository, *, checkpoint: bool) -> set[str]:
     """
     names = sorted(name for name in repository.files if "/" not in name)
     if layout.CONFIG not in names and not (checkpoint and _ADAPTER in names):
-        files = [name for name in names if layout.kind_of(name) != "litter"]
         raise NotAPackageError(
-            f"{repository.repo_id} holds no package: it has {', '.join(files[:5]) or 'no files'}",
+            f"{repository.repo_id} holds no package: it has {', '.join(names[:5]) or 'no files'}",
             expected=f"a repository with {layout.CONFIG} and {layout.WEIGHTS}, as gpt2-value push makes it",
             next_step="check the name and the revision",
         )
@@ -282,7 +256,6 @@ def _wanted(repository: Repository, *, checkpoint: bool) -> set[str]:
         raise PackageError(
             f"{repository.repo_id} has its weights only as pickles ({', '.join(pickled[:3])}), which can run code when "
             "opened; none was downloaded",
-            expected="weights in safetensors",
             next_step="ask its author for safetensors; or read them without running them: gpt2-value convert "
             f"{repository.repo_id} OUT",
         )

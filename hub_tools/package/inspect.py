@@ -23,7 +23,7 @@ from ..errors import PackageError, visible
 from ..files import open_in, read_json
 from . import config as config_fields
 from .record import Record, read_record
-from .stage import Stage, fetched, repository_id, stage_package
+from .stage import Stage, repository_id, stage_package
 from .weights import Tensor, check_tensors, package_weights
 
 LONGEST = 200_000  # bytes of a file that `code_differences` shows: the largest file of any release has a tenth
@@ -124,19 +124,16 @@ def _at_hand(
 
     Of a repository on the Hub, only the headers of the weights are downloaded, unless all of it is wanted.
     """
+    from ..hub.download import fetch
+
     repo_id = repository_id(source, local_files_only=local_files_only, **options)
-    if repo_id is not None and not (whole or local_files_only):
-        from huggingface_hub import constants
-
-        from ..hub.download import fetch_outline
-
-        if not constants.HF_HUB_OFFLINE:
-            with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as outline:
-                snapshot = fetch_outline(repo_id, Path(outline), **options)
-                yield Path(outline), snapshot, snapshot.name
-            return
-    folder, commit = fetched(source, local_files_only=local_files_only, **options)
-    yield folder, folder, commit
+    if repo_id is None:
+        yield Path(source), Path(source), None
+        return
+    with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as home:
+        outline = None if whole else Path(home)
+        folder = fetch(repo_id, local_files_only=local_files_only, outline=outline, **options)
+        yield Path(home) if os.listdir(home) else folder, folder, folder.name
 
 
 def inspect_stage(copy: Stage, source: str) -> PackageReport:
@@ -239,7 +236,7 @@ def code_differences(source: str, *, revision: str | None = None) -> Iterator[st
     Raises:
         NotAPackageError: there is no such folder.
         PackageError: a file of code is a link that leads out of the folder, or no regular file.
-        And what `fetch_outline` raises.
+        And what `fetch` raises.
     """
     with _at_hand(source, revision=revision) as (folder, _, _):
         installed = layout.installed_code()

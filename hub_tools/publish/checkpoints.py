@@ -166,7 +166,7 @@ class CheckpointPusher:
         self.skipped: list[int] = []
         self._failure: CheckpointPushError | None = None  # the last one; earlier ones are in the log
         self._closed = False
-        atexit.register(self._close_at_exit)
+        atexit.register(self.close)
 
     def push(
         self, model: nn.Module, *, step: int, metrics: Mapping[str, float] | None = None, tokenizer: Any = None
@@ -192,7 +192,7 @@ class CheckpointPusher:
 
     def _accept(self, model: nn.Module | Gathered, step: int, metrics: Mapping[str, float], tokenizer: Any) -> None:
         """What `push` does in the process that pushes."""
-        self._check_usable(step)
+        self._check_usable()
         with as_ours(lambda gist: OptionsError(f"the metrics {dict(metrics)}: {gist}", next_step="pass numbers")):
             numbers = {str(name): float(value) for name, value in metrics.items()}
         copied = installed_copy(model)  # which shares its weights with a model in main memory
@@ -224,7 +224,7 @@ class CheckpointPusher:
         Raises:
             CheckpointPushError: the last checkpoint, or an earlier one, did not reach the Hub; and see `push`.
         """
-        self._check_usable(None)
+        self._check_usable()
         if (thread := self._thread) is not None:
             thread.join()
         self._run(is_last=True)
@@ -248,7 +248,7 @@ class CheckpointPusher:
             logger.error("interrupted: the last checkpoint is not on %s", self.repo_id)
             raise
         finally:
-            atexit.unregister(self._close_at_exit)
+            atexit.unregister(self.close)
             with self._lock:
                 self._closed = True
                 if self._worker is not None:
@@ -262,17 +262,13 @@ class CheckpointPusher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _close_at_exit(self) -> None:
-        with suppress(CheckpointPushError):  # which is in the log
-            self.close()
-
-    def _check_usable(self, step: int | None) -> None:
+    def _check_usable(self) -> None:
         # the process first: a fork may have copied the lock while somebody held it
         if os.getpid() != self._owner or self._closed:
             raise CheckpointPushError(
                 "this CheckpointPusher is closed, or belongs to the process from which this one was forked",
                 next_step="make a new one: CheckpointPusher(repo_id)",
-                step=step,
+                step=None,
             )
 
     def _skip(self, call: _Call | None) -> None:
@@ -325,7 +321,7 @@ class CheckpointPusher:
             torch.save(call, Path(home, CALL))
             environment = {**os.environ, **self._environment, "TMPDIR": home, "TEMP": home}
             with self._lock:
-                self._check_usable(_step(call))
+                self._check_usable()
                 self._worker = worker = subprocess.Popen(
                     [*COMMAND, home],
                     stdout=subprocess.PIPE,
@@ -340,7 +336,7 @@ class CheckpointPusher:
             raise CheckpointPushError(
                 f"the worker that pushes checkpoints ended with exit status {worker.returncode}",
                 next_step="read what it printed; make sure that there is enough memory",
-                step=_step(call),
+                step=None,
             )
         found = json.loads(printed.splitlines()[-1])
         if "error" in found:

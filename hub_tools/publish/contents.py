@@ -83,9 +83,8 @@ def merge_cards(ours: Path, theirs: Path) -> None:
         added: dict[str, Any] = metadata_load(ours) or {}
     tags = kept.get("tags") or []
     tags = [tags] if isinstance(tags, str) else tags
-    merged = {**kept, **added}
-    if tags or added.get("tags"):
-        merged["tags"] = [*tags, *(tag for tag in added.get("tags", []) if tag not in tags)]
+    tags = [*tags, *(tag for tag in added.get("tags", []) if tag not in tags)]
+    merged = {**kept, **added, "tags": tags}
     text = theirs.read_bytes()
     if re.sub(rb"\A\s*---\r?\n.*?\n---", b"", text, count=1, flags=re.DOTALL).strip():
         ours.write_bytes(text)
@@ -98,7 +97,7 @@ def refuse_tokens(folder: Path, words: Mapping[str, str], token: str) -> None:
     """Refuse to publish a token, the one in use or any other, as it is or escaped, in UTF-8, UTF-16 or UTF-32.
 
     Args:
-        folder: the files; of safetensors only the header is read.
+        folder: the files; of safetensors the start is read, which has the header.
         words: what each text is, for the message -> the text.
         token: the one in use.
 
@@ -108,12 +107,7 @@ def refuse_tokens(folder: Path, words: Mapping[str, str], token: str) -> None:
     texts = {what: text.encode() for what, text in words.items()}
     for path in folder.iterdir():
         with open(path, "rb") as file:
-            header = (
-                min(int.from_bytes(file.read(8), "little"), limits.HEADER_BYTES)
-                if path.suffix == ".safetensors"
-                else -1
-            )
-            texts[path.name] = file.read(header)
+            texts[path.name] = file.read(limits.HEADER_BYTES if path.suffix == ".safetensors" else -1)
         texts[f"the name of file {len(texts)}"] = os.fsencode(path.name)
     for where, text in texts.items():
         narrow = text.replace(b"\0", b"")

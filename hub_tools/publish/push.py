@@ -50,7 +50,7 @@ class PushReport:
 
     def __str__(self) -> str:
         changes = {"add": self.added, "change": self.changed, "delete": self.deleted}
-        did = "unchanged" if not any(changes.values()) else "pushed" if self.commit else "would push"
+        did = "pushed" if self.committed else "unchanged" if self.commit else "would push"
         lines = [f"{self.repo_id} ({self.revision}{', new' if self.new else ''}): {did}"]
         for what, files in changes.items():
             lines += [f"  {what:<6} {name}  {size:,} bytes" for name, size in files.items()]
@@ -170,8 +170,8 @@ class Push:
     """One push to one branch of a repository; see `push_package` for the arguments and what is raised."""
 
     repo_id: str
-    branch: str = MAIN
-    private: bool | None = None
+    branch: str
+    private: bool | None
     create_pr: bool = False
     tag: str | None = None
     message: str = MESSAGE
@@ -187,7 +187,6 @@ class Push:
         self.hub = Hub(token)
         self.repo_id = self.hub.patiently("check the token", lambda: writable_id(self.hub, self.repo_id))
         self.url = f"{self.hub.api.endpoint}/{self.repo_id}"
-        self._refs: dict[str, str] = {}  # refs/heads/NAME and refs/tags/NAME -> commit
         self._parent = ""  # the commit that the branch was at when it was first read
 
     def run(self, folder: Path, *, dry_run: bool = False, **verifying: Any) -> PushReport:
@@ -265,7 +264,6 @@ class Push:
             if commit != self._parent:
                 raise ConcurrentPushError(
                     f"{self.repo_id} ({self.branch}) is at {commit}: somebody pushed since it was at {self._parent}",
-                    expected="a branch that nobody else pushes to at the same time",
                     next_step=f"look at {self.url}/commits/{self.branch}; to push on top of it, run the same again",
                 )
             made = self.ask("push", self._commit, folder=folder, plan=plan, moves=sum(sent.values()))
@@ -307,16 +305,16 @@ class Push:
         Raises:
             OptionsError: the branch is a tag or a commit; the repository has another visibility.
         """
-        exists, name = self._read_refs(), self.branch
+        exists = self._read_refs()
         if create and not exists:
             self.ask("create the repository", self.hub.api.create_repo, private=self.private, exist_ok=True)
             exists = self._read_refs()
         if not exists:
             return Repository(self.hub, self.repo_id, "", {}, bool(self.private), Path())
-        head = self._refs.get(f"refs/heads/{name}")
-        if head is None and (f"refs/tags/{name}" in self._refs or is_hash(name)):
+        head = self._refs.get(f"refs/heads/{self.branch}")
+        if head is None and (f"refs/tags/{self.branch}" in self._refs or is_hash(self.branch)):
             raise OptionsError(
-                f"revision {name!r} is a tag or a commit",
+                f"revision {self.branch!r} is a tag or a commit",
                 expected="a branch, or a new name for one",
                 next_step="pass a branch; to name the new commit pass tag=... (--tag)",
             )
@@ -328,13 +326,13 @@ class Push:
                 next_step=f"change it in {self.url}/settings, or leave out private",
             )
         if create and head is None:
-            options = {"branch": name, "revision": there.commit, "exist_ok": True}
-            self.ask(f"create the branch {name}", self.hub.api.create_branch, **options)
+            what, options = f"create the branch {self.branch}", {"revision": there.commit, "exist_ok": True}
+            self.ask(what, self.hub.api.create_branch, branch=self.branch, **options)
         return there
 
     def _read_refs(self) -> bool:
         """Ask for branches and tags; return whether there is a repository."""
-        self._refs = {}
+        self._refs: dict[str, str] = {}  # refs/heads/NAME and refs/tags/NAME -> commit
         try:
             found = self.ask("list the branches", self.hub.api.list_repo_refs)
         except RemoteNotFoundError:
@@ -390,6 +388,5 @@ def writable_id(hub: Hub, repo_id: str) -> str:
 def _tag_exists(tag: str, commit: str) -> OptionsError:
     return OptionsError(
         f"the tag {tag!r} is on {commit} already",
-        expected="a free tag",
         next_step="choose another, or delete that one first: hf repos tag delete",
     )

@@ -11,7 +11,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,7 @@ def main(home: Path) -> None:
         answer = {"error": type(error).__name__, **vars(error)}
     finally:
         shutil.rmtree(home, ignore_errors=True)  # nobody else does it, if training has been killed meanwhile
-    with suppress(BrokenPipeError):
-        print(json.dumps(answer), flush=True)
+    print(json.dumps(answer))
 
 
 def push_checkpoint(
