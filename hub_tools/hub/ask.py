@@ -192,4 +192,4 @@ def is_repository_id(text: Any) -> bool:
         validate_repo_id(text)
     except HFValidationError:
         return False
-    return not text.endswith("\n")  # which their rule overlooks
+    return isinstance(text, str) and not text.endswith("\n")  # which their rule overlooks

@@ -124,12 +124,12 @@ def _at_hand(
 
     Of a repository on the Hub, only the headers of the weights are downloaded, unless all of it is wanted.
     """
-    from ..hub.download import fetch
-
     repo_id = repository_id(source, local_files_only=local_files_only, **options)
     if repo_id is None:
         yield Path(source), Path(source), None
         return
+    from ..hub.download import fetch
+
     with tempfile.TemporaryDirectory(prefix="gpt2-value-inspect-") as home:
         outline = None if whole else Path(home)
         folder = fetch(repo_id, local_files_only=local_files_only, outline=outline, **options)
