@@ -143,7 +143,7 @@ class CheckpointPushError(GPT2ValueHubError, RuntimeError):
     """A checkpoint did not reach the Hub: `step` says which one, and `__cause__` why. Or the pusher cannot be used: it
     is closed, or another process's."""
 
-    def __init__(self, found: str, *, step: int | None, **said: str) -> None:
+    def __init__(self, found: str, *, step: int | None = None, **said: str) -> None:
         super().__init__(found, **said)
         self.step = step
 

@@ -121,9 +121,9 @@ def read_repository(
     """
     where = f"find {repo_id}" + (f" at revision {revision}" if revision else "")
     info = hub.ask(where, hub.api.model_info, repo_id, revision=revision, files_metadata=True)
-    if not is_hash(info.sha):
-        raise odd_answer(f"says that {repo_id} is at commit {str(info.sha)[:80]!r}")
-    entries, files = info.siblings or [], {}
+    commit, entries, files = str(info.sha), info.siblings or [], {}
+    if not is_hash(commit):
+        raise odd_answer(f"says that {repo_id} is at commit {commit[:80]!r}")
     if len(entries) > limits.NAMES_IN_A_FOLDER:
         raise odd_answer(f"lists more than {limits.NAMES_IN_A_FOLDER:,} files of {repo_id}")
     for entry in entries:
@@ -134,7 +134,7 @@ def read_repository(
             raise odd_answer(f"lists a file {str(name)[:200]!r} of size {str(size)[:80]} and hash {str(digest)[:80]}")
         files[name] = RemoteFile(size, str(digest))
     home = Path(cache_dir or constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
-    return Repository(hub, repo_id, info.sha, files, bool(info.private), home / "snapshots" / info.sha)
+    return Repository(hub, repo_id, commit, files, bool(info.private), home / "snapshots" / commit)
 
 
 def is_hash(text: object) -> bool:

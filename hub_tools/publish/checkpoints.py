@@ -268,7 +268,6 @@ class CheckpointPusher:
             raise CheckpointPushError(
                 "this CheckpointPusher is closed, or belongs to the process from which this one was forked",
                 next_step="make a new one: CheckpointPusher(repo_id)",
-                step=None,
             )
 
     def _skip(self, call: _Call | None) -> None:
@@ -336,7 +335,6 @@ class CheckpointPusher:
             raise CheckpointPushError(
                 f"the worker that pushes checkpoints ended with exit status {worker.returncode}",
                 next_step="read what it printed; make sure that there is enough memory",
-                step=None,
             )
         found = json.loads(printed.splitlines()[-1])
         if "error" in found:

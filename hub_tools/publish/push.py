@@ -326,8 +326,13 @@ class Push:
                 next_step=f"change it in {self.url}/settings, or leave out private",
             )
         if create and head is None:
-            what, options = f"create the branch {self.branch}", {"revision": there.commit, "exist_ok": True}
-            self.ask(what, self.hub.api.create_branch, branch=self.branch, **options)
+            self.ask(
+                "create the branch",
+                self.hub.api.create_branch,
+                branch=self.branch,
+                revision=there.commit,
+                exist_ok=True,
+            )
         return there
 
     def _read_refs(self) -> bool:
