@@ -107,7 +107,9 @@ class Repository:
             headers["Range"] = f"bytes=0-{size - 1}"
         url = hf_hub_url(self.repo_id, name, revision=self.commit, endpoint=self.hub.api.endpoint)
         with _Bounded(path, size) as file:
-            self.hub.ask(f"download {name} of {self.repo_id}", http_get, url, file, moves=size, headers=headers)
+            # by default, http_get expects the whole file
+            how = {"headers": headers, "expected_size": size}
+            self.hub.ask(f"download {name} of {self.repo_id}", http_get, url, file, moves=size, **how)
 
 
 def read_repository(
