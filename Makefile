@@ -117,7 +117,7 @@ audit-power: .venv/.done  ## dishonest samplers that the audit catches, honest o
 quantised: .venv/.done  ## models whose weights torchao has quantised
 	PYTHONPATH=.venv/torchao $(BIN)/python -m pytest -q tests/slow/quantised.py
 
-sweeps: faults fuzz quantised families common-tests launches audit-power app-test matrix  ## every slow target above
+sweeps: faults fuzz quantised families common-tests launches audit-power app-test matrix  ## faults, fuzz, quantised, families, common-tests, launches, audit-power, app-test, matrix
 
 faults: .venv/.done  ## fail every request of a push in every way; prints request x fault -> outcome
 	$(BIN)/python tests/slow/fault_sweep.py

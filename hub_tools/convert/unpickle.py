@@ -2,7 +2,7 @@
 
     python unpickle.py FILES -- PLACES OF PACKAGES
 
-Run as a script, by `convert.read_tensors`, on copies: the safetensors replace the file, under its name. The last line
+Run as a script, by `pickles.py`, on copies: the safetensors replace the file, under its name. The last line
 on stderr says what it refuses. `torch.load(weights_only=True)` builds tensors and plain containers, and calls nothing
 else, whatever a pickle asks for. Imports the standard library, torch and safetensors.
 """
