@@ -106,7 +106,7 @@ compare-trl: .venv/.done .trl/.done  ## checkpoints, PPO and an exported critic 
 	$(BIN)/python tests/slow/compare_ppo_with_trl.py compare .trl/ppo
 
 pictures: demo  ## the README's pictures, from the demo's page and the app in a headless Chromium
-	$(BIN)/python tests/slow/pictures.py
+	$(BIN)/python docs/pictures.py
 
 app-test: .venv/.done  ## the app and strangers' pages in a headless Chromium; screenshots in runs/app
 	$(BIN)/python -m pytest -q tests/slow/app_in_browser.py

@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -223,10 +222,8 @@ REFUSED = {
 def test_a_file_that_lies_is_refused_by_name(what, package):
     spoil, names = REFUSED[what]
     spoil(package)
-    started = time.perf_counter()
     with pytest.raises(errors.PackageError, match=names):
         inspect_package(package)
-    assert time.perf_counter() - started < 5  # nothing hangs
 
 
 @pytest.mark.parametrize(

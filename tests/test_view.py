@@ -3,7 +3,6 @@
 import html
 import math
 import re
-import time
 
 import pytest
 import torch
@@ -174,17 +173,3 @@ def test_labels_are_short_and_differ():
     first, second = labels("x" * 500, "y" * 500)
     assert len(first) <= 32
     assert first != second
-
-
-def test_a_page_is_made_in_a_time_that_grows_with_its_tokens(tiny_model, tiny_tokenizer):
-    def seconds(rows):
-        rollout = drawn(tiny_model, [[5]] * rows, max_new_tokens=63, eos_token_id=None)
-        assert int(rollout.response_mask.sum()) == 63 * rows
-        started = time.process_time()
-        show(rollout, tiny_tokenizer)
-        return time.process_time() - started
-
-    seconds(1)
-    once, twice = min(seconds(32) for _ in range(3)), min(seconds(64) for _ in range(3))
-    assert once < 1.0  # 2,016 tokens
-    assert twice < 3 * once

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from hub_tools import app
 from modeling_gpt2_value import GPT2ValueModel
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 DEMO, DOCS = ROOT / "demo", ROOT / "docs"
 sys.path.insert(0, str(ROOT / "tests"))
 
