@@ -4,23 +4,27 @@ This is the first of the six files that are copied into every package (the remot
 
     configuration_   GPT2ValueConfig: the fields of the head
     sampling_        Sampling, and logits -> distribution -> draw; float32 at least, sums in float64
-    decoding_        running any causal LM as it is scored: always its own forward; on a CPU GPT-2 in half the time
-    scoring_         rescore, and the check of a rollout or a score against one row alone
+    decoding_        running any causal LM as it is scored: its own forward; on a CPU, GPT-2 with faster linear layers
+    scoring_         rescore, and the check of a rollout or a score against two rows alone, at every 16th call
     generation_      rollout and its record, Rollout
-    modeling_        ValueHead (float32), GPT2ValueModel
+    modeling_        ValueHead (float32), GPT2ValueModel, GPT2HeadWithValueModel
 
     rollout ─ Decoder.logits_and_values                  logits [b, V] in the model's dtype, values [b] float32
        │      sampling_distribution                      [b, V] float32: temperature, top-k, top-p, minimum length
        │      draw                                       tokens [b] int64, log-probabilities [b] float32
        └───── check_itself ─ logits_alone                two rows by the model's own call
-    rescore ─ GPT2ValueModel.forward(score=...)          or inputs_and_head, for any other model
+    rescore ─ GPT2ValueModel.forward(score=...)          or inputs_and_head, for any other model or call
        │      _scores ─ _score_chunk                     logits [n, V] ─ sampling_distribution ─ log_softmax: float32
        └───── check_itself
 
+(float32 is float64 for a model of that dtype.)
+
 What touches anything outside: `save_pretrained` (below) copies these files and writes `config.json`; `from_pretrained`
 (modeling) reads a checkpoint through transformers, which may download it. On import, modeling adds two names to a
-registry of transformers, generation two classes to torch's safe globals; both say why. Each model's number of checked
-calls is kept beside it, in scoring. Nothing else is written: no file, no network, no other module, no state of a model.
+registry of transformers, generation two classes to torch's safe globals; both say why. A rollout takes random numbers
+from the generator, and under FSDP2 calls wait for other processes. Scoring counts each model's calls beside it.
+`detach_value_head` sets a field of the config, `reference="disable_adapter"` switches a PeftModel's adapter off and on.
+Nothing else is written: no file, no network, no other module, no state of a model.
 
 This file imports only the standard library and transformers.
 """

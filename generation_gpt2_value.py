@@ -106,45 +106,45 @@ def rollout(
         # float64, so that rare tokens are drawn as often as they should.
         generator = torch.default_generator if generator is None else generator
         state = generator.get_state()
-        uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)
-        running = torch.ones(B, dtype=torch.bool, device=device)
-        ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
-        early = torch.arange(T, device=device) < sampling.min_new_tokens
-        logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
-        values = None if value is None else value.new_zeros((B, T))
-        kept = None
-        if sampling.cuts_off(vocabulary):
-            kept = tokens.new_zeros((B, T, -(-vocabulary // 8)), dtype=torch.uint8)
-        for t in range(T):
-            if t > 0:
-                logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
-            rows = decoder.rows  # [b], those that are still computed; some of them may have ended
-            distribution = sampling_distribution(logits, sampling, early=early[t])  # [b, V]
-            tokens[rows, P + t], logprobs[rows, t] = draw(distribution, uniforms[t, rows])
-            mask[rows, P + t] = running[rows].long()
-            if values is not None:
-                values[rows, t] = value
-            if kept is not None:
-                kept[rows, t] = as_bits(distribution > -math.inf)
-            running[rows] &= ~torch.isin(tokens[rows, P + t], ends)
-            # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
-            if device.type == "cpu" or t % 16 == 15 or t == T - 1:
-                check_finite(logprobs)
-                left = running[rows].nonzero().squeeze(-1)
-                if len(left) == 0:
-                    break
-                if 2 * len(left) <= len(rows):
-                    decoder.keep(left)
-        keep_pace(decoder.model, tokens, ended=True)
-        drawn = mask[:, P:].bool()  # [B, T]
-        tokens.masked_fill_(mask == 0, pad)
-        values = None if values is None else values.where(drawn, 0)
-        kept = None if kept is None else kept.where(drawn.unsqueeze(-1), 0)
-        logprobs = logprobs.where(drawn, 0)
-        result = Rollout(tokens, mask, tokens[:, P:], drawn, logprobs, values, running, kept, sampling)
         try:
+            uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)
+            running = torch.ones(B, dtype=torch.bool, device=device)
+            ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
+            early = torch.arange(T, device=device) < sampling.min_new_tokens
+            logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
+            values = None if value is None else value.new_zeros((B, T))
+            kept = None
+            if sampling.cuts_off(vocabulary):
+                kept = tokens.new_zeros((B, T, -(-vocabulary // 8)), dtype=torch.uint8)
+            for t in range(T):
+                if t > 0:
+                    logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
+                rows = decoder.rows  # [b], those that are still computed; some of them may have ended
+                distribution = sampling_distribution(logits, sampling, early=early[t])  # [b, V]
+                tokens[rows, P + t], logprobs[rows, t] = draw(distribution, uniforms[t, rows])
+                mask[rows, P + t] = running[rows].long()
+                if values is not None:
+                    values[rows, t] = value
+                if kept is not None:
+                    kept[rows, t] = as_bits(distribution > -math.inf)
+                running[rows] &= ~torch.isin(tokens[rows, P + t], ends)
+                # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
+                if device.type == "cpu" or t % 16 == 15 or t == T - 1:
+                    check_finite(logprobs)
+                    left = running[rows].nonzero().squeeze(-1)
+                    if len(left) == 0:
+                        break
+                    if 2 * len(left) <= len(rows):
+                        decoder.keep(left)
+            keep_pace(decoder.model, tokens, ended=True)
+            drawn = mask[:, P:].bool()  # [B, T]
+            tokens.masked_fill_(mask == 0, pad)
+            values = None if values is None else values.where(drawn, 0)
+            kept = None if kept is None else kept.where(drawn.unsqueeze(-1), 0)
+            logprobs = logprobs.where(drawn, 0)
+            result = Rollout(tokens, mask, tokens[:, P:], drawn, logprobs, values, running, kept, sampling)
             check_itself("rollout", model, result)
-        except RuntimeError:  # SelfCheckError is one: nothing was drawn
+        except BaseException:  # also an interrupt: nothing was drawn
             generator.set_state(state)
             raise
         return result

@@ -170,7 +170,9 @@ class GPT2ValueModel(GPT2LMHeadModel):
         inputs = arguments.get("input_ids", arguments.get("inputs_embeds"))  # neither: GPT2Model says what is missing
         if "position_ids" not in arguments and inputs is not None and mask is not None and mask.dim() == 2:
             tokens = inputs.shape[1]
-            past = cache.get_seq_length() if isinstance(cache, Cache) else None
+            past = 0 if cache is None else None
+            if isinstance(cache, Cache):
+                past = cache.get_seq_length()
             if isinstance(past, int) and mask.shape[1] != past + tokens:
                 raise ValueError(
                     f"attention_mask has {mask.shape[1]} columns; expected {past + tokens}, {past} of the cache "

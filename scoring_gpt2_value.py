@@ -238,7 +238,8 @@ def _compare_alone(model, rollout, row):
     float32 sums of thousands of products err by some 64 eps, products of 16 bits are summed in float32 and rounded
     once, 2 eps. The root mean square over the row is held against it: that of honest models stays below a third in
     float32, bfloat16 and float16; a wrong cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. eps
-    is that of the coarsest dtype in use: of the weights, of the logits (which autocast rounds), of TF32.
+    is that of the coarsest dtype in use: of the weights, of the logits (which autocast rounds), bfloat16's where
+    products of float32 may be rounded (TF32).
     """
     seen, sampling = rollout.attention_mask[row].bool(), rollout.sampling
     tokens = rollout.sequences[row][seen]  # [n], without padding
@@ -282,8 +283,8 @@ def check_rollout(rollout):
         if found != (dtype, [sizes.get(dim) for dim in dims]) and (part is not None or name != "kept"):
             raise TypeError(f"the rollout's {name} is {found}; expected {dtype} {[*dims]}, with {sizes}.")
     mask, responses, drawn, T = rollout.attention_mask, rollout.responses, rollout.response_mask, sizes["T"]
-    if sizes["N"] < T:
-        raise TypeError(f"the rollout has more responses than columns: {sizes}; expected prompts and responses.")
+    if sizes["N"] <= T:
+        raise TypeError(f"the rollout has no column of prompts: {sizes}; expected prompts and responses in sequences.")
     wrong = {
         "an attention_mask with other numbers than 0 and 1": (mask != 0) & (mask != 1),
         "a response that is not the one in sequences": (responses != rollout.sequences[:, -T:]) & drawn,
