@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GPT2LMHeadModel
+from transformers import Cache, DynamicCache, GPT2LMHeadModel, __version__
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
@@ -124,10 +124,12 @@ def unwrapped(model):
     """The model and what it wraps, outermost first; TypeError where there is nothing that can be sampled and scored."""
     models = [model]
     while True:
-        outer, kind = models[-1], type(models[-1]).__name__
+        outer = models[-1]
         children = getattr(outer, "_modules", {})
-        if kind in ("DataParallel", "FullyShardedDataParallel"):
-            raise TypeError(f"got a {kind}: use DistributedDataParallel or FSDP2; of DataParallel, pass model.module.")
+        if type(outer).__name__ in ("DataParallel", "FullyShardedDataParallel"):
+            raise TypeError(
+                f"got a {type(outer).__name__}: use DistributedDataParallel or FSDP2; of DataParallel, pass model.module."
+            )
         if "_orig_mod" in children or "module" in children:
             models.append(children.get("_orig_mod", children.get("module")))
         elif hasattr(outer, "get_base_model"):
@@ -137,10 +139,13 @@ def unwrapped(model):
                     "pass a model whose adapter changes weights, such as LoRA."
                 )
             models.append(outer.get_base_model())
-        elif hasattr(outer, "get_input_embeddings"):
+        elif hasattr(outer, "get_input_embeddings") and (__version__ >= "5" or not hasattr(outer, "reset_cache")):
             return models
         else:
-            raise TypeError(f"got a {type(model).__name__}; expected a causal language model, or a wrapper of one.")
+            raise TypeError(
+                f"got a {type(model).__name__}; expected a causal language model, or a wrapper of one. Before "
+                "transformers 5, RecurrentGemma is refused: it keeps the states of its last call in its modules."
+            )
 
 
 def innermost(model):
@@ -180,9 +185,9 @@ def check_tokens(model, tokens, mask, new_tokens=0):
             f"row {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens; "
             "was it made by this model's tokenizer? Padding needs an attention_mask."
         )
-    places = getattr(unwrapped(model)[-1].config, "max_position_embeddings", None)
+    places = getattr(unwrapped(model)[-1].config, "max_position_embeddings", None) or 0
     longest = int(lengths.max()) + new_tokens
-    if places is not None and 0 < places < longest:  # XLNet's is -1: any length
+    if 0 < places < longest:  # XLNet's is -1: any length
         raise ValueError(
             f"the longest row, new tokens included, has {longest} tokens, this model's positions end at {places}; "
             "shorten the prompts, or draw fewer tokens (max_new_tokens)."
@@ -206,7 +211,7 @@ def is_sharded(module):
 
 def is_thin(wrapper):
     """Whether a wrapper is torch's or PEFT's, such as DistributedDataParallel, and so hands arguments through."""
-    return type(wrapper).__module__.split(".")[0] in ("torch", "peft") and not is_hooked(wrapper)
+    return type(wrapper).__module__.startswith(("torch.", "peft.")) and not is_hooked(wrapper)
 
 
 def calls_gpt2(model):

@@ -9,9 +9,7 @@ from support.settings import RAGGED, assert_as_drawn
 from generation_gpt2_value import SelfCheckError, rescore, respond_to_batch, rollout
 
 RIGHT = ["llama", "opt", "openai-gpt", "gpt_neo", "bloom"]
-STATEFUL = ["rwkv", "mamba", "mamba2", "falcon_mamba", "jamba"]
-if transformers.__version__ >= "5":  # before, its states stay in its modules: its own second call fails
-    STATEFUL.append("recurrent_gemma")
+STATEFUL = ["rwkv", "mamba", "mamba2", "falcon_mamba", "jamba", "recurrent_gemma"]
 # Recurrent, hybrid, and those that count positions by columns or by ids.
 OTHER = [*STATEFUL, "lfm2", "qwen3_next", "bart", "roberta"]
 
@@ -41,5 +39,7 @@ def test_dropout_of_another_family_is_switched_off(family):
 
 @pytest.mark.parametrize("family", STATEFUL)
 def test_rows_of_equal_length_that_do_not_end_are_right(family):
+    if family == "recurrent_gemma" and transformers.__version__ < "5":
+        pytest.skip("before transformers 5 it is refused")
     prompts = torch.stack([prompt[:3] for prompt in PROMPTS if len(prompt) >= 3])
     assert difference(build(family), prompts, eos_token_id=None) < 1e-4
