@@ -128,7 +128,7 @@ def unwrapped(model):
         children = getattr(outer, "_modules", {})
         if type(outer).__name__ in ("DataParallel", "FullyShardedDataParallel"):
             raise TypeError(
-                f"got a {type(outer).__name__}: use DistributedDataParallel or FSDP2; of DataParallel, pass model.module."
+                f"got a {type(outer).__name__}: use DistributedDataParallel or FSDP2; of DataParallel, its module."
             )
         if "_orig_mod" in children or "module" in children:
             models.append(children.get("_orig_mod", children.get("module")))
@@ -177,7 +177,7 @@ def check_tokens(model, tokens, mask, new_tokens=0):
     """The size of the model's vocabulary. TypeError or ValueError where it cannot run on `tokens`, `mask [B, P]`."""
     vocabulary = vocabulary_of(model)
     lengths = mask.sum(1)
-    if len(tokens) == 0 or not lengths.all():
+    if not len(tokens) or not lengths.all():
         which = f"row {int(lengths.argmin())} has no tokens" if len(tokens) else "there are no rows"
         raise ValueError(f"{which}; expected at least one token in each, such as the end-of-text token.")
     for row, column in (((tokens < 0) | (tokens >= vocabulary)) & mask.bool()).nonzero().tolist():
