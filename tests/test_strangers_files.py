@@ -223,7 +223,7 @@ def test_a_token_of_megabytes_is_not_used(place, tmp_path, monkeypatch):
         else models.BPE(vocabulary, [])
     )
     if place == "added":
-        tokenizer.add_tokens([long])
+        tokenizer.add_tokens([long[:10_000]])  # of all, tokenizers 0.22 takes hours
     if place == "replacement":
         tokenizer.decoder = decoders.Replace("a", long)
     assert "too " in tried(tokenizer, tmp_path, monkeypatch)
