@@ -294,7 +294,8 @@ def with_fast_products(model, rows):
 
     Weights are packed for one rollout of so many rows, and so are never older than the model's.
     """
-    if torch.is_autocast_enabled("cpu") or "forward" in vars(model) or not isinstance(model, GPT2LMHeadModel):
+    is_plain = isinstance(model, GPT2LMHeadModel) and "forward" not in vars(model)
+    if not is_plain or model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return model
     model = copied(model)
     for layer in model.modules():
