@@ -2,7 +2,6 @@
 
 from itertools import islice
 
-import pytest
 from review_grammar import judge, write_reviews
 
 REVIEWS = list(islice(write_reviews(seed=3), 3000))
@@ -12,19 +11,3 @@ def test_the_judge_agrees_with_the_stance_of_every_review_and_stances_are_even_a
     assert [review for review in REVIEWS if judge(review.text) * review.stance <= 0] == []
     assert 0.45 < sum(review.stance > 0 for review in REVIEWS) / len(REVIEWS) < 0.55
     assert 0.15 < sum(abs(judge(review.text)) < 1 for review in REVIEWS) / len(REVIEWS) < 0.5
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("", 0),
-        ("A film about Paris.", 0),
-        ("Brilliant, and a JOY!", 1),
-        ("Dull.", -1),
-        ("dullness", 0),
-        ("Brilliant but dull.", 0),
-        ("Brilliant, moving and perfect, but dull.", 0.5),
-    ],
-)
-def test_the_judge_weighs_praise_against_complaint_in_any_text(text, score):
-    assert judge(text) == score

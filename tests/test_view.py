@@ -169,7 +169,6 @@ def test_text_can_be_read_on_every_colour(tiny_model, other, tiny_tokenizer):
 def test_labels_are_short_and_differ():
     assert labels("/runs/a/package", "/runs/b/package") == ("a/package", "b/package")
     assert labels("me/gpt2", "you/other") == ("gpt2", "other")
-    assert labels("same", "same") == ("same (A)", "same (B)")
-    first, second = labels("x" * 500, "y" * 500)
+    first, second = labels("x" * 500, "x" * 500)
     assert len(first) <= 32
     assert first != second

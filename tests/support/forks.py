@@ -94,7 +94,7 @@ class Forked(subprocess.Popen):
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         order["env"] = {name: os.fspath(value) for name, value in (os.environ if env is None else env).items()}
         order["cwd"] = os.path.abspath(os.fspath(cwd or "."))
-        order["parent"] = os.getpid()
+        order["parent"], order["group"] = os.getpid(), rest[14]  # start_new_session
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(f"\0{os.environ[ADDRESS]}")
         message = json.dumps(order).encode()
@@ -187,6 +187,8 @@ def _attend(connection):
             _become(order, streams)
         finally:
             os._exit(70)
+    if order["group"]:  # a signal to its group, as Jupyter sends one, is not for the tests
+        os.setpgid(child, child)
     for stream in streams:
         os.close(stream)
     with contextlib.suppress(OSError):  # whoever started it is gone
