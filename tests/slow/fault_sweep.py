@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]  # tests/ and the checkout
 
 import huggingface_hub
+import transformers
 from huggingface_hub import file_download, hf_api
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
@@ -153,8 +154,9 @@ def talking_to(url, token, *, xet=False):
             HF_HUB_OFFLINE=False,
             HF_HUB_DISABLE_XET=not xet,
         ),
-        # what transformers lists files by; it keeps the endpoint of the moment when it was imported
+        # what transformers lists files by; both keep the endpoint of the moment when they were made
         mock.patch.object(hf_api.api, "endpoint", url),
+        mock.patch.object(transformers.utils.hub, "_hf_api", None, create=True),
         # huggingface_hub 0.36 keeps a copy here
         mock.patch.object(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, create=True),
         mock.patch.dict(os.environ, HF_TOKEN=token),
