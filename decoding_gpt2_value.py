@@ -83,14 +83,14 @@ class Decoder:
             self.cache = cache
             for place, layer in enumerate(getattr(cache, "layers", [])):
                 if type(layer) is DynamicLayer and layer.is_initialized:
-                    cache.layers[place] = RoomyLayer(layer, tokens.shape[1])
+                    cache.layers[place] = PreallocatedLayer(layer, tokens.shape[1])
         return output.logits[:, -1], None if values is None else values[:, -1]
 
     def keep(self, rows):
         """Go on with these of the current rows only, a 1-D tensor of indices, where the cache can drop the others."""
         if self.cache is not None:
             kinds = {type(layer) for layer in getattr(self.cache, "layers", [])}
-            if type(self.cache) is not DynamicCache or not kinds <= {RoomyLayer, DynamicSlidingWindowLayer}:
+            if type(self.cache) is not DynamicCache or not kinds <= {PreallocatedLayer, DynamicSlidingWindowLayer}:
                 return
             self.cache.batch_select_indices(rows)
         self.rows = self.rows[rows]
@@ -333,12 +333,12 @@ def dtype_of_products(dtype):
     return None
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A layer of transformers' cache with room for all columns, where DynamicLayer copies them all for each new one."""
 
     keys: Any
     values: Any
-    rooms: Any = ()
+    storage: Any = ()
 
     def __init__(self, layer, columns):
         self.__dict__.update(vars(layer))
@@ -348,10 +348,10 @@ class RoomyLayer(DynamicLayer):
         past = self.keys.shape[-2]
         columns = past + key_states.shape[-2]
         stored = [self.keys, self.values]  # [b, n_head, past, width]
-        if [room.data_ptr() for room in self.rooms] != [states.data_ptr() for states in stored]:
+        if [tensor.data_ptr() for tensor in self.storage] != [states.data_ptr() for states in stored]:
             # At first, and after rows were dropped.
-            self.rooms = [nn.functional.pad(states, (0, 0, 0, self.columns - past)) for states in stored]
-        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
-            room[..., past:columns, :] = states
-        self.keys, self.values = (room[..., :columns, :] for room in self.rooms)
+            self.storage = [nn.functional.pad(states, (0, 0, 0, self.columns - past)) for states in stored]
+        for tensor, states in zip(self.storage, (key_states, value_states), strict=True):
+            tensor[..., past:columns, :] = states
+        self.keys, self.values = (tensor[..., :columns, :] for tensor in self.storage)
         return self.keys, self.values

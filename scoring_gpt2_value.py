@@ -215,7 +215,7 @@ def check_itself(what, model, rollout):
     kind = type(inner), str(vars(inner.config)), inner.dtype, inner.training
     situation = what, kind, bool(padding.any()), len(lengths.unique()) > 1
     calls = _calls.setdefault(inner, {})
-    compared = []
+    compared = []  # always of two rows, be they one and the same: FSDP2 needs as many calls in each process
     if anywhere(model, calls.get(situation, 0) % EVERY == 0) and lengths.any():
         for order in (lengths * N + padding, (lengths > 0) * (padding * N + lengths)):
             compared.append(_compare_alone(model, rollout, int(order.argmax())))

@@ -60,14 +60,14 @@ def load(name: str, source: str) -> Any:
     from transformers import PretrainedConfig
 
     from gpt2_value import GPT2ValueModel
+    from hub_tools.package.weights import not_finite
 
     with refused(f"{name}={source!r} does not load; expected a GPT-2 or a package of one, as a folder or Hub id"):
         kind = PretrainedConfig.get_config_dict(source)[0].get("model_type", "no config.json with a model_type")
         if kind not in ("gpt2", "gpt2_value", "gpt2_value_seed"):
             raise ValueError(f"found {kind}")
         model = GPT2ValueModel.from_pretrained(source, dtype=torch.float32).eval()
-    broken = [key for key, weight in model.state_dict().items() if not weight.isfinite().all()]
-    if broken:
+    if broken := not_finite(model.state_dict()):
         raise SettingsError(f"the weights of {name}={source!r} are not finite: {broken[0]}; expected numbers in all.")
     return model
 

@@ -22,7 +22,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from configuration_gpt2_value import GPT2ValueConfig
 from hub_tools import save_package
 from modeling_gpt2_value import GPT2ValueModel
-from sampling_gpt2_value import sampling_distribution
 
 torch.set_num_threads(1)  # small models run faster so, and results repeat
 
@@ -219,8 +218,3 @@ def gpt2_value(capsys):
         return ended.value.code or 0, captured.out, captured.err
 
     return run
-
-
-def sampling_logprobs(logits, sampling, **how):
-    """Log-probabilities `[..., V]` of every token, -inf for what cannot be drawn."""
-    return sampling_distribution(logits, sampling, **how).log_softmax(-1)

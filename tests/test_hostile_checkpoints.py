@@ -150,6 +150,14 @@ def test_a_damaged_file_is_refused(name, damage, theirs, ours):
         convert_checkpoint(theirs, ours)
 
 
+def test_a_pickle_whose_numbers_were_spoiled_is_refused(tmp_path):
+    file = tmp_path / "a.bin"
+    torch.save({"a": torch.tensor(1.5)}, file)
+    file.write_bytes(file.read_bytes().replace(b"\0\0\xc0\x3f", b"\0\0\xd0\x3f"))  # 1.5 as a float32; 1.625
+    with pytest.raises(errors.PackageError, match="checksum"):
+        read(file)
+
+
 @pytest.mark.parametrize("state", [[torch.ones(1)], {"model": {"a": torch.ones(1)}}, {"a": torch.ones(2).to_sparse()}])
 def test_a_pickle_of_something_else_than_a_state_dict_is_refused(state, tmp_path):
     torch.save(state, tmp_path / "a.bin")

@@ -23,9 +23,11 @@ def unpickle(source: str) -> str:
     import torch
     from safetensors.torch import save_file
 
-    damaged = zipfile.ZipFile(source).testzip() if zipfile.is_zipfile(source) else None  # torch reads past checksums
-    if damaged is not None:
-        return f"bytes that are not as they were written: the checksum of {damaged[:120]!r} is another"
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            damaged = archive.testzip()  # torch reads past checksums
+        if damaged is not None:
+            return f"bytes that are not as they were written: the checksum of {damaged[:120]!r} is another"
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

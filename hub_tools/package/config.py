@@ -42,11 +42,8 @@ def in_words(kind: Any) -> str:
 
 
 SIZE, ID, DTYPE = range(1, 1 << 31), range(-1, 1 << 31), {"float32", "float16", "bfloat16"}
-TOKENS = (
-    str,
-    dict,
-    [(str, dict)],
-)  # as transformers writes an AddedToken, or by id; `try_tokenizer` bounds their length
+# A token as transformers writes an AddedToken, several of these, or by id; `try_tokenizer` bounds their length.
+TOKENS = (str, dict, [(str, dict)])
 SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin|pt|pth)")
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 GPT2_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}

@@ -239,12 +239,12 @@ def code_differences(source: str, *, revision: str | None = None) -> Iterator[st
         And what `fetch` raises.
     """
     with _at_hand(source, revision=revision) as (folder, _, _):
-        installed = layout.installed_code()
+        installed, hashes = layout.installed_code(), layout.installed_hashes()
         names = sorted(filter(layout.is_code, os.listdir(folder)))
         for name in names:
             with open_in(folder, name) as file:
                 digest, code = layout.sha256_of(folder / name), file.read(LONGEST + 1)
-            if digest == layout.installed_hashes().get(name):
+            if digest == hashes.get(name):
                 continue
             shown = _on_one_line(name)
             yield f"{shown}  sha256 {digest}"
