@@ -76,7 +76,7 @@ def rollout(
         generator: where the random numbers come from; default: torch's global generator (of the CPU).
 
     A rollout checks itself: two rows are computed again by the model's own call, alone, without padding or cache, and
-    compared with what was drawn by (`check_itself` says which rows, `_compare_alone` how closely). That is done at the
+    compared with what was drawn by (`check_itself` says which rows, `_off_alone` how closely). That is done at the
     first rollout of a model, again when its class, config, dtype, mode or padding has changed, and at every 16th
     rollout; it uses no random numbers, and changes no state. After an error, the generator's state is as it was before.
 
@@ -98,9 +98,9 @@ def rollout(
     prompts, prompt_mask = aligned("queries", queries, attention_mask, pad=pad)
     check_tokens(model, prompts, prompt_mask, T)
     with torch.inference_mode(False), torch.no_grad():
-        prompts, prompt_mask = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
-        tokens, mask = (nn.functional.pad(x, (0, T)) for x in (prompts, prompt_mask))  # [B, P+T]
-        decoder, (B, P) = Decoder(model, tokens, mask), prompts.shape
+        copied = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
+        tokens, mask = (nn.functional.pad(x, (0, T)) for x in copied)  # [B, P+T]
+        decoder, B, P = Decoder(model, tokens, mask), len(tokens), prompts.shape[1]
         logits, value = decoder.logits_and_values(P)  # [B, V], [B]
 
         # float64, so that rare tokens are drawn as often as they should.
@@ -112,7 +112,7 @@ def rollout(
             ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
             early = torch.arange(T, device=device) < sampling.min_new_tokens
             logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
-            values = None if value is None else value.new_zeros((B, T))
+            values = None if value is None else torch.zeros_like(logprobs)
             kept = None
             if sampling.cuts_off(vocabulary):
                 kept = tokens.new_zeros((B, T, -(-vocabulary // 8)), dtype=torch.uint8)
@@ -129,8 +129,7 @@ def rollout(
                     kept[rows, t] = as_bits(distribution > -math.inf)
                 running[rows] &= ~torch.isin(tokens[rows, P + t], ends)
                 # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
-                if device.type == "cpu" or t % 16 == 15 or t == T - 1:
-                    check_finite(logprobs)
+                if device.type == "cpu" or t % 16 == 15:
                     left = running[rows].nonzero().squeeze(-1)
                     if len(left) == 0:
                         break
@@ -139,9 +138,10 @@ def rollout(
             keep_pace(decoder.model, tokens, ended=True)
             drawn = mask[:, P:].bool()  # [B, T]
             tokens.masked_fill_(mask == 0, pad)
-            values = None if values is None else values.where(drawn, 0)
-            kept = None if kept is None else kept.where(drawn.unsqueeze(-1), 0)
             logprobs = logprobs.where(drawn, 0)
+            check_finite(logprobs)
+            kept = None if kept is None else kept.where(drawn.unsqueeze(-1), 0)
+            values = None if values is None else values.where(drawn, 0)
             result = Rollout(tokens, mask, tokens[:, P:], drawn, logprobs, values, running, kept, sampling)
             check_itself("rollout", model, result)
         except BaseException:  # also an interrupt: nothing was drawn
@@ -199,8 +199,9 @@ class Rollout:
     def __getitem__(self, rows):
         """The given rows (a slice, a list, a 1-D tensor of indices or a mask) as a `Rollout`."""
         if not isinstance(rows, (slice, list)) and getattr(rows, "ndim", 0) != 1:
-            wanted = [*rows] if isinstance(rows, (tuple, range)) else [rows]
-            raise TypeError(f"rows are selected by a slice, a list or a 1-D tensor, as in rollout[{wanted}].")
+            raise TypeError(
+                f"rows are selected by a slice, a list or a 1-D tensor, as in rollout[[0, 2]]; got {rows!r}."
+            )
         return self._map(lambda tensor: tensor[rows])
 
     @classmethod
@@ -211,25 +212,23 @@ class Rollout:
         differ, or only some have log-probabilities or values.
         """
         rollouts = list(rollouts)
-        if len({each.sampling for each in rollouts}) != 1:
-            raise ValueError("expected rollouts, at least one, of the same sampling: its settings tell how to score.")
-        sampling = rollouts[0].sampling
+        kinds = {(each.sampling, *(part is None for part in vars(each).values())) for each in rollouts}
+        if len(kinds) != 1:
+            raise ValueError(
+                "expected rollouts, at least one, of the same sampling, which tells how to score, and all or none of "
+                "them with logprobs, values and kept sets."
+            )
         T = max(each.responses.shape[1] for each in rollouts)
-        P = max(each.sequences.shape[1] - each.responses.shape[1] for each in rollouts)
-        fields: dict = {"truncated": torch.cat([each.truncated for each in rollouts]), "sampling": sampling}
-        for name in ("sequences", "attention_mask", "responses", "response_mask", "logprobs", "values", "kept"):
-            pad = sampling.pad_token_id if name in ("sequences", "responses") else 0
-            parts = []
-            for each in rollouts:
-                part, t = getattr(each, name), each.responses.shape[1]
-                if part is not None:
-                    before = P + t - part.shape[1] if part.shape[1] > t else 0  # this field has the prompts, too
-                    around = (0, 0) * (part.dim() - 2) + (before, T - t)
-                    parts.append(nn.functional.pad(part, around, value=pad))
-            if len(parts) not in (0, len(rollouts)):
-                raise ValueError(f"some of these rollouts have {name} and others not; expected all, or none.")
-            fields[name] = torch.cat(parts) if parts else None
-        return cls(**fields)
+        joined = {"truncated": torch.cat([each.truncated for each in rollouts])}
+        for name, first in vars(rollouts[0]).items():
+            if getattr(first, "ndim", 0) > 1:
+                pad = rollouts[0].sampling.pad_token_id if name in ("sequences", "responses") else 0
+                rows: list = []
+                for each in rollouts:
+                    after = (0, 0) * (first.dim() - 2) + (0, T - each.responses.shape[1])
+                    rows += nn.functional.pad(getattr(each, name), after, value=pad)
+                joined[name] = pad_sequence(rows, True, pad, "left")  # only prompts still differ in length
+        return dataclasses.replace(rollouts[0], **joined)
 
     def repeat(self, times):
         """All rows so many times, one copy after the other."""
@@ -259,13 +258,13 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     may_hide_padding = isinstance(rows, Tensor) and attention_mask is None
     try:
         rows = [torch.as_tensor(row) for row in rows]
-        rows = [row if len(row) else row.long() for row in rows]  # torch makes an empty list a float tensor
         masks = [torch.ones_like(row) for row in rows] if attention_mask is None else attention_mask
         masks = [torch.as_tensor(mask) for mask in masks]
         tokens, seen = (pad_sequence(each, batch_first=True) for each in (rows, masks))  # [B, P]
     except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists, no rows
         raise TypeError(f"{name} holds no rows of token ids ({error}); expected at least one, not texts.") from error
-    if tokens.dim() != 2 or any(row.dtype not in INTEGERS for row in rows):
+    # Of an empty list torch makes a tensor of floats.
+    if tokens.dim() != 2 or any(row.dtype not in INTEGERS and len(row) for row in rows):
         raise TypeError(
             f"{name} is {rows[0].dtype}; expected token ids, a 1-D tensor or list of integers for each row."
         )

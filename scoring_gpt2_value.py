@@ -5,6 +5,7 @@ a chunk of tokens at a time, and again in the backward pass (Chen et al., "Train
 Cost", 2016, arXiv:1604.06174).
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -60,12 +61,14 @@ class Rescored(ModelOutput):
         values: of the state before each token; None for a model without a value head.
         entropy: of the same distributions, in nats; None unless asked for.
         kl: KL(model || reference) of the same distributions, in nats, summed over the tokens; None without a reference.
+        reference_logprobs: as `logprobs`, of the reference; without gradient.
     """
 
     logprobs: Tensor | None = None
     values: Tensor | None = None
     entropy: Tensor | None = None
     kl: Tensor | None = None
+    reference_logprobs: Tensor | None = None
 
 
 def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=False):
@@ -116,6 +119,9 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
         return scored
     check_finite(scored.logprobs if scored.kl is None else scored.logprobs + scored.kl)
     check_itself("rescore", model, dataclasses.replace(rollout, logprobs=scored.logprobs))
+    if reference is not None and reference != "disable_adapter":
+        theirs = dataclasses.replace(rollout, logprobs=scored.reference_logprobs).to(device_of(reference))
+        check_itself("reference's score", reference, theirs)
     return scored
 
 
@@ -143,20 +149,23 @@ def _scores(rollout, vocabulary, other, with_entropy, values_only, inputs, head,
     for b, t in zip(rows.split(size), steps.split(size), strict=True):
         chunk = [None if column is None else column[b.to(column.device), t.to(column.device)] for column in columns]
         parts.append(score(t, *chunk))
-    logprobs, entropy, kl = (
+    logprobs, entropy, *theirs = (
         torch.zeros_like(drawn, dtype=part[0].dtype).masked_scatter(drawn, torch.cat(part))
         for part in zip(*parts, strict=True)
     )
-    return Rescored(logprobs, values, entropy if with_entropy else None, None if other_head is None else kl)
+    return Rescored(logprobs, values, entropy if with_entropy else None, *(() if other_head is None else theirs))
 
 
 def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens, kept, other):
-    """Log-probability, entropy and KL `[n]` of n drawn tokens, drawn at these steps; 0 if not asked for."""
+    """Log-probability, entropy, KL and the reference's log-probability `[n]` of n tokens; 0 if not asked for.
+
+    They were drawn at these `steps [n]`, from a model with the logits `head(inputs [n, ...])`.
+    """
     early = steps < sampling.min_new_tokens
     scaled = sampling_distribution(head(inputs), sampling, early=early, kept=kept)  # [n, V]
     logprobs = scaled.log_softmax(-1)  # [n, V]
     logprob = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    entropy = kl = torch.zeros_like(logprob)
+    entropy = kl = their_logprob = torch.zeros_like(logprob)
     if with_entropy or other_head is not None:
         possible = scaled > -math.inf
         logprobs = logprobs.masked_fill(~possible, 0.0)
@@ -167,7 +176,8 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
             theirs = other_head(other).to(scaled.device)
             theirs = sampling_distribution(theirs, sampling, early=early, kept=kept).log_softmax(-1)
         kl = (probs * (logprobs - theirs.masked_fill(~possible, 0.0))).sum(-1)
-    return logprob, entropy, kl
+        their_logprob = theirs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return logprob, entropy, kl, their_logprob
 
 
 def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
@@ -194,7 +204,7 @@ def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
 
 EVERY = 16  # calls: one row alone costs 6% of a rollout of 16 rows, so two cost 0.8% in the mean
 MOST_COLUMNS = 256  # of a row: a wrong state stays wrong to its end
-# Of each model, by situation: its calls since the first. A model that is gone is forgotten.
+# Of each model, by situation: how many calls it passed. A model that is gone is forgotten.
 _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -212,27 +222,26 @@ def check_itself(what, model, rollout):
     """
     inner, (_, N), T = unwrapped(model)[-1], rollout.sequences.shape, rollout.responses.shape[1]
     lengths, padding = rollout.response_mask.sum(1), (rollout.attention_mask[:, :-T] == 0).sum(1)  # [B]
-    kind = type(inner), str(vars(inner.config)), inner.dtype, inner.training
-    situation = what, kind, bool(padding.any()), len(lengths.unique()) > 1
-    calls = _calls.setdefault(inner, {})
-    compared = []  # always of two rows, be they one and the same: FSDP2 needs as many calls in each process
-    if anywhere(model, calls.get(situation, 0) % EVERY == 0) and lengths.any():
+    kind = what, type(inner), str(vars(inner.config)), inner.dtype, inner.training
+    situation = *kind, bool(padding.any()), len(lengths.unique()) > 1
+    calls, off = _calls.setdefault(inner, collections.Counter()), 0.0
+    if anywhere(model, calls[situation] % EVERY == 0):
+        # Always two rows, be they one and the same: FSDP2 needs as many calls in each process.
         for order in (lengths * N + padding, (lengths > 0) * (padding * N + lengths)):
-            compared.append(_compare_alone(model, rollout, int(order.argmax())))
-    if anywhere(model, not all(excess <= 1 for _, excess in compared)):  # NaN is wrong, too
-        difference = max((difference for difference, _ in compared), default=0.0)
+            off = max(off, _off_alone(model, rollout, int(order.argmax())))
+    if anywhere(model, off > 0):
         raise SelfCheckError(
-            f"a {type(inner).__name__} gives rows of this {what} log-probabilities {difference:.3g} nats from those "
+            f"a {type(inner).__name__} gives rows of this {what} log-probabilities {off:.3g} nats from those "
             "that they have alone, without padding or cache, in this or another process (transformers "
             f"{transformers.__version__}). What is drawn so cannot be trusted. Pass prompts of one length, a call for "
             "each length (recurrent models run on over padding), and eos_token_id=None; set "
             "attn_implementation='eager'; or remove what changes the model's call."
         )
-    calls[situation] = calls.get(situation, 0) + 1  # not after an error: the next call is checked again
+    calls[situation] += 1  # not after an error: the next call is checked again
 
 
-def _compare_alone(model, rollout, row):
-    """How far the log-probabilities of a row are from those that it has alone: at most, and as a part of the bound.
+def _off_alone(model, rollout, row):
+    """How far the log-probabilities of a row are from those that it has alone, at most; 0.0 within the bound.
 
     The bound is half of the digits, sqrt(eps), for what layers make of a rounding, and the rounding of a logit itself:
     float32 sums of thousands of products err by some 64 eps, products of 16 bits are summed in float32 and rounded
@@ -245,10 +254,10 @@ def _compare_alone(model, rollout, row):
     tokens = rollout.sequences[row][seen]  # [n], without padding
     steps = rollout.response_mask[row].nonzero().squeeze(-1)[-MOST_COLUMNS:]  # [columns]
     places = seen.cumsum(0)[steps - rollout.responses.shape[1]] - 1  # [columns], where in `tokens` they are
-    logits = logits_alone(model, tokens[:-1])[places - 1]  # [columns, V]
+    logits = logits_alone(model, tokens)[places - 1]  # [columns, V]
     drawn, kept = tokens[places], None if rollout.kept is None else rollout.kept[row, steps]
     alone, *_ = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, drawn, kept, None)
-    difference = (rollout.logprobs[row, steps].detach() - alone).abs()
+    difference = (rollout.logprobs[row, steps].detach() - alone).abs().nan_to_num(math.inf)  # [columns]
 
     dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
     dtypes |= {dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(logits, logits.to(dtype).to(logits))}
@@ -257,7 +266,8 @@ def _compare_alone(model, rollout, row):
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     sizes = torch.maximum(logits.amax(-1).abs(), logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1).abs())  # [columns]
     bound = (math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes) / sampling.temperature
-    return difference.max(), (difference / bound).square().mean().sqrt()
+    # Of a row without drawn tokens, the mean is NaN.
+    return float(difference.max()) if (difference / bound).square().mean() > 1 else 0.0
 
 
 # What a caller passes
@@ -297,7 +307,7 @@ def check_rollout(rollout):
 
 def check_finite(logprobs):
     """Raise ValueError where logits were not finite, and so these `logprobs [B, T]` are not."""
-    for row, step in (~logprobs.isfinite()).nonzero().tolist():
+    for step, row in (~logprobs.isfinite()).T.nonzero().tolist():
         raise ValueError(
             f"the logits of row {row} at step {step} are NaN or infinite, or the rollout's kept set lacks the token. "
             "Check the weights (a diverged training step?), or use bfloat16 instead of float16."

@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configuration_gpt2_value import GPT2ValueConfig
-from decoding_gpt2_value import dtype_of_products
 from modeling_gpt2_value import GPT2ValueModel
 
 OURS, PLAIN, PEER = "rollout", "generate() + scoring pass", "CTranslate2 (no values)"
@@ -81,9 +80,7 @@ def ways(model, queries, T, *, compiled=None, seed_loop=False, engine=None):
         found[PEER] = lambda: ctranslate2_responses(engine, queries.tolist(), T)
     if queries.device.type == "cpu":
         found[BY_MM] = bare_products(model, B, T)
-        packs = dtype_of_products(model.dtype)
-        if packs is not None:
-            found[BY_ONEDNN] = bare_products(model, B, T, packed_as=packs)
+        found[BY_ONEDNN] = bare_products(model, B, T, packed_as=torch.float32)
     return found
 
 

@@ -43,3 +43,11 @@ def test_rows_of_equal_length_that_do_not_end_are_right(family):
         pytest.skip("before transformers 5 it is refused")
     prompts = torch.stack([prompt[:3] for prompt in PROMPTS if len(prompt) >= 3])
     assert difference(build(family), prompts, eos_token_id=None) < 1e-4
+
+
+def test_a_reference_whose_padding_is_seen_is_refused_too():
+    drawn = rollout(build("llama"), PROMPTS, max_new_tokens=4)
+    with pytest.raises(SelfCheckError, match="RwkvForCausalLM gives rows of this reference's score"):
+        rescore(build("llama"), drawn, reference=build("rwkv"))
+    scored = rescore(build("llama"), drawn, reference=build("opt"))
+    torch.testing.assert_close(scored.reference_logprobs, rescore(build("opt"), drawn).logprobs)
