@@ -91,7 +91,8 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
         values_only: give the values and nothing else, without running the output layer.
 
     Returns `Rescored`. Raises TypeError or ValueError if the rollout contradicts itself or does not fit the model, or
-    logits are not finite, and `SelfCheckError` where a row has other numbers alone than in the batch (see `rollout`).
+    logits are not finite, and `SelfCheckError` where a row has other numbers alone than in the batch, under the model
+    or its reference (see `rollout`).
     """
     check_rollout(rollout)
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
