@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Cache, DynamicCache, GPT2LMHeadModel, __version__
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -29,28 +30,29 @@ def positions(mask):
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def as_scalars(values):
-    """`values [B, columns]` as float32 at least. Raises ValueError where there are several for each token."""
-    if values.dim() != 2:
-        raise ValueError(
-            f"this model's value has the shape {list(values.shape)}; expected one scalar for each token, "
-            "[batch, tokens]: set summary_use_proj and summary_proj_to_labels in its config."
-        )
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def run(model, tokens, mask, columns, *, logits_to_keep=None, **arguments):
+def run(model, tokens, mask, columns, **arguments):
     """Run the model on a slice of the columns of `tokens [B, P+T]`: its output, and `[B, columns]` values or None."""
     inner = unwrapped(model)[-1]
     if accepts(inner, "position_ids"):
         arguments["position_ids"] = positions(mask)[:, columns]
-    if accepts(inner, "logits_to_keep") and logits_to_keep is not None:
-        arguments["logits_to_keep"] = logits_to_keep
+    if not accepts(inner, "logits_to_keep"):
+        arguments.pop("logits_to_keep", None)
     output = model(input_ids=tokens[:, columns], attention_mask=mask[:, : columns.stop], return_dict=True, **arguments)
-    if logits_to_keep is not None and getattr(output, "logits", tokens[..., :0]).shape[-1] != vocabulary_of(inner):
-        raise TypeError(f"a {type(model).__name__} gives no logits over its vocabulary; expected a causal LM.")
     values = getattr(output, "value", None)
-    return output, None if values is None else as_scalars(values)
+    if values is not None and values.dim() != 2:
+        raise ValueError(
+            f"this model's value has the shape {list(values.shape)}; expected one scalar for each token, "
+            "[batch, tokens]: set summary_use_proj and summary_proj_to_labels in its config."
+        )
+    return output, None if values is None else values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def logits_of(model, output):
+    """The logits of the model's output. TypeError where they are not over its vocabulary."""
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.shape[-1] != vocabulary_of(model):
+        raise TypeError(f"a {type(model).__name__} gives no logits over its vocabulary; expected a causal LM.")
+    return logits
 
 
 def accepts(model, name):
@@ -84,7 +86,7 @@ class Decoder:
             for place, layer in enumerate(getattr(cache, "layers", [])):
                 if type(layer) is DynamicLayer and layer.is_initialized:
                     cache.layers[place] = PreallocatedLayer(layer, tokens.shape[1])
-        return output.logits[:, -1], None if values is None else values[:, -1]
+        return logits_of(self.model, output)[:, -1], None if values is None else values[:, -1]
 
     def keep(self, rows):
         """Go on with these of the current rows only, a 1-D tensor of indices, where the cache can drop the others."""
@@ -102,19 +104,37 @@ def logits_alone(model, row):
         return without_dropout(innermost(model))(input_ids=row[None], use_cache=False, return_dict=True).logits[0]
 
 
-def inputs_and_head(model, tokens, mask, T):
-    """Inputs `[B, T, ...]` of an output layer for the T columns before the last, that layer, and values or None.
+def call_with(model, tokens, mask, T, score):
+    """Call the model on all columns but the last: what `score(head, inputs [B, T, ...])` gives, and values or None.
 
-    A plain GPT-2's inputs are its hidden states, so that nobody has to hold all logits; any other's are the logits.
+    The inputs are those of the output layer for the last T columns. Of GPT-2 that layer is called `head`, and a copy of
+    the model has `score` in its place, so that nobody has to hold all logits, and whatever a call of the model does
+    around it still happens: it gathers weights, switches autocast on, synchronises gradients. Of any other model the
+    inputs are its logits, and `head` does nothing.
     """
+    model = without_dropout(innermost(model))
+    *wrappers, inner = unwrapped(model)
+    takes_score = calls_gpt2(inner) and all(map(is_thin, wrappers))
+    if takes_score:
+        model = copied(model)
+        inner = unwrapped(model)[-1]
+        head, inner.lm_head = inner.lm_head, nn.Identity()
+        inner.lm_head.forward = functools.partial(score, head)
     columns = slice(0, tokens.shape[1] - 1)
-    quiet = without_dropout(model)
-    has_body = calls_gpt2(model) and "forward" not in vars(model) and not is_sharded(model)
-    if has_body and type(model.lm_head) is nn.Linear:
-        body, _ = run(quiet.transformer, tokens, mask, columns, use_cache=False)
-        return body.last_hidden_state[:, -T:], quiet.lm_head, None
-    output, values = run(quiet, tokens, mask, columns, logits_to_keep=T, use_cache=False)
-    return output.logits[:, -T:], nn.Identity(), None if values is None else values[:, -T:]
+    output, values = run(model, tokens, mask, columns, logits_to_keep=T, use_cache=False)
+    logits = output.logits if takes_score else logits_of(model, output)
+    if isinstance(model, DistributedDataParallel):  # its backward pass needs it, and holds a weak reference to it
+        logits.grad_fn.metadata["model"] = model
+    scores = logits if takes_score else score(nn.Identity(), logits[:, -T:])
+    return scores, None if values is None else values[:, -T:]
+
+
+def inputs_and_head(model, tokens, mask, T):
+    """The inputs `[B, T, ...]` of the model's output layer, and that layer, which may be called later."""
+    sharded = is_sharded(unwrapped(model)[-1])  # then the layer has its weights only inside a call of the model
+    return call_with(
+        model, tokens, mask, T, lambda head, inputs: (head(inputs), nn.Identity()) if sharded else (inputs, head)
+    )[0]
 
 
 # Which model it is, and what it may be given
@@ -149,9 +169,10 @@ def unwrapped(model):
 
 
 def innermost(model):
-    """The model to run where no gradient is wanted: without wrappers that then change nothing, and are not FSDP2's."""
+    """The model to run: without wrappers that change nothing. DistributedDataParallel does where gradients flow."""
     models = unwrapped(model)
-    return next(each for each in models if each is models[-1] or is_sharded(each) or not is_thin(each))
+    parallel = DistributedDataParallel if torch.is_grad_enabled() else ()
+    return next(each for each in models if isinstance(each, parallel) or is_sharded(each) or not is_thin(each))
 
 
 def device_of(model):
@@ -222,12 +243,6 @@ def calls_gpt2(model):
     return own and not is_hooked(model) and ("forward" not in vars(model) or hasattr(model, "_original_forward"))
 
 
-def takes_requests(model):
-    """Whether a call of the model reaches `GPT2ValueModel.forward` with its `score`, and nobody changes its output."""
-    *wrappers, inner = unwrapped(model)
-    return hasattr(inner, "scored_forward") and calls_gpt2(inner) and all(map(is_thin, wrappers))
-
-
 # Weights that FSDP2 spreads over processes: a call gathers them, so all processes have to make the same calls.
 
 
@@ -257,7 +272,10 @@ def copied(model):
     copies = {module: object.__new__(type(module)) for module in model.modules()}
     for module, its in copies.items():
         fields = {**vars(module), "_compiled_call_impl": None}  # what is compiled is bound to the module
-        fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
+        # Of what `torch.compile` wraps, the module itself: the wrapper would call the original.
+        fields["_modules"] = {
+            name: copies.get(getattr(child, "_orig_mod", child)) for name, child in module._modules.items()
+        }
         fields.update(fields["_modules"])  # found at once, and not by `__getattr__`
         # Accelerate's: methods and partials, whose copies are bound to the modules' copies.
         for name in {"forward", "_old_forward", "_original_forward"} & set(fields):

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 # transformers 4.57.6 to 5.0.0 copy from a local folder only what is named here: what generation needs must be, too.
 try:
     from .configuration_gpt2_value import GPT2ValueConfig
-    from .decoding_gpt2_value import as_scalars, positions, without_dropout
+    from .decoding_gpt2_value import positions
     from .generation_gpt2_value import rollout
     from .sampling_gpt2_value import Sampling
     from .scoring_gpt2_value import rescore
@@ -28,7 +28,7 @@ except ImportError:
         raise
     # In a checkout or a wheel these files are top-level modules.
     from configuration_gpt2_value import GPT2ValueConfig
-    from decoding_gpt2_value import as_scalars, positions, without_dropout
+    from decoding_gpt2_value import positions
     from generation_gpt2_value import rollout
     from sampling_gpt2_value import Sampling  # noqa: F401
     from scoring_gpt2_value import rescore
@@ -149,8 +149,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
 
         `labels` may be called `lm_labels`, as in the seed. Arguments that are not known here are handed on, to the body
         and to the loss, as there. Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask`
-        admits, cached ones too: padding on either side changes nothing. `score` is the function of the hidden states,
-        the output layer and the values, without dropout, whose result `rescore` wants instead.
+        admits, cached ones too: padding on either side changes nothing.
 
         Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises ValueError
         for a mask that leaves out the cache or the input, TypeError for an argument that is given twice.
@@ -159,7 +158,6 @@ class GPT2ValueModel(GPT2LMHeadModel):
         given = SIGNATURE.bind_partial(self, *args, **kwargs).arguments
         given.update(given.pop("kwargs", {}))
         arguments = {name: value for name, value in given.items() if value is not None and name != "self"}
-        score = arguments.pop("score", None)
         return_dict = arguments.pop("return_dict", self.returns_dict and self.config.return_dict)
         logits_to_keep = arguments.pop("logits_to_keep", 0)
         if {"labels", "lm_labels"} <= arguments.keys():
@@ -180,13 +178,10 @@ class GPT2ValueModel(GPT2LMHeadModel):
                 )
             arguments["position_ids"] = positions(mask)[:, -tokens:]
 
-        model = self if score is None else without_dropout(self)
-        outputs = dict(model.transformer(**arguments, return_dict=True))
+        outputs = dict(self.transformer(**arguments, return_dict=True))
         hidden_states = outputs.pop("last_hidden_state")  # [batch, tokens, n_embd]
         # Read from the model's config at each call: it is the one that is saved, and peft copies the head.
-        value = model.v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
-        if score is not None:
-            return dict(score(hidden_states, model.lm_head, as_scalars(value)))
+        value = self.v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, columns, :])  # [batch, columns, vocabulary]
         loss = None

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import weakref
-from typing import Any
 
 import torch
 import transformers
@@ -22,13 +21,11 @@ from transformers.utils import ModelOutput
 try:
     from .decoding_gpt2_value import (
         anywhere,
+        call_with,
         check_tokens,
         device_of,
-        innermost,
         inputs_and_head,
         logits_alone,
-        run,
-        takes_requests,
         unwrapped,
     )
     from .sampling_gpt2_value import sampling_distribution
@@ -38,13 +35,11 @@ except ImportError:
     # In a checkout or a wheel these files are top-level modules.
     from decoding_gpt2_value import (
         anywhere,
+        call_with,
         check_tokens,
         device_of,
-        innermost,
         inputs_and_head,
         logits_alone,
-        run,
-        takes_requests,
         unwrapped,
     )
     from sampling_gpt2_value import sampling_distribution
@@ -109,15 +104,14 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     tokens = rollout.sequences.masked_fill(mask == 0, 0)  # padding may be any number
     other = (None, None) if reference is None else _reference_inputs(model, reference, vocabulary, tokens, mask, T)
     score = functools.partial(_scores, rollout, vocabulary, other, with_entropy, values_only)
-    if takes_requests(model):
-        answer, _ = run(model, tokens, mask, slice(0, tokens.shape[1] - 1), score=score, use_cache=False)
-        scored: Any = Rescored(**answer)
-    else:
-        scored = score(*inputs_and_head(model, tokens, mask, T))
+    scores, values = call_with(model, tokens, mask, T, score)
+    values = None if values is None else values.where(rollout.response_mask, 0)
     if values_only:
-        if scored.values is None:
+        if values is None:
             raise ValueError(f"a {type(model).__name__} gives no values; expected a model with a value head.")
-        return scored
+        return Rescored(values=values)
+    logprobs, entropy, *theirs = scores.unbind(-1)  # [B, T] each
+    scored = Rescored(logprobs, values, entropy if with_entropy else None, *(theirs if reference is not None else ()))
     check_finite(scored.logprobs if scored.kl is None else scored.logprobs + scored.kl)
     check_itself("rescore", model, dataclasses.replace(rollout, logprobs=scored.logprobs))
     if reference is not None and reference != "disable_adapter":
@@ -126,39 +120,34 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     return scored
 
 
-def _scores(rollout, vocabulary, other, with_entropy, values_only, inputs, head, values):
-    """The `Rescored` of a model with the logits `head(inputs [B, >= T, ...])`, and such `values` or None.
+def _scores(rollout, vocabulary, other, with_entropy, values_only, head, inputs):
+    """What `_score_chunk` gives for the logits `head(inputs [B, >= T, ...])`, as `[B, T, 4]`; 0 where masked.
 
-    `rescore` hands this to `GPT2ValueModel.forward`, with its own arguments filled in. So the output layer runs inside
-    a call of the model, where FSDP2 and DistributedDataParallel expect it, and they see none of these tensors, which
-    FSDP2 would cast. `other` is the reference's inputs `[B, T, ...]` and output layer, or (None, None).
+    `call_with` calls it inside a call of the model, where FSDP2 and DistributedDataParallel expect the output layer.
+    `other` is the reference's inputs `[B, T, ...]` and output layer, or (None, None).
     """
     drawn = rollout.response_mask
-    T = drawn.shape[1]
-    values = None if values is None else torch.where(drawn, values[:, -T:], 0.0)
+    inputs = inputs[:, -drawn.shape[1] :]
     if values_only:
-        return Rescored(values=values)
+        return inputs
     other_inputs, other_head = other
     score = functools.partial(_score_chunk, rollout.sampling, with_entropy, head, other_head)
     rows, steps = drawn.nonzero(as_tuple=True)  # [n] each
     if torch.is_grad_enabled() and 4 * vocabulary * len(rows) > KEPT_BYTES:
         # Nothing in it is random, and the caller may be in a checkpoint of its own.
         score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
-    columns = inputs[:, -T:], rollout.responses, rollout.kept, other_inputs  # [B, T, ...] each, or None
+    columns = inputs, rollout.responses, rollout.kept, other_inputs  # [B, T, ...] each, or None
     size = max(1, CHUNK // vocabulary)
     parts = []
     for b, t in zip(rows.split(size), steps.split(size), strict=True):
         chunk = [None if column is None else column[b.to(column.device), t.to(column.device)] for column in columns]
         parts.append(score(t, *chunk))
-    logprobs, entropy, *theirs = (
-        torch.zeros_like(drawn, dtype=part[0].dtype).masked_scatter(drawn, torch.cat(part))
-        for part in zip(*parts, strict=True)
-    )
-    return Rescored(logprobs, values, entropy if with_entropy else None, *(() if other_head is None else theirs))
+    scores = torch.cat(parts)  # [n, 4]
+    return scores.new_zeros(*drawn.shape, 4).masked_scatter(drawn.unsqueeze(-1), scores)
 
 
 def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens, kept, other):
-    """Log-probability, entropy, KL and the reference's log-probability `[n]` of n tokens; 0 if not asked for.
+    """Log-probability, entropy, KL and the reference's log-probability of n tokens, `[n, 4]`; 0 if not asked for.
 
     They were drawn at these `steps [n]`, from a model with the logits `head(inputs [n, ...])`.
     """
@@ -178,7 +167,7 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
             theirs = sampling_distribution(theirs, sampling, early=early, kept=kept).log_softmax(-1)
         kl = (probs * (logprobs - theirs.masked_fill(~possible, 0.0))).sum(-1)
         their_logprob = theirs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return logprob, entropy, kl, their_logprob
+    return torch.stack([logprob, entropy, kl, their_logprob], -1)
 
 
 def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
@@ -197,7 +186,7 @@ def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
         )
     device = device_of(reference)
     with torch.no_grad(), switched_off:
-        return inputs_and_head(innermost(reference), tokens.to(device), mask.to(device), T)[:2]
+        return inputs_and_head(reference, tokens.to(device), mask.to(device), T)
 
 
 # A rollout and a score check themselves: two rows, the most likely to be wrong, are computed again by the model's own
@@ -257,7 +246,7 @@ def _off_alone(model, rollout, row):
     places = seen.cumsum(0)[steps - rollout.responses.shape[1]] - 1  # [columns], where in `tokens` they are
     logits = logits_alone(model, tokens)[places - 1]  # [columns, V]
     drawn, kept = tokens[places], None if rollout.kept is None else rollout.kept[row, steps]
-    alone, *_ = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, drawn, kept, None)
+    alone = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, drawn, kept, None)[:, 0]
     difference = (rollout.logprobs[row, steps].detach() - alone).abs().nan_to_num(math.inf)  # [columns]
 
     dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}

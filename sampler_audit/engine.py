@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from decoding_gpt2_value import check_tokens, device_of, innermost, inputs_and_head
+from decoding_gpt2_value import check_tokens, device_of, inputs_and_head
 from generation_gpt2_value import Rollout, aligned
 from sampling_gpt2_value import Sampling, as_bits, number, sampling_distribution
 
@@ -134,5 +134,5 @@ def scoring_inputs(model: Any, rollout: Rollout, batch_size: int) -> Iterator[tu
     for rows in torch.arange(len(rollout.sequences)).split(batch_size):
         part = rollout[rows].to(device)
         tokens = part.sequences.masked_fill(part.attention_mask == 0, 0)  # padding may be any number
-        inputs, head, _ = inputs_and_head(innermost(model), tokens, part.attention_mask, T)
+        inputs, head = inputs_and_head(model, tokens, part.attention_mask, T)
         yield dataclasses.replace(part, sequences=tokens), inputs, head
