@@ -8,7 +8,6 @@ the model: other threads may train, sample or score it meanwhile.
 import copy
 import functools
 import inspect
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 # What the installed transformers calls a cache, as an argument and in an output: 5.24 renamed it.
 CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
-# Forwards as they were when this module was imported: somebody may replace them later.
-OWN_LM_FORWARD = GPT2LMHeadModel.forward
-OWN_FORWARDS = {kind: kind.forward for kind in (NewGELUActivation, Conv1D, nn.Linear)}
+OWN_FORWARD = GPT2LMHeadModel.forward  # as it was when this module was imported: somebody may replace it later
 
 
 def positions(mask):
@@ -67,7 +64,8 @@ class Decoder:
     def __init__(self, model, tokens, mask):
         self.tokens, self.mask = tokens, mask  # [B, P+T], which the caller fills
         self.rows = torch.arange(len(tokens), device=tokens.device)  # those that are still computed, b of B
-        self.model = with_fast_products(without_dropout(innermost(model)), len(tokens))
+        self.model = without_dropout(innermost(model))
+        speed_up(self.model, len(tokens))
         inner = unwrapped(model)[-1]
         # The cache of a recurrent model holds states that run on over padding, and may live in its modules.
         self.uses_cache = accepts(inner, CACHE) and not getattr(inner, "_is_stateful", False)
@@ -83,16 +81,16 @@ class Decoder:
         cache = vars(output).get(CACHE) if self.uses_cache else None
         if self.cache is None and isinstance(cache, Cache):
             self.cache = cache
-            for place, layer in enumerate(getattr(cache, "layers", [])):
+            for layer in getattr(cache, "layers", []):
                 if type(layer) is DynamicLayer and layer.is_initialized:
-                    cache.layers[place] = PreallocatedLayer(layer, tokens.shape[1])
+                    layer.update = functools.partial(append, layer, tokens.shape[1])
         return logits_of(self.model, output)[:, -1], None if values is None else values[:, -1]
 
     def keep(self, rows):
         """Go on with these of the current rows only, a 1-D tensor of indices, where the cache can drop the others."""
         if self.cache is not None:
             kinds = {type(layer) for layer in getattr(self.cache, "layers", [])}
-            if type(self.cache) is not DynamicCache or not kinds <= {PreallocatedLayer, DynamicSlidingWindowLayer}:
+            if type(self.cache) is not DynamicCache or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
                 return
             self.cache.batch_select_indices(rows)
         self.rows = self.rows[rows]
@@ -116,8 +114,6 @@ def call_with(model, tokens, mask, T, score):
     *wrappers, inner = unwrapped(model)
     takes_score = calls_gpt2(inner) and all(map(is_thin, wrappers))
     if takes_score:
-        model = copied(model)
-        inner = unwrapped(model)[-1]
         head, inner.lm_head = inner.lm_head, nn.Identity()
         inner.lm_head.forward = functools.partial(score, head)
     columns = slice(0, tokens.shape[1] - 1)
@@ -238,7 +234,7 @@ def is_thin(wrapper):
 def calls_gpt2(model):
     """Whether a call runs the forward of GPT2LMHeadModel or GPT2ValueModel, as it was when it was imported."""
     kind = type(model)
-    own = kind.forward is getattr(kind, "scored_forward", OWN_LM_FORWARD) and kind.__call__ is nn.Module.__call__
+    own = kind.forward is getattr(kind, "scored_forward", OWN_FORWARD)
     # Accelerate puts a forward before it that casts, and keeps it under this name.
     return own and not is_hooked(model) and ("forward" not in vars(model) or hasattr(model, "_original_forward"))
 
@@ -276,7 +272,6 @@ def copied(model):
         fields["_modules"] = {
             name: copies.get(getattr(child, "_orig_mod", child)) for name, child in module._modules.items()
         }
-        fields.update(fields["_modules"])  # found at once, and not by `__getattr__`
         # Accelerate's: methods and partials, whose copies are bound to the modules' copies.
         for name in {"forward", "_old_forward", "_original_forward"} & set(fields):
             fields[name] = copy.deepcopy(fields[name], {id(each): twin for each, twin in copies.items()})
@@ -285,13 +280,11 @@ def copied(model):
 
 
 def without_dropout(model):
-    """The model as `eval()` leaves it, a copy if it is in train mode. Where gradients flow, checkpointing goes on.
+    """A copy of the model as `eval()` leaves it. Where gradients flow, checkpointing goes on.
 
     Dropout that a function keeps, which somebody put in the place of a forward, is out of reach, and found by
     `check_itself`.
     """
-    if not any(module.training for module in model.modules()):
-        return model
     quiet = copied(model)
     for module in quiet.modules():
         # transformers checkpoints a layer in training mode only, so there its own dropouts are set to 0 instead.
@@ -307,33 +300,26 @@ def without_dropout(model):
 # With 64 rows, it takes a sixth longer without room in the cache.
 
 
-def with_fast_products(model, rows):
-    """A copy of a GPT-2 on a CPU whose linear layers multiply by oneDNN, as torch's inductor does. Else the model.
+def speed_up(model, rows):
+    """Let the linear layers of a GPT-2 on a CPU multiply by oneDNN, as torch's inductor does; `model` is a copy.
 
     Weights are packed for one rollout of so many rows, and so are never older than the model's.
     """
-    is_plain = (
-        isinstance(model, GPT2LMHeadModel) and "forward" not in vars(model) and torch.backends.mkldnn.is_available()
-    )
-    if not is_plain or model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return model
-    model = copied(model)
-    for layer in model.modules():
-        kind = type(layer)
-        if kind.forward is not OWN_FORWARDS.get(kind) or "forward" in vars(layer):
-            continue
-        if kind is NewGELUActivation:  # in eight steps
+    on_cpu = isinstance(model, GPT2LMHeadModel) and model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    for layer in model.modules() if on_cpu and not torch.is_autocast_enabled("cpu") else ():
+        if type(layer) is NewGELUActivation:  # in eight steps
             layer.forward = functools.partial(nn.functional.gelu, approximate="tanh")
+        weight = getattr(layer, "weight", None)
         # Quantised and sharded weights are of other classes; oneDNN has no float64.
-        elif type(layer.weight) is nn.Parameter and layer.weight.is_cpu and layer.weight.dtype != torch.float64:
-            weight = layer.weight.detach().float()
-            if kind is Conv1D:
+        is_plain = type(weight) is nn.Parameter and weight.is_cpu and weight.dtype != torch.float64
+        if type(layer) in (Conv1D, nn.Linear) and is_plain and "forward" not in vars(layer):
+            weight = weight.detach().float()
+            if type(layer) is Conv1D:
                 weight = weight.t()  # [out, in]
             if rows > 1:  # one row is multiplied as fast by a weight as it is
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
             bias = None if layer.bias is None else layer.bias.float()
             layer.forward = functools.partial(multiply, weight, bias)
-    return model
 
 
 def multiply(weight, bias, x):
@@ -341,25 +327,15 @@ def multiply(weight, bias, x):
     return torch.ops.mkldnn._linear_pointwise(x.float(), weight, bias, "none", [], "").to(x.dtype)
 
 
-class PreallocatedLayer(DynamicLayer):
-    """A layer of transformers' cache with room for all columns, where DynamicLayer copies them all for each new one."""
-
-    keys: Any
-    values: Any
-
-    def __init__(self, layer, columns):
-        self.__dict__.update(vars(layer))
-        self.columns = columns
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        past = self.keys.shape[-2]
-        columns = past + key_states.shape[-2]
-        joined = []
-        for states, new in ((self.keys, key_states), (self.values, value_states)):  # [b, n_head, columns, width]
-            storage = states._base  # of which they are a part: None at first, and after rows were dropped
-            if storage is None or storage.shape[-2] != self.columns:
-                storage = nn.functional.pad(states, (0, 0, 0, self.columns - past))
-            storage[..., past:columns, :] = new
-            joined.append(storage[..., :columns, :])
-        self.keys, self.values = joined
-        return self.keys, self.values
+def append(layer, columns, key_states, value_states, *args, **kwargs):
+    """In the place of a cache layer's `update`, which copies all columns for each new one: keep room for `columns`."""
+    past = layer.keys.shape[-2]
+    now = past + key_states.shape[-2]
+    for name, new in (("keys", key_states), ("values", value_states)):  # [b, n_head, columns, width]
+        states = getattr(layer, name)
+        storage = states._base  # of which they are a part: None at first, and after rows were dropped
+        if storage is None or storage.shape[-2] != columns:
+            storage = nn.functional.pad(states, (0, 0, 0, columns - past))
+        storage[..., past:now, :] = new
+        setattr(layer, name, storage[..., :now, :])
+    return layer.keys, layer.values

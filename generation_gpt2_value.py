@@ -22,7 +22,7 @@ try:
         number,
         sampling_distribution,
     )
-    from .scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, rescore
+    from .scoring_gpt2_value import check_finite, check_itself
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
@@ -36,11 +36,8 @@ except ImportError:
         number,
         sampling_distribution,
     )
-    from scoring_gpt2_value import Rescored, SelfCheckError, check_finite, check_itself, rescore
-__all__ = ["Rescored", "Rollout", "Sampling", "SelfCheckError", "rescore", "respond_to_batch", "rollout"]
-
+    from scoring_gpt2_value import check_finite, check_itself
 FROM_CONFIG = "config"  # the default of eos_token_id
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def rollout(
@@ -138,10 +135,10 @@ def rollout(
             keep_pace(decoder.model, tokens, ended=True)
             drawn = mask[:, P:].bool()  # [B, T]
             tokens.masked_fill_(mask == 0, pad)
-            logprobs = logprobs.where(drawn, 0)
+            for part in (logprobs, values, kept):
+                if part is not None:
+                    part[~drawn] = 0
             check_finite(logprobs)
-            kept = None if kept is None else kept.where(drawn.unsqueeze(-1), 0)
-            values = None if values is None else values.where(drawn, 0)
             result = Rollout(tokens, mask, tokens[:, P:], drawn, logprobs, values, running, kept, sampling)
             check_itself("rollout", model, result)
         except BaseException:  # also an interrupt: nothing was drawn
@@ -264,7 +261,7 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists, no rows
         raise TypeError(f"{name} holds no rows of token ids ({error}); expected at least one, not texts.") from error
     # Of an empty list torch makes a tensor of floats.
-    if tokens.dim() != 2 or any(row.dtype not in INTEGERS and len(row) for row in rows):
+    if tokens.dim() != 2 or any("int" not in str(row.dtype) and len(row) for row in rows):
         raise TypeError(
             f"{name} is {rows[0].dtype}; expected token ids, a 1-D tensor or list of integers for each row."
         )

@@ -102,14 +102,12 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
 def as_bits(mask):
     """A mask `[..., V]` bool as `[..., ceil(V / 8)]` uint8, lowest bit first. So a rollout stores its kept sets."""
     mask = nn.functional.pad(mask.byte(), (0, -mask.shape[-1] % 8))
-    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (mask.unflatten(-1, (-1, 8)) << bits).sum(-1, dtype=torch.uint8)
+    return sum(mask[..., bit::8] << bit for bit in range(8))
 
 
 def as_mask(kept, vocabulary):
     """What `as_bits` returned, as a mask `[..., V]` bool."""
-    bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    mask = (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)
+    mask = torch.stack([kept >> bit & 1 for bit in range(8)], -1).flatten(-2)
     return nn.functional.pad(mask, (0, vocabulary - mask.shape[-1])).bool()  # a negative number of columns is cut off
 
 
@@ -132,9 +130,8 @@ def draw(logits, uniform):
 
 def listed(ids):
     """One id, several in a list, a tuple or a tensor, or None, as a tuple."""
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) == 1 else (ids,)
+    several = isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0)
+    return () if ids is None else tuple(ids) if several else (ids,)
 
 
 def number(name, value, low, high=math.inf, kind=int):

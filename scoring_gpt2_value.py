@@ -132,7 +132,7 @@ def _scores(rollout, vocabulary, other, with_entropy, values_only, head, inputs)
         return inputs
     other_inputs, other_head = other
     score = functools.partial(_score_chunk, rollout.sampling, with_entropy, head, other_head)
-    rows, steps = drawn.nonzero(as_tuple=True)  # [n] each
+    rows, steps = drawn.cpu().nonzero(as_tuple=True)  # [n] each; the CPU's indices fit tensors of all devices
     if torch.is_grad_enabled() and 4 * vocabulary * len(rows) > KEPT_BYTES:
         # Nothing in it is random, and the caller may be in a checkpoint of its own.
         score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
@@ -140,7 +140,7 @@ def _scores(rollout, vocabulary, other, with_entropy, values_only, head, inputs)
     size = max(1, CHUNK // vocabulary)
     parts = []
     for b, t in zip(rows.split(size), steps.split(size), strict=True):
-        chunk = [None if column is None else column[b.to(column.device), t.to(column.device)] for column in columns]
+        chunk = [None if column is None else column[b, t] for column in columns]
         parts.append(score(t, *chunk))
     scores = torch.cat(parts)  # [n, 4]
     return scores.new_zeros(*drawn.shape, 4).masked_scatter(drawn.unsqueeze(-1), scores)
@@ -151,7 +151,7 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
 
     They were drawn at these `steps [n]`, from a model with the logits `head(inputs [n, ...])`.
     """
-    early = steps < sampling.min_new_tokens
+    early = (steps < sampling.min_new_tokens).to(inputs.device)
     scaled = sampling_distribution(head(inputs), sampling, early=early, kept=kept)  # [n, V]
     logprobs = scaled.log_softmax(-1)  # [n, V]
     logprob = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -254,7 +254,7 @@ def _off_alone(model, rollout, row):
     if torch.get_float32_matmul_precision() != "highest":
         dtypes.add(torch.bfloat16)
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    sizes = torch.maximum(logits.amax(-1).abs(), logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1).abs())  # [columns]
+    sizes = logits.amax(-1).abs() + alone.abs()  # [columns], at least those of the drawn tokens' logits
     bound = (math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes) / sampling.temperature
     # Of a row without drawn tokens, the mean is NaN.
     return float(difference.max()) if (difference / bound).square().mean() > 1 else 0.0

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ne
 import torch
 
 from configuration_gpt2_value import GPT2ValueConfig
-from generation_gpt2_value import Rollout, rescore
+from generation_gpt2_value import Rollout
 from modeling_gpt2_value import GPT2ValueModel
 from sampling_gpt2_value import sampling_distribution
+from scoring_gpt2_value import rescore
 
 SETTINGS: tuple[dict, ...] = ({}, {"top_k": 20}, {"top_p": 0.8}, {"top_p": 0.3})
 PROMPTS = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12])]

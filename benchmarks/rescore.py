@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configuration_gpt2_value import GPT2ValueConfig
-from generation_gpt2_value import Rollout, Sampling
+from generation_gpt2_value import Rollout
 from modeling_gpt2_value import GPT2ValueModel
+from sampling_gpt2_value import Sampling
 
 WAYS = ("body alone", "full logits", "rescore")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from configuration_gpt2_value import GPT2ValueConfig
-    from generation_gpt2_value import Rescored, Rollout, Sampling, rescore, respond_to_batch, rollout
+    from generation_gpt2_value import Rollout, respond_to_batch, rollout
     from gpt2_value.critic import FittedValues, create_reference, fit_values
     from gpt2_value.ppo import (
         AdaptiveKLController,
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
         mismatch,
         rollout_from_tokens,
     )
+    from sampling_gpt2_value import Sampling
+    from scoring_gpt2_value import Rescored, rescore
 
 __all__ = [
     "AdaptiveKLController",
@@ -118,9 +120,11 @@ __all__ = [
 # module -> the names that it defines; all others are of hub_tools
 _NAMES = {
     "configuration_gpt2_value": ["GPT2ValueConfig"],
-    "generation_gpt2_value": ["Rescored", "Rollout", "Sampling", "rescore", "respond_to_batch", "rollout"],
+    "generation_gpt2_value": ["Rollout", "respond_to_batch", "rollout"],
     "gpt2_value.view": ["Page", "show"],
     "modeling_gpt2_value": ["GPT2HeadWithValueModel", "GPT2ValueModel", "GPT2ValueOutput"],
+    "sampling_gpt2_value": ["Sampling"],
+    "scoring_gpt2_value": ["Rescored", "rescore"],
     "gpt2_value.critic": ["FittedValues", "create_reference", "fit_values"],
     "gpt2_value.ppo": [
         "PPOSettings",

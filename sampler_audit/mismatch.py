@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from generation_gpt2_value import Rescored, Rollout, rescore
+from generation_gpt2_value import Rollout
 from sampling_gpt2_value import Sampling
+from scoring_gpt2_value import Rescored, rescore
 
 from .engine import check_is_rollout
 

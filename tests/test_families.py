@@ -6,7 +6,8 @@ import transformers
 from support.families import ENDS, PROMPTS, build, difference
 from support.settings import RAGGED, assert_as_drawn
 
-from generation_gpt2_value import SelfCheckError, rescore, respond_to_batch, rollout
+from generation_gpt2_value import respond_to_batch, rollout
+from scoring_gpt2_value import SelfCheckError, rescore
 
 RIGHT = ["llama", "opt", "openai-gpt", "gpt_neo", "bloom"]
 STATEFUL = ["rwkv", "mamba", "mamba2", "falcon_mamba", "jamba", "recurrent_gemma"]

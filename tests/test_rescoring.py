@@ -19,7 +19,8 @@ from support.settings import (
 )
 
 import scoring_gpt2_value
-from generation_gpt2_value import rescore, rollout
+from generation_gpt2_value import rollout
+from scoring_gpt2_value import rescore
 
 
 def small_chunks(monkeypatch):

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import GPT2Model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from generation_gpt2_value import SelfCheckError, rollout
+from generation_gpt2_value import rollout
+from scoring_gpt2_value import SelfCheckError
 
 DTYPES = [torch.float32, torch.bfloat16]
 in_both_dtypes = pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,8 @@ import torch
 from conftest import make_tiny_model
 from support.settings import RAGGED, assert_as_drawn, checkpoint_layers, seeded
 
-from generation_gpt2_value import rescore, rollout
+from generation_gpt2_value import rollout
+from scoring_gpt2_value import rescore
 
 plain_or_not = pytest.mark.parametrize("plain", [True, False])
 

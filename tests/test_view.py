@@ -11,10 +11,10 @@ from support.settings import seeded
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from generation_gpt2_value import rescore
 from gpt2_value import show
 from gpt2_value.view import TokenTexts, labels, tokens
 from sampler_audit import rollout_from_tokens
+from scoring_gpt2_value import rescore
 
 HOSTILE = [
     "<script>document.title='run'</script>",

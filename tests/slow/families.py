@@ -18,7 +18,8 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 from support.families import ALL, COLUMNS, ENDS, PROMPTS, build, difference  # noqa: E402
 
-from generation_gpt2_value import SelfCheckError, rollout  # noqa: E402
+from generation_gpt2_value import rollout  # noqa: E402
+from scoring_gpt2_value import SelfCheckError  # noqa: E402
 
 
 def outcome(family):
