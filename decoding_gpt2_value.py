@@ -12,9 +12,8 @@ import inspect
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Cache, DynamicCache, GPT2LMHeadModel, __version__
+from transformers import Cache, GPT2LMHeadModel, __version__
 from transformers.activations import NewGELUActivation
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
 # What the installed transformers calls a cache, as an argument and in an output: 5.24 renamed it.
@@ -64,9 +63,11 @@ class Decoder:
     def __init__(self, model, tokens, mask):
         self.tokens, self.mask = tokens, mask  # [B, P+T], which the caller fills
         self.rows = torch.arange(len(tokens), device=tokens.device)  # those that are still computed, b of B
-        self.model = without_dropout(innermost(model))
-        speed_up(self.model, len(tokens))
         inner = unwrapped(model)[-1]
+        self.is_gpt2 = isinstance(inner, GPT2LMHeadModel)  # whose cache is known: a DynamicCache
+        self.model = without_dropout(innermost(model))
+        if self.is_gpt2 and torch.backends.mkldnn.is_available():
+            speed_up(self.model, len(tokens))
         # The cache of a recurrent model holds states that run on over padding, and may live in its modules.
         self.uses_cache = accepts(inner, CACHE) and not getattr(inner, "_is_stateful", False)
         self.cache = None  # without one, all columns are run again
@@ -76,24 +77,21 @@ class Decoder:
         keep_pace(self.model, self.tokens, ended=False)
         new = slice(0 if self.cache is None else columns - 1, columns)
         tokens, mask = self.tokens[self.rows], self.mask[self.rows]  # [b, P+T]
-        cached = {CACHE: self.cache} if self.uses_cache else {}
+        cached = {} if self.cache is None else {CACHE: self.cache}
         output, values = run(self.model, tokens, mask, new, logits_to_keep=1, use_cache=self.uses_cache, **cached)
-        cache = vars(output).get(CACHE) if self.uses_cache else None
+        cache = getattr(output, CACHE, None)
         if self.cache is None and isinstance(cache, Cache):
             self.cache = cache
-            for layer in getattr(cache, "layers", []):
-                if type(layer) is DynamicLayer and layer.is_initialized:
-                    layer.update = functools.partial(append, layer, tokens.shape[1])
+            for layer in cache.layers if self.is_gpt2 else ():
+                layer.update = functools.partial(append, layer, tokens.shape[1])
         return logits_of(self.model, output)[:, -1], None if values is None else values[:, -1]
 
     def keep(self, rows):
-        """Go on with these of the current rows only, a 1-D tensor of indices, where the cache can drop the others."""
-        if self.cache is not None:
-            kinds = {type(layer) for layer in getattr(self.cache, "layers", [])}
-            if type(self.cache) is not DynamicCache or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-                return
-            self.cache.batch_select_indices(rows)
-        self.rows = self.rows[rows]
+        """Go on with these of the current rows only, a 1-D tensor of indices, where no cache or GPT-2's has them."""
+        if self.cache is None or self.is_gpt2:
+            self.rows = self.rows[rows]
+            if self.cache is not None:
+                self.cache.batch_select_indices(rows)
 
 
 def logits_alone(model, row):
@@ -305,8 +303,7 @@ def speed_up(model, rows):
 
     Weights are packed for one rollout of so many rows, and so are never older than the model's.
     """
-    on_cpu = isinstance(model, GPT2LMHeadModel) and model.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    for layer in model.modules() if on_cpu and not torch.is_autocast_enabled("cpu") else ():
+    for layer in model.modules():
         if type(layer) is NewGELUActivation:  # in eight steps
             layer.forward = functools.partial(nn.functional.gelu, approximate="tanh")
         weight = getattr(layer, "weight", None)
@@ -327,15 +324,13 @@ def multiply(weight, bias, x):
     return torch.ops.mkldnn._linear_pointwise(x.float(), weight, bias, "none", [], "").to(x.dtype)
 
 
-def append(layer, columns, key_states, value_states, *args, **kwargs):
+def append(layer, columns, *new, **kwargs):
     """In the place of a cache layer's `update`, which copies all columns for each new one: keep room for `columns`."""
     past = layer.keys.shape[-2]
-    now = past + key_states.shape[-2]
-    for name, new in (("keys", key_states), ("values", value_states)):  # [b, n_head, columns, width]
-        states = getattr(layer, name)
-        storage = states._base  # of which they are a part: None at first, and after rows were dropped
-        if storage is None or storage.shape[-2] != columns:
-            storage = nn.functional.pad(states, (0, 0, 0, columns - past))
-        storage[..., past:now, :] = new
-        setattr(layer, name, storage[..., :now, :])
+    for name, states in zip(("keys", "values"), new, strict=False):  # [b, n_head, 1, width]
+        room = getattr(layer, name)._base  # None at first, and after rows were dropped
+        if room is None or room.shape[-2] != columns:
+            room = nn.functional.pad(getattr(layer, name), (0, 0, 0, columns - past))
+        room[..., past, :] = states[..., 0, :]
+        setattr(layer, name, room[..., : past + 1, :])
     return layer.keys, layer.values

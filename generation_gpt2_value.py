@@ -107,7 +107,6 @@ def rollout(
             uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)
             running = torch.ones(B, dtype=torch.bool, device=device)
             ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
-            early = torch.arange(T, device=device) < sampling.min_new_tokens
             logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
             values = None if value is None else torch.zeros_like(logprobs)
             kept = None
@@ -117,7 +116,7 @@ def rollout(
                 if t > 0:
                     logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
                 rows = decoder.rows  # [b], those that are still computed; some of them may have ended
-                distribution = sampling_distribution(logits, sampling, early=early[t])  # [b, V]
+                distribution = sampling_distribution(logits, sampling, steps=t)  # [b, V]
                 tokens[rows, P + t], logprobs[rows, t] = draw(distribution, uniforms[t, rows])
                 mask[rows, P + t] = running[rows].long()
                 if values is not None:
@@ -271,8 +270,8 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     order = seen.argsort(dim=1, descending=right, stable=True)  # padding comes to one side, tokens stay in order
     seen = seen.gather(1, order)
     tokens = tokens.gather(1, order).masked_fill(seen == 0, pad)
-    for edge in (tokens[:, :1], tokens[:, -1:]) if may_hide_padding else ():
-        if 0 < (edge == pad).sum() < len(rows):
-            what = f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask"
-            warnings.warn(what, stacklevel=3)
+    ids_at_edges = (tokens[:, [0, -1]] == pad).float().mean(0)  # [2]
+    if may_hide_padding and ((ids_at_edges > 0) & (ids_at_edges < 1)).any():
+        what = f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask"
+        warnings.warn(what, stacklevel=3)
     return tokens, seen

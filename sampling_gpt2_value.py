@@ -63,7 +63,7 @@ class Sampling:
             raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
 
 
-def sampling_distribution(logits, sampling, *, early=None, kept=None):
+def sampling_distribution(logits, sampling, *, steps=None, kept=None):
     """Turn a model's logits into the distribution that is sampled and scored. Nothing else here does so.
 
     The order is that of `generate()`: suppressed tokens, temperature, top-k (Fan et al., 2018, arXiv:1805.04833), then
@@ -73,7 +73,7 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
     Args:
         logits: `[..., V]`, any float dtype.
         sampling: the `Sampling`.
-        early: `[...]` bool, True where fewer than `min_new_tokens` tokens were drawn before; None: nowhere.
+        steps: `[...]` int64, or one number, how many tokens were drawn before; None: enough.
         kept: which tokens an earlier draw chose among, `as_bits`: the settings then cut nothing off.
 
     Returns `[..., V]` float32 (float64 from float64): logits divided by the temperature; -inf for what cannot be drawn.
@@ -81,7 +81,8 @@ def sampling_distribution(logits, sampling, *, early=None, kept=None):
     """
     vocabulary = logits.shape[-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if sampling.min_new_tokens and early is not None:
+    if sampling.min_new_tokens and steps is not None:
+        early = torch.as_tensor(steps, device=logits.device) < sampling.min_new_tokens
         ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=logits.device)
         logits = torch.where(early.unsqueeze(-1), logits.index_fill(-1, ends, -math.inf), logits)
     if kept is not None:
@@ -123,7 +124,7 @@ def draw(logits, uniform):
     running = logits.exp().cumsum(-1, dtype=torch.float64)  # [B, K]
     total = running[:, -1:]
     index = torch.searchsorted(running, uniform.to(torch.float64).unsqueeze(-1) * total, right=True)  # [B, 1]
-    last = (running < total).sum(-1, keepdim=True)  # rounding up must not lead beyond the last with a probability
+    last = (running < total).sum(-1, keepdim=True)  # of those with a probability; 0 where a logit is NaN
     index = torch.minimum(index, last)
     return index.squeeze(-1), (logits.gather(-1, index) - total.log()).squeeze(-1).to(logits.dtype)
 

@@ -121,13 +121,12 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
 
 
 def _scores(rollout, vocabulary, other, with_entropy, values_only, head, inputs):
-    """What `_score_chunk` gives for the logits `head(inputs [B, >= T, ...])`, as `[B, T, 4]`; 0 where masked.
+    """What `_score_chunk` gives for the logits `head(inputs [B, T, ...])`, as `[B, T, 4]`; 0 where masked.
 
     `call_with` calls it inside a call of the model, where FSDP2 and DistributedDataParallel expect the output layer.
     `other` is the reference's inputs `[B, T, ...]` and output layer, or (None, None).
     """
     drawn = rollout.response_mask
-    inputs = inputs[:, -drawn.shape[1] :]
     if values_only:
         return inputs
     other_inputs, other_head = other
@@ -151,8 +150,7 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
 
     They were drawn at these `steps [n]`, from a model with the logits `head(inputs [n, ...])`.
     """
-    early = (steps < sampling.min_new_tokens).to(inputs.device)
-    scaled = sampling_distribution(head(inputs), sampling, early=early, kept=kept)  # [n, V]
+    scaled = sampling_distribution(head(inputs), sampling, steps=steps, kept=kept)  # [n, V]
     logprobs = scaled.log_softmax(-1)  # [n, V]
     logprob = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     entropy = kl = their_logprob = torch.zeros_like(logprob)
@@ -164,7 +162,7 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
     if other_head is not None:
         with torch.no_grad():
             theirs = other_head(other).to(scaled.device)
-            theirs = sampling_distribution(theirs, sampling, early=early, kept=kept).log_softmax(-1)
+            theirs = sampling_distribution(theirs, sampling, steps=steps, kept=kept).log_softmax(-1)
         kl = (probs * (logprobs - theirs.masked_fill(~possible, 0.0))).sum(-1)
         their_logprob = theirs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return torch.stack([logprob, entropy, kl, their_logprob], -1)
@@ -212,8 +210,8 @@ def check_itself(what, model, rollout):
     """
     inner, (_, N), T = unwrapped(model)[-1], rollout.sequences.shape, rollout.responses.shape[1]
     lengths, padding = rollout.response_mask.sum(1), (rollout.attention_mask[:, :-T] == 0).sum(1)  # [B]
-    kind = what, type(inner), str(vars(inner.config)), inner.dtype, inner.training
-    situation = *kind, bool(padding.any()), len(lengths.unique()) > 1
+    shape = bool(padding.any()), len(lengths.unique()) > 1
+    situation = what, type(inner), str(vars(inner.config)), inner.dtype, inner.training, shape
     calls, off = _calls.setdefault(inner, collections.Counter()), 0.0
     if anywhere(model, calls[situation] % EVERY == 0):
         # Always two rows, be they one and the same: FSDP2 needs as many calls in each process.

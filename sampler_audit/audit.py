@@ -78,12 +78,12 @@ def audit_sampler(
     def pieces() -> Iterable[Evidence]:
         for part, inputs, head in scoring_inputs(model, claim, batch_size):
             mask = part.response_mask
-            early = (torch.arange(T, device=mask.device) < claim.sampling.min_new_tokens).expand_as(mask)
-            columns = [inputs, part.sequences[:, -T:], early, *([] if part.kept is None else [part.kept])]
+            steps = torch.arange(T, device=mask.device).expand_as(mask)
+            columns = [inputs, part.sequences[:, -T:], steps, *([] if part.kept is None else [part.kept])]
             chunks = (column[mask].split(max(1, CHUNK // vocabulary)) for column in columns)
-            for hidden, tokens, is_early, *kept in zip(*chunks, strict=True):
+            for hidden, tokens, step, *kept in zip(*chunks, strict=True):
                 sets = kept[0] if kept else None
-                yield evidence_of(head(hidden), tokens, claim.sampling, generator, early=is_early, kept=sets)
+                yield evidence_of(head(hidden), tokens, claim.sampling, generator, steps=step, kept=sets)
 
     return judge(pieces(), claim.response_mask.cpu(), alpha)
 

@@ -114,8 +114,7 @@ def find_kept_sets(model: Any, rollout: Rollout, *, batch_size: int = 16) -> Rol
     for part, inputs, head in scoring_inputs(model, rollout, batch_size):
         steps, drawn = [], part.sequences[:, -T:, None]
         for t in range(T):  # a step at a time: [b, V] logits, never [b, T, V]
-            early = torch.tensor(t < sampling.min_new_tokens, device=drawn.device)
-            scaled = sampling_distribution(head(inputs[:, t]), sampling, early=early)
+            scaled = sampling_distribution(head(inputs[:, t]), sampling, steps=t)
             steps.append(as_bits(scaled.scatter(-1, drawn[:, t], 0.0).isfinite()))
         kept = torch.stack(steps, 1).masked_fill(~part.response_mask[..., None], 0)  # [b, T, ceil(V / 8)]
         found.append(kept.to(rollout.sequences.device))

@@ -62,7 +62,7 @@ def evidence_of(
     sampling: Sampling,
     generator: torch.Generator | None,
     *,
-    early: torch.Tensor | None = None,
+    steps: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
 ) -> Evidence:
     """What n tokens `[n]` say with the logits `[n, V]` that they were drawn from; see `sampling_distribution`.
@@ -73,12 +73,12 @@ def evidence_of(
     if not logits.isfinite().all():
         raise ValueError("some logits are NaN or infinite; nothing can be drawn from them. Check the weights.")
     logits = logits.double()
-    logprobs = sampling_distribution(logits, sampling, early=early, kept=kept).log_softmax(-1)  # [n, V]
+    logprobs = sampling_distribution(logits, sampling, steps=steps, kept=kept).log_softmax(-1)  # [n, V]
     own = logprobs.gather(-1, tokens.unsqueeze(-1))  # [n, 1]
     if kept is None and (own == -math.inf).any():
         # Which tokens top-k and top-p keep is decided by rounding where two are all but tied: another engine may
         # have kept one that is not kept here. It counts as the last token that is.
-        on_edge = (own == -math.inf).squeeze(-1) & _is_on_edge(logits, tokens, sampling, early)
+        on_edge = (own == -math.inf).squeeze(-1) & _is_on_edge(logits, tokens, sampling, steps)
         last = logprobs.masked_fill(logprobs == -math.inf, 0.0).argmin(-1)
         tokens = torch.where(on_edge, last, tokens)
         own = logprobs.gather(-1, tokens.unsqueeze(-1))
@@ -108,10 +108,10 @@ def evidence_of(
     return Evidence(*(part.cpu() for part in found))
 
 
-def _is_on_edge(logits, tokens, sampling, early):
+def _is_on_edge(logits, tokens, sampling, steps):
     """`[n]` bool: the token would be kept if truncation were looser by the rounding of float32."""
     looser = dataclasses.replace(sampling, top_p=min(1.0, sampling.top_p + ROUNDING))
-    kept = sampling_distribution(logits, looser, early=early) > -math.inf
-    scaled = sampling_distribution(logits, dataclasses.replace(sampling, top_k=0, top_p=1.0), early=early)
+    kept = sampling_distribution(logits, looser, steps=steps) > -math.inf
+    scaled = sampling_distribution(logits, dataclasses.replace(sampling, top_k=0, top_p=1.0), steps=steps)
     last = scaled.masked_fill(~kept, math.inf).amin(-1)
     return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) >= last - ROUNDING

@@ -147,8 +147,8 @@ def _scored(model: Any, rollout: Rollout, row: int, prompt: list[int], drawn: li
 def _distribution(logits: torch.Tensor, rollout: Rollout, row: int) -> torch.Tensor:
     """Log-probabilities `[n, V]` over the tokens that each draw chose among."""
     kept = None if rollout.kept is None else rollout.kept[row][rollout.response_mask[row]].to(logits.device)
-    early = torch.arange(len(logits), device=logits.device) < rollout.sampling.min_new_tokens
-    return sampling_distribution(logits, rollout.sampling, early=early, kept=kept).log_softmax(-1)
+    steps = torch.arange(len(logits))
+    return sampling_distribution(logits, rollout.sampling, steps=steps, kept=kept).log_softmax(-1)
 
 
 def _tokens(
