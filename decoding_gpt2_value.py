@@ -65,7 +65,7 @@ class Decoder:
         self.rows = torch.arange(len(tokens), device=tokens.device)  # those that are still computed, b of B
         inner = unwrapped(model)[-1]
         self.is_gpt2 = isinstance(inner, GPT2LMHeadModel)  # whose cache is known: a DynamicCache
-        self.model = without_dropout(innermost(model))
+        self.model, self.weights = without_dropout(innermost(model)), list(model.parameters())
         if self.is_gpt2 and torch.backends.mkldnn.is_available():
             speed_up(self.model, len(tokens))
         # The cache of a recurrent model holds states that run on over padding, and may live in its modules.
@@ -74,7 +74,7 @@ class Decoder:
 
     def logits_and_values(self, columns):
         """Logits `[b, V]` and values `[b]` or None after so many columns, of the current rows."""
-        keep_pace(self.model, self.tokens, ended=False)
+        self.keep_pace(ended=False)
         new = slice(0 if self.cache is None else columns - 1, columns)
         tokens, mask = self.tokens[self.rows], self.mask[self.rows]  # [b, P+T]
         cached = {} if self.cache is None else {CACHE: self.cache}
@@ -92,6 +92,11 @@ class Decoder:
             self.rows = self.rows[rows]
             if self.cache is not None:
                 self.cache.batch_select_indices(rows)
+
+    def keep_pace(self, *, ended):
+        """Let other processes of FSDP2 know of a column. Having `ended`: run on one token as long as they have not."""
+        while anywhere(self.weights, not ended) and ended:
+            self.model(self.tokens[:1, :1])
 
 
 def logits_alone(model, row):
@@ -240,19 +245,13 @@ def calls_gpt2(model):
 # Weights that FSDP2 spreads over processes: a call gathers them, so all processes have to make the same calls.
 
 
-def anywhere(model, flag):
-    """Whether the flag holds in this process, or in one that holds another part of the same model."""
-    for weight in model.parameters():
+def anywhere(weights, flag):
+    """Whether the flag holds in this process, or in one that holds another part of the same model's weights."""
+    for weight in weights:
         if hasattr(weight, "device_mesh"):
             flags = torch.full([1] * weight.dim(), flag, device=weight.device)
             return bool(weight.from_local(flags, weight.device_mesh, weight.placements).full_tensor().any())
     return flag
-
-
-def keep_pace(model, tokens, *, ended):
-    """Before a column: let the others know. Once it has `ended`: run on one token as long as others have not."""
-    while anywhere(model, not ended) and ended:
-        model(tokens[:1, :1])
 
 
 # Copies of a model, which share its weights: `eval()` would write to a model that another thread may be training.
@@ -270,6 +269,7 @@ def copied(model):
         fields["_modules"] = {
             name: copies.get(getattr(child, "_orig_mod", child)) for name, child in module._modules.items()
         }
+        fields.update(fields["_modules"])  # found at once, and not by `__getattr__`
         # Accelerate's: methods and partials, whose copies are bound to the modules' copies.
         for name in {"forward", "_old_forward", "_original_forward"} & set(fields):
             fields[name] = copy.deepcopy(fields[name], {id(each): twin for each, twin in copies.items()})

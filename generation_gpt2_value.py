@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 try:
-    from .decoding_gpt2_value import Decoder, check_tokens, device_of, keep_pace, unwrapped, vocabulary_of
+    from .decoding_gpt2_value import Decoder, check_tokens, device_of, unwrapped, vocabulary_of
     from .sampling_gpt2_value import (
         Sampling,
         as_bits,
@@ -27,7 +27,7 @@ except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
     # In a checkout or a wheel these files are top-level modules.
-    from decoding_gpt2_value import Decoder, check_tokens, device_of, keep_pace, unwrapped, vocabulary_of
+    from decoding_gpt2_value import Decoder, check_tokens, device_of, unwrapped, vocabulary_of
     from sampling_gpt2_value import (
         Sampling,
         as_bits,
@@ -131,7 +131,7 @@ def rollout(
                         break
                     if 2 * len(left) <= len(rows):
                         decoder.keep(left)
-            keep_pace(decoder.model, tokens, ended=True)
+            decoder.keep_pace(ended=True)
             drawn = mask[:, P:].bool()  # [B, T]
             tokens.masked_fill_(mask == 0, pad)
             for part in (logprobs, values, kept):

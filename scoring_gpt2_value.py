@@ -213,11 +213,11 @@ def check_itself(what, model, rollout):
     shape = bool(padding.any()), len(lengths.unique()) > 1
     situation = what, type(inner), str(vars(inner.config)), inner.dtype, inner.training, shape
     calls, off = _calls.setdefault(inner, collections.Counter()), 0.0
-    if anywhere(model, calls[situation] % EVERY == 0):
+    if anywhere(model.parameters(), calls[situation] % EVERY == 0):
         # Always two rows, be they one and the same: FSDP2 needs as many calls in each process.
         for order in (lengths * N + padding, (lengths > 0) * (padding * N + lengths)):
             off = max(off, _off_alone(model, rollout, int(order.argmax())))
-    if anywhere(model, off > 0):
+    if anywhere(model.parameters(), off > 0):
         raise SelfCheckError(
             f"a {type(inner).__name__} gives rows of this {what} log-probabilities {off:.3g} nats from those "
             "that they have alone, without padding or cache, in this or another process (transformers "
