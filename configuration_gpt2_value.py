@@ -13,7 +13,7 @@ This is the first of the six files that are copied into every package (the remot
        │      sampling_distribution                      [b, V] float32: temperature, top-k, top-p, minimum length
        │      draw                                       tokens [b] int64, log-probabilities [b] float32
        └───── check_itself ─ logits_alone                two rows by the model's own call
-    rescore ─ GPT2ValueModel.forward(score=...)          or inputs_and_head, for any other model or call
+    rescore ─ call_with                                  a copy of the model, with _scores where its output layer stands
        │      _scores ─ _score_chunk                     logits [n, V] ─ sampling_distribution ─ log_softmax: float32
        └───── check_itself
 

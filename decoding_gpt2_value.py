@@ -1,8 +1,8 @@
 """Running a causal language model as it is scored: without dropout, at positions that count its own tokens.
 
-Remote code, which imports only torch and transformers. What is computed is always the model's own forward. The main
-path comes first: `run` for many columns at once, `Decoder` for one column at a time. Nothing here writes to a module of
-the model: other threads may train, sample or score it meanwhile.
+Remote code, which imports only torch and transformers. What is computed is always the model's own forward, called on a
+copy of its modules without dropout. The main path comes first: `Decoder` for one column at a time, `call_with` for all.
+Nothing here writes to a module of the model: other threads may train, sample or score it meanwhile.
 """
 
 import copy
@@ -215,8 +215,13 @@ def check_tokens(model, tokens, mask, new_tokens=0):
     return vocabulary
 
 
-# Whether a call does what the class says. A call of the body alone and a score request would pass over a hook, or a
-# forward that somebody replaced; then the model's own call is used instead.
+# Whether a call does with the output layer what the class says, and nothing else. Scores in its place would pass over a
+# hook on the model, or a forward that somebody replaced; then the call is asked for its logits instead.
+#
+#     is_thin(wrapper)     it only hands on: `innermost` leaves it out, `call_with` may score inside it
+#     is_hooked(module)    somebody's function sees or changes what the call takes or gives
+#     calls_gpt2(model)    the call is GPT-2's, so its logits are what the output layer gives
+#     is_sharded(module)   FSDP2's: its weights are there only inside its call
 
 
 def is_hooked(module):

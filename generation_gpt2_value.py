@@ -270,8 +270,8 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     order = seen.argsort(dim=1, descending=right, stable=True)  # padding comes to one side, tokens stay in order
     seen = seen.gather(1, order)
     tokens = tokens.gather(1, order).masked_fill(seen == 0, pad)
-    ids_at_edges = (tokens[:, [0, -1]] == pad).float().mean(0)  # [2]
-    if may_hide_padding and ((ids_at_edges > 0) & (ids_at_edges < 1)).any():
-        what = f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask"
-        warnings.warn(what, stacklevel=3)
+    for edge in (tokens[:, :1], tokens[:, -1:]) if may_hide_padding else ():
+        if 0 < (edge == pad).sum() < len(rows):
+            what = f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask"
+            warnings.warn(what, stacklevel=3)
     return tokens, seen
