@@ -94,7 +94,7 @@ class GPT2ValueConfig(GPT2Config):
 
     @classmethod
     def from_gpt2(cls, config):
-        """A `GPT2ValueConfig` for the body that a plain `GPT2Config` describes (no field of it is lost)."""
+        """A `GPT2ValueConfig` for the body that a plain `GPT2Config` describes, without a classifier's labels."""
         return cls(**_as_value_fields(config.to_dict()))
 
     @classmethod

@@ -94,7 +94,10 @@ class Decoder:
                 self.cache.batch_select_indices(rows)
 
     def keep_pace(self, *, ended):
-        """Let other processes of FSDP2 know of a column. Having `ended`: run on one token as long as they have not."""
+        """Under FSDP2, say that this process runs a column, or has `ended`; then run on until the others have, too.
+
+        For each column, each process gives one flag. One that has ended answers with a call whose result nobody uses.
+        """
         while anywhere(self.weights, not ended) and ended:
             self.model(self.tokens[:1, :1])
 
@@ -113,18 +116,20 @@ def call_with(model, tokens, mask, T, score):
     around it still happens: it gathers weights, switches autocast on, synchronises gradients. Of any other model the
     inputs are its logits, and `head` does nothing.
     """
-    model = without_dropout(innermost(model))
-    *wrappers, inner = unwrapped(model)
+    outer = innermost(model)
+    called = without_dropout(outer)
+    *wrappers, inner = unwrapped(called)
+    arguments = {"logits_to_keep": T, "use_cache": False}
     takes_score = calls_gpt2(inner) and all(map(is_thin, wrappers))
     if takes_score:
         head, inner.lm_head = inner.lm_head, nn.Identity()
         inner.lm_head.forward = functools.partial(score, head)
-    columns = slice(0, tokens.shape[1] - 1)
-    output, values = run(model, tokens, mask, columns, logits_to_keep=T, use_cache=False)
-    logits = output.logits if takes_score else logits_of(model, output)
-    if isinstance(model, DistributedDataParallel):  # its backward pass needs it, and holds a weak reference to it
-        logits.grad_fn.metadata["model"] = model
-    scores = logits if takes_score else score(nn.Identity(), logits[:, -T:])
+        if isinstance(outer, DistributedDataParallel) and hasattr(inner, "scored_forward"):
+            # It keeps state from call to call, so no copy will do: it calls the original, which calls the copy.
+            called, arguments["instead"] = outer, inner
+    output, values = run(called, tokens, mask, slice(0, tokens.shape[1] - 1), **arguments)
+    # In the place of the output layer, `score` gives what the output calls logits.
+    scores = output.logits if takes_score else score(nn.Identity(), logits_of(called, output)[:, -T:])
     return scores, None if values is None else values[:, -T:]
 
 
@@ -265,11 +270,13 @@ def anywhere(weights, flag):
 def copied(model):
     """The modules of a model once more, with the same weights and hooks. What is set on one is not set on the other.
 
-    A hook that keeps state on its module keeps it on the copy, which is thrown away.
+    The dictionaries of weights and of hooks are shared: FSDP2 puts gathered weights into the one, where the copy sees
+    them. A hook that keeps state on its module keeps it on the copy, which is thrown away.
     """
     copies = {module: object.__new__(type(module)) for module in model.modules()}
     for module, its in copies.items():
-        fields = {**vars(module), "_compiled_call_impl": None}  # what is compiled is bound to the module
+        # What is compiled is bound to the module. Some models make their buffers anew in a call.
+        fields = {**vars(module), "_compiled_call_impl": None, "_buffers": dict(module._buffers)}
         # Of what `torch.compile` wraps, the module itself: the wrapper would call the original.
         fields["_modules"] = {
             name: copies.get(getattr(child, "_orig_mod", child)) for name, child in module._modules.items()
@@ -330,7 +337,10 @@ def multiply(weight, bias, x):
 
 
 def append(layer, columns, *new, **kwargs):
-    """In the place of a cache layer's `update`, which copies all columns for each new one: keep room for `columns`."""
+    """In the place of a cache layer's `update`, which copies all columns for each new one: keep room for `columns`.
+
+    `keys` is the beginning of a longer tensor, its `_base`. The new column is written behind, and `keys` made longer.
+    """
     past = layer.keys.shape[-2]
     for name, states in zip(("keys", "values"), new, strict=False):  # [b, n_head, 1, width]
         room = getattr(layer, name)._base  # None at first, and after rows were dropped

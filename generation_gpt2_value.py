@@ -77,8 +77,8 @@ def rollout(
     first rollout of a model, again when its class, config, dtype, mode or padding has changed, and at every 16th
     rollout; it uses no random numbers, and changes no state. After an error, the generator's state is as it was before.
 
-    Returns a `Rollout`. Raises TypeError or ValueError for bad input, before any compute, and for logits not finite;
-    `SelfCheckError` where the check fails.
+    Returns a `Rollout`. Raises TypeError or ValueError for bad input, before anything is drawn, and for logits that are
+    not finite; `SelfCheckError` where the check fails.
     """
     if unknown:
         raise TypeError(f"rollout() got {[*unknown]}; the prompts are `queries`, as in rollout(model, queries).")

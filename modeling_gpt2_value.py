@@ -79,7 +79,8 @@ class ValueHead(nn.Sequential):
 class GPT2ValueModel(GPT2LMHeadModel):
     """GPT-2 with a language-model head and a value head, `GPT2ValueOutput` in one forward pass.
 
-    `v_head.summary.{weight,bias}` is all that it adds to GPT-2's state dict; its logits are GPT-2's, bit for bit.
+    `v_head.summary.{weight,bias}` is all that it adds to GPT-2's state dict. At the same positions, its logits are
+    GPT-2's, bit for bit.
     """
 
     config_class = GPT2ValueConfig
@@ -149,11 +150,15 @@ class GPT2ValueModel(GPT2LMHeadModel):
 
         `labels` may be called `lm_labels`, as in the seed. Arguments that are not known here are handed on, to the body
         and to the loss, as there. Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask`
-        admits, cached ones too: padding on either side changes nothing.
+        admits, cached ones too: padding on either side changes nothing. `rescore` passes a copy of the model as
+        `instead`, which is then called in its place.
 
         Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises ValueError
         for a mask that leaves out the cache or the input, TypeError for an argument that is given twice.
         """
+        instead = kwargs.pop("instead", None)
+        if instead is not None:
+            return instead(*args, **kwargs)
         # What is passed by position gets the names of the installed transformers; other names stay.
         given = SIGNATURE.bind_partial(self, *args, **kwargs).arguments
         given.update(given.pop("kwargs", {}))

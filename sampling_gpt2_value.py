@@ -73,7 +73,7 @@ def sampling_distribution(logits, sampling, *, steps=None, kept=None):
     Args:
         logits: `[..., V]`, any float dtype.
         sampling: the `Sampling`.
-        steps: `[...]` int64, or one number, how many tokens were drawn before; None: enough.
+        steps: `[...]` int64, or one number, columns of the response before; None: enough for `min_new_tokens`.
         kept: which tokens an earlier draw chose among, `as_bits`: the settings then cut nothing off.
 
     Returns `[..., V]` float32 (float64 from float64): logits divided by the temperature; -inf for what cannot be drawn.
@@ -123,9 +123,9 @@ def draw(logits, uniform):
     logits = logits - logits.amax(-1, keepdim=True)
     running = logits.exp().cumsum(-1, dtype=torch.float64)  # [B, K]
     total = running[:, -1:]
-    index = torch.searchsorted(running, uniform.to(torch.float64).unsqueeze(-1) * total, right=True)  # [B, 1]
-    last = (running < total).sum(-1, keepdim=True)  # of those with a probability; 0 where a logit is NaN
-    index = torch.minimum(index, last)
+    uniform = uniform.to(torch.float64).clamp(max=1 - 2**-53)  # with which no product is rounded up to the total
+    index = torch.searchsorted(running, uniform.unsqueeze(-1) * total, right=True)  # [B, 1]
+    index = index.clamp(max=logits.shape[-1] - 1)  # where a logit is NaN, it is beyond
     return index.squeeze(-1), (logits.gather(-1, index) - total.log()).squeeze(-1).to(logits.dtype)
 
 

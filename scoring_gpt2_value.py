@@ -73,9 +73,9 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     1e-6 * max |logit| / temperature where that is more). With any other, exp(logprobs - rollout.logprobs) is 1 in the
     mean, within its error. Dropout is off, whatever mode the model is in; gradient checkpointing stays as it is.
 
-    A `GPT2ValueModel` is called once, in the wrapper that it was passed in; of a `GPT2LMHeadModel`, the body and the
-    output layer. Any other model, or a forward that was replaced or hooked, gives its logits `[B, T, vocabulary]`.
-    Logits are kept for the backward pass up to 256 MiB, and above computed a second time, 64 MiB at a time.
+    The model is called once, in its DistributedDataParallel. Any other than `GPT2ValueModel` and `GPT2LMHeadModel`, or
+    one whose forward was replaced or hooked, gives its logits `[B, T, vocabulary]`. Of GPT-2, logits are kept for the
+    backward pass up to 256 MiB, and above computed a second time, 64 MiB at a time.
 
     Args:
         model: any causal language model of transformers with the rollout's vocabulary.
@@ -87,7 +87,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
 
     Returns `Rescored`. Raises TypeError or ValueError if the rollout contradicts itself or does not fit the model, or
     logits are not finite, and `SelfCheckError` where a row has other numbers alone than in the batch, under the model
-    or its reference (see `rollout`).
+    or a reference that is another model (see `rollout`).
     """
     check_rollout(rollout)
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
@@ -110,13 +110,14 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
         if values is None:
             raise ValueError(f"a {type(model).__name__} gives no values; expected a model with a value head.")
         return Rescored(values=values)
-    logprobs, entropy, *theirs = scores.unbind(-1)  # [B, T] each
-    scored = Rescored(logprobs, values, entropy if with_entropy else None, *(theirs if reference is not None else ()))
+    logprobs, entropy, kl, theirs = scores.unbind(-1)  # [B, T] each
+    of_reference = () if reference is None else (kl, theirs.detach())
+    scored = Rescored(logprobs, values, entropy if with_entropy else None, *of_reference)
     check_finite(scored.logprobs if scored.kl is None else scored.logprobs + scored.kl)
     check_itself("rescore", model, dataclasses.replace(rollout, logprobs=scored.logprobs))
     if reference is not None and reference != "disable_adapter":
-        theirs = dataclasses.replace(rollout, logprobs=scored.reference_logprobs).to(device_of(reference))
-        check_itself("reference's score", reference, theirs)
+        its_own = dataclasses.replace(rollout, logprobs=scored.reference_logprobs).to(device_of(reference))
+        check_itself("reference's score", reference, its_own)
     return scored
 
 
@@ -252,7 +253,7 @@ def _off_alone(model, rollout, row):
     if torch.get_float32_matmul_precision() != "highest":
         dtypes.add(torch.bfloat16)
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    sizes = logits.amax(-1).abs() + alone.abs()  # [columns], at least those of the drawn tokens' logits
+    sizes = logits.amax(-1).abs() + sampling.temperature * alone.abs()  # [columns], at least the drawn tokens' logits
     bound = (math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes) / sampling.temperature
     # Of a row without drawn tokens, the mean is NaN.
     return float(difference.max()) if (difference / bound).square().mean() > 1 else 0.0
@@ -286,7 +287,10 @@ def check_rollout(rollout):
     wrong = {
         "an attention_mask with other numbers than 0 and 1": (mask != 0) & (mask != 1),
         "a response that is not the one in sequences": (responses != rollout.sequences[:, -T:]) & drawn,
-        "a drawn token that attention_mask leaves out": (mask[:, -T:] == 0) & drawn,
+        "a drawn token that attention_mask leaves out, or the token before": (
+            (mask[:, -T:] & mask[:, -T - 1 : -1]) == 0
+        )
+        & drawn,
     }
     for problem, where in wrong.items():
         for row, column in where.nonzero().tolist():

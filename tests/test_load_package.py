@@ -15,12 +15,11 @@ from conftest import make_tiny_model
 from safetensors.torch import load_file, save_file
 from test_verify import record_again, touching
 
-from generation_gpt2_value import rollout
+from gpt2_value import rescore, rollout
 from hub_tools import errors, inspect_package, layout, load_package, save_package, verify_package
 from hub_tools.hub.download import FIRST_BYTES
 from hub_tools.package import record as releases
 from modeling_gpt2_value import GPT2ValueModel
-from scoring_gpt2_value import rescore
 
 REPO = "alice/value"
 MODELING, SAMPLING = "modeling_gpt2_value.py", "sampling_gpt2_value.py"

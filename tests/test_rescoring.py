@@ -19,8 +19,7 @@ from support.settings import (
 )
 
 import scoring_gpt2_value
-from generation_gpt2_value import rollout
-from scoring_gpt2_value import rescore
+from gpt2_value import rescore, rollout
 
 
 def small_chunks(monkeypatch):

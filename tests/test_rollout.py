@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM
 
-from generation_gpt2_value import Rollout, respond_to_batch, rollout
+from gpt2_value import Rollout, respond_to_batch, rollout
 from sampling_gpt2_value import Sampling, draw, sampling_distribution
 from scoring_gpt2_value import rescore
 

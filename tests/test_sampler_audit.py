@@ -16,11 +16,10 @@ from dishonest_samplers import DISHONEST, draw, samplers
 from scipy import stats
 from support.settings import EOS, RAGGED, seeded
 
-from generation_gpt2_value import Rollout
+from gpt2_value import Rollout, Sampling
 from sampler_audit import audit_sampler
 from sampler_audit.audit import judge
 from sampler_audit.evidence import evidence_of
-from sampling_gpt2_value import Sampling
 
 EVEN = torch.tensor([[5, 17, 3], [80, 2, 4], [41, 9, 7], [33, 12, 50]])
 T = 20

@@ -28,8 +28,7 @@ from support.settings import (
 from torch import nn
 from transformers.models.gpt2 import modeling_gpt2
 
-from generation_gpt2_value import rollout
-from scoring_gpt2_value import rescore
+from gpt2_value import rescore, rollout
 
 PDROPS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout")
 

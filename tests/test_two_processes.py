@@ -25,11 +25,10 @@ from torch.multiprocessing.spawn import ProcessException
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from generation_gpt2_value import rollout
+from gpt2_value import rescore, rollout
 from hub_tools import CheckpointPusher, CheckpointPusherCallback, push_to_hub, save_package, verify_package
 from hub_tools.errors import FolderRefusedError, OptionsError, SaveFailedError, UnsavableModelError
 from hub_tools.package import sharded as sharded_saves
-from scoring_gpt2_value import rescore
 
 ROOT = Path(__file__).parent.parent
 CHECKS = []

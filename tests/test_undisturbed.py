@@ -11,8 +11,7 @@ import torch
 from conftest import make_tiny_model
 from support.settings import RAGGED, assert_as_drawn, checkpoint_layers, seeded
 
-from generation_gpt2_value import rollout
-from scoring_gpt2_value import rescore
+from gpt2_value import rescore, rollout
 
 plain_or_not = pytest.mark.parametrize("plain", [True, False])
 

@@ -7,9 +7,8 @@ from support.settings import RAGGED, assert_as_drawn, assert_close, by_hand, of_
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import TorchAoConfig
 
-from generation_gpt2_value import rollout
+from gpt2_value import rescore, rollout
 from modeling_gpt2_value import GPT2ValueModel
-from scoring_gpt2_value import rescore
 
 WEIGHTS = Int8WeightOnlyConfig()
 

@@ -6,8 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from generation_gpt2_value import rollout
-from scoring_gpt2_value import rescore
+from gpt2_value import rescore, rollout
 
 VOCABULARY, COLUMNS = 96, 10
 PROMPTS = [torch.tensor(prompt) for prompt in ([5, 17, 3], [80], [41, 9, 7, 2, 64], [33, 12, 60, 7, 81, 22, 11])] * 2
