@@ -51,4 +51,5 @@ def test_a_reference_whose_padding_is_seen_is_refused_too():
     with pytest.raises(SelfCheckError, match="RwkvForCausalLM gives rows of this reference's score"):
         rescore(build("llama"), drawn, reference=build("rwkv"))
     scored = rescore(build("llama"), drawn, reference=build("opt"))
-    torch.testing.assert_close(scored.reference_logprobs, rescore(build("opt"), drawn).logprobs)
+    assert not scored.reference_logprobs.requires_grad
+    torch.testing.assert_close(scored.reference_logprobs, rescore(build("opt"), drawn).logprobs.detach())
