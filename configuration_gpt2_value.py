@@ -19,12 +19,12 @@ This is the first of the six files that are copied into every package (the remot
 
 (float32 is float64 for a model of that dtype.)
 
-What touches anything outside: `save_pretrained` (below) copies these files and writes `config.json`; `from_pretrained`
-(modeling) reads a checkpoint through transformers, which may download it. On import, modeling adds two names to a
-registry of transformers, generation two classes to torch's safe globals; both say why. A rollout takes random numbers
-from the generator, and under FSDP2 calls wait for other processes. Scoring counts each model's calls beside it.
-`detach_value_head` sets a field of the config, `reference="disable_adapter"` switches a PeftModel's adapter off and on.
-Nothing else is written: no file, no network, no other module, no state of a model.
+What touches anything outside: `to_json_file` (below), which `save_pretrained` calls, writes `config.json` and copies
+these files beside it; `from_pretrained` (modeling) reads a checkpoint through transformers, which may download it. On
+import, modeling adds two names to a registry of transformers, generation two classes to torch's safe globals; both say
+why. A rollout takes random numbers from the generator, and under FSDP2 calls wait for other processes. Scoring counts
+each model's calls beside it. `detach_value_head` sets a field of the config, `reference="disable_adapter"` switches a
+PeftModel's adapter off and on. Nothing else is written: no file, no network, no other module, no state of a model.
 
 This file imports only the standard library and transformers.
 """
@@ -111,13 +111,12 @@ class GPT2ValueConfig(GPT2Config):
         """The fields, for `config.json`. The classes are always the ones beside it, never another repository's."""
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Write `config.json` and the code that it names, so that the folder is complete by itself."""
-        here, folder = Path(__file__).resolve().parent, Path(save_directory).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+    def to_json_file(self, json_file_path, *args, **kwargs):
+        """Write `config.json`, and beside it the code that it names, so that the folder is complete by itself."""
+        here, folder = Path(__file__).resolve().parent, Path(json_file_path).resolve().parent
         for file in here.glob("*_gpt2_value.py") if here != folder else ():
             shutil.copyfile(file, folder / file.name)
-        super().save_pretrained(save_directory, **kwargs)
+        super().to_json_file(json_file_path, *args, **kwargs)
 
 
 def _as_value_fields(gpt2_fields):
