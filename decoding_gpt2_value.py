@@ -18,7 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 # What the installed transformers calls a cache, as an argument and in an output: 5.24 renamed it.
 CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
-OWN_FORWARD = GPT2LMHeadModel.forward  # as it was when this module was imported: somebody may replace it later
+# Forwards as they were when this module was imported: somebody may replace them later.
+OWN_FORWARD = GPT2LMHeadModel.forward
+OWN_LAYERS = {kind: kind.forward for kind in (NewGELUActivation, Conv1D, nn.Linear)}
 
 
 def positions(mask):
@@ -64,7 +66,8 @@ class Decoder:
         self.tokens, self.mask = tokens, mask  # [B, P+T], which the caller fills
         self.rows = torch.arange(len(tokens), device=tokens.device)  # those that are still computed, b of B
         inner = unwrapped(model)[-1]
-        self.is_gpt2 = isinstance(inner, GPT2LMHeadModel)  # whose cache is known: a DynamicCache
+        # GPT-2's cache is known, a DynamicCache.
+        self.is_gpt2 = isinstance(inner, GPT2LMHeadModel) and not inner.config.add_cross_attention
         self.model, self.weights = without_dropout(innermost(model)), list(model.parameters())
         if self.is_gpt2 and torch.backends.mkldnn.is_available():
             speed_up(self.model, len(tokens))
@@ -135,9 +138,11 @@ def call_with(model, tokens, mask, T, score):
 
 def inputs_and_head(model, tokens, mask, T):
     """The inputs `[B, T, ...]` of the model's output layer, and that layer, which may be called later."""
-    sharded = is_sharded(unwrapped(model)[-1])  # then the layer has its weights only inside a call of the model
+    inner = unwrapped(model)[-1]
+    # Inside its call alone, a model has the weights that FSDP2 gathers, and the dtypes that autocast chooses.
+    now = is_sharded(inner) or "forward" in vars(inner) or torch.is_autocast_enabled(tokens.device.type)
     return call_with(
-        model, tokens, mask, T, lambda head, inputs: (head(inputs), nn.Identity()) if sharded else (inputs, head)
+        model, tokens, mask, T, lambda head, inputs: (head(inputs), nn.Identity()) if now else (inputs, head)
     )[0]
 
 
@@ -176,7 +181,8 @@ def innermost(model):
     """The model to run: without wrappers that change nothing. DistributedDataParallel does where gradients flow."""
     models = unwrapped(model)
     parallel = DistributedDataParallel if torch.is_grad_enabled() else ()
-    return next(each for each in models if isinstance(each, parallel) or is_sharded(each) or not is_thin(each))
+    kept = (each for each in models if isinstance(each, parallel) or is_sharded(each) or not is_thin(each))
+    return next(kept, models[-1])
 
 
 def device_of(model):
@@ -270,17 +276,18 @@ def anywhere(weights, flag):
 def copied(model):
     """The modules of a model once more, with the same weights and hooks. What is set on one is not set on the other.
 
-    The dictionaries of weights and of hooks are shared: FSDP2 puts gathered weights into the one, where the copy sees
-    them. A hook that keeps state on its module keeps it on the copy, which is thrown away.
+    The dictionary of weights is shared: FSDP2 puts gathered weights into it, where the copy sees them. A hook that
+    keeps state on its module keeps it on the copy, which is thrown away.
     """
     copies = {module: object.__new__(type(module)) for module in model.modules()}
     for module, its in copies.items():
-        # What is compiled is bound to the module. Some models make their buffers anew in a call.
-        fields = {**vars(module), "_compiled_call_impl": None, "_buffers": dict(module._buffers)}
-        # Of what `torch.compile` wraps, the module itself: the wrapper would call the original.
-        fields["_modules"] = {
-            name: copies.get(getattr(child, "_orig_mod", child)) for name, child in module._modules.items()
+        # A call may register hooks, and make buffers anew: of all dictionaries but that of the weights, a copy.
+        fields = {
+            name: value.copy() if isinstance(value, dict) and name != "_parameters" else value
+            for name, value in vars(module).items()
         }
+        fields["_compiled_call_impl"] = None  # what is compiled is bound to the module
+        fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
         fields.update(fields["_modules"])  # found at once, and not by `__getattr__`
         # Accelerate's: methods and partials, whose copies are bound to the modules' copies.
         for name in {"forward", "_old_forward", "_original_forward"} & set(fields):
@@ -316,14 +323,16 @@ def speed_up(model, rows):
     Weights are packed for one rollout of so many rows, and so are never older than the model's.
     """
     for layer in model.modules():
-        if type(layer) is NewGELUActivation:  # in eight steps
+        kind = type(layer)
+        # A hook before the call may compute a weight or a bias, as pruning does.
+        if kind.forward is not OWN_LAYERS.get(kind) or "forward" in vars(layer) or is_hooked(layer):
+            continue
+        if kind is NewGELUActivation:  # in eight steps
             layer.forward = functools.partial(nn.functional.gelu, approximate="tanh")
-        weight = getattr(layer, "weight", None)
         # Quantised and sharded weights are of other classes; oneDNN has no float64.
-        is_plain = type(weight) is nn.Parameter and weight.is_cpu and weight.dtype != torch.float64
-        if type(layer) in (Conv1D, nn.Linear) and is_plain and "forward" not in vars(layer):
-            weight = weight.detach().float()
-            if type(layer) is Conv1D:
+        elif type(layer.weight) is nn.Parameter and layer.weight.is_cpu and layer.weight.dtype != torch.float64:
+            weight = layer.weight.detach().float()
+            if kind is Conv1D:
                 weight = weight.t()  # [out, in]
             if rows > 1:  # one row is multiplied as fast by a weight as it is
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)

@@ -161,7 +161,7 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
         probs = logprobs.exp() * possible
         entropy = -(probs * logprobs).sum(-1)
     if other_head is not None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(other.device.type, enabled=False):  # the model's own is not for the other
             theirs = other_head(other).to(scaled.device)
             theirs = sampling_distribution(theirs, sampling, steps=steps, kept=kept).log_softmax(-1)
         kl = (probs * (logprobs - theirs.masked_fill(~possible, 0.0))).sum(-1)
