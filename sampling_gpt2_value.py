@@ -131,7 +131,7 @@ def draw(logits, uniform):
 
 def listed(ids):
     """One id, several in a list, a tuple or a tensor, or None, as a tuple."""
-    several = isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0)
+    several = isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) == 1
     return () if ids is None else tuple(ids) if several else (ids,)
 
 

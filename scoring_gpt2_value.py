@@ -113,7 +113,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     logprobs, entropy, kl, theirs = scores.unbind(-1)  # [B, T] each
     of_reference = () if reference is None else (kl, theirs.detach())
     scored = Rescored(logprobs, values, entropy if with_entropy else None, *of_reference)
-    check_finite(scored.logprobs if scored.kl is None else scored.logprobs + scored.kl)
+    check_finite(logprobs if reference is None else logprobs + kl)
     check_itself("rescore", model, dataclasses.replace(rollout, logprobs=scored.logprobs))
     if reference is not None and reference != "disable_adapter":
         its_own = dataclasses.replace(rollout, logprobs=scored.reference_logprobs).to(device_of(reference))
