@@ -68,7 +68,8 @@ class Decoder:
         inner = unwrapped(model)[-1]
         # GPT-2's cache is known, a DynamicCache.
         self.is_gpt2 = isinstance(inner, GPT2LMHeadModel) and not inner.config.add_cross_attention
-        self.model, self.weights = without_dropout(innermost(model)), list(model.parameters())
+        self.model = without_dropout(innermost(model))
+        self.weights = list(model.parameters())  # once: for each column it would take 1% of the time
         if self.is_gpt2 and torch.backends.mkldnn.is_available():
             speed_up(self.model, len(tokens))
         # The cache of a recurrent model holds states that run on over padding, and may live in its modules.
@@ -314,7 +315,7 @@ def without_dropout(model):
 
 
 # What makes a rollout fast on a CPU. Without products by oneDNN it takes twice as long, in 16 bits up to thirty times.
-# With 64 rows, it takes a sixth longer without room in the cache.
+# Without room in the cache, 16 rows of 48 columns take 3% longer, of 256 columns 13%.
 
 
 def speed_up(model, rows):

@@ -37,7 +37,9 @@ except ImportError:
         sampling_distribution,
     )
     from scoring_gpt2_value import check_finite, check_itself
+
 FROM_CONFIG = "config"  # the default of eos_token_id
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def rollout(
@@ -260,7 +262,7 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists, no rows
         raise TypeError(f"{name} holds no rows of token ids ({error}); expected at least one, not texts.") from error
     # Of an empty list torch makes a tensor of floats.
-    if tokens.dim() != 2 or any("int" not in str(row.dtype) and len(row) for row in rows):
+    if tokens.dim() != 2 or any(row.dtype not in INTEGERS and len(row) for row in rows):
         raise TypeError(
             f"{name} is {rows[0].dtype}; expected token ids, a 1-D tensor or list of integers for each row."
         )

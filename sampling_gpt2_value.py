@@ -108,7 +108,8 @@ def as_bits(mask):
 
 def as_mask(kept, vocabulary):
     """What `as_bits` returned, as a mask `[..., V]` bool."""
-    mask = torch.stack([kept >> bit & 1 for bit in range(8)], -1).flatten(-2)
+    bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
+    mask = (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)
     return nn.functional.pad(mask, (0, vocabulary - mask.shape[-1])).bool()  # a negative number of columns is cut off
 
 
@@ -131,8 +132,9 @@ def draw(logits, uniform):
 
 def listed(ids):
     """One id, several in a list, a tuple or a tensor, or None, as a tuple."""
-    several = isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) == 1
-    return () if ids is None else tuple(ids) if several else (ids,)
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) == 1 else (ids,)
 
 
 def number(name, value, low, high=math.inf, kind=int):

@@ -284,13 +284,11 @@ def check_rollout(rollout):
     mask, responses, drawn, T = rollout.attention_mask, rollout.responses, rollout.response_mask, sizes["T"]
     if sizes["N"] <= T:
         raise TypeError(f"the rollout has no column of prompts: {sizes}; expected prompts and responses in sequences.")
+    unseen = (mask[:, -T:] & mask[:, -T - 1 : -1]) == 0  # [B, T], this column or the one before it
     wrong = {
         "an attention_mask with other numbers than 0 and 1": (mask != 0) & (mask != 1),
         "a response that is not the one in sequences": (responses != rollout.sequences[:, -T:]) & drawn,
-        "a drawn token that attention_mask leaves out, or the token before": (
-            (mask[:, -T:] & mask[:, -T - 1 : -1]) == 0
-        )
-        & drawn,
+        "a drawn token that attention_mask leaves out, or the token before": unseen & drawn,
     }
     for problem, where in wrong.items():
         for row, column in where.nonzero().tolist():

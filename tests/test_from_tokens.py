@@ -5,9 +5,7 @@ import torch
 from conftest import make_tiny_model
 from support.settings import EOS, RAGGED, seeded
 
-from sampler_audit import audit_sampler, find_kept_sets, rollout_from_tokens
-from sampling_gpt2_value import Sampling
-from scoring_gpt2_value import rescore
+from gpt2_value import Sampling, audit_sampler, find_kept_sets, rescore, rollout_from_tokens
 
 CUTTING = [
     {"temperature": 0.7, "top_k": 12},

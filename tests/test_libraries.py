@@ -16,10 +16,9 @@ from support.settings import RAGGED, assert_as_drawn, assert_close
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.integrations.executorch import register_dynamic_cache_export_support
 
-from gpt2_value import rescore, rollout
+from gpt2_value import GPT2HeadWithValueModel, GPT2ValueConfig, GPT2ValueModel, rescore, rollout
 from hub_tools import inspect_package, save_package
 from hub_tools.errors import UnsavableModelError
-from modeling_gpt2_value import GPT2HeadWithValueModel, GPT2ValueConfig, GPT2ValueModel
 
 peft = pytest.importorskip("peft")
 ROOT = Path(__file__).parent.parent

@@ -8,9 +8,8 @@ import torch
 from conftest import make_tiny_model
 from support.settings import EOS, RAGGED, seeded
 
+from gpt2_value import Rescored, Sampling, rescore
 from sampler_audit import mismatch, rollout_from_tokens
-from sampling_gpt2_value import Sampling
-from scoring_gpt2_value import Rescored, rescore
 
 CLAIMED = "the sampling settings"
 

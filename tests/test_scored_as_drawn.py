@@ -401,6 +401,7 @@ SPOILED = {
     "a token that nobody sees": unseen(5),
     "a prompt with padding at its end": unseen(4),
     "a response mask of ints": lambda d: {"response_mask": d.response_mask.long()},
+    "fewer rows": lambda d: {"responses": d.responses[:2]},
     "another mask": lambda d: {"attention_mask": d.attention_mask[:, 1:]},
     "kept of floats": lambda d: {"kept": d.kept.float()},
     "kept of fewer rows": lambda d: {"kept": d.kept[:1]},

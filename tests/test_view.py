@@ -11,10 +11,9 @@ from support.settings import seeded
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from gpt2_value import show
+from gpt2_value import rescore, show
 from gpt2_value.view import TokenTexts, labels, tokens
 from sampler_audit import rollout_from_tokens
-from scoring_gpt2_value import rescore
 
 HOSTILE = [
     "<script>document.title='run'</script>",

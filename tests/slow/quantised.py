@@ -7,8 +7,7 @@ from support.settings import RAGGED, assert_as_drawn, assert_close, by_hand, of_
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import TorchAoConfig
 
-from gpt2_value import rescore, rollout
-from modeling_gpt2_value import GPT2ValueModel
+from gpt2_value import GPT2ValueModel, rescore, rollout
 
 WEIGHTS = Int8WeightOnlyConfig()
 
