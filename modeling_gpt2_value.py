@@ -6,7 +6,6 @@ The head is a linear layer on GPT-2's last hidden state, as in "Fine-Tuning Lang
 """
 
 import inspect
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Optional
 
@@ -45,35 +44,27 @@ class GPT2ValueOutput(CausalLMOutputWithCrossAttentions):
     value: Optional[torch.Tensor] = None
 
 
-class Projection(nn.Module):
-    """A linear layer that computes in its input's dtype. No subclass of `nn.Linear`, so that nothing quantises it."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(outputs, dtype=torch.float32))
-
-    def forward(self, hidden_states):
-        dtype = hidden_states.dtype
-        return nn.functional.linear(hidden_states, self.weight.to(dtype), self.bias.to(dtype))
-
-
-class ValueHead(nn.Sequential):
+class ValueHead(nn.Module):
     """Dropout, projection, activation, dropout: `[..., n_embd]` to `[..., 1]` (see the config), in float32 at least."""
 
     def __init__(self, config):
-        width = config.num_labels if config.summary_proj_to_labels else config.hidden_size
-        layers = {
-            "first_dropout": nn.Dropout(config.summary_first_dropout),
-            "summary": Projection(config.hidden_size, width) if config.summary_use_proj else nn.Identity(),
-            "activation": nn.Tanh() if config.summary_activation == "tanh" else nn.Identity(),
-            "last_dropout": nn.Dropout(config.summary_last_dropout),
-        }
-        super().__init__(OrderedDict(layers))
+        super().__init__()
+        self.first_dropout = nn.Dropout(config.summary_first_dropout)
+        self.summary = nn.ParameterDict()  # a linear layer's weights; were it an `nn.Linear`, libraries would quantise it
+        if config.summary_use_proj:
+            width = 1 if config.summary_proj_to_labels else config.hidden_size
+            self.summary["weight"] = torch.empty(width, config.hidden_size, dtype=torch.float32)
+            self.summary["bias"] = torch.empty(width, dtype=torch.float32)
+        self.activation = nn.Tanh() if config.summary_activation == "tanh" else nn.Identity()
+        self.last_dropout = nn.Dropout(config.summary_last_dropout)
 
     def forward(self, hidden_states):
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return super().forward(hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)))
+            states = self.first_dropout(hidden_states.to(dtype))
+            if self.summary:
+                states = nn.functional.linear(states, *(weight.to(dtype) for weight in self.summary.values()))
+            return self.last_dropout(self.activation(states))
 
 
 class GPT2ValueModel(GPT2LMHeadModel):
@@ -109,9 +100,9 @@ class GPT2ValueModel(GPT2LMHeadModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, Projection):
-            nn.init.normal_(module.weight, std=getattr(self.config, self.head_std))
-            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.ParameterDict) and module:  # the head's
+            nn.init.normal_(module["weight"], std=getattr(self.config, self.head_std))
+            nn.init.zeros_(module["bias"])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, init_value_head=False, **kwargs):
@@ -145,7 +136,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         """Let the value loss's gradient reach the body again. Saved with the model."""
         self.config.detach_value_head = False
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, instead=None, **kwargs):
         """`GPT2LMHeadModel.forward` with whatever arguments the installed one takes, plus the value of every token.
 
         `labels` may be called `lm_labels`, as in the seed. Arguments that are not known here are handed on, to the body
@@ -156,7 +147,6 @@ class GPT2ValueModel(GPT2LMHeadModel):
         Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises ValueError
         for a mask that leaves out the cache or the input, TypeError for an argument that is given twice.
         """
-        instead = kwargs.pop("instead", None)
         if instead is not None:
             return instead(*args, **kwargs)
         # What is passed by position gets the names of the installed transformers; other names stay.
