@@ -12,7 +12,7 @@ import inspect
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Cache, GPT2LMHeadModel, __version__
+from transformers import Cache, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
@@ -29,34 +29,22 @@ def positions(mask):
 
 
 def run(model, tokens, mask, columns, **arguments):
-    """Run the model on a slice of the columns of `tokens [B, P+T]`: its output, and `[B, columns]` values or None."""
-    inner = unwrapped(model)[-1]
-    if accepts(inner, "position_ids"):
-        arguments["position_ids"] = positions(mask)[:, columns]
-    if not accepts(inner, "logits_to_keep"):
-        arguments.pop("logits_to_keep", None)
+    """Run the model on a slice of the columns of `tokens [B, P+T]`: its output, and `[B, columns]` values or None.
+
+    Of the arguments, those are left out that the model does not take.
+    """
+    taken = inspect.signature(type(unwrapped(model)).forward).parameters
+    arguments["position_ids"] = positions(mask)[:, columns]
+    if "kwargs" not in taken:
+        arguments = {name: given for name, given in arguments.items() if name in taken}
     output = model(input_ids=tokens[:, columns], attention_mask=mask[:, : columns.stop], return_dict=True, **arguments)
     values = getattr(output, "value", None)
     if values is not None and values.dim() != 2:
         raise ValueError(
-            f"this model's value has the shape {list(values.shape)}; expected one scalar for each token, "
-            "[batch, tokens]: set summary_use_proj and summary_proj_to_labels in its config."
+            f"this model's value has the shape {list(values.shape)}; expected [batch, tokens], one for each token: "
+            "set summary_use_proj and summary_proj_to_labels in its config."
         )
     return output, None if values is None else values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def logits_of(model, output):
-    """The logits of the model's output. TypeError where they are not over its vocabulary."""
-    logits = getattr(output, "logits", None)
-    if logits is None or logits.shape[-1] != vocabulary_of(model):
-        raise TypeError(f"a {type(model).__name__} gives no logits over its vocabulary; expected a causal LM.")
-    return logits
-
-
-def accepts(model, name):
-    """Whether the forward of the model's class takes an argument of this name, or any."""
-    parameters = inspect.signature(type(model).forward).parameters
-    return name in parameters or "kwargs" in parameters
 
 
 class Decoder:
@@ -65,30 +53,28 @@ class Decoder:
     def __init__(self, model, tokens, mask):
         self.tokens, self.mask = tokens, mask  # [B, P+T], which the caller fills
         self.rows = torch.arange(len(tokens), device=tokens.device)  # those that are still computed, b of B
-        inner = unwrapped(model)[-1]
+        inner = unwrapped(model)
         # GPT-2's cache is known, a DynamicCache.
         self.is_gpt2 = isinstance(inner, GPT2LMHeadModel) and not inner.config.add_cross_attention
         self.model = without_dropout(innermost(model))
-        self.weights = list(model.parameters())  # once: for each column it would take 1% of the time
         if self.is_gpt2 and torch.backends.mkldnn.is_available():
             speed_up(self.model, len(tokens))
         # The cache of a recurrent model holds states that run on over padding, and may live in its modules.
-        self.uses_cache = accepts(inner, CACHE) and not getattr(inner, "_is_stateful", False)
+        self.use_cache = not getattr(inner, "_is_stateful", False)
         self.cache = None  # without one, all columns are run again
 
     def logits_and_values(self, columns):
         """Logits `[b, V]` and values `[b]` or None after so many columns, of the current rows."""
-        self.keep_pace(ended=False)
         new = slice(0 if self.cache is None else columns - 1, columns)
         tokens, mask = self.tokens[self.rows], self.mask[self.rows]  # [b, P+T]
-        cached = {} if self.cache is None else {CACHE: self.cache}
-        output, values = run(self.model, tokens, mask, new, logits_to_keep=1, use_cache=self.uses_cache, **cached)
+        arguments = {CACHE: self.cache, "use_cache": self.use_cache, "logits_to_keep": 1}
+        output, values = run(self.model, tokens, mask, new, **arguments)
         cache = getattr(output, CACHE, None)
         if self.cache is None and isinstance(cache, Cache):
             self.cache = cache
             for layer in cache.layers if self.is_gpt2 else ():
                 layer.update = functools.partial(append, layer, tokens.shape[1])
-        return logits_of(self.model, output)[:, -1], None if values is None else values[:, -1]
+        return output.logits[:, -1], None if values is None else values[:, -1]
 
     def keep(self, rows):
         """Go on with these of the current rows only, a 1-D tensor of indices, where no cache or GPT-2's has them."""
@@ -96,14 +82,6 @@ class Decoder:
             self.rows = self.rows[rows]
             if self.cache is not None:
                 self.cache.batch_select_indices(rows)
-
-    def keep_pace(self, *, ended):
-        """Under FSDP2, say that this process runs a column, or has `ended`; then run on until the others have, too.
-
-        For each column, each process gives one flag. One that has ended answers with a call whose result nobody uses.
-        """
-        while anywhere(self.weights, not ended) and ended:
-            self.model(self.tokens[:1, :1])
 
 
 def logits_alone(model, row):
@@ -122,7 +100,7 @@ def call_with(model, tokens, mask, T, score):
     """
     outer = innermost(model)
     called = without_dropout(outer)
-    *wrappers, inner = unwrapped(called)
+    *wrappers, inner = wrapped(called)
     arguments = {"logits_to_keep": T, "use_cache": False}
     takes_score = calls_gpt2(inner) and all(map(is_thin, wrappers))
     if takes_score:
@@ -133,13 +111,13 @@ def call_with(model, tokens, mask, T, score):
             called, arguments["instead"] = outer, inner
     output, values = run(called, tokens, mask, slice(0, tokens.shape[1] - 1), **arguments)
     # In the place of the output layer, `score` gives what the output calls logits.
-    scores = output.logits if takes_score else score(nn.Identity(), logits_of(called, output)[:, -T:])
+    scores = output.logits if takes_score else score(nn.Identity(), output.logits[:, -T:])
     return scores, None if values is None else values[:, -T:]
 
 
 def inputs_and_head(model, tokens, mask, T):
     """The inputs `[B, T, ...]` of the model's output layer, and that layer, which may be called later."""
-    inner = unwrapped(model)[-1]
+    inner = unwrapped(model)
     # Inside its call alone, a model has the weights that FSDP2 gathers, and the dtypes that autocast chooses.
     now = is_sharded(inner) or "forward" in vars(inner) or torch.is_autocast_enabled(tokens.device.type)
     return call_with(
@@ -150,7 +128,7 @@ def inputs_and_head(model, tokens, mask, T):
 # Which model it is, and what it may be given
 
 
-def unwrapped(model):
+def wrapped(model):
     """The model and what it wraps, outermost first; TypeError where there is nothing that can be sampled and scored."""
     models = [model]
     while True:
@@ -169,38 +147,36 @@ def unwrapped(model):
                     "pass a model whose adapter changes weights, such as LoRA."
                 )
             models.append(outer.get_base_model())
-        elif hasattr(outer, "get_input_embeddings") and (__version__ >= "5" or not hasattr(outer, "reset_cache")):
+        elif hasattr(outer, "get_output_embeddings") and outer.get_output_embeddings() is not None:
             return models
         else:
-            raise TypeError(
-                f"got a {type(model).__name__}; expected a causal language model, or a wrapper of one. Before "
-                "transformers 5, RecurrentGemma is refused: it keeps the states of its last call in its modules."
-            )
+            raise TypeError(f"got a {type(model).__name__}; expected a causal language model, or a wrapper of one.")
+
+
+def unwrapped(model):
+    """The model without wrappers."""
+    return wrapped(model)[-1]
 
 
 def innermost(model):
     """The model to run: without wrappers that change nothing. DistributedDataParallel does where gradients flow."""
-    models = unwrapped(model)
+    models = wrapped(model)
     parallel = DistributedDataParallel if torch.is_grad_enabled() else ()
     kept = (each for each in models if isinstance(each, parallel) or is_sharded(each) or not is_thin(each))
     return next(kept, models[-1])
 
 
 def device_of(model):
-    """The device that the model computes on, also where Accelerate keeps its weights on another or on the disk."""
-    inner = unwrapped(model)[-1]
-    for module in inner.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    if inner.device.type == "meta":
-        raise TypeError(f"the weights of this {type(inner).__name__} have no data (device meta); load them first.")
+    """The device that the model is on. TypeError where parts of it are not in memory."""
+    inner = unwrapped(model)
+    if any(weight.is_meta for weight in inner.parameters()):
+        raise TypeError(f"a {type(inner).__name__} has weights on the device meta, without data; load or onload them.")
     return inner.device
 
 
 def vocabulary_of(model):
     """How many tokens the model knows."""
-    return unwrapped(model)[-1].get_input_embeddings().weight.shape[0]
+    return unwrapped(model).get_input_embeddings().weight.shape[0]
 
 
 def check_tokens(model, tokens, mask, new_tokens=0):
@@ -217,7 +193,7 @@ def check_tokens(model, tokens, mask, new_tokens=0):
             f"row {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens; "
             "was it made by this model's tokenizer? Padding needs an attention_mask."
         )
-    places = getattr(unwrapped(model)[-1].config, "max_position_embeddings", None) or 0
+    places = getattr(unwrapped(model).config, "max_position_embeddings", None) or 0
     longest = int(lengths.max()) + new_tokens
     if 0 < places < longest:  # XLNet's is -1: any length
         raise ValueError(
@@ -262,13 +238,9 @@ def calls_gpt2(model):
 # Weights that FSDP2 spreads over processes: a call gathers them, so all processes have to make the same calls.
 
 
-def anywhere(weights, flag):
-    """Whether the flag holds in this process, or in one that holds another part of the same model's weights."""
-    for weight in weights:
-        if hasattr(weight, "device_mesh"):
-            flags = torch.full([1] * weight.dim(), flag, device=weight.device)
-            return bool(weight.from_local(flags, weight.device_mesh, weight.placements).full_tensor().any())
-    return flag
+def is_spread(model):
+    """Whether the model's weights are spread over processes."""
+    return any(hasattr(weight, "device_mesh") for weight in model.parameters())
 
 
 # Copies of a model, which share its weights: `eval()` would write to a model that another thread may be training.
@@ -289,7 +261,6 @@ def copied(model):
         }
         fields["_compiled_call_impl"] = None  # what is compiled is bound to the module
         fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
-        fields.update(fields["_modules"])  # found at once, and not by `__getattr__`
         # Accelerate's: methods and partials, whose copies are bound to the modules' copies.
         for name in {"forward", "_old_forward", "_original_forward"} & set(fields):
             fields[name] = copy.deepcopy(fields[name], {id(each): twin for each, twin in copies.items()})

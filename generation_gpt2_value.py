@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 try:
-    from .decoding_gpt2_value import Decoder, check_tokens, device_of, unwrapped, vocabulary_of
+    from .decoding_gpt2_value import Decoder, check_tokens, device_of, is_spread, unwrapped, vocabulary_of
     from .sampling_gpt2_value import (
         Sampling,
         as_bits,
@@ -27,7 +27,7 @@ except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
     # In a checkout or a wheel these files are top-level modules.
-    from decoding_gpt2_value import Decoder, check_tokens, device_of, unwrapped, vocabulary_of
+    from decoding_gpt2_value import Decoder, check_tokens, device_of, is_spread, unwrapped, vocabulary_of
     from sampling_gpt2_value import (
         Sampling,
         as_bits,
@@ -39,7 +39,6 @@ except ImportError:
     from scoring_gpt2_value import check_finite, check_itself
 
 FROM_CONFIG = "config"  # the default of eos_token_id
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def rollout(
@@ -86,7 +85,7 @@ def rollout(
         raise TypeError(f"rollout() got {[*unknown]}; the prompts are `queries`, as in rollout(model, queries).")
     vocabulary, device = vocabulary_of(model), device_of(model)
     if eos_token_id is FROM_CONFIG:
-        ids = listed(getattr(unwrapped(model)[-1].config, "eos_token_id", None))
+        ids = listed(getattr(unwrapped(model).config, "eos_token_id", None))
         eos_token_id = [token for token in ids if 0 <= token < vocabulary]  # nobody can draw others
     sampling = Sampling(temperature, top_k, top_p, min_new_tokens, eos_token_id)
     sampling.check_vocabulary(vocabulary)
@@ -97,8 +96,8 @@ def rollout(
     prompts, prompt_mask = aligned("queries", queries, attention_mask, pad=pad)
     check_tokens(model, prompts, prompt_mask, T)
     with torch.inference_mode(False), torch.no_grad():
-        copied = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
-        tokens, mask = (nn.functional.pad(x, (0, T)) for x in copied)  # [B, P+T]
+        rows = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
+        tokens, mask = (nn.functional.pad(x, (0, T)) for x in rows)  # [B, P+T]
         decoder, B, P = Decoder(model, tokens, mask), len(tokens), prompts.shape[1]
         logits, value = decoder.logits_and_values(P)  # [B, V], [B]
 
@@ -126,14 +125,11 @@ def rollout(
                 if kept is not None:
                     kept[rows, t] = as_bits(distribution > -math.inf)
                 running[rows] &= ~torch.isin(tokens[rows, P + t], ends)
-                # Checking a value forces the CPU to wait for the GPU, so there check only every 16 steps.
-                if device.type == "cpu" or t % 16 == 15:
-                    left = running[rows].nonzero().squeeze(-1)
-                    if len(left) == 0:
-                        break
-                    if 2 * len(left) <= len(rows):
-                        decoder.keep(left)
-            decoder.keep_pace(ended=True)
+                left = running[rows].nonzero().squeeze(-1)
+                if len(left) == 0 and not is_spread(model):
+                    break
+                if 0 < 2 * len(left) <= len(rows):
+                    decoder.keep(left)
             drawn = mask[:, P:].bool()  # [B, T]
             tokens.masked_fill_(mask == 0, pad)
             for part in (logprobs, values, kept):
@@ -223,7 +219,7 @@ class Rollout:
                 pad = rollouts[0].sampling.pad_token_id if name in ("sequences", "responses") else 0
                 rows: list = []
                 for each in rollouts:
-                    after = (0, 0) * (first.dim() - 2) + (0, T - each.responses.shape[1])
+                    after = *(0, 0) * (first.dim() - 2), 0, T - each.responses.shape[1]
                     rows += nn.functional.pad(getattr(each, name), after, value=pad)
                 joined[name] = pad_sequence(rows, True, pad, "left")  # only prompts still differ in length
         return dataclasses.replace(rollouts[0], **joined)
@@ -259,21 +255,21 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
         masks = [torch.ones_like(row) for row in rows] if attention_mask is None else attention_mask
         masks = [torch.as_tensor(mask) for mask in masks]
         tokens, seen = (pad_sequence(each, batch_first=True) for each in (rows, masks))  # [B, P]
+        for row in rows:
+            if len(row):  # of an empty list torch makes a tensor of floats
+                torch.iinfo(row.dtype)  # raises TypeError for what is no integer
+        if tokens.dim() != 2:
+            raise TypeError(f"{tokens.dim()} dimensions")
     except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists, no rows
-        raise TypeError(f"{name} holds no rows of token ids ({error}); expected at least one, not texts.") from error
-    # Of an empty list torch makes a tensor of floats.
-    if tokens.dim() != 2 or any(row.dtype not in INTEGERS and len(row) for row in rows):
-        raise TypeError(
-            f"{name} is {rows[0].dtype}; expected token ids, a 1-D tensor or list of integers for each row."
-        )
+        what = f"{name} holds no rows of token ids ({error})"
+        raise TypeError(f"{what}; expected a 1-D tensor or list of integers for each row, at least one.") from error
     if [mask.shape for mask in masks] != [row.shape for row in rows] or ((seen != 0) & (seen != 1)).any():
         raise ValueError(f"attention_mask has another shape than {name}, or other numbers than 0 and 1.")
     tokens, seen = tokens.long(), seen.long().to(tokens.device)
-    order = seen.argsort(dim=1, descending=right, stable=True)  # padding comes to one side, tokens stay in order
-    seen = seen.gather(1, order)
-    tokens = tokens.gather(1, order).masked_fill(seen == 0, pad)
     for edge in (tokens[:, :1], tokens[:, -1:]) if may_hide_padding else ():
         if 0 < (edge == pad).sum() < len(rows):
             what = f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask"
             warnings.warn(what, stacklevel=3)
-    return tokens, seen
+    order = seen.argsort(dim=1, descending=right, stable=True)  # padding comes to one side, tokens stay in order
+    seen = seen.gather(1, order)
+    return tokens.gather(1, order).masked_fill(seen == 0, pad), seen

@@ -50,7 +50,9 @@ class ValueHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.first_dropout = nn.Dropout(config.summary_first_dropout)
-        self.summary = nn.ParameterDict()  # a linear layer's weights; were it an `nn.Linear`, libraries would quantise it
+        self.summary = (
+            nn.ParameterDict()
+        )  # a linear layer's weights; were it an `nn.Linear`, libraries would quantise it
         if config.summary_use_proj:
             width = 1 if config.summary_proj_to_labels else config.hidden_size
             self.summary["weight"] = torch.empty(width, config.hidden_size, dtype=torch.float32)

@@ -59,7 +59,7 @@ class Sampling:
         """Raise ValueError where these settings, or a rollout's `kept`, are not for a vocabulary of so many tokens."""
         for token in self.eos_token_id:
             number("eos_token_id", token, 0, vocabulary - 1)
-        if kept is not None and kept.shape[-1] > -(-vocabulary // 8):
+        if kept is not None and kept.shape[-1] != -(-vocabulary // 8):
             raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
 
 
@@ -109,8 +109,7 @@ def as_bits(mask):
 def as_mask(kept, vocabulary):
     """What `as_bits` returned, as a mask `[..., V]` bool."""
     bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    mask = (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)
-    return nn.functional.pad(mask, (0, vocabulary - mask.shape[-1])).bool()  # a negative number of columns is cut off
+    return (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)[..., :vocabulary].bool()
 
 
 def draw(logits, uniform):
@@ -124,7 +123,6 @@ def draw(logits, uniform):
     logits = logits - logits.amax(-1, keepdim=True)
     running = logits.exp().cumsum(-1, dtype=torch.float64)  # [B, K]
     total = running[:, -1:]
-    uniform = uniform.to(torch.float64).clamp(max=1 - 2**-53)  # with which no product is rounded up to the total
     index = torch.searchsorted(running, uniform.unsqueeze(-1) * total, right=True)  # [B, 1]
     index = index.clamp(max=logits.shape[-1] - 1)  # where a logit is NaN, it is beyond
     return index.squeeze(-1), (logits.gather(-1, index) - total.log()).squeeze(-1).to(logits.dtype)

@@ -20,13 +20,14 @@ from transformers.utils import ModelOutput
 
 try:
     from .decoding_gpt2_value import (
-        anywhere,
         call_with,
         check_tokens,
         device_of,
         inputs_and_head,
+        is_spread,
         logits_alone,
         unwrapped,
+        wrapped,
     )
     from .sampling_gpt2_value import sampling_distribution
 except ImportError:
@@ -34,13 +35,14 @@ except ImportError:
         raise
     # In a checkout or a wheel these files are top-level modules.
     from decoding_gpt2_value import (
-        anywhere,
         call_with,
         check_tokens,
         device_of,
         inputs_and_head,
+        is_spread,
         logits_alone,
         unwrapped,
+        wrapped,
     )
     from sampling_gpt2_value import sampling_distribution
 KEPT_BYTES = 2**28  # up to so many bytes of float32 logits are kept for the backward pass
@@ -171,13 +173,13 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
 
 def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
     """The inputs of the reference's output layer, `[B, T, ...]`, and that layer."""
-    models, switched_off = unwrapped(model), contextlib.nullcontext()
+    models, switched_off = wrapped(model), contextlib.nullcontext()
     if isinstance(reference, str):
         adapters = [wrapper for wrapper in models if hasattr(wrapper, "disable_adapter")]
         if reference != "disable_adapter" or not adapters:
             raise ValueError(f'reference={reference!r}; expected a model, or "disable_adapter" with a PeftModel.')
         reference, switched_off = model, adapters[0].disable_adapter()
-    elif hasattr(models[-1], "peft_config") and unwrapped(reference)[-1] is models[-1]:
+    elif hasattr(models[-1], "peft_config") and unwrapped(reference) is models[-1]:
         raise ValueError('the reference is the model itself, whose KL is 0; pass reference="disable_adapter".')
     if check_tokens(reference, tokens, mask) != vocabulary:
         raise ValueError(
@@ -188,11 +190,10 @@ def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
         return inputs_and_head(reference, tokens.to(device), mask.to(device), T)
 
 
-# A rollout and a score check themselves: two rows, the most likely to be wrong, are computed again by the model's own
+# A rollout and a score check themselves: one row, the most likely to be wrong, is computed again by the model's own
 # call. That holds for every model and every version of a library, and needs no list of what is known to work.
 
-EVERY = 16  # calls: one row alone costs 6% of a rollout of 16 rows, so two cost 0.8% in the mean
-MOST_COLUMNS = 256  # of a row: a wrong state stays wrong to its end
+EVERY = 16  # calls: one row alone costs 6% of a rollout of 16 rows, so 0.4% in the mean
 # Of each model, by situation: how many calls it passed. A model that is gone is forgotten.
 _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -206,26 +207,24 @@ def check_itself(what, model, rollout):
 
     It is at the first call for a model, and at every 16th; again from the first when the model's class, config, dtype
     or mode has changed, or rows are padded or end at different times and were not before. (Libraries cannot change
-    within a process.) Two rows are compared: of those with most drawn tokens, which go on after others have ended, the
-    one with most padding; and of those with most padding, the one with most drawn tokens.
+    within a process.) The row has drawn tokens, and padding if any such row has; of these, as much of both as there is:
+    a recurrent model runs on over padding, and a wrong cache shows in long rows.
     """
-    inner, (_, N), T = unwrapped(model)[-1], rollout.sequences.shape, rollout.responses.shape[1]
+    inner, N, T = unwrapped(model), rollout.sequences.shape[1], rollout.responses.shape[1]
     lengths, padding = rollout.response_mask.sum(1), (rollout.attention_mask[:, :-T] == 0).sum(1)  # [B]
-    shape = bool(padding.any()), len(lengths.unique()) > 1
+    # Other processes have other rows, and have to make the same calls.
+    shape = is_spread(model) or (bool(padding.any()), len(lengths.unique()) > 1)
     situation = what, type(inner), str(vars(inner.config)), inner.dtype, inner.training, shape
-    calls, off = _calls.setdefault(inner, collections.Counter()), 0.0
-    if anywhere(model.parameters(), calls[situation] % EVERY == 0):
-        # Always two rows, be they one and the same: FSDP2 needs as many calls in each process.
-        for order in (lengths * N + padding, (lengths > 0) * (padding * N + lengths)):
-            off = max(off, _off_alone(model, rollout, int(order.argmax())))
-    if anywhere(model.parameters(), off > 0):
-        raise SelfCheckError(
-            f"a {type(inner).__name__} gives rows of this {what} log-probabilities {off:.3g} nats from those "
-            "that they have alone, without padding or cache, in this or another process (transformers "
-            f"{transformers.__version__}). What is drawn so cannot be trusted. Pass prompts of one length, a call for "
-            "each length (recurrent models run on over padding), and eos_token_id=None; set "
-            "attn_implementation='eager'; or remove what changes the model's call."
-        )
+    calls = _calls.setdefault(inner, collections.Counter())
+    if calls[situation] % EVERY == 0:
+        off = _off_alone(model, rollout, int((lengths * (N * padding + 1)).argmax()))
+        if off > 0:
+            raise SelfCheckError(
+                f"a {type(inner).__name__} gives rows of this {what} log-probabilities {off:.3g} nats from those "
+                f"that they have alone, without padding or cache (transformers {transformers.__version__}). What is "
+                "drawn so cannot be trusted. Pass prompts of one length, a call for each length (recurrent models run "
+                "on over padding), and eos_token_id=None; or remove what changes the model's call."
+            )
     calls[situation] += 1  # not after an error: the next call is checked again
 
 
@@ -234,27 +233,26 @@ def _off_alone(model, rollout, row):
 
     The bound is half of the digits, sqrt(eps), for what layers make of a rounding, and the rounding of a logit itself:
     float32 sums of thousands of products err by some 64 eps, products of 16 bits are summed in float32 and rounded
-    once, 2 eps. The root mean square over the row is held against it: that of honest models stays below a third in
-    float32, bfloat16 and float16; a wrong cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. eps
-    is that of the coarsest dtype in use: of the weights, of the logits (which autocast rounds), bfloat16's where
-    products of float32 may be rounded (TF32).
+    once, 2 eps. The root mean square over the row is held against it: that of honest models stays below a third; a
+    wrong cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. eps is that of the logits' dtype, or
+    bfloat16's where anything has fewer bits than float32: weights, logits (which autocast rounds), or products (TF32).
     """
     seen, sampling = rollout.attention_mask[row].bool(), rollout.sampling
     tokens = rollout.sequences[row][seen]  # [n], without padding
-    steps = rollout.response_mask[row].nonzero().squeeze(-1)[-MOST_COLUMNS:]  # [columns]
+    steps = rollout.response_mask[row].nonzero().squeeze(-1)  # [columns]
     places = seen.cumsum(0)[steps - rollout.responses.shape[1]] - 1  # [columns], where in `tokens` they are
     logits = logits_alone(model, tokens)[places - 1]  # [columns, V]
     drawn, kept = tokens[places], None if rollout.kept is None else rollout.kept[row, steps]
     alone = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, drawn, kept, None)[:, 0]
     difference = (rollout.logprobs[row, steps].detach() - alone).abs().nan_to_num(math.inf)  # [columns]
 
-    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-    dtypes |= {dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(logits, logits.to(dtype).to(logits))}
-    if torch.get_float32_matmul_precision() != "highest":
-        dtypes.add(torch.bfloat16)
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    coarse = torch.get_float32_matmul_precision() != "highest" or any(
+        [weight.element_size() < 4 for weight in model.parameters()]
+        + [torch.equal(logits, logits.to(dtype).to(logits)) for dtype in (torch.bfloat16, torch.float16)]
+    )
+    eps = torch.finfo(torch.bfloat16 if coarse else logits.dtype).eps
     sizes = logits.amax(-1).abs() + sampling.temperature * alone.abs()  # [columns], at least the drawn tokens' logits
-    bound = (math.sqrt(eps) + (2 if eps > 1e-4 else 64) * eps * sizes) / sampling.temperature
+    bound = (math.sqrt(eps) + (2 if coarse else 64) * eps * sizes) / sampling.temperature
     # Of a row without drawn tokens, the mean is NaN.
     return float(difference.max()) if (difference / bound).square().mean() > 1 else 0.0
 

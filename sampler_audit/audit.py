@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from decoding_gpt2_value import check_tokens
-from generation_gpt2_value import INTEGERS, Rollout, aligned
+from generation_gpt2_value import Rollout, aligned
 from sampling_gpt2_value import Sampling, number
 
 from . import statistics
@@ -90,7 +90,7 @@ def audit_sampler(
 
 def _claim(tokens, prompt_length, attention_mask, sampling) -> Rollout:
     """The tokens `[B, P+T]` after `prompt_length` columns, each row up to its first end, as a `Rollout`."""
-    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or tokens.dtype not in INTEGERS:
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
         what = f"got a {type(tokens).__name__} {getattr(tokens, 'dtype', '')} {[*getattr(tokens, 'shape', ())]}"
         raise TypeError(f"{what}; expected a Rollout, as from rollout_from_tokens(), or [batch, tokens] of ids.")
     P = number("prompt_length", prompt_length, 1)
