@@ -77,11 +77,10 @@ class Decoder:
         return output.logits[:, -1], None if values is None else values[:, -1]
 
     def keep(self, rows):
-        """Go on with these of the current rows only, a 1-D tensor of indices, where no cache or GPT-2's has them."""
-        if self.cache is None or self.is_gpt2:
+        """Go on with these of the current rows only, a 1-D tensor of indices. Other models than GPT-2 keep all."""
+        if self.is_gpt2 and self.cache is not None:
             self.rows = self.rows[rows]
-            if self.cache is not None:
-                self.cache.batch_select_indices(rows)
+            self.cache.batch_select_indices(rows)
 
 
 def logits_alone(model, row):
@@ -262,7 +261,7 @@ def copied(model):
         fields["_compiled_call_impl"] = None  # what is compiled is bound to the module
         fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
         # Accelerate's: methods and partials, whose copies are bound to the modules' copies.
-        for name in {"forward", "_old_forward", "_original_forward"} & set(fields):
+        for name in {"forward", "_old_forward"} & set(fields):
             fields[name] = copy.deepcopy(fields[name], {id(each): twin for each, twin in copies.items()})
         its.__dict__ = fields
     return copies[model]

@@ -107,6 +107,7 @@ def rollout(
         try:
             uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)
             running = torch.ones(B, dtype=torch.bool, device=device)
+            spread = is_spread(model)
             ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
             logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
             values = None if value is None else torch.zeros_like(logprobs)
@@ -126,7 +127,10 @@ def rollout(
                     kept[rows, t] = as_bits(distribution > -math.inf)
                 running[rows] &= ~torch.isin(tokens[rows, P + t], ends)
                 left = running[rows].nonzero().squeeze(-1)
-                if len(left) == 0 and not is_spread(model):
+                anywhere = torch.tensor(len(left), device=device)
+                if spread:  # then all processes have to make the same calls
+                    torch.distributed.all_reduce(anywhere)
+                if anywhere == 0:
                     break
                 if 0 < 2 * len(left) <= len(rows):
                     decoder.keep(left)
@@ -255,11 +259,9 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
         masks = [torch.ones_like(row) for row in rows] if attention_mask is None else attention_mask
         masks = [torch.as_tensor(mask) for mask in masks]
         tokens, seen = (pad_sequence(each, batch_first=True) for each in (rows, masks))  # [B, P]
-        for row in rows:
-            if len(row):  # of an empty list torch makes a tensor of floats
-                torch.iinfo(row.dtype)  # raises TypeError for what is no integer
-        if tokens.dim() != 2:
-            raise TypeError(f"{tokens.dim()} dimensions")
+        kinds = {row.dtype for row in rows if len(row)}  # of an empty list torch makes a tensor of floats
+        if tokens.dim() != 2 or any(kind == torch.bool or not torch.can_cast(kind, torch.int64) for kind in kinds):
+            raise TypeError(f"{tokens.dtype}, {tokens.dim()} dimensions")
     except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists, no rows
         what = f"{name} holds no rows of token ids ({error})"
         raise TypeError(f"{what}; expected a 1-D tensor or list of integers for each row, at least one.") from error

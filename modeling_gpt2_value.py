@@ -7,7 +7,6 @@ The head is a linear layer on GPT-2's last hidden state, as in "Fine-Tuning Lang
 
 import inspect
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import nn
@@ -41,7 +40,7 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(gpt2_value="GPT2ValueModel", gpt2_value
 class GPT2ValueOutput(CausalLMOutputWithCrossAttentions):
     """`GPT2LMHeadModel`'s, and `value [batch, tokens]` float32 of the state after each token of the input."""
 
-    value: Optional[torch.Tensor] = None
+    value: torch.Tensor | None = None
 
 
 class ValueHead(nn.Module):
@@ -55,8 +54,8 @@ class ValueHead(nn.Module):
         )  # a linear layer's weights; were it an `nn.Linear`, libraries would quantise it
         if config.summary_use_proj:
             width = 1 if config.summary_proj_to_labels else config.hidden_size
-            self.summary["weight"] = torch.empty(width, config.hidden_size, dtype=torch.float32)
-            self.summary["bias"] = torch.empty(width, dtype=torch.float32)
+            self.summary["weight"] = torch.empty(width, config.hidden_size)
+            self.summary["bias"] = torch.empty(width)
         self.activation = nn.Tanh() if config.summary_activation == "tanh" else nn.Identity()
         self.last_dropout = nn.Dropout(config.summary_last_dropout)
 
@@ -92,7 +91,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
             config = GPT2ValueConfig.from_gpt2(config)
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers tells it by the class's name, and warns where it cannot
-        self.v_head = ValueHead(config)
+        self.v_head = ValueHead(config).float()
         # No weights may be named that do not exist, or not yet: so not for the class, and not for a head without any.
         self._keep_in_fp32_modules_strict = ["v_head"] if config.summary_use_proj else None
         if init_value_head:  # the head is meant to be missing: transformers need not warn
@@ -122,7 +121,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, *more, **kwargs)
         if init_value_head:  # transformers makes what a checkpoint lacks in the dtype of the body
             model.v_head.to(torch.promote_types(model.dtype, torch.float32))
-        lost = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]] if "v_head." in str(key))
+        lost = [key for key in [*info["missing_keys"], *info["mismatched_keys"]] if "v_head." in str(key)]
         if lost and not init_value_head:
             what = f"{pretrained_model_name_or_path}: its value head lacks {lost}, or has another shape"
             raise ValueError(f"{what}. Ask for a whole package, or pass init_value_head=True to start with a new head.")
@@ -165,14 +164,10 @@ class GPT2ValueModel(GPT2LMHeadModel):
         inputs = arguments.get("input_ids", arguments.get("inputs_embeds"))  # neither: GPT2Model says what is missing
         if "position_ids" not in arguments and inputs is not None and mask is not None and mask.dim() == 2:
             tokens = inputs.shape[1]
-            past = 0 if cache is None else None
-            if isinstance(cache, Cache):
-                past = cache.get_seq_length()
-            if isinstance(past, int) and mask.shape[1] != past + tokens:
-                raise ValueError(
-                    f"attention_mask has {mask.shape[1]} columns; expected {past + tokens}, {past} of the cache "
-                    f"and {tokens} of the input: pass the whole sequence's."
-                )
+            past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+            if mask.shape[1] != past + tokens and not isinstance(cache, tuple):  # as before transformers 5
+                what = f"attention_mask has {mask.shape[1]} columns; expected {past} of the cache and {tokens} of the"
+                raise ValueError(f"{what} input: pass the whole sequence's.")
             arguments["position_ids"] = positions(mask)[:, -tokens:]
 
         outputs = dict(self.transformer(**arguments, return_dict=True))

@@ -55,12 +55,10 @@ class Sampling:
         """Whether top-k or top-p leave any of so many tokens out."""
         return self.top_p < 1.0 or 0 < self.top_k < vocabulary
 
-    def check_vocabulary(self, vocabulary, kept=None):
-        """Raise ValueError where these settings, or a rollout's `kept`, are not for a vocabulary of so many tokens."""
+    def check_vocabulary(self, vocabulary):
+        """Raise ValueError where an end-of-text token is not among so many."""
         for token in self.eos_token_id:
             number("eos_token_id", token, 0, vocabulary - 1)
-        if kept is not None and kept.shape[-1] != -(-vocabulary // 8):
-            raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
 
 
 def sampling_distribution(logits, sampling, *, steps=None, kept=None):
@@ -83,8 +81,9 @@ def sampling_distribution(logits, sampling, *, steps=None, kept=None):
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling.min_new_tokens and steps is not None:
         early = torch.as_tensor(steps, device=logits.device) < sampling.min_new_tokens
-        ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=logits.device)
-        logits = torch.where(early.unsqueeze(-1), logits.index_fill(-1, ends, -math.inf), logits)
+        without_ends = logits.clone()
+        without_ends[..., list(sampling.eos_token_id)] = -math.inf
+        logits = torch.where(early.unsqueeze(-1), without_ends, logits)
     if kept is not None:
         logits = logits.masked_fill(~as_mask(kept, vocabulary), -math.inf)
     if sampling.temperature != 1.0:

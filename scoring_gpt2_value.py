@@ -27,6 +27,7 @@ try:
         is_spread,
         logits_alone,
         unwrapped,
+        vocabulary_of,
         wrapped,
     )
     from .sampling_gpt2_value import sampling_distribution
@@ -42,6 +43,7 @@ except ImportError:
         is_spread,
         logits_alone,
         unwrapped,
+        vocabulary_of,
         wrapped,
     )
     from sampling_gpt2_value import sampling_distribution
@@ -91,9 +93,9 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     logits are not finite, and `SelfCheckError` where a row has other numbers alone than in the batch, under the model
     or a reference that is another model (see `rollout`).
     """
-    check_rollout(rollout)
+    check_rollout(rollout, vocabulary_of(model))
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
-    rollout.sampling.check_vocabulary(vocabulary, rollout.kept)
+    rollout.sampling.check_vocabulary(vocabulary)
     if rollout.kept is None and rollout.sampling.cuts_off(vocabulary):
         raise ValueError(
             f"{rollout.sampling} cuts tokens off, and the rollout does not say which (`kept` is None). "
@@ -135,7 +137,7 @@ def _scores(rollout, vocabulary, other, with_entropy, values_only, head, inputs)
     other_inputs, other_head = other
     score = functools.partial(_score_chunk, rollout.sampling, with_entropy, head, other_head)
     rows, steps = drawn.cpu().nonzero(as_tuple=True)  # [n] each; the CPU's indices fit tensors of all devices
-    if torch.is_grad_enabled() and 4 * vocabulary * len(rows) > KEPT_BYTES:
+    if 4 * vocabulary * len(rows) > KEPT_BYTES:
         # Nothing in it is random, and the caller may be in a checkpoint of its own.
         score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
     columns = inputs, rollout.responses, rollout.kept, other_inputs  # [B, T, ...] each, or None
@@ -158,15 +160,14 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
     logprob = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     entropy = kl = their_logprob = torch.zeros_like(logprob)
     if with_entropy or other_head is not None:
-        possible = scaled > -math.inf
-        logprobs = logprobs.masked_fill(~possible, 0.0)
-        probs = logprobs.exp() * possible
+        probs, impossible = logprobs.exp(), scaled == -math.inf
+        logprobs = logprobs.masked_fill(impossible, 0.0)
         entropy = -(probs * logprobs).sum(-1)
     if other_head is not None:
         with torch.no_grad(), torch.autocast(other.device.type, enabled=False):  # the model's own is not for the other
             theirs = other_head(other).to(scaled.device)
             theirs = sampling_distribution(theirs, sampling, steps=steps, kept=kept).log_softmax(-1)
-        kl = (probs * (logprobs - theirs.masked_fill(~possible, 0.0))).sum(-1)
+        kl = (probs * (logprobs - theirs.masked_fill(impossible, 0.0))).sum(-1)
         their_logprob = theirs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return torch.stack([logprob, entropy, kl, their_logprob], -1)
 
@@ -260,13 +261,13 @@ def _off_alone(model, rollout, row):
 # What a caller passes
 
 
-def check_rollout(rollout):
-    """Raise TypeError or ValueError where this is no `Rollout`, or one whose parts contradict each other."""
+def check_rollout(rollout, vocabulary):
+    """Raise TypeError or ValueError where this is no `Rollout` over so many tokens, or its parts contradict each other."""
     # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
     kinds = type(rollout).__name__, type(getattr(rollout, "sampling", None)).__name__
     if kinds != ("Rollout", "Sampling"):
         raise TypeError(f"got a {kinds[0]} with a {kinds[1]}; expected the Rollout of this version, with its Sampling.")
-    sizes: dict = {}  # of B rows, N = P + T columns, T responses, K = ceil(V / 8)
+    sizes = {"K": -(-vocabulary // 8)}  # and of B rows, N = P + T columns, T responses
     for name, dtype, dims in (
         ("sequences", torch.int64, "BN"),
         ("attention_mask", torch.int64, "BN"),
