@@ -29,6 +29,7 @@ PeftModel's adapter off and on. Nothing else is written: no file, no network, no
 This file imports only the standard library and transformers.
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -107,9 +108,9 @@ class GPT2ValueConfig(GPT2Config):
 
     def to_json_file(self, json_file_path, *args, **kwargs):
         """Write `config.json`, and beside it the code that it names, so that the folder is complete by itself."""
-        here, folder = Path(__file__).resolve().parent, Path(json_file_path).resolve().parent
-        for file in here.glob("*_gpt2_value.py") if here != folder else ():
-            shutil.copyfile(file, folder / file.name)
+        for file in Path(__file__).parent.glob("*_gpt2_value.py"):
+            with contextlib.suppress(shutil.SameFileError):  # this file is in the folder
+                shutil.copyfile(file, Path(json_file_path).parent / file.name)
         super().to_json_file(json_file_path, *args, **kwargs)
 
 

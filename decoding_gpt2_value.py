@@ -41,10 +41,10 @@ def run(model, tokens, mask, columns, **arguments):
     values = getattr(output, "value", None)
     if values is not None and values.dim() != 2:
         raise ValueError(
-            f"this model's value has the shape {list(values.shape)}; expected [batch, tokens], one for each token: "
-            "set summary_use_proj and summary_proj_to_labels in its config."
+            f"this model's value has the shape {list(values.shape)}; expected one scalar for each token, "
+            "[batch, tokens]: set summary_use_proj and summary_proj_to_labels in its config."
         )
-    return output, None if values is None else values.to(torch.promote_types(values.dtype, torch.float32))
+    return output, values
 
 
 class Decoder:
@@ -159,17 +159,15 @@ def unwrapped(model):
 
 def innermost(model):
     """The model to run: without wrappers that change nothing. DistributedDataParallel does where gradients flow."""
-    models = wrapped(model)
     parallel = DistributedDataParallel if torch.is_grad_enabled() else ()
-    kept = (each for each in models if isinstance(each, parallel) or is_sharded(each) or not is_thin(each))
-    return next(kept, models[-1])
+    return next(x for x in wrapped(model) if isinstance(x, parallel) or is_sharded(x) or not is_thin(x))
 
 
 def device_of(model):
     """The device that the model is on. TypeError where parts of it are not in memory."""
     inner = unwrapped(model)
     if any(weight.is_meta for weight in inner.parameters()):
-        raise TypeError(f"a {type(inner).__name__} has weights on the device meta, without data; load or onload them.")
+        raise TypeError(f"weights of this {type(inner).__name__} have no data (device meta); load all of them first.")
     return inner.device
 
 
@@ -183,14 +181,11 @@ def check_tokens(model, tokens, mask, new_tokens=0):
     vocabulary = vocabulary_of(model)
     lengths = mask.sum(1)
     if not len(tokens) or not lengths.all():
-        raise ValueError(
-            f"the rows have {lengths.tolist()} tokens; expected one row, and one token in each, at least, "
-            "such as the end-of-text token."
-        )
+        raise ValueError(f"the rows have {lengths.tolist()} tokens; expected at least one row, and one token in each.")
     for row, column in (((tokens < 0) | (tokens >= vocabulary)) & mask.bool()).nonzero().tolist():
         raise ValueError(
-            f"row {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens; "
-            "was it made by this model's tokenizer? Padding needs an attention_mask."
+            f"row {row} holds the id {int(tokens[row, column])}, outside the vocabulary of {vocabulary} tokens; pass "
+            "what this model's tokenizer gives, padding with its attention_mask."
         )
     places = getattr(unwrapped(model).config, "max_position_embeddings", None) or 0
     longest = int(lengths.max()) + new_tokens
@@ -213,7 +208,7 @@ def check_tokens(model, tokens, mask, new_tokens=0):
 
 def is_hooked(module):
     """Whether somebody has hooked the module's call. (FSDP2 does, to gather weights.)"""
-    return not is_sharded(module) and bool(module._forward_pre_hooks or module._forward_hooks)
+    return not is_sharded(module) and (module._forward_pre_hooks or module._forward_hooks)
 
 
 def is_sharded(module):

@@ -96,13 +96,14 @@ def rollout(
     prompts, prompt_mask = aligned("queries", queries, attention_mask, pad=pad)
     check_tokens(model, prompts, prompt_mask, T)
     with torch.inference_mode(False), torch.no_grad():
-        rows = (x.to(device).repeat_interleave(copies, 0) for x in (prompts, prompt_mask))
-        tokens, mask = (nn.functional.pad(x, (0, T)) for x in rows)  # [B, P+T]
+        tokens, mask = (  # [B, P+T]
+            nn.functional.pad(x.to(device).repeat_interleave(copies, 0), (0, T)) for x in (prompts, prompt_mask)
+        )
         decoder, B, P = Decoder(model, tokens, mask), len(tokens), prompts.shape[1]
         logits, value = decoder.logits_and_values(P)  # [B, V], [B]
 
         # float64, so that rare tokens are drawn as often as they should.
-        generator = torch.default_generator if generator is None else generator
+        generator = generator or torch.default_generator
         state = generator.get_state()
         try:
             uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)
@@ -221,11 +222,13 @@ class Rollout:
         for name, first in vars(rollouts[0]).items():
             if getattr(first, "ndim", 0) > 1:
                 pad = rollouts[0].sampling.pad_token_id if name in ("sequences", "responses") else 0
-                rows: list = []
-                for each in rollouts:
-                    after = *(0, 0) * (first.dim() - 2), 0, T - each.responses.shape[1]
-                    rows += nn.functional.pad(getattr(each, name), after, value=pad)
-                joined[name] = pad_sequence(rows, True, pad, "left")  # only prompts still differ in length
+                before = (0, 0) * (first.dim() - 2)
+                parts = (
+                    nn.functional.pad(getattr(each, name), (*before, 0, T - each.responses.shape[1]), value=pad)
+                    for each in rollouts
+                )
+                # Only prompts still differ in length.
+                joined[name] = pad_sequence([row for part in parts for row in part], True, pad, "left")
         return dataclasses.replace(rollouts[0], **joined)
 
     def repeat(self, times):
@@ -255,9 +258,8 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
         rows = rows.get("input_ids")
     may_hide_padding = isinstance(rows, Tensor) and attention_mask is None
     try:
-        rows = [torch.as_tensor(row) for row in rows]
-        masks = [torch.ones_like(row) for row in rows] if attention_mask is None else attention_mask
-        masks = [torch.as_tensor(mask) for mask in masks]
+        rows = list(map(torch.as_tensor, rows))
+        masks = list(map(torch.ones_like, rows) if attention_mask is None else map(torch.as_tensor, attention_mask))
         tokens, seen = (pad_sequence(each, batch_first=True) for each in (rows, masks))  # [B, P]
         kinds = {row.dtype for row in rows if len(row)}  # of an empty list torch makes a tensor of floats
         if tokens.dim() != 2 or any(kind == torch.bool or not torch.can_cast(kind, torch.int64) for kind in kinds):
@@ -267,7 +269,8 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
         raise TypeError(f"{what}; expected a 1-D tensor or list of integers for each row, at least one.") from error
     if [mask.shape for mask in masks] != [row.shape for row in rows] or ((seen != 0) & (seen != 1)).any():
         raise ValueError(f"attention_mask has another shape than {name}, or other numbers than 0 and 1.")
-    tokens, seen = tokens.long(), seen.long().to(tokens.device)
+    tokens = tokens.long()
+    seen = seen.to(tokens)  # their device and dtype
     for edge in (tokens[:, :1], tokens[:, -1:]) if may_hide_padding else ():
         if 0 < (edge == pad).sum() < len(rows):
             what = f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask"

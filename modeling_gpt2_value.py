@@ -76,7 +76,6 @@ class GPT2ValueModel(GPT2LMHeadModel):
     """
 
     config_class = GPT2ValueConfig
-    is_parallelizable = False  # transformers 4 offers a deprecated `parallelize()` that knows nothing of the head
     returns_dict = True  # where neither the caller nor the config wants tuples
     head_std = "value_head_initializer_range"  # the config's field
 
@@ -150,10 +149,10 @@ class GPT2ValueModel(GPT2LMHeadModel):
         """
         if instead is not None:
             return instead(*args, **kwargs)
-        # What is passed by position gets the names of the installed transformers; other names stay.
-        given = SIGNATURE.bind_partial(self, *args, **kwargs).arguments
+        # What is passed by position gets the names of the installed transformers; other names stay. None is for self.
+        given = SIGNATURE.bind_partial(None, *args, **kwargs).arguments
         given.update(given.pop("kwargs", {}))
-        arguments = {name: value for name, value in given.items() if value is not None and name != "self"}
+        arguments = {name: value for name, value in given.items() if value is not None}
         return_dict = arguments.pop("return_dict", self.returns_dict and self.config.return_dict)
         logits_to_keep = arguments.pop("logits_to_keep", 0)
         if {"labels", "lm_labels"} <= arguments.keys():
@@ -166,8 +165,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
             tokens = inputs.shape[1]
             past = cache.get_seq_length() if isinstance(cache, Cache) else 0
             if mask.shape[1] != past + tokens and not isinstance(cache, tuple):  # as before transformers 5
-                what = f"attention_mask has {mask.shape[1]} columns; expected {past} of the cache and {tokens} of the"
-                raise ValueError(f"{what} input: pass the whole sequence's.")
+                what = f"attention_mask has {mask.shape[1]} columns; expected {past + tokens}, {past} of the cache"
+                raise ValueError(f"{what} and {tokens} of the input: pass the whole sequence's.")
             arguments["position_ids"] = positions(mask)[:, -tokens:]
 
         outputs = dict(self.transformer(**arguments, return_dict=True))

@@ -9,7 +9,6 @@ import dataclasses
 import math
 
 import torch
-from torch import nn
 
 SMALLEST, LARGEST = 1e-30, 1e30  # of a temperature: beyond, float32 logits divided by it are no longer finite
 
@@ -101,7 +100,7 @@ def sampling_distribution(logits, sampling, *, steps=None, kept=None):
 
 def as_bits(mask):
     """A mask `[..., V]` bool as `[..., ceil(V / 8)]` uint8, lowest bit first. So a rollout stores its kept sets."""
-    mask = nn.functional.pad(mask.byte(), (0, -mask.shape[-1] % 8))
+    mask = torch.nn.functional.pad(mask.byte(), (0, -mask.shape[-1] % 8))
     return sum(mask[..., bit::8] << bit for bit in range(8))
 
 
@@ -129,9 +128,10 @@ def draw(logits, uniform):
 
 def listed(ids):
     """One id, several in a list, a tuple or a tensor, or None, as a tuple."""
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, (list, tuple)) or getattr(ids, "ndim", 0) == 1 else (ids,)
+    try:
+        return tuple(ids)
+    except TypeError:  # one id, or None
+        return () if ids is None else (ids,)
 
 
 def number(name, value, low, high=math.inf, kind=int):

@@ -47,7 +47,7 @@ except ImportError:
         wrapped,
     )
     from sampling_gpt2_value import sampling_distribution
-KEPT_BYTES = 2**28  # up to so many bytes of float32 logits are kept for the backward pass
+KEPT = 2**26  # up to so many logits are kept for the backward pass: 256 MiB in float32
 CHUNK = 2**24  # above, so many (token, vocabulary) logits are held at a time: 64 MiB in float32
 
 
@@ -137,7 +137,7 @@ def _scores(rollout, vocabulary, other, with_entropy, values_only, head, inputs)
     other_inputs, other_head = other
     score = functools.partial(_score_chunk, rollout.sampling, with_entropy, head, other_head)
     rows, steps = drawn.cpu().nonzero(as_tuple=True)  # [n] each; the CPU's indices fit tensors of all devices
-    if 4 * vocabulary * len(rows) > KEPT_BYTES:
+    if vocabulary * len(rows) > KEPT:
         # Nothing in it is random, and the caller may be in a checkpoint of its own.
         score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
     columns = inputs, rollout.responses, rollout.kept, other_inputs  # [B, T, ...] each, or None
@@ -262,7 +262,7 @@ def _off_alone(model, rollout, row):
 
 
 def check_rollout(rollout, vocabulary):
-    """Raise TypeError or ValueError where this is no `Rollout` over so many tokens, or its parts contradict each other."""
+    """Raise TypeError or ValueError where this is no `Rollout`, or its parts contradict each other or `vocabulary`."""
     # By name: a package's own class is another one than the checkout's. 0.1.0's had no `sampling`.
     kinds = type(rollout).__name__, type(getattr(rollout, "sampling", None)).__name__
     if kinds != ("Rollout", "Sampling"):
