@@ -133,12 +133,13 @@ def wrapped(model):
     while True:
         outer = models[-1]
         children = getattr(outer, "_modules", {})
+        child = children.get("_orig_mod", children.get("module"))
         if type(outer).__name__ in ("DataParallel", "FullyShardedDataParallel"):
             raise TypeError(
                 f"got a {type(outer).__name__}: use DistributedDataParallel or FSDP2; of DataParallel, its module."
             )
-        if "_orig_mod" in children or "module" in children:
-            models.append(children.get("_orig_mod", children.get("module")))
+        if child is not None:
+            models.append(child)
         elif hasattr(outer, "get_base_model"):
             if outer.active_peft_config.is_prompt_learning:
                 raise TypeError(

@@ -5,7 +5,6 @@ reads nothing of the model's `generation_config`.
 """
 
 import dataclasses
-import math
 import warnings
 
 import torch
@@ -125,7 +124,7 @@ def rollout(
                 if values is not None:
                     values[rows, t] = value
                 if kept is not None:
-                    kept[rows, t] = as_bits(distribution > -math.inf)
+                    kept[rows, t] = as_bits(distribution.isfinite())
                 running[rows] &= ~torch.isin(tokens[rows, P + t], ends)
                 left = running[rows].nonzero().squeeze(-1)
                 anywhere = torch.tensor(len(left), device=device)

@@ -43,29 +43,32 @@ class GPT2ValueOutput(CausalLMOutputWithCrossAttentions):
     value: torch.Tensor | None = None
 
 
-class ValueHead(nn.Module):
+class Projection(nn.Module):
+    """A linear layer that computes in its input's dtype. No subclass of `nn.Linear`, so that nothing quantises it."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, states):
+        return nn.functional.linear(states, self.weight.to(states.dtype), self.bias.to(states.dtype))
+
+
+class ValueHead(nn.Sequential):
     """Dropout, projection, activation, dropout: `[..., n_embd]` to `[..., 1]` (see the config), in float32 at least."""
 
     def __init__(self, config):
         super().__init__()
         self.first_dropout = nn.Dropout(config.summary_first_dropout)
-        self.summary = (
-            nn.ParameterDict()
-        )  # a linear layer's weights; were it an `nn.Linear`, libraries would quantise it
-        if config.summary_use_proj:
-            width = 1 if config.summary_proj_to_labels else config.hidden_size
-            self.summary["weight"] = torch.empty(width, config.hidden_size)
-            self.summary["bias"] = torch.empty(width)
+        width = 1 if config.summary_proj_to_labels else config.n_embd
+        self.summary = Projection(config.n_embd, width) if config.summary_use_proj else nn.Identity()
         self.activation = nn.Tanh() if config.summary_activation == "tanh" else nn.Identity()
         self.last_dropout = nn.Dropout(config.summary_last_dropout)
 
     def forward(self, hidden_states):
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            states = self.first_dropout(hidden_states.to(dtype))
-            if self.summary:
-                states = nn.functional.linear(states, *(weight.to(dtype) for weight in self.summary.values()))
-            return self.last_dropout(self.activation(states))
+            return super().forward(hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)))
 
 
 class GPT2ValueModel(GPT2LMHeadModel):
@@ -100,9 +103,9 @@ class GPT2ValueModel(GPT2LMHeadModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, nn.ParameterDict) and module:  # the head's
-            nn.init.normal_(module["weight"], std=getattr(self.config, self.head_std))
-            nn.init.zeros_(module["bias"])
+        if isinstance(module, Projection):
+            nn.init.normal_(module.weight, std=getattr(self.config, self.head_std))
+            nn.init.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, init_value_head=False, **kwargs):

@@ -211,14 +211,14 @@ def check_itself(what, model, rollout):
     within a process.) The row has drawn tokens, and padding if any such row has; of these, as much of both as there is:
     a recurrent model runs on over padding, and a wrong cache shows in long rows.
     """
-    inner, N, T = unwrapped(model), rollout.sequences.shape[1], rollout.responses.shape[1]
+    inner, T = unwrapped(model), rollout.responses.shape[1]
     lengths, padding = rollout.response_mask.sum(1), (rollout.attention_mask[:, :-T] == 0).sum(1)  # [B]
     # Other processes have other rows, and have to make the same calls.
     shape = is_spread(model) or (bool(padding.any()), len(lengths.unique()) > 1)
     situation = what, type(inner), str(vars(inner.config)), inner.dtype, inner.training, shape
     calls = _calls.setdefault(inner, collections.Counter())
     if calls[situation] % EVERY == 0:
-        off = _off_alone(model, rollout, int((lengths * (N * padding + 1)).argmax()))
+        off = _off_alone(model, rollout, int((lengths * (T * padding + 1)).argmax()))
         if off > 0:
             raise SelfCheckError(
                 f"a {type(inner).__name__} gives rows of this {what} log-probabilities {off:.3g} nats from those "

@@ -307,16 +307,22 @@ def test_save_and_load_again_and_again_loses_nothing(tiny_model, tmp_path, trans
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("summary_last_dropout", 1.0),
         ("summary_activation", "relu"),
         ("summary_use_proj", "yes"),
         ("num_labels", 2),
-        ("value_head_initializer_range", -1.0),
     ],
 )
 def test_a_bad_field_is_refused_by_name(field, value):
     with pytest.raises((ValueError, StrictDataclassFieldValidationError), match=field):
         GPT2ValueConfig(**{"n_head": 4, "n_embd": 32, field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "message"), [("summary_last_dropout", "between"), ("value_head_initializer_range", "std")]
+)
+def test_a_number_out_of_range_is_refused_by_torch(field, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        make_tiny_model(**{field: -1.0})
 
 
 def test_every_field_survives_save_and_load(tmp_path):

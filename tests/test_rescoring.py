@@ -24,7 +24,7 @@ from gpt2_value import rescore, rollout
 
 def small_chunks(monkeypatch):
     """7 tokens at a time, which are computed again in the backward pass."""
-    for name, size in (("CHUNK", 96 * 7), ("KEPT_BYTES", 0)):
+    for name, size in (("CHUNK", 96 * 7), ("KEPT", 0)):
         monkeypatch.setattr(scoring_gpt2_value, name, size)
 
 
