@@ -43,7 +43,7 @@ AUTO_MAP = {
 }
 
 # What the head's fields may be: a value is one number for each token, and no head has attention layers of its own.
-CHOICES = {
+CHOICES: dict = {
     "num_labels": [1],
     "summary_type": ["cls_index", "first", "last", "mean"],
     "summary_activation": [None, "tanh"],

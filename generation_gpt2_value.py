@@ -126,11 +126,10 @@ def rollout(
                 if kept is not None:
                     kept[rows, t] = as_bits(distribution.isfinite())
                 running[rows] &= ~torch.isin(tokens[rows, P + t], ends)
-                left = running[rows].nonzero().squeeze(-1)
-                anywhere = torch.tensor(len(left), device=device)
+                going_on, left = running.sum(), running[rows].nonzero().squeeze(-1)
                 if spread:  # then all processes have to make the same calls
-                    torch.distributed.all_reduce(anywhere)
-                if anywhere == 0:
+                    torch.distributed.all_reduce(going_on)
+                if going_on == 0:
                     break
                 if 0 < 2 * len(left) <= len(rows):
                     decoder.keep(left)
@@ -216,18 +215,14 @@ class Rollout:
                 "expected rollouts, at least one, of the same sampling, which tells how to score, and all or none of "
                 "them with logprobs, values and kept sets."
             )
-        T = max(each.responses.shape[1] for each in rollouts)
         joined = {"truncated": torch.cat([each.truncated for each in rollouts])}
         for name, first in vars(rollouts[0]).items():
             if getattr(first, "ndim", 0) > 1:
                 pad = rollouts[0].sampling.pad_token_id if name in ("sequences", "responses") else 0
-                before = (0, 0) * (first.dim() - 2)
-                parts = (
-                    nn.functional.pad(getattr(each, name), (*before, 0, T - each.responses.shape[1]), value=pad)
-                    for each in rollouts
-                )
-                # Only prompts still differ in length.
-                joined[name] = pad_sequence([row for part in parts for row in part], True, pad, "left")
+                rows = [(row, each.responses.shape[1]) for each in rollouts for row in getattr(each, name)]
+                before = pad_sequence([row[:-T] for row, T in rows], True, pad, "left")  # prompts, where it has them
+                after = pad_sequence([row[-T:] for row, T in rows], True, pad)
+                joined[name] = torch.cat([before, after], 1)
         return dataclasses.replace(rollouts[0], **joined)
 
     def repeat(self, times):
@@ -260,8 +255,9 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
         rows = list(map(torch.as_tensor, rows))
         masks = list(map(torch.ones_like, rows) if attention_mask is None else map(torch.as_tensor, attention_mask))
         tokens, seen = (pad_sequence(each, batch_first=True) for each in (rows, masks))  # [B, P]
-        kinds = {row.dtype for row in rows if len(row)}  # of an empty list torch makes a tensor of floats
-        if tokens.dim() != 2 or any(kind == torch.bool or not torch.can_cast(kind, torch.int64) for kind in kinds):
+        # Of an empty list torch makes a tensor of floats.
+        floats = any(not torch.can_cast(row.dtype, torch.int64) and len(row) for row in rows)
+        if floats or tokens.dim() != 2 or tokens.dtype == torch.bool:
             raise TypeError(f"{tokens.dtype}, {tokens.dim()} dimensions")
     except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists, no rows
         what = f"{name} holds no rows of token ids ({error})"

@@ -34,14 +34,13 @@ class Sampling:
     eos_token_id: tuple = ()
 
     def __post_init__(self):
-        plain = {  # int, float and tuple, whatever number types came in
-            "temperature": number("temperature", self.temperature, SMALLEST, LARGEST, float),
-            "top_k": number("top_k", self.top_k, 0),
-            "top_p": number("top_p", self.top_p, SMALLEST, 1, float),
-            "min_new_tokens": number("min_new_tokens", self.min_new_tokens, 0),
-            "eos_token_id": tuple(number("eos_token_id", token, 0) for token in listed(self.eos_token_id)),
-        }
-        vars(self).update(plain)  # the class is frozen
+        vars(self).update(  # the class is frozen. Whatever number types came in: int, float and tuple
+            temperature=number("temperature", self.temperature, SMALLEST, LARGEST, float),
+            top_k=number("top_k", self.top_k, 0),
+            top_p=number("top_p", self.top_p, SMALLEST, 1, float),
+            min_new_tokens=number("min_new_tokens", self.min_new_tokens, 0),
+            eos_token_id=tuple(number("eos_token_id", token, 0) for token in listed(self.eos_token_id)),
+        )
         if self.min_new_tokens and not self.eos_token_id:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} has no effect without eos_token_id; pass both.")
 
@@ -107,7 +106,9 @@ def as_bits(mask):
 def as_mask(kept, vocabulary):
     """What `as_bits` returned, as a mask `[..., V]` bool."""
     bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    return (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)[..., :vocabulary].bool()
+    mask = (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)
+    # A negative number of columns is cut off.
+    return torch.nn.functional.pad(mask, (0, vocabulary - mask.shape[-1])).bool()
 
 
 def draw(logits, uniform):

@@ -117,10 +117,10 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     logprobs, entropy, kl, theirs = scores.unbind(-1)  # [B, T] each
     of_reference = () if reference is None else (kl, theirs.detach())
     scored = Rescored(logprobs, values, entropy if with_entropy else None, *of_reference)
-    check_finite(logprobs if reference is None else logprobs + kl)
-    check_itself("rescore", model, dataclasses.replace(rollout, logprobs=scored.logprobs))
+    check_finite(logprobs + kl)
+    check_itself("rescore", model, dataclasses.replace(rollout, logprobs=logprobs))
     if reference is not None and reference != "disable_adapter":
-        its_own = dataclasses.replace(rollout, logprobs=scored.reference_logprobs).to(device_of(reference))
+        its_own = dataclasses.replace(rollout, logprobs=theirs).to(device_of(reference))
         check_itself("reference's score", reference, its_own)
     return scored
 
@@ -267,7 +267,7 @@ def check_rollout(rollout, vocabulary):
     kinds = type(rollout).__name__, type(getattr(rollout, "sampling", None)).__name__
     if kinds != ("Rollout", "Sampling"):
         raise TypeError(f"got a {kinds[0]} with a {kinds[1]}; expected the Rollout of this version, with its Sampling.")
-    sizes = {"K": -(-vocabulary // 8)}  # and of B rows, N = P + T columns, T responses
+    sizes: dict = {}  # of B rows, N = P + T columns, T responses, K = ceil(V / 8)
     for name, dtype, dims in (
         ("sequences", torch.int64, "BN"),
         ("attention_mask", torch.int64, "BN"),
@@ -277,9 +277,11 @@ def check_rollout(rollout, vocabulary):
     ):
         part = getattr(rollout, name)
         found = getattr(part, "dtype", type(part)), [*getattr(part, "shape", ())]
-        sizes = {**dict(zip(dims, found[1], strict=False)), **sizes}
+        sizes = dict(zip(dims, found[1], strict=False)) | sizes
         if found != (dtype, [sizes.get(dim) for dim in dims]) and (part is not None or name != "kept"):
             raise TypeError(f"the rollout's {name} is {found}; expected {dtype} {[*dims]}, with {sizes}.")
+    if sizes.get("K", 0) > -(-vocabulary // 8):
+        raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
     mask, responses, drawn, T = rollout.attention_mask, rollout.responses, rollout.response_mask, sizes["T"]
     if sizes["N"] <= T:
         raise TypeError(f"the rollout has no column of prompts: {sizes}; expected prompts and responses in sequences.")

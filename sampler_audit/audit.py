@@ -11,6 +11,7 @@ import torch
 from decoding_gpt2_value import check_tokens
 from generation_gpt2_value import Rollout, aligned
 from sampling_gpt2_value import Sampling, number
+from scoring_gpt2_value import check_rollout
 
 from . import statistics
 from .engine import scoring_inputs
@@ -72,7 +73,9 @@ def audit_sampler(
         what = "got a Rollout together with prompt_length, attention_mask or sampling; it brings its own"
         raise TypeError(f"{what}. Leave them out, or pass rollout.sequences to audit it under another claim.")
     vocabulary = check_tokens(model, claim.sequences, claim.attention_mask)
-    claim.sampling.check_vocabulary(vocabulary, claim.kept)
+    if claim is tokens:
+        check_rollout(claim, vocabulary)
+    claim.sampling.check_vocabulary(vocabulary)
     T = claim.responses.shape[1]
 
     def pieces() -> Iterable[Evidence]:

@@ -384,7 +384,7 @@ def test_what_is_no_causal_language_model_is_refused_with_the_way_out():
 def test_sets_kept_of_another_vocabulary_are_refused():
     """Every drawn token is in the small vocabulary; only the sets tell."""
     drawn = rollout(make_tiny_model(), RAGGED * 2, max_new_tokens=8, eos_token_id=None, top_p=0.9)
-    with pytest.raises(TypeError, match="the rollout's kept is"):
+    with pytest.raises(ValueError, match="vocabulary of 50"):
         rescore(make_tiny_model(vocab_size=50), drawn)
     with pytest.raises(TypeError, match="expected the Rollout"):
         rescore(make_tiny_model(), RAGGED)

@@ -15,6 +15,7 @@ import torch
 from decoding_gpt2_value import check_tokens, run, without_dropout
 from generation_gpt2_value import Rollout
 from sampling_gpt2_value import Sampling, sampling_distribution
+from scoring_gpt2_value import check_rollout
 
 LIKELIEST = 5
 LONGEST = 100  # characters of a token that are shown: a stranger's vocabulary may have one of millions
@@ -109,7 +110,8 @@ def read(rollout: Rollout, tokenizer: Any, model: Any = None, compare: Any = Non
     if len(set(sizes)) > 1:
         raise ValueError(f"the models' vocabularies have {sizes[0]:,} and {sizes[1]:,} tokens; expected the same.")
     for size in sizes:
-        rollout.sampling.check_vocabulary(size, rollout.kept)
+        check_rollout(rollout, size)
+        rollout.sampling.check_vocabulary(size)
     model, compare = (None if one is None else without_dropout(one) for one in (model, compare))
     texts, P = TokenTexts(tokenizer), rollout.sequences.shape[1] - rollout.responses.shape[1]
     found = []
