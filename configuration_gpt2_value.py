@@ -5,14 +5,14 @@ This is the first of the six files that are copied into every package (the remot
     configuration_   GPT2ValueConfig: the fields of the head
     sampling_        Sampling, and logits -> distribution -> draw; float32 at least, sums in float64
     decoding_        running any causal LM as it is scored: its own forward; on a CPU, GPT-2 with faster linear layers
-    scoring_         rescore, and the check of a rollout or a score against two rows alone, at every 16th call
+    scoring_         rescore, and the check of a rollout or a score against one row alone, at every 16th call
     generation_      rollout and its record, Rollout
     modeling_        ValueHead (float32), GPT2ValueModel, GPT2HeadWithValueModel
 
     rollout ─ Decoder.logits_and_values                  logits [b, V] in the model's dtype, values [b] float32
        │      sampling_distribution                      [b, V] float32: temperature, top-k, top-p, minimum length
        │      draw                                       tokens [b] int64, log-probabilities [b] float32
-       └───── check_itself ─ logits_alone                two rows by the model's own call
+       └───── check_itself ─ logits_alone                one row by the model's own call
     rescore ─ call_with                                  a copy of the model, with _scores where its output layer stands
        │      _scores ─ _score_chunk                     logits [n, V] ─ sampling_distribution ─ log_softmax: float32
        └───── check_itself
@@ -69,7 +69,8 @@ class GPT2ValueConfig(GPT2Config):
         value_head_initializer_range (`float`, defaults to 0.0): std of the projection's initial weights. 0 starts every
             value at exactly 0 ("The N Implementation Details of RLHF with PPO", Huang et al., 2023).
 
-    Raises ValueError where a field of the head has another value. GPT-2's own fields are for transformers to check.
+    Raises ValueError where a field in `CHOICES` has another value. Numbers are for torch to check when a model is built,
+    GPT-2's own fields for transformers.
     """
 
     model_type = "gpt2_value"

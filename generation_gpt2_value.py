@@ -58,7 +58,8 @@ def rollout(
 ):
     """Draw responses to prompts, with the log-probability of each token and the value of the state before it.
 
-    Dropout is off, whatever mode the model is in. One that FSDP2 shards is run until the rows of all processes end.
+    Dropout is off, whatever mode the model is in. One that FSDP2 shards is run until the rows of all processes end;
+    there all have to pass the same `max_new_tokens`.
 
     Args:
         model: any causal language model of transformers; `values` are reported where its output has a `value`.
@@ -72,8 +73,8 @@ def rollout(
         num_return_sequences: responses for each prompt; rows of one prompt stand together.
         generator: where the random numbers come from; default: torch's global generator (of the CPU).
 
-    A rollout checks itself: two rows are computed again by the model's own call, alone, without padding or cache, and
-    compared with what was drawn by (`check_itself` says which rows, `_off_alone` how closely). That is done at the
+    A rollout checks itself: one row is computed again by the model's own call, alone, without padding or cache, and
+    compared with what was drawn by (`check_itself` says which row, `_off_alone` how closely). That is done at the
     first rollout of a model, again when its class, config, dtype, mode or padding has changed, and at every 16th
     rollout; it uses no random numbers, and changes no state. After an error, the generator's state is as it was before.
 
@@ -102,7 +103,7 @@ def rollout(
         logits, value = decoder.logits_and_values(P)  # [B, V], [B]
 
         # float64, so that rare tokens are drawn as often as they should.
-        generator = generator or torch.default_generator
+        generator = torch.default_generator if generator is None else generator
         state = generator.get_state()
         try:
             uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)

@@ -118,9 +118,10 @@ class GPT2ValueModel(GPT2LMHeadModel):
             fields, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **found_by)
             init_value_head = fields.get("model_type") != GPT2ValueConfig.model_type
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["output_loading_info"] = True
         more = (True,) if init_value_head else ()
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, *more, **kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, *more, output_loading_info=True, **kwargs
+        )
         if init_value_head:  # transformers makes what a checkpoint lacks in the dtype of the body
             model.v_head.to(torch.promote_types(model.dtype, torch.float32))
         lost = [key for key in [*info["missing_keys"], *info["mismatched_keys"]] if "v_head." in str(key)]

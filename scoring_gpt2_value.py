@@ -280,7 +280,7 @@ def check_rollout(rollout, vocabulary):
         sizes = dict(zip(dims, found[1], strict=False)) | sizes
         if found != (dtype, [sizes.get(dim) for dim in dims]) and (part is not None or name != "kept"):
             raise TypeError(f"the rollout's {name} is {found}; expected {dtype} {[*dims]}, with {sizes}.")
-    if sizes.get("K", 0) > -(-vocabulary // 8):
+    if 8 * sizes.get("K", 0) > vocabulary + 7:
         raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
     mask, responses, drawn, T = rollout.attention_mask, rollout.responses, rollout.response_mask, sizes["T"]
     if sizes["N"] <= T:
