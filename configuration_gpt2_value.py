@@ -69,8 +69,8 @@ class GPT2ValueConfig(GPT2Config):
         value_head_initializer_range (`float`, defaults to 0.0): std of the projection's initial weights. 0 starts every
             value at exactly 0 ("The N Implementation Details of RLHF with PPO", Huang et al., 2023).
 
-    Raises ValueError where a field in `CHOICES` has another value. Numbers are for torch to check when a model is built,
-    GPT-2's own fields for transformers.
+    Raises ValueError where a field in `CHOICES` has another value. torch checks numbers when a model is built,
+    transformers GPT-2's own fields.
     """
 
     model_type = "gpt2_value"

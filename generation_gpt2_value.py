@@ -123,7 +123,7 @@ def rollout(
                 tokens[rows, P + t], logprobs[rows, t] = draw(distribution, uniforms[t, rows])
                 mask[rows, P + t] = running[rows].long()
                 if values is not None:
-                    values[rows, t] = value
+                    values[rows, t] = value.to(values)
                 if kept is not None:
                     kept[rows, t] = as_bits(distribution.isfinite())
                 running[rows] &= ~torch.isin(tokens[rows, P + t], ends)

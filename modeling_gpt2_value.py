@@ -114,8 +114,10 @@ class GPT2ValueModel(GPT2LMHeadModel):
         Raises ValueError for what is no GPT-2; without `init_value_head`, also for a package without its whole head.
         """
         if pretrained_model_name_or_path is not None and not init_value_head:
-            found_by = {**kwargs, "trust_remote_code": None}  # transformers would warn of it
-            fields, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **found_by)
+            # Without trust_remote_code, of which transformers would warn.
+            fields, _ = cls.config_class.get_config_dict(
+                pretrained_model_name_or_path, **{**kwargs, "trust_remote_code": None}
+            )
             init_value_head = fields.get("model_type") != GPT2ValueConfig.model_type
         wants_info = kwargs.pop("output_loading_info", False)
         more = (True,) if init_value_head else ()
