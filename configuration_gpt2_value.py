@@ -91,7 +91,8 @@ class GPT2ValueConfig(GPT2Config):
     @classmethod
     def from_gpt2(cls, config):
         """A `GPT2ValueConfig` for the body that a plain `GPT2Config` describes, without a classifier's labels."""
-        return cls(**_as_value_fields(config.to_dict()))
+        # `to_dict` leaves out how attention is computed.
+        return cls(**_as_value_fields(config.to_dict()), attn_implementation=config._attn_implementation)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -308,7 +308,7 @@ def speed_up(model, rows):
 
 
 def multiply(weight, bias, x):
-    """A linear layer by oneDNN, in float32: it sums numbers of 16 bits in no other way."""
+    """A linear layer by oneDNN, in float32, also under autocast: it sums numbers of 16 bits in no other way."""
     return torch.ops.mkldnn._linear_pointwise(x.float(), weight, bias, "none", [], "").to(x.dtype)
 
 
@@ -318,7 +318,7 @@ def append(layer, columns, *new, **kwargs):
     `keys` is the beginning of a longer tensor, its `_base`. The new column is written behind, and `keys` made longer.
     """
     past = layer.keys.shape[-2]
-    for name, states in zip(("keys", "values"), new, strict=False):  # [b, n_head, 1, width]
+    for name, states in zip(("keys", "values"), new):  # [b, n_head, 1, width]
         room = getattr(layer, name)._base  # None at first, and after rows were dropped
         if room is None or room.shape[-2] != columns:
             room = nn.functional.pad(getattr(layer, name), (0, 0, 0, columns - past))

@@ -114,7 +114,7 @@ def rollout(
             values = None if value is None else torch.zeros_like(logprobs)
             kept = None
             if sampling.cuts_off(vocabulary):
-                kept = tokens.new_zeros((B, T, -(-vocabulary // 8)), dtype=torch.uint8)
+                kept = tokens.new_zeros((B, T, as_bits(logits > 0).shape[-1]), dtype=torch.uint8)
             for t in range(T):
                 if t > 0:
                     logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
@@ -186,8 +186,11 @@ class Rollout:
 
     def __repr__(self):
         (B, N), T = self.sequences.shape, self.responses.shape[1]
-        given = {"logprobs": self.logprobs, "values": self.values}
-        means = [f"{name} {x[self.response_mask].mean():.4g}" for name, x in given.items() if x is not None]
+        means = [
+            f"{name} {part[self.response_mask].mean():.4g}"
+            for name, part in vars(self).items()
+            if name in ("logprobs", "values") and part is not None
+        ]
         return (
             f"Rollout of {B} rows: {N - T} columns of prompts, {T} of responses\n  {self.sampling}\n  means: "
             f"{self.response_mask.sum() / max(B, 1):.4g} tokens a row, {self.truncated.float().mean():.0%} truncated"

@@ -129,7 +129,9 @@ class GPT2ValueModel(GPT2LMHeadModel):
         lost = [key for key in [*info["missing_keys"], *info["mismatched_keys"]] if "v_head." in str(key)]
         if lost and not init_value_head:
             what = f"{pretrained_model_name_or_path}: its value head lacks {lost}, or has another shape"
-            raise ValueError(f"{what}. Ask for a whole package, or pass init_value_head=True to start with a new head.")
+            raise ValueError(
+                f"{what}. Ask for a whole package, or pass init_value_head=True, which makes what is missing."
+            )
         return (model, info) if wants_info else model
 
     def detach_value_head(self):

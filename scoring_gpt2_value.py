@@ -95,7 +95,6 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     """
     check_rollout(rollout, vocabulary_of(model))
     vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
-    rollout.sampling.check_vocabulary(vocabulary)
     if rollout.kept is None and rollout.sampling.cuts_off(vocabulary):
         raise ValueError(
             f"{rollout.sampling} cuts tokens off, and the rollout does not say which (`kept` is None). "
@@ -143,7 +142,7 @@ def _scores(rollout, vocabulary, other, with_entropy, values_only, head, inputs)
     columns = inputs, rollout.responses, rollout.kept, other_inputs  # [B, T, ...] each, or None
     size = max(1, CHUNK // vocabulary)
     parts = []
-    for b, t in zip(rows.split(size), steps.split(size), strict=True):
+    for b, t in zip(rows.split(size), steps.split(size)):
         chunk = [None if column is None else column[b, t] for column in columns]
         parts.append(score(t, *chunk))
     scores = torch.cat(parts)  # [n, 4]
@@ -178,7 +177,9 @@ def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
     if isinstance(reference, str):
         adapters = [wrapper for wrapper in models if hasattr(wrapper, "disable_adapter")]
         if reference != "disable_adapter" or not adapters:
-            raise ValueError(f'reference={reference!r}; expected a model, or "disable_adapter" with a PeftModel.')
+            raise ValueError(
+                f'{reference=}; expected a model, or "disable_adapter" in rescore(peft_model, rollout, ...).'
+            )
         reference, switched_off = model, adapters[0].disable_adapter()
     elif hasattr(models[-1], "peft_config") and unwrapped(reference) is models[-1]:
         raise ValueError('the reference is the model itself, whose KL is 0; pass reference="disable_adapter".')
@@ -234,9 +235,10 @@ def _off_alone(model, rollout, row):
 
     The bound is half of the digits, sqrt(eps), for what layers make of a rounding, and the rounding of a logit itself:
     float32 sums of thousands of products err by some 64 eps, products of 16 bits are summed in float32 and rounded
-    once, 2 eps. The root mean square over the row is held against it: that of honest models stays below a third; a
-    wrong cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. eps is that of the logits' dtype, or
+    once, 2 eps. The root mean square over the row is held against it: that of honest models stays below a half; a wrong
+    cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. eps is that of the logits' dtype, or
     bfloat16's where anything has fewer bits than float32: weights, logits (which autocast rounds), or products (TF32).
+    In bfloat16 a logit of 100 is rounded to halves, so the bound is 1.7 nats there, and less than that can pass.
     """
     seen, sampling = rollout.attention_mask[row].bool(), rollout.sampling
     tokens = rollout.sequences[row][seen]  # [n], without padding
@@ -247,7 +249,11 @@ def _off_alone(model, rollout, row):
     alone = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, drawn, kept, None)[:, 0]
     difference = (rollout.logprobs[row, steps].detach() - alone).abs().nan_to_num(math.inf)  # [columns]
 
-    coarse = torch.get_float32_matmul_precision() != "highest" or any(
+    try:
+        coarse = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # by torch 2.9's settings for each device, of which it does not tell
+        coarse = True
+    coarse |= any(
         [weight.element_size() < 4 for weight in model.parameters()]
         + [torch.equal(logits, logits.to(dtype).to(logits)) for dtype in (torch.bfloat16, torch.float16)]
     )
@@ -277,14 +283,14 @@ def check_rollout(rollout, vocabulary):
     ):
         part = getattr(rollout, name)
         found = getattr(part, "dtype", type(part)), [*getattr(part, "shape", ())]
-        sizes = dict(zip(dims, found[1], strict=False)) | sizes
+        sizes = dict(zip(dims, found[1])) | sizes
         if found != (dtype, [sizes.get(dim) for dim in dims]) and (part is not None or name != "kept"):
             raise TypeError(f"the rollout's {name} is {found}; expected {dtype} {[*dims]}, with {sizes}.")
     if 8 * sizes.get("K", 0) > vocabulary + 7:
         raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
     mask, responses, drawn, T = rollout.attention_mask, rollout.responses, rollout.response_mask, sizes["T"]
-    if sizes["N"] <= T:
-        raise TypeError(f"the rollout has no column of prompts: {sizes}; expected prompts and responses in sequences.")
+    if not 0 < T < sizes["N"]:
+        raise TypeError(f"the rollout has no prompts or no responses: {sizes}; expected columns of both in sequences.")
     unseen = (mask[:, -T:] & mask[:, -T - 1 : -1]) == 0  # [B, T], this column or the one before it
     wrong = {
         "an attention_mask with other numbers than 0 and 1": (mask != 0) & (mask != 1),
@@ -300,6 +306,6 @@ def check_finite(logprobs):
     """Raise ValueError where logits were not finite, and so these `logprobs [B, T]` are not."""
     for step, row in (~logprobs.isfinite()).T.nonzero().tolist():
         raise ValueError(
-            f"the logits of row {row} at step {step} are NaN or infinite, or the rollout's kept set lacks the token. "
-            "Check the weights (a diverged training step?), or use bfloat16 instead of float16."
+            f"the logits (the model's, or the reference's) of row {row} at step {step} are not finite, or the kept set "
+            "lacks the token. Check the weights (a diverged training step?), or use bfloat16 instead of float16."
         )
