@@ -178,7 +178,7 @@ def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
         adapters = [wrapper for wrapper in models if hasattr(wrapper, "disable_adapter")]
         if reference != "disable_adapter" or not adapters:
             raise ValueError(
-                f'{reference=}; expected a model, or "disable_adapter" in rescore(peft_model, rollout, ...).'
+                f'{reference=}; expected a model, or "disable_adapter" with a PeftModel, as rescore(peft_model, ...).'
             )
         reference, switched_off = model, adapters[0].disable_adapter()
     elif hasattr(models[-1], "peft_config") and unwrapped(reference) is models[-1]:
@@ -306,6 +306,6 @@ def check_finite(logprobs):
     """Raise ValueError where logits were not finite, and so these `logprobs [B, T]` are not."""
     for step, row in (~logprobs.isfinite()).T.nonzero().tolist():
         raise ValueError(
-            f"the logits (the model's, or the reference's) of row {row} at step {step} are not finite, or the kept set "
-            "lacks the token. Check the weights (a diverged training step?), or use bfloat16 instead of float16."
+            f"the logits of row {row} at step {step} are NaN or infinite, here or in the reference, or the rollout's kept "
+            "set lacks the token. Check the weights (a diverged training step?), or use bfloat16 instead of float16."
         )
