@@ -306,6 +306,6 @@ def check_finite(logprobs):
     """Raise ValueError where logits were not finite, and so these `logprobs [B, T]` are not."""
     for step, row in (~logprobs.isfinite()).T.nonzero().tolist():
         raise ValueError(
-            f"the logits of row {row} at step {step} are NaN or infinite, here or in the reference, or the rollout's kept "
-            "set lacks the token. Check the weights (a diverged training step?), or use bfloat16 instead of float16."
+            f"the logits of row {row} at step {step} are NaN or infinite, here or in the reference, or the rollout's "
+            "kept set lacks this token. Check the weights (a diverged training step?), or use bfloat16 instead of float16."
         )
