@@ -307,5 +307,5 @@ def check_finite(logprobs):
     for step, row in (~logprobs.isfinite()).T.nonzero().tolist():
         raise ValueError(
             f"the logits of row {row} at step {step} are NaN or infinite, here or in the reference, or the rollout's "
-            "kept set lacks this token. Check the weights (a diverged training step?), or use bfloat16 instead of float16."
+            "kept set lacks it. Check the weights (a diverged training step?), or use bfloat16 instead of float16."
         )
