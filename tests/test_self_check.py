@@ -68,6 +68,15 @@ def test_a_model_that_gives_other_numbers_in_a_batch_is_refused_by_name(fault, d
     assert fault == "noise" or torch.equal(torch.get_rng_state(), before)
 
 
+def test_settings_of_precision_for_one_kind_of_device_are_taken():
+    products = torch.backends.mkldnn.matmul
+    products.fp32_precision = "bf16"
+    try:
+        assert draw(make_tiny_model()).logprobs.any()
+    finally:
+        products.fp32_precision = "none"
+
+
 def test_a_fault_that_comes_later_is_found_after_some_rollouts():
     model = make_tiny_model()
     model.register_forward_hook(lambda module, args, output: None)  # it is run by its own calls from the first
