@@ -287,14 +287,15 @@ def without_dropout(model):
 def speed_up(model, rows):
     """Let the linear layers of a GPT-2 on a CPU multiply by oneDNN, as torch's inductor does; `model` is a copy.
 
-    Weights are packed for one rollout of so many rows, and so are never older than the model's.
+    Weights are packed for one rollout of so many rows, and so are never older than the model's. GPT-2's activation is
+    one call instead of eight, on every device.
     """
     for layer in model.modules():
         kind = type(layer)
         # A hook before the call may compute a weight or a bias, as pruning does.
         if kind.forward is not OWN_LAYERS.get(kind) or "forward" in vars(layer) or is_hooked(layer):
             continue
-        if kind is NewGELUActivation:  # in eight steps
+        if kind is NewGELUActivation:
             layer.forward = functools.partial(nn.functional.gelu, approximate="tanh")
         # Quantised and sharded weights are of other classes; oneDNN has no float64.
         elif type(layer.weight) is nn.Parameter and layer.weight.is_cpu and layer.weight.dtype != torch.float64:
