@@ -13,28 +13,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 try:
     from .decoding_gpt2_value import Decoder, check_tokens, device_of, is_spread, unwrapped, vocabulary_of
-    from .sampling_gpt2_value import (
-        Sampling,
-        as_bits,
-        draw,
-        listed,
-        number,
-        sampling_distribution,
-    )
+    from .sampling_gpt2_value import Sampling, as_bits, draw, listed, number, sampling_distribution
     from .scoring_gpt2_value import check_finite, check_itself
 except ImportError:
     if __package__:  # in a package the siblings are there: it is transformers that lacks a name
         raise
     # In a checkout or a wheel these files are top-level modules.
     from decoding_gpt2_value import Decoder, check_tokens, device_of, is_spread, unwrapped, vocabulary_of
-    from sampling_gpt2_value import (
-        Sampling,
-        as_bits,
-        draw,
-        listed,
-        number,
-        sampling_distribution,
-    )
+    from sampling_gpt2_value import Sampling, as_bits, draw, listed, number, sampling_distribution
     from scoring_gpt2_value import check_finite, check_itself
 
 FROM_CONFIG = "config"  # the default of eos_token_id
@@ -114,6 +100,7 @@ def rollout(
             values = None if value is None else torch.zeros_like(logprobs)
             kept = None
             if sampling.cuts_off(vocabulary):
+                # As wide as the sets will be: an embedding may have more rows than there are logits.
                 kept = tokens.new_zeros((B, T, as_bits(logits > 0).shape[-1]), dtype=torch.uint8)
             for t in range(T):
                 if t > 0:

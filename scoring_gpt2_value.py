@@ -93,8 +93,9 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     logits are not finite, and `SelfCheckError` where a row has other numbers alone than in the batch, under the model
     or a reference that is another model (see `rollout`).
     """
-    check_rollout(rollout, vocabulary_of(model))
-    vocabulary = check_tokens(model, rollout.sequences, rollout.attention_mask)
+    vocabulary = vocabulary_of(model)
+    check_rollout(rollout, vocabulary)
+    check_tokens(model, rollout.sequences, rollout.attention_mask)
     if rollout.kept is None and rollout.sampling.cuts_off(vocabulary):
         raise ValueError(
             f"{rollout.sampling} cuts tokens off, and the rollout does not say which (`kept` is None). "
@@ -286,6 +287,7 @@ def check_rollout(rollout, vocabulary):
         sizes = dict(zip(dims, found[1])) | sizes
         if found != (dtype, [sizes.get(dim) for dim in dims]) and (part is not None or name != "kept"):
             raise TypeError(f"the rollout's {name} is {found}; expected {dtype} {[*dims]}, with {sizes}.")
+    rollout.sampling.check_vocabulary(vocabulary)
     if 8 * sizes.get("K", 0) > vocabulary + 7:
         raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
     mask, responses, drawn, T = rollout.attention_mask, rollout.responses, rollout.response_mask, sizes["T"]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from support.families import ENDS, PROMPTS, build, difference
 from support.settings import RAGGED, assert_as_drawn
 
@@ -40,8 +39,6 @@ def test_dropout_of_another_family_is_switched_off(family):
 
 @pytest.mark.parametrize("family", STATEFUL)
 def test_rows_of_equal_length_that_do_not_end_are_right(family):
-    if family == "recurrent_gemma" and transformers.__version__ < "5":
-        pytest.skip("before transformers 5 it is refused")
     prompts = torch.stack([prompt[:3] for prompt in PROMPTS if len(prompt) >= 3])
     assert difference(build(family), prompts, eos_token_id=None) < 1e-4
 

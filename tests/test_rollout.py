@@ -245,7 +245,7 @@ def test_padding_without_a_mask_is_warned_of_at_the_callers_line():
 TWO = torch.tensor([[1, 2], [3, 4]])
 REFUSED = [
     ([], {}, TypeError, "token ids"),
-    (TWO.float(), {}, TypeError, "float32"),
+    (TWO.float(), {}, TypeError, r"token ids \(torch.float32, 2 dimensions\); expected"),
     (TWO + 95, {}, ValueError, "row 0 holds the id 96, outside the vocabulary of 96"),
     (TWO, {"attention_mask": torch.ones(2, 3)}, ValueError, "attention_mask has another shape"),
     (TWO, {"attention_mask": torch.full((2, 2), 0.5)}, ValueError, "attention_mask has another shape"),

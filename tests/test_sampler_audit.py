@@ -203,7 +203,11 @@ def test_the_report_its_picture_and_its_json_agree(model, drawn, tmp_path):
         (ValueError, "alpha=1", {"alpha": 1}),
         (ValueError, "batch_size=0", {"batch_size": 0}),
         (ValueError, "outside the vocabulary of 96", {"tokens": torch.full((80, 23), 96)}),
-        (TypeError, "float32, 2 dimensions", {"tokens": torch.ones(80, 23)}),
+        (
+            TypeError,
+            r"token ids \(torch.float32, 2 dimensions\); expected",
+            {"tokens": torch.ones(80, 23)},
+        ),
         (TypeError, "expected a causal language model", {"model": str}),
     ],
 )

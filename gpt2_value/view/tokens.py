@@ -111,7 +111,6 @@ def read(rollout: Rollout, tokenizer: Any, model: Any = None, compare: Any = Non
         raise ValueError(f"the models' vocabularies have {sizes[0]:,} and {sizes[1]:,} tokens; expected the same.")
     for size in sizes:
         check_rollout(rollout, size)
-        rollout.sampling.check_vocabulary(size)
     model, compare = (None if one is None else without_dropout(one) for one in (model, compare))
     texts, P = TokenTexts(tokenizer), rollout.sequences.shape[1] - rollout.responses.shape[1]
     found = []
