@@ -141,9 +141,8 @@ def test_with_the_secret_there_is_no_more_than_the_page_needs(page):
 )
 def test_other_hosts_and_origins_are_refused_everywhere(page, headers):
     port, path = page
-    for method, route in NEEDED:
-        body = {} if method == "POST" else None
-        assert ask(port, path + route, method, body, headers).status in (400, 403), route
+    for method, route in NEEDED:  # no body: where Host is wrong, the server may close before one arrives
+        assert ask(port, path + route, method, headers=headers).status in (400, 403), route
 
 
 def test_the_page_loads_nothing_from_elsewhere(page):
