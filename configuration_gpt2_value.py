@@ -100,8 +100,10 @@ class GPT2ValueConfig(GPT2Config):
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = fields.get("model_type", GPT2Config.model_type)
         if model_type not in (cls.model_type, GPT2Config.model_type):
-            what = f"{pretrained_model_name_or_path} is a checkpoint of type {model_type!r}; expected 'gpt2'"
-            raise ValueError(f"{what} or {cls.model_type!r}. Pass a GPT-2 checkpoint or a package of this model.")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a checkpoint of type {model_type!r}; expected 'gpt2' or "
+                f"{cls.model_type!r}. Pass a GPT-2 checkpoint or a package of this model."
+            )
         return (fields if model_type == cls.model_type else _as_value_fields(fields)), unused
 
     def to_dict(self):

@@ -8,6 +8,7 @@ Nothing here writes to a module of the model: other threads may train, sample or
 import copy
 import functools
 import inspect
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).paramet
 # Forwards as they were when this module was imported: somebody may replace them later.
 OWN_FORWARD = GPT2LMHeadModel.forward
 OWN_LAYERS = {kind: kind.forward for kind in (NewGELUActivation, Conv1D, nn.Linear)}
+# The last copy of each DistributedDataParallel, whose backward pass has only a weak reference to it.
+_called: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def positions(mask):
@@ -67,8 +70,9 @@ class Decoder:
         """Logits `[b, V]` and values `[b]` or None after so many columns, of the current rows."""
         new = slice(0 if self.cache is None else columns - 1, columns)
         tokens, mask = self.tokens[self.rows], self.mask[self.rows]  # [b, P+T]
-        arguments = {CACHE: self.cache, "use_cache": self.use_cache, "logits_to_keep": 1}
-        output, values = run(self.model, tokens, mask, new, **arguments)
+        output, values = run(
+            self.model, tokens, mask, new, **{CACHE: self.cache}, use_cache=self.use_cache, logits_to_keep=1
+        )
         cache = getattr(output, CACHE, None)
         if self.cache is None and isinstance(cache, Cache):
             self.cache = cache
@@ -100,15 +104,16 @@ def call_with(model, tokens, mask, T, score):
     outer = innermost(model)
     called = without_dropout(outer)
     *wrappers, inner = wrapped(called)
-    arguments = {"logits_to_keep": T, "use_cache": False}
     takes_score = calls_gpt2(inner) and all(map(is_thin, wrappers))
     if takes_score:
         head, inner.lm_head = inner.lm_head, nn.Identity()
         inner.lm_head.forward = functools.partial(score, head)
-        if isinstance(outer, DistributedDataParallel) and hasattr(inner, "scored_forward"):
-            # It keeps state from call to call, so no copy will do: it calls the original, which calls the copy.
-            called, arguments["instead"] = outer, inner
-    output, values = run(called, tokens, mask, slice(0, tokens.shape[1] - 1), **arguments)
+    if isinstance(outer, DistributedDataParallel):
+        # It keeps state from call to call, so its copy has the original's fields, and only calls another module.
+        called.__class__ = type("Copy", (type(outer),), {"module": called.module})
+        called.__dict__ = vars(outer)
+        _called[outer] = called
+    output, values = run(called, tokens, mask, slice(0, tokens.shape[1] - 1), logits_to_keep=T, use_cache=False)
     # In the place of the output layer, `score` gives what the output calls logits.
     scores = output.logits if takes_score else score(nn.Identity(), output.logits[:, -T:])
     return scores, None if values is None else values[:, -T:]

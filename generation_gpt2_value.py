@@ -251,16 +251,18 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
         if floats or tokens.dim() != 2 or tokens.dtype == torch.bool:
             raise TypeError(f"{tokens.dtype}, {tokens.dim()} dimensions")
     except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists, no rows
-        what = f"{name} holds no rows of token ids ({error})"
-        raise TypeError(f"{what}; expected a 1-D tensor or list of integers for each row, at least one.") from error
+        raise TypeError(
+            f"{name} holds no rows of token ids ({error}); expected at least one 1-D tensor or list of integers."
+        ) from error
     if [mask.shape for mask in masks] != [row.shape for row in rows] or ((seen != 0) & (seen != 1)).any():
         raise ValueError(f"attention_mask has another shape than {name}, or other numbers than 0 and 1.")
     tokens = tokens.long()
     seen = seen.to(tokens)  # their device and dtype
     for edge in (tokens[:, :1], tokens[:, -1:]) if may_hide_padding else ():
         if 0 < (edge == pad).sum() < len(rows):
-            what = f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask"
-            warnings.warn(what, stacklevel=3)
+            warnings.warn(
+                f"{pad} begins or ends some rows of {name}; if it is padding, pass attention_mask", stacklevel=3
+            )
     order = seen.argsort(dim=1, descending=right, stable=True)  # padding comes to one side, tokens stay in order
     seen = seen.gather(1, order)
     return tokens.gather(1, order).masked_fill(seen == 0, pad), seen

@@ -93,8 +93,9 @@ class GPT2ValueModel(GPT2LMHeadModel):
             config = GPT2ValueConfig.from_gpt2(config)
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers tells it by the class's name, and warns where it cannot
-        self.v_head = ValueHead(config).float()
-        # No weights may be named that do not exist, or not yet: so not for the class, and not for a head without any.
+        self.v_head = ValueHead(config).to(torch.promote_types(self.dtype, torch.float32))
+        # Loaded in float32 also where the body has 16 bits, and never quantised. transformers refuses a name without
+        # weights, as of a head that has none. Its tests look for the weights of a class's names: so not for the class.
         self._keep_in_fp32_modules_strict = ["v_head"] if config.summary_use_proj else None
         if init_value_head:  # the head is meant to be missing: transformers need not warn
             self._keys_to_ignore_on_load_missing = [r"^v_head\."]
@@ -120,17 +121,17 @@ class GPT2ValueModel(GPT2LMHeadModel):
             )
             init_value_head = fields.get("model_type") != GPT2ValueConfig.model_type
         wants_info = kwargs.pop("output_loading_info", False)
-        more = (True,) if init_value_head else ()
+        model_args = (*model_args, True) if init_value_head else model_args
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, *more, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         if init_value_head:  # transformers makes what a checkpoint lacks in the dtype of the body
             model.v_head.to(torch.promote_types(model.dtype, torch.float32))
         lost = [key for key in [*info["missing_keys"], *info["mismatched_keys"]] if "v_head." in str(key)]
         if lost and not init_value_head:
-            what = f"{pretrained_model_name_or_path}: its value head lacks {lost}, or has another shape"
             raise ValueError(
-                f"{what}. Ask for a whole package, or pass init_value_head=True, which makes what is missing."
+                f"{pretrained_model_name_or_path}: its value head lacks {lost}, or has another shape. Ask for a whole "
+                "package, or pass init_value_head=True, which makes what is missing."
             )
         return (model, info) if wants_info else model
 
@@ -144,19 +145,16 @@ class GPT2ValueModel(GPT2LMHeadModel):
         """Let the value loss's gradient reach the body again. Saved with the model."""
         self.config.detach_value_head = False
 
-    def forward(self, *args, instead=None, **kwargs):
+    def forward(self, *args, **kwargs):
         """`GPT2LMHeadModel.forward` with whatever arguments the installed one takes, plus the value of every token.
 
         `labels` may be called `lm_labels`, as in the seed. Arguments that are not known here are handed on, to the body
         and to the loss, as there. Where no `position_ids` are given, they count the tokens that a 2-D `attention_mask`
-        admits, cached ones too: padding on either side changes nothing. `rescore` passes a copy of the model as
-        `instead`, which is then called in its place.
+        admits, cached ones too: padding on either side changes nothing.
 
         Returns a `GPT2ValueOutput`, or its tuple when `return_dict` (argument, else config) is False. Raises ValueError
         for a mask that leaves out the cache or the input, TypeError for an argument that is given twice.
         """
-        if instead is not None:
-            return instead(*args, **kwargs)
         # What is passed by position gets the names of the installed transformers; other names stay. None is for self.
         given = SIGNATURE.bind_partial(None, *args, **kwargs).arguments
         given.update(given.pop("kwargs", {}))
@@ -173,8 +171,10 @@ class GPT2ValueModel(GPT2LMHeadModel):
             tokens = inputs.shape[1]
             past = cache.get_seq_length() if isinstance(cache, Cache) else 0
             if mask.shape[1] != past + tokens and not isinstance(cache, tuple):  # as before transformers 5
-                what = f"attention_mask has {mask.shape[1]} columns; expected {past + tokens}, {past} of the cache"
-                raise ValueError(f"{what} and {tokens} of the input: pass the whole sequence's.")
+                raise ValueError(
+                    f"attention_mask has {mask.shape[1]} columns; expected {past + tokens}, {past} of the cache and "
+                    f"{tokens} of the input: pass the whole sequence's."
+                )
             arguments["position_ids"] = positions(mask)[:, -tokens:]
 
         outputs = dict(self.transformer(**arguments, return_dict=True))

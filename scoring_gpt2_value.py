@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-import weakref
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -198,7 +198,7 @@ def _reference_inputs(model, reference, vocabulary, tokens, mask, T):
 
 EVERY = 16  # calls: one row alone costs 6% of a rollout of 16 rows, so 0.4% in the mean
 # Of each model, by situation: how many calls it passed. A model that is gone is forgotten.
-_calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_calls: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class SelfCheckError(RuntimeError):

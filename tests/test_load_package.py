@@ -193,7 +193,8 @@ def test_the_dtype_is_the_package_s_own_unless_another_is_asked_for(tmp_path):
     loaded = load_package(tmp_path / "p").model
     assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight)
     assert loaded.v_head.summary.weight.dtype == torch.float32
-    assert load_package(tmp_path / "p", dtype=torch.float32).model.dtype == torch.float32
+    loaded = load_package(tmp_path / "p", dtype=torch.float64).model
+    assert loaded.dtype == loaded.v_head.summary.weight.dtype == torch.float64
 
 
 def test_shards_and_the_tokenizer_are_loaded(tiny_model, tiny_tokenizer, tmp_path):
