@@ -74,7 +74,7 @@ class GPT2ValueConfig(GPT2Config):
     """
 
     model_type = "gpt2_value"
-    keys_to_ignore_at_inference = ["past_key_values", "value"]  # Trainer's predictions are the logits
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "value"]  # Trainer's predictions are the logits
 
     def __init__(
         self, *, summary_last_dropout=0.0, detach_value_head=False, value_head_initializer_range=0.0, **kwargs

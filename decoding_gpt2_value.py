@@ -28,7 +28,7 @@ _called: WeakKeyDictionary = WeakKeyDictionary()
 
 def positions(mask):
     """Positions `[B, columns]` that count the tokens of `mask [B, columns]`, so that padding changes nothing."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return (mask.bool().cumsum(-1) - 1).clamp(min=0)
 
 
 def run(model, tokens, mask, columns, **arguments):

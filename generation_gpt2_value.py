@@ -71,8 +71,11 @@ def rollout(
         raise TypeError(f"rollout() got {[*unknown]}; the prompts are `queries`, as in rollout(model, queries).")
     vocabulary, device = vocabulary_of(model), device_of(model)
     if eos_token_id is FROM_CONFIG:
-        ids = listed(getattr(unwrapped(model).config, "eos_token_id", None))
-        eos_token_id = [token for token in ids if 0 <= token < vocabulary]  # nobody can draw others
+        eos_token_id = [
+            token
+            for token in listed(getattr(unwrapped(model).config, "eos_token_id", None))
+            if 0 <= token < vocabulary  # nobody can draw others
+        ]
     sampling = Sampling(temperature, top_k, top_p, min_new_tokens, eos_token_id)
     sampling.check_vocabulary(vocabulary)
     T = number("max_new_tokens", max_new_tokens, 1)
@@ -90,6 +93,8 @@ def rollout(
 
         # float64, so that rare tokens are drawn as often as they should.
         generator = torch.default_generator if generator is None else generator
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator={generator!r}; expected a torch.Generator: torch.Generator().manual_seed(0).")
         state = generator.get_state()
         try:
             uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)
@@ -186,7 +191,7 @@ class Rollout:
 
     def __getitem__(self, rows):
         """The given rows (a slice, a list, a 1-D tensor of indices or a mask) as a `Rollout`."""
-        if not isinstance(rows, (slice, list)) and getattr(rows, "ndim", 0) != 1:
+        if isinstance(rows, (tuple, range)) or self.truncated[rows].ndim != 1:
             raise TypeError(
                 f"rows are selected by a slice, a list or a 1-D tensor, as in rollout[[0, 2]]; got {rows!r}."
             )
@@ -203,8 +208,7 @@ class Rollout:
         kinds = {(each.sampling, *(part is None for part in vars(each).values())) for each in rollouts}
         if len(kinds) != 1:
             raise ValueError(
-                "expected rollouts, at least one, of the same sampling, which tells how to score, and all or none of "
-                "them with logprobs, values and kept sets."
+                "expected rollouts of the same sampling, at least one, all or none with logprobs, values, kept sets."
             )
         joined = {"truncated": torch.cat([each.truncated for each in rollouts])}
         for name, first in vars(rollouts[0]).items():
@@ -252,10 +256,10 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
             raise TypeError(f"{tokens.dtype}, {tokens.dim()} dimensions")
     except (TypeError, ValueError, RuntimeError) as error:  # texts, None, lists of lists, no rows
         raise TypeError(
-            f"{name} holds no rows of token ids ({error}); expected at least one 1-D tensor or list of integers."
+            f"{name} or its mask holds no rows of token ids ({error}); expected 1-D tensors or lists, as [[5, 6]]."
         ) from error
     if [mask.shape for mask in masks] != [row.shape for row in rows] or ((seen != 0) & (seen != 1)).any():
-        raise ValueError(f"attention_mask has another shape than {name}, or other numbers than 0 and 1.")
+        raise ValueError(f"attention_mask has another shape than {name}, or numbers but 1 for tokens, 0 for padding.")
     tokens = tokens.long()
     seen = seen.to(tokens)  # their device and dtype
     for edge in (tokens[:, :1], tokens[:, -1:]) if may_hide_padding else ():

@@ -120,8 +120,9 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     check_finite(logprobs + kl)
     check_itself("rescore", model, dataclasses.replace(rollout, logprobs=logprobs))
     if reference is not None and reference != "disable_adapter":
-        its_own = dataclasses.replace(rollout, logprobs=theirs).to(device_of(reference))
-        check_itself("reference's score", reference, its_own)
+        check_itself(
+            "reference's score", reference, dataclasses.replace(rollout, logprobs=theirs).to(device_of(reference))
+        )
     return scored
 
 
@@ -142,11 +143,12 @@ def _scores(rollout, vocabulary, other, with_entropy, values_only, head, inputs)
         score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
     columns = inputs, rollout.responses, rollout.kept, other_inputs  # [B, T, ...] each, or None
     size = max(1, CHUNK // vocabulary)
-    parts = []
-    for b, t in zip(rows.split(size), steps.split(size)):
-        chunk = [None if column is None else column[b, t] for column in columns]
-        parts.append(score(t, *chunk))
-    scores = torch.cat(parts)  # [n, 4]
+    scores = torch.cat(  # [n, 4]
+        [
+            score(t, *[None if column is None else column[b, t] for column in columns])
+            for b, t in zip(rows.split(size), steps.split(size))
+        ]
+    )
     return scores.new_zeros(*drawn.shape, 4).masked_scatter(drawn.unsqueeze(-1), scores)
 
 
@@ -287,16 +289,16 @@ def check_rollout(rollout, vocabulary):
         sizes = dict(zip(dims, found[1])) | sizes
         if found != (dtype, [sizes.get(dim) for dim in dims]) and (part is not None or name != "kept"):
             raise TypeError(f"the rollout's {name} is {found}; expected {dtype} {[*dims]}, with {sizes}.")
-    rollout.sampling.check_vocabulary(vocabulary)
+    dataclasses.replace(rollout.sampling).check_vocabulary(vocabulary)  # checked again: a file may hold any settings
     if 8 * sizes.get("K", 0) > vocabulary + 7:
         raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
-    mask, responses, drawn, T = rollout.attention_mask, rollout.responses, rollout.response_mask, sizes["T"]
+    mask, drawn, T = rollout.attention_mask, rollout.response_mask, sizes["T"]
     if not 0 < T < sizes["N"]:
         raise TypeError(f"the rollout has no prompts or no responses: {sizes}; expected columns of both in sequences.")
     unseen = (mask[:, -T:] & mask[:, -T - 1 : -1]) == 0  # [B, T], this column or the one before it
     wrong = {
         "an attention_mask with other numbers than 0 and 1": (mask != 0) & (mask != 1),
-        "a response that is not the one in sequences": (responses != rollout.sequences[:, -T:]) & drawn,
+        "a response that is not the one in sequences": (rollout.responses != rollout.sequences[:, -T:]) & drawn,
         "a drawn token that attention_mask leaves out, or the token before": unseen & drawn,
     }
     for problem, where in wrong.items():
