@@ -36,10 +36,10 @@ def run(model, tokens, mask, columns, **arguments):
 
     Of the arguments, those are left out that the model does not take.
     """
-    taken = inspect.signature(type(unwrapped(model)).forward).parameters
+    signature = inspect.signature(type(unwrapped(model)).forward)
     arguments["position_ids"] = positions(mask)[:, columns]
-    if "kwargs" not in taken:
-        arguments = {name: given for name, given in arguments.items() if name in taken}
+    if "**" not in str(signature):
+        arguments = {name: given for name, given in arguments.items() if name in signature.parameters}
     output = model(input_ids=tokens[:, columns], attention_mask=mask[:, : columns.stop], return_dict=True, **arguments)
     values = getattr(output, "value", None)
     if values is not None and values.dim() != 2:
@@ -166,7 +166,11 @@ def unwrapped(model):
 def innermost(model):
     """The model to run: without wrappers that change nothing. DistributedDataParallel does where gradients flow."""
     parallel = DistributedDataParallel if torch.is_grad_enabled() else ()
-    return next(x for x in wrapped(model) if isinstance(x, parallel) or is_sharded(x) or not is_thin(x))
+    return next(
+        x
+        for x in wrapped(model)
+        if isinstance(x, parallel) or is_sharded(x) or hasattr(x, "peft_config") or not is_thin(x)
+    )
 
 
 def device_of(model):

@@ -84,19 +84,17 @@ def rollout(
     pad = sampling.pad_token_id if pad_token_id is None else number("pad_token_id", pad_token_id, 0, vocabulary - 1)
     prompts, prompt_mask = aligned("queries", queries, attention_mask, pad=pad)
     check_tokens(model, prompts, prompt_mask, T)
-    with torch.inference_mode(False), torch.no_grad():
-        tokens, mask = (  # [B, P+T]
-            nn.functional.pad(x.to(device).repeat_interleave(copies, 0), (0, T)) for x in (prompts, prompt_mask)
-        )
-        decoder, B, P = Decoder(model, tokens, mask), len(tokens), prompts.shape[1]
-        logits, value = decoder.logits_and_values(P)  # [B, V], [B]
+    generator = torch.default_generator if generator is None else generator
+    state = torch.Generator.get_state(generator)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            tokens, mask = (  # [B, P+T]
+                nn.functional.pad(x.to(device).repeat_interleave(copies, 0), (0, T)) for x in (prompts, prompt_mask)
+            )
+            decoder, B, P = Decoder(model, tokens, mask), len(tokens), prompts.shape[1]
+            logits, value = decoder.logits_and_values(P)  # [B, V], [B]
 
-        # float64, so that rare tokens are drawn as often as they should.
-        generator = torch.default_generator if generator is None else generator
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator={generator!r}; expected a torch.Generator: torch.Generator().manual_seed(0).")
-        state = generator.get_state()
-        try:
+            # float64, so that rare tokens are drawn as often as they should.
             uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)
             running = torch.ones(B, dtype=torch.bool, device=device)
             spread = is_spread(model)
@@ -134,10 +132,10 @@ def rollout(
             check_finite(logprobs)
             result = Rollout(tokens, mask, tokens[:, P:], drawn, logprobs, values, running, kept, sampling)
             check_itself("rollout", model, result)
-        except BaseException:  # also an interrupt: nothing was drawn
-            generator.set_state(state)
-            raise
-        return result
+            return result
+    except BaseException:  # also an interrupt: nothing was drawn
+        generator.set_state(state)
+        raise
 
 
 def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):

@@ -218,8 +218,12 @@ def check_itself(what, model, rollout):
     inner, T = unwrapped(model), rollout.responses.shape[1]
     lengths, padding = rollout.response_mask.sum(1), (rollout.attention_mask[:, :-T] == 0).sum(1)  # [B]
     # Other processes have other rows, and have to make the same calls.
-    shape = is_spread(model) or (bool(padding.any()), len(lengths.unique()) > 1)
-    situation = what, type(inner), str(vars(inner.config)), inner.dtype, inner.training, shape
+    shape = is_spread(model) or (
+        bool(padding.any()),
+        len(lengths.unique()) > 1,
+        *map(int.bit_length, (*rollout.sequences.shape, T)),
+    )
+    situation = f"{what} {type(inner)} {vars(inner.config)} {inner.dtype} {inner.training} {rollout.sampling}", shape
     calls = _calls.setdefault(inner, collections.Counter())
     if calls[situation] % EVERY == 0:
         off = _off_alone(model, rollout, int((lengths * (T * padding + 1)).argmax()))
@@ -260,7 +264,7 @@ def _off_alone(model, rollout, row):
         [weight.element_size() < 4 for weight in model.parameters()]
         + [torch.equal(logits, logits.to(dtype).to(logits)) for dtype in (torch.bfloat16, torch.float16)]
     )
-    eps = torch.finfo(torch.bfloat16 if coarse else logits.dtype).eps
+    eps = torch.finfo(torch.bfloat16 if coarse else torch.float32).eps
     sizes = logits.amax(-1).abs() + sampling.temperature * alone.abs()  # [columns], at least the drawn tokens' logits
     bound = (math.sqrt(eps) + (2 if coarse else 64) * eps * sizes) / sampling.temperature
     # Of a row without drawn tokens, the mean is NaN.
