@@ -122,6 +122,7 @@ def test_trainer_learns_what_it_learns_with_gpt2(tmp_path, smoothing):
 
 def test_compute_metrics_gets_the_logits_alone(tmp_path):
     trainer, _ = trained(make_tiny_model(), tmp_path, max_steps=1)
+    trainer.model.config.use_cache = True
     shapes = []
     trainer.compute_metrics = lambda prediction: shapes.append(prediction.predictions.shape) or {}
     trainer.evaluate()
