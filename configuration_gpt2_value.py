@@ -61,7 +61,7 @@ class GPT2ValueConfig(GPT2Config):
         summary_type (`str`, defaults to `"cls_index"`): GPT-2's field, unused here; `"attn"` is refused as there.
         summary_use_proj (`bool`, defaults to `True`): project the hidden state. If `False` the head has no weights.
         summary_proj_to_labels (`bool`, defaults to `True`): project to `num_labels`, else to `n_embd`. If either of the
-            two is `False`, `value` is `[batch, tokens, n_embd]`.
+            two is `False`, `value` is `[batch, tokens, n_embd]`, which `rollout` and `rescore` refuse.
         summary_activation (`str`, *optional*): `"tanh"`, or `None` for no activation.
         summary_first_dropout (`float`, defaults to 0.1): dropout before the projection, in training mode.
         summary_last_dropout (`float`, defaults to 0.0): dropout after the activation, in training mode.

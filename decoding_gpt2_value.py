@@ -123,10 +123,11 @@ def call_with(model, tokens, mask, T, score):
 def inputs_and_head(model, tokens, mask, T):
     """The inputs `[B, T, ...]` of the model's output layer, and that layer, which may be called later."""
     inner = unwrapped(model)
-    # Inside its call alone, a model has the weights that FSDP2 gathers, and the dtypes that autocast chooses.
-    now = is_sharded(inner) or "forward" in vars(inner) or torch.is_autocast_enabled(tokens.device.type)
+    # Inside its call alone, a model has the weights that FSDP2 gathers, and the dtypes that autocast chooses: then the
+    # layer is called there, and nothing is left to do. Else it is a copy's, so a PEFT adapter that is off stays off.
+    at_once = is_sharded(inner) or "forward" in vars(inner) or torch.is_autocast_enabled(tokens.device.type)
     return call_with(
-        model, tokens, mask, T, lambda head, inputs: (head(inputs), nn.Identity()) if now else (inputs, head)
+        model, tokens, mask, T, lambda head, inputs: (head(inputs), nn.Identity()) if at_once else (inputs, head)
     )[0]
 
 
@@ -165,7 +166,10 @@ def unwrapped(model):
 
 
 def innermost(model):
-    """The model to run: without wrappers that change nothing. DistributedDataParallel does where gradients flow."""
+    """The model to run: without torch's wrappers that change nothing here, such as what is compiled.
+
+    DistributedDataParallel does change something where gradients flow, and PEFT's call may, with some adapters.
+    """
     parallel = DistributedDataParallel if torch.is_grad_enabled() else ()
     return next(
         x
@@ -211,7 +215,7 @@ def check_tokens(model, tokens, mask, new_tokens=0):
 # Whether a call does with the output layer what the class says, and nothing else. Scores in its place would pass over a
 # hook on the model, or a forward that somebody replaced; then the call is asked for its logits instead.
 #
-#     is_thin(wrapper)     it only hands on: `innermost` leaves it out, `call_with` may score inside it
+#     is_thin(wrapper)     it only hands on: `call_with` may score inside it, `innermost` leaves torch's out
 #     is_hooked(module)    somebody's function sees or changes what the call takes or gives
 #     calls_gpt2(model)    the call is GPT-2's, so its logits are what the output layer gives
 #     is_sharded(module)   FSDP2's: its weights are there only inside its call
@@ -236,7 +240,7 @@ def calls_gpt2(model):
     """Whether a call runs the forward of GPT2LMHeadModel or GPT2ValueModel, as it was when it was imported."""
     kind = type(model)
     own = kind.forward is getattr(kind, "scored_forward", OWN_FORWARD)
-    # Accelerate puts a forward before it that casts, and keeps it under this name.
+    # Accelerate's `prepare` puts a forward before it that switches autocast on, and keeps it under this name.
     return own and not is_hooked(model) and ("forward" not in vars(model) or hasattr(model, "_original_forward"))
 
 
@@ -252,10 +256,10 @@ def is_spread(model):
 
 
 def copied(model):
-    """The modules of a model once more, with the same weights and hooks. What is set on one is not set on the other.
+    """The modules of a model once more. What is set on a module of one is not set on the other's.
 
-    The dictionary of weights is shared: FSDP2 puts gathered weights into it, where the copy sees them. A hook that
-    keeps state on its module keeps it on the copy, which is thrown away.
+    Shared are the weights, in the very dictionary where FSDP2 exchanges them for gathered ones, and what an attribute
+    or a buffer holds. A hook that keeps state on its module keeps it on the copy, which is thrown away.
     """
     copies = {module: object.__new__(type(module)) for module in model.modules()}
     for module, its in copies.items():
@@ -266,7 +270,8 @@ def copied(model):
         }
         fields["_compiled_call_impl"] = None  # what is compiled is bound to the module
         fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
-        # Accelerate's: methods and partials, whose copies are bound to the modules' copies.
+        # Accelerate puts methods and partials there, for autocast and for offloading: their copies are bound to the
+        # modules' copies.
         for name in {"forward", "_old_forward"} & set(fields):
             fields[name] = copy.deepcopy(fields[name], {id(each): twin for each, twin in copies.items()})
         its.__dict__ = fields
@@ -326,11 +331,12 @@ def multiply(weight, bias, x):
 def append(layer, columns, *new, **kwargs):
     """In the place of a cache layer's `update`, which copies all columns for each new one: keep room for `columns`.
 
-    `keys` is the beginning of a longer tensor, its `_base`. The new column is written behind, and `keys` made longer.
+    `keys` becomes the beginning of a longer tensor, its `_base`. The new column is written behind, and `keys` made
+    longer. (The prompt's columns went through the layer's own `update`.)
     """
     past = layer.keys.shape[-2]
     for name, states in zip(("keys", "values"), new):  # [b, n_head, 1, width]
-        room = getattr(layer, name)._base  # None at first, and after rows were dropped
+        room = getattr(layer, name)._base  # None, or some other tensor, at first and after rows were dropped
         if room is None or room.shape[-2] != columns:
             room = nn.functional.pad(getattr(layer, name), (0, 0, 0, columns - past))
         room[..., past, :] = states[..., 0, :]

@@ -61,8 +61,9 @@ def rollout(
 
     A rollout checks itself: one row is computed again by the model's own call, alone, without padding or cache, and
     compared with what was drawn by (`check_itself` says which row, `_off_alone` how closely). That is done at the
-    first rollout of a model, again when its class, config, dtype, mode or padding has changed, and at every 16th
-    rollout; it uses no random numbers, and changes no state. After an error, the generator's state is as it was before.
+    first rollout of a model, again where the model's class, config, dtype or mode, the settings, the padding or the
+    sizes are new, and at every 16th rollout. It uses no random numbers, and changes no state of the model. After an
+    error, the generator's state is as it was before.
 
     Returns a `Rollout`. Raises TypeError or ValueError for bad input, before anything is drawn, and for logits that are
     not finite; `SelfCheckError` where the check fails.

@@ -115,7 +115,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
         Raises ValueError for what is no GPT-2; without `init_value_head`, also for a package without its whole head.
         """
         if pretrained_model_name_or_path is not None and not init_value_head:
-            # Without trust_remote_code, of which transformers would warn.
+            # Without trust_remote_code, of which transformers would warn: this code is trusted already. The fields of a
+            # plain GPT-2 come without a model_type (see the config).
             fields, _ = cls.config_class.get_config_dict(
                 pretrained_model_name_or_path, **{**kwargs, "trust_remote_code": None}
             )

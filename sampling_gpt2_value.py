@@ -69,11 +69,11 @@ def sampling_distribution(logits, sampling, *, steps=None, kept=None):
     Args:
         logits: `[..., V]`, any float dtype.
         sampling: the `Sampling`.
-        steps: `[...]` int64, or one number, columns of the response before; None: enough for `min_new_tokens`.
+        steps: `[...]` int64, or one number: how many tokens of the response come before. None: `min_new_tokens` do.
         kept: which tokens an earlier draw chose among, `as_bits`: the settings then cut nothing off.
 
-    Returns `[..., V]` float32 (float64 from float64): logits divided by the temperature; -inf for what cannot be drawn.
-    Their `log_softmax(-1)` are log-probabilities.
+    Returns `[..., V]` float32 (float64 from float64): logits divided by the temperature, up to a constant for each row;
+    -inf for what cannot be drawn. Their `log_softmax(-1)` are log-probabilities.
     """
     vocabulary = logits.shape[-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -107,7 +107,7 @@ def as_mask(kept, vocabulary):
     """What `as_bits` returned, as a mask `[..., V]` bool."""
     bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
     mask = (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)
-    # A negative number of columns is cut off.
+    # Padding by a negative number cuts the last byte's spare bits off.
     return torch.nn.functional.pad(mask, (0, vocabulary - mask.shape[-1])).bool()
 
 

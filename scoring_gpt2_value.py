@@ -59,7 +59,8 @@ class Rescored(ModelOutput):
         logprobs: of the tokens, over the tokens that each draw chose among; None with `values_only`.
         values: of the state before each token; None for a model without a value head.
         entropy: of the same distributions, in nats; None unless asked for.
-        kl: KL(model || reference) of the same distributions, in nats, summed over the tokens; None without a reference.
+        kl: KL(model || reference) of the same distributions, in nats, summed over the vocabulary; None without a
+            reference.
         reference_logprobs: as `logprobs`, of the reference; without gradient.
     """
 
@@ -99,7 +100,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     if rollout.kept is None and rollout.sampling.cuts_off(vocabulary):
         raise ValueError(
             f"{rollout.sampling} cuts tokens off, and the rollout does not say which (`kept` is None). "
-            "Pass rollout_from_tokens(kept=...), or sampler_audit.find_kept_sets(model, rollout)."
+            "Pass sampler_audit.rollout_from_tokens(kept=...), or sampler_audit.find_kept_sets(model, rollout)."
         )
     if values_only and (with_entropy or reference is not None):
         raise ValueError("values_only=True runs no output layer; entropy and KL need it: ask for them in another call.")
@@ -210,10 +211,12 @@ class SelfCheckError(RuntimeError):
 def check_itself(what, model, rollout):
     """Raise SelfCheckError where a row alone has other log-probabilities than `rollout` says, if a check is due.
 
-    It is at the first call for a model, and at every 16th; again from the first when the model's class, config, dtype
-    or mode has changed, or rows are padded or end at different times and were not before. (Libraries cannot change
-    within a process.) The row has drawn tokens, and padding if any such row has; of these, as much of both as there is:
-    a recurrent model runs on over padding, and a wrong cache shows in long rows.
+    Calls are counted for each model and situation: its class, config, dtype and mode, the settings of sampling, whether
+    rows are padded and end at different times, and how many rows and columns there are, to the next power of two. Of
+    each situation the 1st, 17th, 33rd call is checked. (Libraries cannot change within a process.)
+
+    The row has drawn tokens, and padding if any such row has; of these, the product of both is largest: a recurrent
+    model runs on over padding, and a wrong cache shows in long rows. All its logits are held, up to three times.
     """
     inner, T = unwrapped(model), rollout.responses.shape[1]
     lengths, padding = rollout.response_mask.sum(1), (rollout.attention_mask[:, :-T] == 0).sum(1)  # [B]
@@ -240,12 +243,14 @@ def check_itself(what, model, rollout):
 def _off_alone(model, rollout, row):
     """How far the log-probabilities of a row are from those that it has alone, at most; 0.0 within the bound.
 
-    The bound is half of the digits, sqrt(eps), for what layers make of a rounding, and the rounding of a logit itself:
-    float32 sums of thousands of products err by some 64 eps, products of 16 bits are summed in float32 and rounded
-    once, 2 eps. The root mean square over the row is held against it: that of honest models stays below a half; a wrong
-    cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. eps is that of the logits' dtype, or
-    bfloat16's where anything has fewer bits than float32: weights, logits (which autocast rounds), or products (TF32).
-    In bfloat16 a logit of 100 is rounded to halves, so the bound is 1.7 nats there, and less than that can pass.
+        bound = (sqrt(eps) + c eps |logit|) / temperature        the root mean square of difference / bound must be <= 1
+
+    sqrt(eps), half of the digits, is for what layers make of a rounding; c eps |logit| for the rounding of a logit
+    itself, where c is 64 for float32 sums of thousands of products, and 2 for 16 bits, whose products are summed in
+    float32 and rounded once. eps is float32's, or bfloat16's where anything has fewer bits than float32: weights,
+    logits (which autocast rounds), or products (TF32). The mean over the row of honest models stays below a half; a
+    wrong cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. In bfloat16 a logit of 100 is
+    rounded to halves, so the bound is 1.7 nats there, and less than that can pass.
     """
     seen, sampling = rollout.attention_mask[row].bool(), rollout.sampling
     tokens = rollout.sequences[row][seen]  # [n], without padding
@@ -265,8 +270,8 @@ def _off_alone(model, rollout, row):
         + [torch.equal(logits, logits.to(dtype).to(logits)) for dtype in (torch.bfloat16, torch.float16)]
     )
     eps = torch.finfo(torch.bfloat16 if coarse else torch.float32).eps
-    sizes = logits.amax(-1).abs() + sampling.temperature * alone.abs()  # [columns], at least the drawn tokens' logits
-    bound = (math.sqrt(eps) + (2 if coarse else 64) * eps * sizes) / sampling.temperature
+    logit = logits.amax(-1).abs() + sampling.temperature * alone.abs()  # [columns], at least the drawn token's size
+    bound = (math.sqrt(eps) + (2 if coarse else 64) * eps * logit) / sampling.temperature
     # Of a row without drawn tokens, the mean is NaN.
     return float(difference.max()) if (difference / bound).square().mean() > 1 else 0.0
 
@@ -305,7 +310,7 @@ def check_rollout(rollout, vocabulary):
         "a response that is not the one in sequences": (rollout.responses != rollout.sequences[:, -T:]) & drawn,
         "a drawn token that attention_mask leaves out, or the token before": unseen & drawn,
     }
-    for problem, where in wrong.items():
+    for problem, where in wrong.items():  # the first, if there is any
         for row, column in where.nonzero().tolist():
             raise ValueError(f"the rollout has {problem} (row {row}, column {column}); was it changed?")
 
