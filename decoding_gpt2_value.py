@@ -6,9 +6,9 @@ Nothing here writes to a module of the model: other threads may train, sample or
 """
 
 import copy
-import functools
 import inspect
-from weakref import WeakKeyDictionary
+from functools import partial
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).paramet
 # Forwards as they were when this module was imported: somebody may replace them later.
 OWN_FORWARD = GPT2LMHeadModel.forward
 OWN_LAYERS = {kind: kind.forward for kind in (NewGELUActivation, Conv1D, nn.Linear)}
-# The last copy of each DistributedDataParallel, whose backward pass has only a weak reference to it.
+# Of each DistributedDataParallel the copy that was called last: to that, its backward pass has only a weak reference.
 _called: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -78,7 +78,7 @@ class Decoder:
         if self.cache is None and isinstance(cache, Cache):
             self.cache = cache
             for layer in cache.layers if self.is_gpt2 else ():
-                layer.update = functools.partial(append, layer, tokens.shape[1])
+                layer.update = partial(append, proxy(layer), tokens.shape[1])
         return output.logits[:, -1], None if values is None else values[:, -1]
 
     def keep(self, rows):
@@ -102,19 +102,25 @@ def call_with(model, tokens, mask, T, score):
     around it still happens: it gathers weights, switches autocast on, synchronises gradients. Of any other model the
     inputs are its logits, and `head` does nothing.
     """
+    # Until 2025, torch lost gradients where a call without them came before, in the same block of autocast.
+    torch.clear_autocast_cache()
     outer = innermost(model)
     called = without_dropout(outer)
     *wrappers, inner = wrapped(called)
     takes_score = calls_gpt2(inner) and all(map(is_thin, wrappers))
     if takes_score:
         head, inner.lm_head = inner.lm_head, nn.Identity()
-        inner.lm_head.forward = functools.partial(score, head)
+        inner.lm_head.forward = partial(score, head)
     if isinstance(outer, DistributedDataParallel):
-        # It keeps state from call to call, so its copy has the original's fields, and only calls another module.
-        called.__class__ = type("Copy", (type(outer),), {"module": called.module})
+        # It keeps state from call to call (a reducer, flags), so its copy shares all its fields. Only the module is the
+        # copy's own, and what was compiled, with another module inside, is not called.
+        called.__class__ = type(
+            "Copy", (type(outer),), {"module": called.module, "__call__": DistributedDataParallel._call_impl}
+        )
         called.__dict__ = vars(outer)
         _called[outer] = called
     output, values = run(called, tokens, mask, slice(0, tokens.shape[1] - 1), logits_to_keep=T, use_cache=False)
+    inner.lm_head = None  # the copy may live on, and what it scored shall not
     # In the place of the output layer, `score` gives what the output calls logits.
     scores = output.logits if takes_score else score(nn.Identity(), output.logits[:, -T:])
     return scores, None if values is None else values[:, -T:]
@@ -125,7 +131,7 @@ def inputs_and_head(model, tokens, mask, T):
     inner = unwrapped(model)
     # Inside its call alone, a model has the weights that FSDP2 gathers, and the dtypes that autocast chooses: then the
     # layer is called there, and nothing is left to do. Else it is a copy's, so a PEFT adapter that is off stays off.
-    at_once = is_sharded(inner) or "forward" in vars(inner) or torch.is_autocast_enabled(tokens.device.type)
+    at_once = is_spread(inner) or "forward" in vars(inner) or torch.is_autocast_enabled(tokens.device.type)
     return call_with(
         model, tokens, mask, T, lambda head, inputs: (head(inputs), nn.Identity()) if at_once else (inputs, head)
     )[0]
@@ -269,13 +275,15 @@ def copied(model):
             for name, value in vars(module).items()
         }
         fields["_compiled_call_impl"] = None  # what is compiled is bound to the module
-        fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
+        fields["_modules"] = {
+            name: copies.get(getattr(child, "_orig_mod", child)) for name, child in module._modules.items()
+        }
         # Accelerate puts methods and partials there, for autocast and for offloading: their copies are bound to the
         # modules' copies.
         for name in {"forward", "_old_forward"} & set(fields):
             fields[name] = copy.deepcopy(fields[name], {id(each): twin for each, twin in copies.items()})
         its.__dict__ = fields
-    return copies[model]
+    return copies[getattr(model, "_orig_mod", model)]
 
 
 def without_dropout(model):
@@ -311,7 +319,7 @@ def speed_up(model, rows):
         if kind.forward is not OWN_LAYERS.get(kind) or "forward" in vars(layer) or is_hooked(layer):
             continue
         if kind is NewGELUActivation:
-            layer.forward = functools.partial(nn.functional.gelu, approximate="tanh")
+            layer.forward = partial(nn.functional.gelu, approximate="tanh")
         # Quantised and sharded weights are of other classes; oneDNN has no float64.
         elif type(layer.weight) is nn.Parameter and layer.weight.is_cpu and layer.weight.dtype != torch.float64:
             weight = layer.weight.detach().float()
@@ -320,7 +328,7 @@ def speed_up(model, rows):
             if rows > 1:  # one row is multiplied as fast by a weight as it is
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
             bias = None if layer.bias is None else layer.bias.float()
-            layer.forward = functools.partial(multiply, weight, bias)
+            layer.forward = partial(multiply, weight, bias)
 
 
 def multiply(weight, bias, x):

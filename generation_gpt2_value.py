@@ -4,8 +4,8 @@ Remote code, which imports only torch and its siblings. It works with any causal
 reads nothing of the model's `generation_config`.
 """
 
-import dataclasses
 import warnings
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def rollout(
             uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)
             running = torch.ones(B, dtype=torch.bool, device=device)
             spread = is_spread(model)
-            ends = torch.tensor(sampling.eos_token_id, dtype=torch.long, device=device)
+            ends = tokens.new_tensor(sampling.eos_token_id)
             logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
             values = None if value is None else torch.zeros_like(logprobs)
             kept = None
@@ -144,7 +144,7 @@ def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
     return rollout(model, queries, max_new_tokens=txt_len, top_k=top_k, top_p=top_p, eos_token_id=None).responses
 
 
-@dataclasses.dataclass(repr=False)
+@dataclass(repr=False)
 class Rollout:
     """B rows of P columns with prompts, padded at the left, and T columns with the responses drawn for them.
 
@@ -217,7 +217,7 @@ class Rollout:
                 before = pad_sequence([row[:-T] for row, T in rows], True, pad, "left")  # prompts, where it has them
                 after = pad_sequence([row[-T:] for row, T in rows], True, pad)
                 joined[name] = torch.cat([before, after], 1)
-        return dataclasses.replace(rollouts[0], **joined)
+        return replace(rollouts[0], **joined)
 
     def repeat(self, times):
         """All rows so many times, one copy after the other."""
@@ -229,7 +229,7 @@ class Rollout:
 
     def _map(self, function):
         tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **tensors)
+        return replace(self, **tensors)
 
 
 # So that torch.load(weights_only=True) takes a rollout. torch has no other way to say so than for the whole process.

@@ -109,7 +109,9 @@ class GPT2ValueModel(GPT2LMHeadModel):
             nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, init_value_head=False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, init_value_head=False, output_loading_info=False, **kwargs
+    ):
         """As in transformers, from a package of this model or from a plain GPT-2 checkpoint, which gets a new head.
 
         Raises ValueError for what is no GPT-2; without `init_value_head`, also for a package without its whole head.
@@ -121,7 +123,6 @@ class GPT2ValueModel(GPT2LMHeadModel):
                 pretrained_model_name_or_path, **{**kwargs, "trust_remote_code": None}
             )
             init_value_head = fields.get("model_type") != GPT2ValueConfig.model_type
-        wants_info = kwargs.pop("output_loading_info", False)
         model_args = (*model_args, True) if init_value_head else model_args
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -134,7 +135,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
                 f"{pretrained_model_name_or_path}: its value head lacks {lost}, or has another shape. Ask for a whole "
                 "package, or pass init_value_head=True, which makes what is missing."
             )
-        return (model, info) if wants_info else model
+        return (model, info) if output_loading_info else model
 
     def detach_value_head(self):
         """Stop the value loss's gradient at the head: the body no longer learns from it. Saved with the model."""
@@ -183,7 +184,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         # Read from the model's config at each call: it is the one that is saved, and peft copies the head.
         value = self.v_head(hidden_states.detach() if self.config.detach_value_head else hidden_states).squeeze(-1)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, columns, :])  # [batch, columns, vocabulary]
+        logits = self.lm_head(hidden_states[:, columns])  # [batch, columns, vocabulary]
         loss = None
         if labels is not None:
             for_loss = {name: given for name, given in arguments.items() if name not in SIGNATURE.parameters}

@@ -7,9 +7,9 @@ Cost", 2016, arXiv:1604.06174).
 
 import collections
 import contextlib
-import dataclasses
-import functools
 import math
+from dataclasses import dataclass, replace
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,7 +51,7 @@ KEPT = 2**26  # up to so many logits are kept for the backward pass: 256 MiB in 
 CHUNK = 2**24  # above, so many (token, vocabulary) logits are held at a time: 64 MiB in float32
 
 
-@dataclasses.dataclass
+@dataclass
 class Rescored(ModelOutput):
     """The tokens of a rollout under a model. All `[B, T]` float32 (float64 from a float64 model), 0 where masked.
 
@@ -108,7 +108,7 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     mask, T = rollout.attention_mask, rollout.responses.shape[1]
     tokens = rollout.sequences.masked_fill(mask == 0, 0)  # padding may be any number
     other = (None, None) if reference is None else _reference_inputs(model, reference, vocabulary, tokens, mask, T)
-    score = functools.partial(_scores, rollout, vocabulary, other, with_entropy, values_only)
+    score = partial(_scores, rollout, vocabulary, other, with_entropy, values_only)
     scores, values = call_with(model, tokens, mask, T, score)
     values = None if values is None else values.where(rollout.response_mask, 0)
     if values_only:
@@ -119,11 +119,9 @@ def rescore(model, rollout, *, with_entropy=False, reference=None, values_only=F
     of_reference = () if reference is None else (kl, theirs.detach())
     scored = Rescored(logprobs, values, entropy if with_entropy else None, *of_reference)
     check_finite(logprobs + kl)
-    check_itself("rescore", model, dataclasses.replace(rollout, logprobs=logprobs))
+    check_itself("rescore", model, replace(rollout, logprobs=logprobs))
     if reference is not None and reference != "disable_adapter":
-        check_itself(
-            "reference's score", reference, dataclasses.replace(rollout, logprobs=theirs).to(device_of(reference))
-        )
+        check_itself("reference's score", reference, replace(rollout, logprobs=theirs).to(device_of(reference)))
     return scored
 
 
@@ -137,11 +135,11 @@ def _scores(rollout, vocabulary, other, with_entropy, values_only, head, inputs)
     if values_only:
         return inputs
     other_inputs, other_head = other
-    score = functools.partial(_score_chunk, rollout.sampling, with_entropy, head, other_head)
+    score = partial(_score_chunk, rollout.sampling, with_entropy, head, other_head)
     rows, steps = drawn.cpu().nonzero(as_tuple=True)  # [n] each; the CPU's indices fit tensors of all devices
     if vocabulary * len(rows) > KEPT:
         # Nothing in it is random, and the caller may be in a checkpoint of its own.
-        score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
+        score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
     columns = inputs, rollout.responses, rollout.kept, other_inputs  # [B, T, ...] each, or None
     size = max(1, CHUNK // vocabulary)
     scores = torch.cat(  # [n, 4]
@@ -230,7 +228,7 @@ def check_itself(what, model, rollout):
     calls = _calls.setdefault(inner, collections.Counter())
     if calls[situation] % EVERY == 0:
         off = _off_alone(model, rollout, int((lengths * (T * padding + 1)).argmax()))
-        if off > 0:
+        if off != 0:
             raise SelfCheckError(
                 f"a {type(inner).__name__} gives rows of this {what} log-probabilities {off:.3g} nats from those "
                 f"that they have alone, without padding or cache (transformers {transformers.__version__}). What is "
@@ -259,21 +257,20 @@ def _off_alone(model, rollout, row):
     logits = logits_alone(model, tokens)[places - 1]  # [columns, V]
     drawn, kept = tokens[places], None if rollout.kept is None else rollout.kept[row, steps]
     alone = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, drawn, kept, None)[:, 0]
-    difference = (rollout.logprobs[row, steps].detach() - alone).abs().nan_to_num(math.inf)  # [columns]
+    difference = (rollout.logprobs[row, steps].detach() - alone).abs()  # [columns]
 
     try:
         coarse = torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # by torch 2.9's settings for each device, of which it does not tell
         coarse = True
-    coarse |= any(
-        [weight.element_size() < 4 for weight in model.parameters()]
-        + [torch.equal(logits, logits.to(dtype).to(logits)) for dtype in (torch.bfloat16, torch.float16)]
+    coarse |= any(weight.element_size() < 4 for weight in model.parameters()) or any(
+        torch.equal(logits, logits.to(dtype).to(logits)) for dtype in (torch.bfloat16, torch.float16)
     )
     eps = torch.finfo(torch.bfloat16 if coarse else torch.float32).eps
     logit = logits.amax(-1).abs() + sampling.temperature * alone.abs()  # [columns], at least the drawn token's size
     bound = (math.sqrt(eps) + (2 if coarse else 64) * eps * logit) / sampling.temperature
-    # Of a row without drawn tokens, the mean is NaN.
-    return float(difference.max()) if (difference / bound).square().mean() > 1 else 0.0
+    # Where the model gives NaN, the mean is not within the bound either.
+    return float(difference.max()) if len(steps) and not (difference / bound).square().mean() <= 1 else 0.0
 
 
 # What a caller passes
@@ -298,7 +295,7 @@ def check_rollout(rollout, vocabulary):
         sizes = dict(zip(dims, found[1])) | sizes
         if found != (dtype, [sizes.get(dim) for dim in dims]) and (part is not None or name != "kept"):
             raise TypeError(f"the rollout's {name} is {found}; expected {dtype} {[*dims]}, with {sizes}.")
-    dataclasses.replace(rollout.sampling).check_vocabulary(vocabulary)  # checked again: a file may hold any settings
+    replace(rollout.sampling).check_vocabulary(vocabulary)  # checked again: a file may hold any settings
     if 8 * sizes.get("K", 0) > vocabulary + 7:
         raise ValueError(f"the rollout's kept sets are not of this model's vocabulary of {vocabulary} tokens.")
     mask, drawn, T = rollout.attention_mask, rollout.response_mask, sizes["T"]
