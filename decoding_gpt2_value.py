@@ -34,12 +34,13 @@ def positions(mask):
 def run(model, tokens, mask, columns, **arguments):
     """Run the model on a slice of the columns of `tokens [B, P+T]`: its output, and `[B, columns]` values or None.
 
-    Of the arguments, those are left out that the model does not take.
+    Of the arguments, those are left out that the model does not take. One that takes any (`**kwargs`) gets them all;
+    before transformers 5, BLOOM took any only to warn of them.
     """
     signature = inspect.signature(type(unwrapped(model)).forward)
     named = str(signature)
     arguments["position_ids"] = positions(mask)[:, columns]
-    if "**" not in named or "**deprecated" in named:  # of those, transformers 4's BLOOM warns
+    if "**" not in named or "**deprecated" in named:
         arguments = {name: given for name, given in arguments.items() if name in signature.parameters}
     output = model(input_ids=tokens[:, columns], attention_mask=mask[:, : columns.stop], return_dict=True, **arguments)
     values = getattr(output, "value", None)
@@ -58,9 +59,9 @@ class Decoder:
         self.tokens, self.mask = tokens, mask  # [B, P+T], which the caller fills
         self.rows = torch.arange(len(tokens), device=tokens.device)  # those that are still computed, b of B
         inner = unwrapped(model)
-        # GPT-2's cache is known, a DynamicCache.
+        # GPT-2's cache is known, a DynamicCache: rows can be dropped, and room be kept.
         self.is_gpt2 = isinstance(inner, GPT2LMHeadModel) and not inner.config.add_cross_attention
-        self.model = without_dropout(innermost(model))
+        self.model = without_dropout(to_call(model))
         if self.is_gpt2 and torch.backends.mkldnn.is_available():
             speed_up(self.model, len(tokens))
         # The cache of a recurrent model holds states that run on over padding, and may live in its modules.
@@ -91,20 +92,20 @@ class Decoder:
 def logits_alone(model, row):
     """Logits `[n, V]` of one row `[n]`, without padding or cache: what a call of the model gives in eval mode."""
     with torch.no_grad():
-        return without_dropout(innermost(model))(input_ids=row[None], use_cache=False, return_dict=True).logits[0]
+        return without_dropout(to_call(model))(input_ids=row[None], use_cache=False, return_dict=True).logits[0]
 
 
 def call_with(model, tokens, mask, T, score):
     """Call the model on all columns but the last: what `score(head, inputs [B, T, ...])` gives, and values or None.
 
-    The inputs are those of the output layer for the last T columns. Of GPT-2 that layer is called `head`, and a copy of
-    the model has `score` in its place, so that nobody has to hold all logits, and whatever a call of the model does
-    around it still happens: it gathers weights, switches autocast on, synchronises gradients. Of any other model the
-    inputs are its logits, and `head` does nothing.
+    A copy of a GPT-2 has `score` in the place of its output layer, and that layer is `head`. The call hands `score`
+    what it would hand the layer, for the last T columns, and returns what it gives as `output.logits`. So nobody has to
+    hold all logits, and whatever a call of the model does around it still happens: it gathers weights, switches
+    autocast on, synchronises gradients. Of any other model the inputs are its logits, and `head` does nothing.
     """
     # Until 2025, torch lost gradients where a call without them came before, in the same block of autocast.
     torch.clear_autocast_cache()
-    outer = innermost(model)
+    outer = to_call(model)
     called = without_dropout(outer)
     *wrappers, inner = wrapped(called)
     takes_score = calls_gpt2(inner) and all(map(is_thin, wrappers))
@@ -129,8 +130,9 @@ def call_with(model, tokens, mask, T, score):
 def inputs_and_head(model, tokens, mask, T):
     """The inputs `[B, T, ...]` of the model's output layer, and that layer, which may be called later."""
     inner = unwrapped(model)
-    # Inside its call alone, a model has the weights that FSDP2 gathers, and the dtypes that autocast chooses: then the
-    # layer is called there, and nothing is left to do. Else it is a copy's, so a PEFT adapter that is off stays off.
+    # Inside its call alone, a model has the weights that FSDP2 gathers, and the dtypes that autocast chooses. There the
+    # layer is called at once, and all logits are held. Else it is called later; it is a copy's, made while a PEFT
+    # adapter was off, and in the copy it stays off.
     at_once = is_spread(inner) or "forward" in vars(inner) or torch.is_autocast_enabled(tokens.device.type)
     return call_with(
         model, tokens, mask, T, lambda head, inputs: (head(inputs), nn.Identity()) if at_once else (inputs, head)
@@ -171,12 +173,12 @@ def unwrapped(model):
     return wrapped(model)[-1]
 
 
-def innermost(model):
+def to_call(model):
     """The model to run: without torch's wrappers that change nothing here, such as what is compiled.
 
     DistributedDataParallel does change something where gradients flow, and PEFT's call may, with some adapters.
     """
-    parallel = DistributedDataParallel if torch.is_grad_enabled() else ()
+    parallel = DistributedDataParallel if torch.is_grad_enabled() else ()  # nothing is an instance of ()
     return next(
         x
         for x in wrapped(model)
@@ -221,7 +223,7 @@ def check_tokens(model, tokens, mask, new_tokens=0):
 # Whether a call does with the output layer what the class says, and nothing else. Scores in its place would pass over a
 # hook on the model, or a forward that somebody replaced; then the call is asked for its logits instead.
 #
-#     is_thin(wrapper)     it only hands on: `call_with` may score inside it, `innermost` leaves torch's out
+#     is_thin(wrapper)     it only hands on: `call_with` may score inside it, `to_call` leaves torch's out
 #     is_hooked(module)    somebody's function sees or changes what the call takes or gives
 #     calls_gpt2(model)    the call is GPT-2's, so its logits are what the output layer gives
 #     is_sharded(module)   FSDP2's: its weights are there only inside its call
@@ -264,8 +266,9 @@ def is_spread(model):
 def copied(model):
     """The modules of a model once more. What is set on a module of one is not set on the other's.
 
-    Shared are the weights, in the very dictionary where FSDP2 exchanges them for gathered ones, and what an attribute
-    or a buffer holds. A hook that keeps state on its module keeps it on the copy, which is thrown away.
+    Shared are the weights (the dictionary itself, where FSDP2 puts gathered ones during a call) and what an attribute
+    or a buffer holds. A hook that keeps state on its module keeps it on the copy, which is thrown away. What
+    `torch.compile` wraps is copied without that wrapper, which calls the original.
     """
     copies = {module: object.__new__(type(module)) for module in model.modules()}
     for module, its in copies.items():
@@ -278,8 +281,8 @@ def copied(model):
         fields["_modules"] = {
             name: copies.get(getattr(child, "_orig_mod", child)) for name, child in module._modules.items()
         }
-        # Accelerate puts methods and partials there, for autocast and for offloading: their copies are bound to the
-        # modules' copies.
+        # Accelerate puts methods and partials there, for autocast and for offloading. In their copies, the copy of a
+        # module stands for the module.
         for name in {"forward", "_old_forward"} & set(fields):
             fields[name] = copy.deepcopy(fields[name], {id(each): twin for each, twin in copies.items()})
         its.__dict__ = fields
@@ -332,7 +335,7 @@ def speed_up(model, rows):
 
 
 def multiply(weight, bias, x):
-    """A linear layer by oneDNN, in float32, also under autocast: it sums numbers of 16 bits in no other way."""
+    """A linear layer by oneDNN, in float32, also under autocast. (It sums products of 16 bits in float32 anyway.)"""
     return torch.ops.mkldnn._linear_pointwise(x.float(), weight, bias, "none", [], "").to(x.dtype)
 
 
@@ -344,7 +347,7 @@ def append(layer, columns, *new, **kwargs):
     """
     past = layer.keys.shape[-2]
     for name, states in zip(("keys", "values"), new):  # [b, n_head, 1, width]
-        room = getattr(layer, name)._base  # None, or some other tensor, at first and after rows were dropped
+        room = getattr(layer, name)._base  # at first, and after rows were dropped, None or some other tensor
         if room is None or room.shape[-2] != columns:
             room = nn.functional.pad(getattr(layer, name), (0, 0, 0, columns - past))
         room[..., past, :] = states[..., 0, :]

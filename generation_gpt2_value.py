@@ -86,8 +86,9 @@ def rollout(
     prompts, prompt_mask = aligned("queries", queries, attention_mask, pad=pad)
     check_tokens(model, prompts, prompt_mask, T)
     generator = torch.default_generator if generator is None else generator
-    state = torch.Generator.get_state(generator)
+    state = torch.Generator.get_state(generator)  # TypeError for a seed or another generator
     try:
+        # What is made in inference mode cannot be trained on, and a cache cannot keep room in it.
         with torch.inference_mode(False), torch.no_grad():
             tokens, mask = (  # [B, P+T]
                 nn.functional.pad(x.to(device).repeat_interleave(copies, 0), (0, T)) for x in (prompts, prompt_mask)
@@ -119,7 +120,7 @@ def rollout(
                     kept[rows, t] = as_bits(distribution.isfinite())
                 running[rows] &= ~torch.isin(tokens[rows, P + t], ends)
                 going_on, left = running.sum(), running[rows].nonzero().squeeze(-1)
-                if spread:  # then all processes have to make the same calls
+                if spread:  # then all processes have to make the same calls, until no row goes on anywhere
                     torch.distributed.all_reduce(going_on)
                 if going_on == 0:
                     break

@@ -95,7 +95,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         self.loss_type = "ForCausalLM"  # transformers tells it by the class's name, and warns where it cannot
         self.v_head = ValueHead(config).to(torch.promote_types(self.dtype, torch.float32))
         # Loaded in float32 also where the body has 16 bits, and never quantised. transformers refuses a name without
-        # weights, as of a head that has none. Its tests look for the weights of a class's names: so not for the class.
+        # weights, as of a head that has none; for a class's names, its own tests expect weights in every model.
         self._keep_in_fp32_modules_strict = ["v_head"] if config.summary_use_proj else None
         if init_value_head:  # the head is meant to be missing: transformers need not warn
             self._keys_to_ignore_on_load_missing = [r"^v_head\."]
@@ -172,7 +172,7 @@ class GPT2ValueModel(GPT2LMHeadModel):
         if "position_ids" not in arguments and inputs is not None and mask is not None and mask.dim() == 2:
             tokens = inputs.shape[1]
             past = cache.get_seq_length() if isinstance(cache, Cache) else 0
-            if mask.shape[1] != past + tokens and not isinstance(cache, tuple):  # as before transformers 5
+            if mask.shape[1] != past + tokens and not isinstance(cache, tuple):  # transformers 4's
                 raise ValueError(
                     f"attention_mask has {mask.shape[1]} columns; expected {past + tokens}, {past} of the cache and "
                     f"{tokens} of the input: pass the whole sequence's."
@@ -197,7 +197,8 @@ class GPT2ValueModel(GPT2LMHeadModel):
     # generate() and Trainer read the names of arguments off the signature.
     forward.__signature__ = SIGNATURE  # type: ignore[attr-defined]
 
-    # Tells a subclass that overrides forward: it is sampled and scored by its own logits. So is a package's 0.2.0.
+    # A subclass that overrides forward is scored by its own logits (see `calls_gpt2`): its forward is not this one. So
+    # is a model of a package of version 0.2.0, which has no such name.
     scored_forward = forward
 
 

@@ -69,7 +69,7 @@ def sampling_distribution(logits, sampling, *, steps=None, kept=None):
     Args:
         logits: `[..., V]`, any float dtype.
         sampling: the `Sampling`.
-        steps: `[...]` int64, or one number: how many tokens of the response come before. None: `min_new_tokens` do.
+        steps: `[...]` int64, or one number: how many tokens of the response come before. None: enough of them.
         kept: which tokens an earlier draw chose among, `as_bits`: the settings then cut nothing off.
 
     Returns `[..., V]` float32 (float64 from float64): logits divided by the temperature, up to a constant for each row;

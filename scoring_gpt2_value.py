@@ -165,7 +165,7 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
         logprobs = logprobs.masked_fill(impossible, 0.0)
         entropy = -(probs * logprobs).sum(-1)
     if other_head is not None:
-        with torch.no_grad(), torch.autocast(other.device.type, enabled=False):  # the model's own is not for the other
+        with torch.no_grad(), torch.autocast(other.device.type, enabled=False):  # the model's is not for it
             theirs = other_head(other).to(scaled.device)
             theirs = sampling_distribution(theirs, sampling, steps=steps, kept=kept).log_softmax(-1)
         kl = (probs * (logprobs - theirs.masked_fill(impossible, 0.0))).sum(-1)
@@ -218,7 +218,7 @@ def check_itself(what, model, rollout):
     """
     inner, T = unwrapped(model), rollout.responses.shape[1]
     lengths, padding = rollout.response_mask.sum(1), (rollout.attention_mask[:, :-T] == 0).sum(1)  # [B]
-    # Other processes have other rows, and have to make the same calls.
+    # Under FSDP2 the processes have other rows and sizes, and have to make the same calls.
     shape = is_spread(model) or (
         bool(padding.any()),
         len(lengths.unique()) > 1,
@@ -243,9 +243,9 @@ def _off_alone(model, rollout, row):
 
         bound = (sqrt(eps) + c eps |logit|) / temperature        the root mean square of difference / bound must be <= 1
 
-    sqrt(eps), half of the digits, is for what layers make of a rounding; c eps |logit| for the rounding of a logit
-    itself, where c is 64 for float32 sums of thousands of products, and 2 for 16 bits, whose products are summed in
-    float32 and rounded once. eps is float32's, or bfloat16's where anything has fewer bits than float32: weights,
+    sqrt(eps) is room for roundings that layers enlarge, up to half of the digits. c eps |logit| is for the rounding of
+    a logit itself: c is 64 for float32, which sums thousands of products, and 2 for 16 bits, which sum them in float32
+    and round once. eps is float32's, or bfloat16's where anything has fewer bits than float32: weights,
     logits (which autocast rounds), or products (TF32). The mean over the row of honest models stays below a half; a
     wrong cache, position or padding, or dropout left on, is off by 0.5 to 17 nats. In bfloat16 a logit of 100 is
     rounded to halves, so the bound is 1.7 nats there, and less than that can pass.
@@ -253,8 +253,9 @@ def _off_alone(model, rollout, row):
     seen, sampling = rollout.attention_mask[row].bool(), rollout.sampling
     tokens = rollout.sequences[row][seen]  # [n], without padding
     steps = rollout.response_mask[row].nonzero().squeeze(-1)  # [columns]
-    places = seen.cumsum(0)[steps - rollout.responses.shape[1]] - 1  # [columns], where in `tokens` they are
-    logits = logits_alone(model, tokens)[places - 1]  # [columns, V]
+    # [columns], where in `tokens` they are. Columns of the response are counted from the end, as the prompt is before.
+    places = seen.cumsum(0)[steps - rollout.responses.shape[1]] - 1
+    logits = logits_alone(model, tokens)[places - 1]  # [columns, V], those before each
     drawn, kept = tokens[places], None if rollout.kept is None else rollout.kept[row, steps]
     alone = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, drawn, kept, None)[:, 0]
     difference = (rollout.logprobs[row, steps].detach() - alone).abs()  # [columns]
@@ -282,7 +283,8 @@ def check_rollout(rollout, vocabulary):
     kinds = type(rollout).__name__, type(getattr(rollout, "sampling", None)).__name__
     if kinds != ("Rollout", "Sampling"):
         raise TypeError(f"got a {kinds[0]} with a {kinds[1]}; expected the Rollout of this version, with its Sampling.")
-    sizes: dict = {}  # of B rows, N = P + T columns, T responses, K = ceil(V / 8)
+    # B rows, N = P + T columns, T responses, K = ceil(V / 8): the first part that has a dimension says its size.
+    sizes: dict = {}
     for name, dtype, dims in (
         ("sequences", torch.int64, "BN"),
         ("attention_mask", torch.int64, "BN"),
