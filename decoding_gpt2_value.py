@@ -267,8 +267,7 @@ def copied(model):
     """The modules of a model once more. What is set on a module of one is not set on the other's.
 
     Shared are the weights (the dictionary itself, where FSDP2 puts gathered ones during a call) and what an attribute
-    or a buffer holds. A hook that keeps state on its module keeps it on the copy, which is thrown away. What
-    `torch.compile` wraps is copied without that wrapper, which calls the original.
+    or a buffer holds. A hook that keeps state on its module keeps it on the copy, which is thrown away.
     """
     copies = {module: object.__new__(type(module)) for module in model.modules()}
     for module, its in copies.items():
@@ -278,15 +277,15 @@ def copied(model):
             for name, value in vars(module).items()
         }
         fields["_compiled_call_impl"] = None  # what is compiled is bound to the module
-        fields["_modules"] = {
-            name: copies.get(getattr(child, "_orig_mod", child)) for name, child in module._modules.items()
-        }
+        fields["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
         # Accelerate puts methods and partials there, for autocast and for offloading. In their copies, the copy of a
         # module stands for the module.
         for name in {"forward", "_old_forward"} & set(fields):
             fields[name] = copy.deepcopy(fields[name], {id(each): twin for each, twin in copies.items()})
+        if "_orig_mod" in module._modules:  # of `torch.compile`, whose forward calls the original
+            fields["forward"] = copies[module._orig_mod]
         its.__dict__ = fields
-    return copies[getattr(model, "_orig_mod", model)]
+    return copies[model]
 
 
 def without_dropout(model):

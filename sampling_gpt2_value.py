@@ -81,7 +81,7 @@ def sampling_distribution(logits, sampling, *, steps=None, kept=None):
         early = torch.as_tensor(steps, device=logits.device) < sampling.min_new_tokens
         without_ends = logits.clone()
         without_ends[..., list(sampling.eos_token_id)] = -math.inf
-        logits = torch.where(early.unsqueeze(-1), without_ends, logits)
+        logits = torch.where(early[..., None], without_ends, logits)
     if kept is not None:
         logits = logits.masked_fill(~as_mask(kept, vocabulary), -math.inf)
     if sampling.temperature != 1.0:
@@ -106,7 +106,7 @@ def as_bits(mask):
 def as_mask(kept, vocabulary):
     """What `as_bits` returned, as a mask `[..., V]` bool."""
     bits = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    mask = (kept.unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)
+    mask = (kept[..., None] >> bits).bitwise_and(1).flatten(-2)
     # Padding by a negative number cuts the last byte's spare bits off.
     return torch.nn.functional.pad(mask, (0, vocabulary - mask.shape[-1])).bool()
 
@@ -122,7 +122,7 @@ def draw(logits, uniform):
     logits = logits - logits.amax(-1, keepdim=True)
     running = logits.exp().cumsum(-1, dtype=torch.float64)  # [B, K]
     total = running[:, -1:]
-    index = torch.searchsorted(running, uniform.unsqueeze(-1) * total, right=True)  # [B, 1]
+    index = torch.searchsorted(running, uniform[..., None] * total, right=True)  # [B, 1]
     index = index.clamp(max=logits.shape[-1] - 1)  # where a logit is NaN, it is beyond
     return index.squeeze(-1), (logits.gather(-1, index) - total.log()).squeeze(-1).to(logits.dtype)
 

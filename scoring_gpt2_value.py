@@ -148,7 +148,7 @@ def _scores(rollout, vocabulary, other, with_entropy, values_only, head, inputs)
             for b, t in zip(rows.split(size), steps.split(size))
         ]
     )
-    return scores.new_zeros(*drawn.shape, 4).masked_scatter(drawn.unsqueeze(-1), scores)
+    return scores.new_zeros(*drawn.shape, 4).masked_scatter(drawn[..., None], scores)
 
 
 def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens, kept, other):
@@ -158,7 +158,7 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
     """
     scaled = sampling_distribution(head(inputs), sampling, steps=steps, kept=kept)  # [n, V]
     logprobs = scaled.log_softmax(-1)  # [n, V]
-    logprob = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    logprob = logprobs.gather(-1, tokens[..., None]).squeeze(-1)
     entropy = kl = their_logprob = torch.zeros_like(logprob)
     if with_entropy or other_head is not None:
         probs, impossible = logprobs.exp(), scaled == -math.inf
@@ -169,7 +169,7 @@ def _score_chunk(sampling, with_entropy, head, other_head, steps, inputs, tokens
             theirs = other_head(other).to(scaled.device)
             theirs = sampling_distribution(theirs, sampling, steps=steps, kept=kept).log_softmax(-1)
         kl = (probs * (logprobs - theirs.masked_fill(impossible, 0.0))).sum(-1)
-        their_logprob = theirs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        their_logprob = theirs.gather(-1, tokens[..., None]).squeeze(-1)
     return torch.stack([logprob, entropy, kl, their_logprob], -1)
 
 
