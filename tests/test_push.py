@@ -40,8 +40,7 @@ def test_what_you_push_is_what_they_load(server, tmp_path, tiny_model, tiny_toke
 
     script = (
         f"{report.load_lines}\nimport json, torch\n"
-        "assert tokenizer('a').input_ids\n"
-        "print(json.dumps(model(input_ids=torch.tensor([[1, 2, 3]])).value.tolist()))"
+        "assert tokenizer('a').input_ids\nprint(json.dumps(model(input_ids=torch.tensor([[1, 2, 3]])).value.tolist()))"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)

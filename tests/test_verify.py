@@ -60,11 +60,8 @@ def test_the_fresh_interpreter_sees_neither_this_checkout_nor_secrets_nor_caches
         f"if {str(Path(__file__).parent.parent)!r} in (_os.getcwd(), *_sys.path): raise RuntimeError('path')\n"
         f"if not _os.environ['HF_HOME'].startswith({tempfile.gettempdir()!r}): raise RuntimeError('caches')\n"
         "for _name in ('hub_tools', 'modeling_gpt2_value', 'configuration_gpt2_value'):\n"
-        "    try:\n"
-        "        _importlib.import_module(_name)\n"
-        "    except ImportError:\n"
-        "        continue\n"
-        "    raise RuntimeError(_name)\n",
+        "    try:\n        _importlib.import_module(_name)\n"
+        "    except ImportError:\n        continue\n    raise RuntimeError(_name)\n",
     )
     assert verify_package(package, trust_remote_code=True)
 

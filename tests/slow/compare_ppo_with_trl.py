@@ -77,7 +77,7 @@ def numbers_of_trl(critic, pad):
 
     class Sums(torch.nn.Module):
         def forward(self, input_ids, **kwargs):
-            return argparse.Namespace(hidden_states=[(input_ids.cumsum(1) % 7 - 3).float().unsqueeze(-1)])
+            return argparse.Namespace(hidden_states=[(input_ids.cumsum(1) % 7 - 3).float()[..., None]])
 
     found = {}
     original = {name: getattr(ppo_trainer, name) for name in ("masked_mean", "masked_whiten", "selective_log_softmax")}

@@ -55,7 +55,7 @@ def by_hand(logits, sampling):
 
 def of_drawn(logprobs, drawn):
     """Those of `logprobs [B, T, V]` that belong to the drawn tokens: `[B, T]` float32, 0 where nothing was drawn."""
-    taken = logprobs.gather(-1, drawn.responses.unsqueeze(-1)).squeeze(-1)
+    taken = logprobs.gather(-1, drawn.responses[..., None]).squeeze(-1)
     return torch.where(drawn.response_mask, taken, 0.0).float()
 
 
