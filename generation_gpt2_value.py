@@ -86,7 +86,9 @@ def rollout(
     prompts, prompt_mask = aligned("queries", queries, attention_mask, pad=pad)
     check_tokens(model, prompts, prompt_mask, T)
     generator = torch.default_generator if generator is None else generator
-    state = torch.Generator.get_state(generator)  # TypeError for a seed or another generator
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator={generator!r}; expected a torch.Generator: torch.Generator().manual_seed(0).")
+    state = generator.get_state()
     try:
         # What is made in inference mode cannot be trained on, and a cache cannot keep room in it.
         with torch.inference_mode(False), torch.no_grad():
@@ -97,16 +99,16 @@ def rollout(
             logits, value = decoder.logits_and_values(P)  # [B, V], [B]
 
             # float64, so that rare tokens are drawn as often as they should.
-            uniforms = torch.rand((T, B), generator=generator, device=generator.device, dtype=torch.float64).to(device)
-            running = torch.ones(B, dtype=torch.bool, device=device)
+            uniforms = torch.rand(T, B, generator=generator, device=generator.device, dtype=torch.float64).to(device)
+            running = mask.new_ones(B, dtype=torch.bool)
             spread = is_spread(model)
             ends = tokens.new_tensor(sampling.eos_token_id)
-            logprobs = logits.new_zeros((B, T), dtype=torch.promote_types(logits.dtype, torch.float32))
+            logprobs = logits.new_zeros(B, T, dtype=torch.promote_types(logits.dtype, torch.float32))
             values = None if value is None else torch.zeros_like(logprobs)
             kept = None
             if sampling.cuts_off(vocabulary):
                 # As wide as the sets will be: an embedding may have more rows than there are logits.
-                kept = tokens.new_zeros((B, T, as_bits(logits > 0).shape[-1]), dtype=torch.uint8)
+                kept = tokens.new_zeros(B, T, as_bits(logits > 0).shape[-1], dtype=torch.uint8)
             for t in range(T):
                 if t > 0:
                     logits, value = decoder.logits_and_values(P + t)  # [b, V], [b]
