@@ -22,7 +22,7 @@ CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).paramet
 # Forwards as they were when this module was imported: somebody may replace them later.
 OWN_FORWARD = GPT2LMHeadModel.forward
 OWN_LAYERS = {kind: kind.forward for kind in (NewGELUActivation, Conv1D, nn.Linear)}
-# Of each DistributedDataParallel the copy that was called last: to that, its backward pass has only a weak reference.
+# Of each DistributedDataParallel the copy that is called: to that, its backward pass has only a weak reference.
 _called: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -115,11 +115,11 @@ def call_with(model, tokens, mask, T, score):
     if isinstance(outer, DistributedDataParallel):
         # It keeps state from call to call (a reducer, flags), so its copy shares all its fields. Only the module is the
         # copy's own, and what was compiled, with another module inside, is not called.
+        called, module = _called.setdefault(outer, called), called.module
         called.__class__ = type(
-            "Copy", (type(outer),), {"module": called.module, "__call__": DistributedDataParallel._call_impl}
+            "Copy", (type(outer),), {"module": module, "__call__": DistributedDataParallel._call_impl}
         )
         called.__dict__ = vars(outer)
-        _called[outer] = called
     output, values = run(called, tokens, mask, slice(0, tokens.shape[1] - 1), logits_to_keep=T, use_cache=False)
     inner.lm_head = None  # the copy may live on, and what it scored shall not
     # In the place of the output layer, `score` gives what the output calls logits.
@@ -129,11 +129,14 @@ def call_with(model, tokens, mask, T, score):
 
 def inputs_and_head(model, tokens, mask, T):
     """The inputs `[B, T, ...]` of the model's output layer, and that layer, which may be called later."""
-    inner = unwrapped(model)
     # Inside its call alone, a model has the weights that FSDP2 gathers, and the dtypes that autocast chooses. There the
     # layer is called at once, and all logits are held. Else it is called later; it is a copy's, made while a PEFT
     # adapter was off, and in the copy it stays off.
-    at_once = is_spread(inner) or "forward" in vars(inner) or torch.is_autocast_enabled(tokens.device.type)
+    at_once = (
+        is_spread(model)
+        or hasattr(to_call(model), "_original_forward")
+        or torch.is_autocast_enabled(tokens.device.type)
+    )
     return call_with(
         model, tokens, mask, T, lambda head, inputs: (head(inputs), nn.Identity()) if at_once else (inputs, head)
     )[0]
@@ -178,11 +181,13 @@ def to_call(model):
 
     DistributedDataParallel does change something where gradients flow, and PEFT's call may, with some adapters.
     """
-    parallel = DistributedDataParallel if torch.is_grad_enabled() else ()  # nothing is an instance of ()
     return next(
         x
         for x in wrapped(model)
-        if isinstance(x, parallel) or is_sharded(x) or hasattr(x, "peft_config") or not is_thin(x)
+        if is_sharded(x)
+        or hasattr(x, "peft_config")
+        or not is_thin(x)
+        or (torch.is_grad_enabled() and isinstance(x, DistributedDataParallel))
     )
 
 
@@ -230,7 +235,13 @@ def check_tokens(model, tokens, mask, new_tokens=0):
 
 
 def is_hooked(module):
-    """Whether somebody has hooked the module's call. (FSDP2 does, to gather weights.)"""
+    """Whether somebody has hooked the module's call, or replaced its forward.
+
+    FSDP2 hooks it to gather weights, `torch.compile` has a forward of its own, and Accelerate's `prepare` one that
+    switches autocast on: these do not count.
+    """
+    if "forward" in vars(module) and not (hasattr(module, "_original_forward") or hasattr(module, "_orig_mod")):
+        return True
     return not is_sharded(module) and (module._forward_pre_hooks or module._forward_hooks)
 
 
@@ -247,9 +258,7 @@ def is_thin(wrapper):
 def calls_gpt2(model):
     """Whether a call runs the forward of GPT2LMHeadModel or GPT2ValueModel, as it was when it was imported."""
     kind = type(model)
-    own = kind.forward is getattr(kind, "scored_forward", OWN_FORWARD)
-    # Accelerate's `prepare` puts a forward before it that switches autocast on, and keeps it under this name.
-    return own and not is_hooked(model) and ("forward" not in vars(model) or hasattr(model, "_original_forward"))
+    return kind.forward is getattr(kind, "scored_forward", OWN_FORWARD) and not is_hooked(model)
 
 
 # Weights that FSDP2 spreads over processes: a call gathers them, so all processes have to make the same calls.
@@ -318,7 +327,7 @@ def speed_up(model, rows):
     for layer in model.modules():
         kind = type(layer)
         # A hook before the call may compute a weight or a bias, as pruning does.
-        if kind.forward is not OWN_LAYERS.get(kind) or "forward" in vars(layer) or is_hooked(layer):
+        if kind.forward is not OWN_LAYERS.get(kind) or is_hooked(layer):
             continue
         if kind is NewGELUActivation:
             layer.forward = partial(nn.functional.gelu, approximate="tanh")

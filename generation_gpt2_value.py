@@ -61,8 +61,8 @@ def rollout(
 
     A rollout checks itself: one row is computed again by the model's own call, alone, without padding or cache, and
     compared with what was drawn by (`check_itself` says which row, `_off_alone` how closely). That is done at the
-    first rollout of a model, again where the model's class, config, dtype or mode, the settings, the padding or the
-    sizes are new, and at every 16th rollout. It uses no random numbers, and changes no state of the model. After an
+    first rollout of a model, again where the model's class, config, dtype or mode, `top_k`, `top_p`, the padding or
+    the sizes are new, and at every 16th rollout. It uses no random numbers, and changes no state of the model. After an
     error, the generator's state is as it was before.
 
     Returns a `Rollout`. Raises TypeError or ValueError for bad input, before anything is drawn, and for logits that are
@@ -251,7 +251,7 @@ def aligned(name, rows, attention_mask=None, *, pad=0, right=False):
     try:
         rows = list(map(torch.as_tensor, rows))
         masks = list(map(torch.ones_like, rows) if attention_mask is None else map(torch.as_tensor, attention_mask))
-        tokens, seen = (pad_sequence(each, batch_first=True) for each in (rows, masks))  # [B, P]
+        tokens, seen = (pad_sequence(each, True) for each in (rows, masks))  # [B, P]
         # Of an empty list torch makes a tensor of floats.
         floats = any(not torch.can_cast(row.dtype, torch.int64) and len(row) for row in rows)
         if floats or tokens.dim() != 2 or tokens.dtype == torch.bool:

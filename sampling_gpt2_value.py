@@ -86,7 +86,7 @@ def sampling_distribution(logits, sampling, *, steps=None, kept=None):
         logits = logits.masked_fill(~as_mask(kept, vocabulary), -math.inf)
     if sampling.temperature != 1.0:
         # Shifted before it is divided: at a low temperature the rounding of large quotients would show.
-        logits = (logits - logits.detach().amax(-1, keepdim=True)) / sampling.temperature
+        logits = (logits - logits.detach().amax(-1, True)) / sampling.temperature
     if kept is not None or not sampling.cuts_off(vocabulary):
         return logits
     highest, tokens = logits.topk(min(sampling.top_k or vocabulary, vocabulary))
@@ -119,7 +119,7 @@ def draw(logits, uniform):
 
     Returns the indices `[B]` int64 and their log-probabilities `[B]`, of the logits' dtype (NaN where a logit is NaN).
     """
-    logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits - logits.amax(-1, True)
     running = logits.exp().cumsum(-1, dtype=torch.float64)  # [B, K]
     total = running[:, -1:]
     index = torch.searchsorted(running, uniform[..., None] * total, right=True)  # [B, 1]

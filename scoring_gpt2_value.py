@@ -209,8 +209,8 @@ class SelfCheckError(RuntimeError):
 def check_itself(what, model, rollout):
     """Raise SelfCheckError where a row alone has other log-probabilities than `rollout` says, if a check is due.
 
-    Calls are counted for each model and situation: its class, config, dtype and mode, the settings of sampling, whether
-    rows are padded and end at different times, and how many rows and columns there are, to the next power of two. Of
+    Calls are counted for each model and situation: its class, config, dtype and mode, top-k and top-p, whether rows
+    are padded and end at different times, and how many rows and columns there are, to the next power of two. Of
     each situation the 1st, 17th, 33rd call is checked. (Libraries cannot change within a process.)
 
     The row has drawn tokens, and padding if any such row has; of these, the product of both is largest: a recurrent
@@ -224,7 +224,10 @@ def check_itself(what, model, rollout):
         len(lengths.unique()) > 1,
         *map(int.bit_length, (*rollout.sequences.shape, T)),
     )
-    situation = f"{what} {type(inner)} {vars(inner.config)} {inner.dtype} {inner.training} {rollout.sampling}", shape
+    situation = (
+        f"{what} {type(inner)} {vars(inner.config)} {inner.dtype} {inner.training} {rollout.sampling.top_k} "
+        f"{rollout.sampling.top_p} {shape}"
+    )
     calls = _calls.setdefault(inner, collections.Counter())
     if calls[situation] % EVERY == 0:
         off = _off_alone(model, rollout, int((lengths * (T * padding + 1)).argmax()))
@@ -258,7 +261,7 @@ def _off_alone(model, rollout, row):
     logits = logits_alone(model, tokens)[places - 1]  # [columns, V], those before each
     drawn, kept = tokens[places], None if rollout.kept is None else rollout.kept[row, steps]
     alone = _score_chunk(sampling, False, nn.Identity(), None, steps, logits, drawn, kept, None)[:, 0]
-    difference = (rollout.logprobs[row, steps].detach() - alone).abs()  # [columns]
+    difference = (rollout.logprobs.detach()[row, steps] - alone).abs()  # [columns]
 
     try:
         coarse = torch.get_float32_matmul_precision() != "highest"
