@@ -122,7 +122,7 @@ def test_saving_changes_nothing_about_the_model(tiny_tokenizer, tmp_path):
             "generation": copy.deepcopy(vars(model.generation_config)),
             "modes": {name: module.training for name, module in model.named_modules()},
             "weights": {name: (id(w), w.data_ptr(), w.requires_grad) for name, w in model.named_parameters()},
-            "gradients": {name: w.grad is not None and w.grad.sum().item() for name, w in model.named_parameters()},
+            "gradients": {name: w.grad is not None and w.grad.sum() for name, w in model.named_parameters()},
             "random": torch.get_rng_state().tolist(),
             "tokenizer": copy.deepcopy(tiny_tokenizer.init_kwargs),
             "threads": torch.get_num_threads(),
