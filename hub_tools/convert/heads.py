@@ -130,6 +130,14 @@ def translate(
         if OLD_MASK.fullmatch(name):
             dropped[label] = "a causal mask, which GPT-2 no longer stores"
         elif name == "lm_head.weight" and tied(config):
+            embeddings = state.get(labels.get("transformer.wte.weight", ""))
+            if embeddings is not None and not torch.equal(state[label].float(), embeddings.float()):
+                # transformers 4 ties it nevertheless, 5 does not: nobody can tell what is meant.
+                raise ConversionError(
+                    f"{where}: {label} is not transformer.wte.weight, to which config.json ties it",
+                    expected="equal weights, or tie_word_embeddings false",
+                    next_step="set tie_word_embeddings to false in config.json if the output layer has its own weights",
+                )
             dropped[label] = "config.json ties it to transformer.wte.weight, as transformers then does"
         elif label not in dropped:
             mapped.setdefault(label, name)
