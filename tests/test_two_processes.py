@@ -165,11 +165,12 @@ def fsdp1_is_refused_by_name(rank, folder, server):
 def a_loss_without_the_value_head_learns_where_ddp_is_told(rank, folder, server):
     model = make_policy()
     drawn = rollout(model, RAGGED, max_new_tokens=6, generator=seeded())
-    frozen, untold = copy.deepcopy(model), DistributedDataParallel(copy.deepcopy(model))
+    frozen, untold = make_policy(), DistributedDataParallel(make_policy())
     frozen.v_head.requires_grad_(False)
-    expected = gradients_of(copy_of := copy.deepcopy(model), rescore(copy_of, drawn).logprobs.sum())
+    expected = gradients_of(alone := make_policy(), rescore(alone, drawn).logprobs.sum())
     for wrapped in (
-        DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True),
+        DistributedDataParallel(make_policy(), find_unused_parameters=True),
+        DistributedDataParallel(copy.deepcopy(frozen)),
         DistributedDataParallel(torch.compile(frozen, backend="eager"), static_graph=True),
         sharded(model, "accelerate"),
     ):
